@@ -1,0 +1,1 @@
+"""The benchmark suite: Puna beside its peers on the same weights, threads and dtype."""

@@ -1,0 +1,1 @@
+"""The puna command: one small file a group of verbs."""

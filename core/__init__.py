@@ -1,0 +1,1 @@
+"""The engine: config, model, tokenizer, chat format, generation, checkpoints, parallelism."""

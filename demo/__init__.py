@@ -1,0 +1,1 @@
+"""The whole of Llama 2, small: a synthetic world, its oracle, the pipeline, the report."""

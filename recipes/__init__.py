@@ -1,0 +1,1 @@
+"""The paper's values, one TOML file a stage, by model size."""
