@@ -1,0 +1,74 @@
+"""Model shapes: one frozen dataclass and the table of sizes.
+
+The paper names the sizes but not their dimensions; those are in Meta's `params.json`
+(34B was never released: its row is Code Llama 34B's, which continued it).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides a Llama's parameter shapes and its arithmetic."""
+
+    dim: int  # C, model width
+    n_layers: int
+    n_heads: int  # H, query heads
+    n_kv_heads: int  # K, key/value heads; H is a multiple of K
+    ffn_dim: int  # F, width of the SwiGLU hidden layer
+    vocab_size: int  # V
+    context: int = 4096  # longest sequence the model is meant for, in tokens
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.dim % self.n_heads:
+            raise ValueError(f"dim {self.dim} must be a multiple of n_heads {self.n_heads}")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head size {self.head_dim} must be even: RoPE rotates pairs")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+
+def ffn_width(dim: int, multiple_of: int = 256, multiplier: float | None = None) -> int:
+    """F from `params.json`'s fields: 2/3 of 4*dim, scaled, rounded up to `multiple_of`."""
+    width = 2 * (4 * dim) // 3
+    if multiplier is not None:
+        width = int(multiplier * width)
+    return multiple_of * -(-width // multiple_of)
+
+
+SIZES: dict[str, ModelConfig] = {
+    "7b": ModelConfig(4096, 32, 32, 32, 11008, 32000),
+    "13b": ModelConfig(5120, 40, 40, 40, 13824, 32000),
+    "34b": ModelConfig(8192, 48, 64, 8, 22016, 32000),
+    "70b": ModelConfig(8192, 80, 64, 8, 28672, 32000),
+    # small ones: for laptops, tests and benchmarks
+    "15m": ModelConfig(288, 6, 6, 6, 768, 32000, context=256),
+    "demo": ModelConfig(192, 6, 6, 2, 512, 1024, context=1024),
+    "mini": ModelConfig(128, 4, 4, 2, 352, 1024, context=1024),
+}
+
+
+def size(name: str) -> ModelConfig:
+    """The shape called `name`; ValueError listing the known ones otherwise."""
+    if name not in SIZES:
+        raise ValueError(f"unknown model size '{name}'; known sizes: {', '.join(SIZES)}")
+    return SIZES[name]
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Number of parameters with the untied language-model head."""
+    kv_dim = config.n_kv_heads * config.head_dim
+    attention = 2 * config.dim * config.dim + 2 * config.dim * kv_dim
+    block = attention + 3 * config.dim * config.ffn_dim + 2 * config.dim
+    return config.n_layers * block + config.dim + 2 * config.vocab_size * config.dim

@@ -1,0 +1,151 @@
+"""Cross-entropy of a linear head, without ever holding all N x V logits.
+
+    loss[n] = w[n] * (logsumexp_v(h[n] . W[v]) - h[n] . W[target[n]] + z_loss * logsumexp^2)
+
+hidden (N, C), weight (V, C), targets (N,). Rows without loss are dropped before the product.
+The rest is done a chunk of rows at a time: the chunk's logits are formed, reduced and
+thrown away. With a scalar reduction the gradients are formed in the forward pass (three
+matrix products in all); with "none" the backward forms the logits again (four).
+"""
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 22  # logits held at once: 16 MB in fp32
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    weights: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Loss of predicting `targets` (...,) from `hidden` (..., C) with head `weight` (V, C).
+
+    `weights` (...,) scales each token's loss; zero and `ignore_index` drop it. "mean" divides
+    by the sum of the weights (0 if all are dropped), "sum" does not, "none" returns (...,).
+    fp32 result (fp64 for fp64 inputs). Raises ValueError for shapes or labels that do not fit.
+    """
+    if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets "
+            f"{tuple(targets.shape)} do not fit (..., C), (V, C), (...)"
+        )
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'")
+    flat, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    scale = torch.ones_like(labels, dtype=wide)
+    if weights is not None:
+        scale = weights.reshape(-1).to(wide)
+    scale = scale.masked_fill(labels == ignore_index, 0.0)
+    rows = scale.nonzero().squeeze(-1)
+    kept, labels, scale = flat.index_select(0, rows), labels[rows], scale[rows]
+    if labels.device.type == "cpu" and len(rows):
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= weight.shape[0]:
+            raise ValueError(
+                f"targets run from {low} to {high}, the head has {weight.shape[0]} rows"
+            )
+    if reduction == "none":
+        losses = _PerToken.apply(kept, weight, labels, z_loss) * scale
+        return losses.new_zeros(targets.numel()).index_copy(0, rows, losses).view(targets.shape)
+    total = _Summed.apply(kept, weight, labels, scale, z_loss)
+    return total / scale.sum().clamp_min(torch.finfo(wide).tiny) if reduction == "mean" else total
+
+
+def _chunks(rows: int, vocabulary: int) -> list[slice]:
+    step = max(1, CHUNK_ELEMENTS // vocabulary)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float):
+    """(losses, logits, logsumexp) of one chunk, in at least fp32."""
+    logits = hidden @ weight.T
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    norm = torch.logsumexp(logits, -1)
+    losses = norm - logits.gather(1, labels[:, None]).squeeze(1)
+    return losses + z_loss * norm.square() if z_loss else losses, logits, norm
+
+
+def _chunk_grad(logits: Tensor, norm: Tensor, labels: Tensor, upstream: Tensor, z_loss: float):
+    """d loss / d logits, written over `logits`."""
+    probs = logits.sub_(norm[:, None]).exp_()
+    if z_loss:
+        probs.mul_((1 + 2 * z_loss * norm)[:, None])
+    probs.scatter_add_(1, labels[:, None], probs.new_full((len(labels), 1), -1.0))
+    return probs.mul_(upstream[:, None])
+
+
+class _Summed(torch.autograd.Function):
+    """Weighted sum of the losses; gradients are formed in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, scale, z_loss):
+        wants = hidden.requires_grad or weight.requires_grad
+        d_hidden = torch.empty_like(hidden) if wants else None
+        d_weight = torch.zeros_like(weight, dtype=scale.dtype) if wants else None
+        total = scale.new_zeros(())
+        for rows in _chunks(len(labels), weight.shape[0]):
+            losses, logits, norm = _chunk_loss(hidden[rows], weight, labels[rows], z_loss)
+            total += losses @ scale[rows]
+            if wants:
+                grad = _chunk_grad(logits, norm, labels[rows], scale[rows], z_loss)
+                grad = grad.to(hidden.dtype)
+                d_hidden[rows] = grad @ weight
+                _accumulate(d_weight, grad, hidden[rows])
+        if wants:
+            ctx.save_for_backward(d_hidden, d_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        d_hidden, d_weight = ctx.saved_tensors
+        return (
+            d_hidden * upstream.to(d_hidden.dtype),
+            (d_weight * upstream).to(ctx.weight_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+class _PerToken(torch.autograd.Function):
+    """One loss a row, right under any upstream gradient: the backward forms logits again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, z_loss):
+        ctx.save_for_backward(hidden, weight, labels)
+        ctx.z_loss = z_loss
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        out = torch.empty(len(labels), dtype=wide, device=hidden.device)
+        for rows in _chunks(len(labels), weight.shape[0]):
+            out[rows] = _chunk_loss(hidden[rows], weight, labels[rows], z_loss)[0]
+        return out
+
+    @staticmethod
+    def backward(ctx, upstream):
+        hidden, weight, labels = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=upstream.dtype)
+        for rows in _chunks(len(labels), weight.shape[0]):
+            _, logits, norm = _chunk_loss(hidden[rows], weight, labels[rows], ctx.z_loss)
+            grad = _chunk_grad(logits, norm, labels[rows], upstream[rows], ctx.z_loss)
+            grad = grad.to(hidden.dtype)
+            d_hidden[rows] = grad @ weight
+            _accumulate(d_weight, grad, hidden[rows])
+        return d_hidden, d_weight.to(weight.dtype), None, None
+
+
+def _accumulate(d_weight: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    """d_weight += grad^T hidden, summed over chunks in fp32 whatever the operands are."""
+    if grad.dtype == d_weight.dtype:
+        d_weight.addmm_(grad.T, hidden)
+    else:
+        d_weight += grad.T @ hidden

@@ -1,0 +1,80 @@
+"""Log-probability of given tokens, and the entropy, under a linear head.
+
+    logits[n] = h[n] . W^T / temperature,  logp[n] = log softmax(logits[n])[target[n]]
+    entropy[n] = - sum_v p[n, v] log p[n, v]
+
+hidden (N, C), weight (V, C), targets (N,). N x V is never held: rows are done in chunks, and
+the backward forms the logits again. This is the boundary between the model and every RLHF
+loss, which stay plain PyTorch above it.
+"""
+
+import torch
+from torch import Tensor
+
+from .linear_cross_entropy import _accumulate, _chunks
+
+
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(logprobs, entropy), both (...,) fp32, of `targets` (...,) given `hidden` (..., C).
+
+    Gradients flow to `hidden` and `weight` from both outputs. Raises ValueError for shapes,
+    labels or a temperature that do not fit.
+    """
+    if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets "
+            f"{tuple(targets.shape)} do not fit (..., C), (V, C), (...)"
+        )
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}, it must be above 0")
+    labels = targets.reshape(-1)
+    if labels.device.type == "cpu" and len(labels):
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= weight.shape[0]:
+            raise ValueError(
+                f"targets run from {low} to {high}, the head has {weight.shape[0]} rows"
+            )
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    logprobs, entropy = _LogProbs.apply(flat, weight, labels, temperature)
+    return logprobs.view(targets.shape), entropy.view(targets.shape)
+
+
+def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    logits = hidden @ weight.T
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, -1)
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, temperature):
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        logprobs = torch.empty(len(labels), dtype=wide, device=hidden.device)
+        entropy = torch.empty_like(logprobs)
+        for rows in _chunks(len(labels), weight.shape[0]):
+            logp = _log_softmax(hidden[rows], weight, temperature)
+            logprobs[rows] = logp.gather(1, labels[rows, None]).squeeze(1)
+            entropy[rows] = -(logp.exp() * logp).sum(-1)
+        ctx.save_for_backward(hidden, weight, labels, entropy)
+        ctx.temperature = temperature
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, d_logprobs, d_entropy):
+        hidden, weight, labels, entropy = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=entropy.dtype)
+        for rows in _chunks(len(labels), weight.shape[0]):
+            logp = _log_softmax(hidden[rows], weight, ctx.temperature)
+            probs = logp.exp()
+            # d logp_y / d logits = onehot - p;  d entropy / d logits = -p (logp + entropy)
+            grad = logp.add_(entropy[rows, None]).mul_(-d_entropy[rows, None])
+            grad.sub_(d_logprobs[rows, None]).mul_(probs)
+            grad.scatter_add_(1, labels[rows, None], d_logprobs[rows, None].to(grad.dtype))
+            grad = grad.div_(ctx.temperature).to(hidden.dtype)
+            d_hidden[rows] = grad @ weight
+            _accumulate(d_weight, grad, hidden[rows])
+        return d_hidden, d_weight.to(weight.dtype), None, None
