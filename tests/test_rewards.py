@@ -1,0 +1,141 @@
+"""Run: python -m pytest tests/test_rewards.py -q"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from puna.core.config import ModelConfig
+from puna.core.model import Transformer
+from puna.trainers.packed import micro_batches
+from puna.trainers.rewards import combine, score, settle_unfinished, token_rewards
+
+CONFIG = ModelConfig(16, 2, 2, 1, 24, vocab_size=13, context=32)
+
+
+@pytest.fixture(scope="module")
+def reward_model():
+    model = Transformer(CONFIG, head="score")
+    model.init_weights(3)
+    return model
+
+
+def sequences(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 12, (count,), generator=generator).tolist()
+    return [torch.randint(0, 13, (n,), generator=generator).tolist() for n in lengths]
+
+
+def alone(model, sequence):
+    hidden = model(torch.tensor([sequence]))[0, -1]
+    return (hidden @ model.score.weight[0]).item()
+
+
+def test_score_is_read_at_the_last_token_of_each_sequence(reward_model):
+    """Trap 6: packed or alone, EOS or not, the score is that of the last real token."""
+    batch = sequences(9)
+    with torch.no_grad():
+        expected = [alone(reward_model, sequence) for sequence in batch]
+    assert score(reward_model, batch).tolist() == pytest.approx(expected, abs=1e-5)
+    assert score(reward_model, batch, max_tokens=5).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_trailing_eos_is_a_token_like_any_other(reward_model):
+    """Trap 5: no id is taken for padding, so an answer's EOS changes its score."""
+    with_eos, without = score(reward_model, [[1, 5, 6, 2], [1, 5, 6]]).tolist()
+    assert with_eos != pytest.approx(without, abs=1e-6)
+    assert with_eos == pytest.approx(alone(reward_model, [1, 5, 6, 2]), abs=1e-5)
+
+
+def test_score_needs_no_gradient_and_is_fp32(reward_model):
+    scores = score(reward_model.double(), [[1, 2]])
+    reward_model.float()
+    assert scores.dtype == torch.float32 and not scores.requires_grad
+
+
+def test_score_refuses_what_it_cannot_score(reward_model):
+    with pytest.raises(ValueError, match="needs a reward model"):
+        score(Transformer(CONFIG), [[1]])
+    with pytest.raises(ValueError, match="empty sequence"):
+        score(reward_model, [[1], []])
+    with pytest.raises(ValueError, match="33 tokens exceeds the model's context of 32"):
+        score(reward_model, [[1] * 33])
+
+
+@given(st.lists(st.integers(1, 9), max_size=20), st.integers(1, 20))
+def test_micro_batches_cover_every_sequence_once_and_stay_small(lengths, max_tokens):
+    groups = micro_batches(lengths, max_tokens)
+    assert [i for group in groups for i in group] == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) == 1 or sum(lengths[i] for i in group) <= max_tokens
+
+
+def test_micro_batches_keep_ranks_in_step():
+    assert micro_batches([4, 4], 4, all_max=lambda n: max(n, 3)) == [[0], [1], []]
+
+
+def test_score_is_the_same_when_another_rank_needs_more_passes(reward_model):
+    batch = sequences(3)
+    expected = score(reward_model, batch)
+    assert torch.equal(score(reward_model, batch, all_max=lambda n: n + 2), expected)
+
+
+def raw(probability):
+    return math.log(probability / (1 - probability))
+
+
+@pytest.mark.parametrize(
+    ("safety", "helpful", "tagged", "expected", "branch"),
+    [
+        (0.10, 0.90, False, -2.197, "unsafe"),
+        (0.20, 0.90, False, 2.197, "helpfulness"),
+        (0.20, 0.90, True, raw(0.20), "tagged"),
+        (0.10, 0.90, True, -2.197, "tagged"),
+        (0.1501, 0.30, False, raw(0.30), "helpfulness"),
+        (0.1499, 0.30, False, raw(0.1499), "unsafe"),
+    ],
+)
+def test_combine_is_equation_four(safety, helpful, tagged, expected, branch):
+    combined = combine(
+        torch.tensor([raw(helpful)]), torch.tensor([raw(safety)]), torch.tensor([tagged])
+    )
+    assert combined.raw.item() == pytest.approx(expected, abs=1e-3)
+    assert combined.from_safety.item() is (branch != "helpfulness")
+    counts = {"tagged": 0, "unsafe": 0, "helpfulness": 0}
+    assert combined.branches == counts | {branch: 1}
+
+
+def test_the_logit_of_the_sigmoid_is_the_raw_score_even_where_the_sigmoid_saturates():
+    combined = combine(torch.tensor([40.0]), torch.tensor([0.0]), torch.tensor([False]))
+    assert combined.raw.item() == 40.0
+
+
+def test_each_rule_for_unfinished_answers():
+    """Trap 7: an answer without EOS is handled by the rule that was chosen, by name."""
+    scores, finished = torch.tensor([2.0, 2.0]), torch.tensor([True, False])
+    assert settle_unfinished(scores, finished, "keep", 5.0).tolist() == [2.0, 2.0]
+    assert settle_unfinished(scores, finished, "subtract", 5.0).tolist() == [2.0, -3.0]
+    assert settle_unfinished(scores, finished, "replace", 5.0).tolist() == [2.0, -5.0]
+    assert settle_unfinished(scores, finished, "mask", 5.0).tolist() == [2.0, 2.0]
+    with pytest.raises(ValueError, match="unknown rule 'drop'.*keep, subtract, replace, mask"):
+        settle_unfinished(scores, finished, "drop", 5.0)
+
+
+def test_whitening_is_of_the_raw_score_before_kl():
+    """Trap 1: whiten(score), then minus beta * KL; KL moves neither mean nor scale of the score."""
+    scores, lengths = torch.tensor([1.0, 3.0]), torch.tensor([1, 2])
+    kl = torch.tensor([[0.5, 7.0], [0.25, -0.125]])
+    rewards = token_rewards(scores, kl, lengths, beta=0.1)
+    expected = [[-1.0 - 0.05, 0.0], [-0.025, 1.0 + 0.0125]]
+    assert torch.allclose(rewards, torch.tensor(expected), atol=1e-5)
+    louder = token_rewards(scores, 100 * kl, lengths, beta=0.1)
+    assert torch.allclose(louder[0, 0] + 5.0, rewards[0, 0] + 0.05, atol=1e-4)
+
+
+def test_uncounted_answers_take_no_part_in_the_whitening():
+    scores, lengths = torch.tensor([1.0, 3.0, 1e4]), torch.tensor([1, 1, 1])
+    counted = torch.tensor([True, True, False])
+    rewards = token_rewards(scores, torch.zeros(3, 1), lengths, beta=0.1, counted=counted)
+    assert rewards[:, 0].tolist() == pytest.approx([-1.0, 1.0, 0.0], abs=1e-5)
