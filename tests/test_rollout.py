@@ -134,19 +134,15 @@ def test_gradients_flow_through_the_packed_pass():
 
 def test_a_prompt_sampled_k_times_gets_k_answers_and_order_does_not_matter():
     policy = model()
-    prompts, prompt_ids, sample_ids = [[1, 5]] * 3 + [[1, 7]] * 3, [0] * 3 + [1] * 3, [0, 1, 2] * 2
-    first = sample(policy, prompts, prompt_ids=prompt_ids, sample_ids=sample_ids)
-    order = [4, 0, 5, 2, 1, 3]
-    second = sample(
-        policy,
-        [prompts[i] for i in order],
-        prompt_ids=[prompt_ids[i] for i in order],
-        sample_ids=[sample_ids[i] for i in order],
-        batch_size=2,
-    )
-    assert second.answers == [first.answers[i] for i in order]
+    prompts = [[1, 5]] * 3 + [[1, 7]] * 3
+    ids = {"prompt_ids": [0] * 3 + [1] * 3, "sample_ids": [0, 1, 2] * 2}
+    first = sample(policy, prompts, temperature=2.0, **ids)
     assert len({tuple(a) for a in first.answers[:3]}) > 1
-    later = sample(policy, prompts, prompt_ids=prompt_ids, sample_ids=sample_ids, round_index=3)
+    order = [4, 0, 5, 2, 1, 3]
+    shuffled = {name: [numbers[i] for i in order] for name, numbers in ids.items()}
+    second = sample(policy, [prompts[i] for i in order], temperature=2.0, batch_size=2, **shuffled)
+    assert second.answers == [first.answers[i] for i in order]
+    later = sample(policy, prompts, temperature=2.0, round_index=3, **ids)
     assert later.answers != first.answers
 
 
