@@ -134,7 +134,7 @@ def test_gradients_flow_through_the_packed_pass():
 
 def test_a_prompt_sampled_k_times_gets_k_answers_and_order_does_not_matter():
     policy = model()
-    prompts = [[1, 5]] * 3 + [[1, 7]] * 3
+    prompts = [[1, 7]] * 3 + [[1, 5]] * 3
     ids = {"prompt_ids": [0] * 3 + [1] * 3, "sample_ids": [0, 1, 2] * 2}
     first = sample(policy, prompts, temperature=2.0, **ids)
     assert len({tuple(a) for a in first.answers[:3]}) > 1
