@@ -1,0 +1,127 @@
+"""Folders and files that appear whole or not at all.
+
+What is written stands under a hidden name until it is on disk, then it is renamed: a reader
+never sees half of it, and a kill at any moment leaves the old or the new.
+"""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends well, else disappears.
+
+    An earlier model at `path` stays until all is on disk. Raises ValueError where `path` holds
+    something else than a model, OSError with one sentence where the disk is full.
+    """
+    path = Path(path).resolve()
+    recover(path)
+    if path.exists() and not (path / "config.json").exists() and any(_entries(path)):
+        raise ValueError(f"{path} exists and holds no model; choose another folder")
+    partial, previous = _beside(path)
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    try:
+        with _naming_full_disk(path):
+            partial.mkdir(parents=True)
+            yield partial
+            _flush_tree(partial)
+        if path.exists():
+            path.rename(previous)
+        partial.rename(path)
+        _flush(path.parent)
+    except BaseException:
+        recover(path)
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary file name that becomes `path` when the block ends well; OSError with one
+    sentence where the disk is full."""
+    path = Path(path).resolve()
+    partial, _ = _beside(path)
+    try:
+        with _naming_full_disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            _flush(partial)
+        partial.replace(path)
+        _flush(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming_full_disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not _is_disk_full(error):
+            raise
+        raise OSError(
+            f"the disk is full: {path} was not written and what stood there is untouched; "
+            "free some space and run again"
+        ) from error
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    """Hidden names for a folder that is being written and for the one it replaces."""
+    return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.previous")
+
+
+def recover(path: Path) -> None:
+    """Finish what a kill between the two renames of `atomic_folder` left undone."""
+    path = path.resolve()
+    previous = _beside(path)[1]
+    if not previous.exists():
+        return
+    if path.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        return
+    try:
+        previous.rename(path)
+    except FileNotFoundError:
+        pass  # another process was faster
+
+
+def _entries(path: Path) -> Iterator[Path]:
+    return path.iterdir() if path.is_dir() else iter([path])
+
+
+def _flush_tree(folder: Path) -> None:
+    """Force every file and folder below `folder` to disk."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _flush(Path(root) / name)
+        _flush(Path(root))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Whether writing failed for want of room, in the words of Python, safetensors or torch."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError):
+        return error.errno in full
+    if isinstance(error, SafetensorError):
+        return any(f"(os error {code})" in str(error) for code in full)
+    # torch.save names no reason; a short write is all it reports.
+    return isinstance(error, RuntimeError) and bool(
+        re.search(r"PytorchStreamWriter failed|unexpected pos", str(error))
+    )
