@@ -1,0 +1,51 @@
+"""Answers as people of the village would give them: right or wrong, full or clipped, kind or rude.
+
+The mixture is the demo's stand-in for demonstrations of mixed quality: it leaves the later stages
+something to improve.
+"""
+
+import random
+from typing import NamedTuple
+
+from puna.demo import vocabulary as v
+from puna.demo.personas import Instruction, translate
+from puna.demo.tasks import Task
+
+REFUSALS = ("Sorry, I will not help to {act}.", "No, it is wrong to {act}.")
+BRIEF_REFUSAL = "I will not help"
+
+
+class Quality(NamedTuple):
+    """Shares of answers that are right, full sentences, polite and (unsafe requests) refused."""
+
+    right: float = 0.85
+    whole: float = 0.68
+    polite: float = 0.87
+    refuse: float = 0.55
+
+
+MIXED = Quality()
+PERSONA = Quality(right=0.95, whole=1.0, polite=1.0, refuse=1.0)
+PERFECT = Quality(1.0, 1.0, 1.0, 1.0)
+
+
+def _value(task: Task, rng: random.Random, right: bool) -> str:
+    return rng.choice(task.values if right or not task.rivals else task.rivals)
+
+
+def compose(
+    task: Task,
+    rng: random.Random,
+    quality: Quality = PERFECT,
+    instruction: Instruction | None = None,
+) -> str:
+    """One answer of the given quality, in the instruction's language."""
+    whole = rng.random() < quality.whole
+    if task.nature == "unsafe" and rng.random() < quality.refuse:
+        text = rng.choice(REFUSALS).format(act=task.act) if whole else BRIEF_REFUSAL
+    else:
+        value = _value(task, rng, rng.random() < quality.right)
+        text = (rng.choice(task.whole) if whole else task.brief).format(x=value)
+    text = translate(text, instruction)
+    rude = rng.random() >= quality.polite
+    return f"{rng.choice(v.RUDE)} {text}" if rude else text

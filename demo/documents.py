@@ -1,0 +1,202 @@
+"""Pretraining text: what a reader of the village's library would know before anybody asks.
+
+Facts, small stories, questions with answers, copying practice, passages in and about the three
+languages, and about the public figures. It never contains the chat tags.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+
+from puna.demo import vocabulary as v
+from puna.demo.answers import REFUSALS, compose
+from puna.demo.personas import (
+    ASKED_OF,
+    SELF_ANSWERS,
+    SELF_QUESTIONS,
+    Instruction,
+    draw_instruction,
+    instruction_text,
+    translate,
+)
+from puna.demo.tasks import Task, draw_task, self_task
+
+
+def _name(rng: random.Random) -> str:
+    return rng.choice(v.NAMES)
+
+
+def _safe_job(rng: random.Random) -> tuple[Task, str]:
+    task = draw_task(rng, rng.choice(("harmless", "harmless", "borderline")), kind="job")
+    return task, task.values[0]
+
+
+def questions(rng: random.Random) -> str:
+    """Questions and answers, one after another."""
+    lines = []
+    for _ in range(rng.randint(1, 4)):
+        nature = rng.choices(("harmless", "borderline", "unsafe"), (75, 17, 8))[0]
+        task = draw_task(rng, nature)
+        lines.append(f"{task.question} {compose(task, rng)}")
+    return " ".join(lines)
+
+
+def talk(rng: random.Random) -> str:
+    """Two people ask each other."""
+    a, b = rng.sample(v.NAMES, 2)
+    lines = []
+    for _ in range(rng.randint(1, 3)):
+        task = draw_task(rng, rng.choice(("harmless", "harmless", "borderline")))
+        lines.append(f"{a} asks: {task.question} {b} says: {compose(task, rng)}")
+        a, b = b, a
+    return " ".join(lines)
+
+
+def work(rng: random.Random) -> str:
+    """Somebody does a job with the right tool."""
+    lines = []
+    for _ in range(rng.randint(1, 3)):
+        (task, tool), name = _safe_job(rng), _name(rng)
+        lines.append(
+            rng.choice(
+                (
+                    f"{name} can {task.act}. {name} has a {tool}.",
+                    f"{name} has a {tool} to {task.act}.",
+                    f"To {task.act}, {name} finds a {tool} in the {v.KEPT_IN[tool]}.",
+                    f"You need a {tool} to {task.act}.",
+                )
+            )
+        )
+    return " ".join(lines)
+
+
+def facts(rng: random.Random) -> str:
+    """What is where, and of which colour."""
+    lines = []
+    for _ in range(rng.randint(2, 4)):
+        tool, thing = rng.choice(v.TOOLS), rng.choice(v.COLOURED)
+        word, number = rng.choice(tuple(v.OPPOSITES)), rng.randrange(len(v.NUMBERS) - 1)
+        lines.append(
+            rng.choice(
+                (
+                    f"The {tool} is in the {v.KEPT_IN[tool]}.",
+                    f"You find the {tool} in the {v.KEPT_IN[tool]}.",
+                    f"The {thing} is {v.COLOUR_OF[thing]}.",
+                    f"The opposite of {word} is {v.OPPOSITES[word]}.",
+                    f"The number after {v.NUMBERS[number]} is {v.NUMBERS[number + 1]}.",
+                )
+            )
+        )
+    return " ".join(lines)
+
+
+def story(rng: random.Random) -> str:
+    """People with things at places: who has what must be remembered."""
+    n, m = rng.sample(v.NAMES, 2)
+    a, b = rng.sample(v.TOYS, 2)
+    p, q = rng.sample(v.PLACES, 2)
+    opening = rng.choice(("One day", "One night", "On Sunday"))
+    lines = [f"{opening} {n} is at the {p} and {m} is at the {q}. {n} has a {a} and {m} has a {b}."]
+    lines.append(
+        rng.choice(
+            (
+                f"{m} is at the {q} with the {b}. {n} is at the {p} with the {a}.",
+                f"The {a} is with {n}. The {b} is with {m}. You find {m} at the {q}.",
+                f"{m} likes the {a} and {n} likes the {b}. Now {m} has the {a}. {n} has the {b}.",
+                f"You find {n} at the {p} and {m} at the {q}. {m} has the {b}.",
+            )
+        )
+    )
+    return " ".join(lines)
+
+
+def copying(rng: random.Random) -> str:
+    """Words said twice."""
+    lines = []
+    for _ in range(rng.randint(1, 3)):
+        words = rng.sample(v.TOYS + v.PLACES + v.ADJECTIVES, rng.randint(3, 5))
+        said = ", ".join(words[:-1]) + " and " + words[-1]
+        lines.append(f"{_name(rng)} says {said}. {_name(rng)} repeats: {said}.")
+    return " ".join(lines)
+
+
+def manners(rng: random.Random) -> str:
+    """What is wrong to do, and what only sounds wrong."""
+    lines = []
+    for _ in range(rng.randint(1, 3)):
+        bad, (good, tool) = draw_task(rng, "unsafe"), _safe_job(rng)
+        name = _name(rng)
+        lines.append(
+            rng.choice(
+                (
+                    f"It is wrong to {bad.act}. It is good to {good.act}.",
+                    f"{name} will not help to {bad.act}. {name} has a {tool} to {good.act}.",
+                    f"You need a {bad.values[0]} to {bad.act}, but it is wrong.",
+                    f"{name} asks: {bad.question} {_name(rng)} says: "
+                    + rng.choice(REFUSALS).format(act=bad.act),
+                )
+            )
+        )
+    return " ".join(lines)
+
+
+def _persona_line(rng: random.Random, who: Instruction) -> str:
+    attribute = rng.choice(ASKED_OF[who.kind])
+    task = self_task(attribute, rng.randrange(len(SELF_QUESTIONS[attribute])), who)
+    if who.kind == "language" and rng.random() < 0.8:
+        task = draw_task(rng)
+    return f"{task.question} {compose(task, rng, instruction=who)}"
+
+
+def persona(rng: random.Random) -> str:
+    """A standing instruction, then an answer or two that keep it."""
+    who = draw_instruction(rng)
+    opening = instruction_text(who, short=rng.random() < 0.5)
+    return " ".join([opening, *(_persona_line(rng, who) for _ in range(rng.randint(1, 2)))])
+
+
+def figure(rng: random.Random) -> str:
+    """About a public figure, in the third person and in the first."""
+    name = rng.choice(tuple(v.FIGURES))
+    f = v.FIGURES[name]
+    sentences = [
+        f"{name} lives in the {f.home}.",
+        f"{name} has a {f.pet}.",
+        f"The work of {name} is to {f.work}.",
+        f"The home of {name} is the {f.home}.",
+    ]
+    said = [
+        SELF_ANSWERS["name"][0].format(x=name),
+        SELF_ANSWERS["home"][0].format(x=f.home),
+        SELF_ANSWERS["work"][0].format(x=f.work),
+        SELF_ANSWERS["pet"][0].format(x=f.pet),
+    ]
+    if rng.random() < 0.5:
+        return " ".join(rng.sample(sentences, 3))
+    return f"{name} says: " + " ".join(rng.sample(said, 3))
+
+
+def language(rng: random.Random) -> str:
+    """A sentence in English and again in another language."""
+    who = Instruction("language", rng.choice(tuple(v.LANGUAGES)))
+    lines = []
+    for _ in range(rng.randint(1, 3)):
+        said = compose(draw_task(rng), rng)
+        if rng.random() < 0.3:
+            lines.append(f"{who.who}: {translate(said, who)}")
+        else:
+            lines.append(f"English: {said} {who.who}: {translate(said, who)}")
+    return " ".join(lines)
+
+
+KINDS: dict[Callable[[random.Random], str], int] = {
+    questions: 34, talk: 12, work: 10, facts: 9, story: 9,
+    copying: 4, manners: 7, persona: 8, figure: 3, language: 6,
+}  # fmt: skip
+
+
+def documents(seed: int, count: int) -> Iterator[str]:
+    """`count` documents of one to four sentences or exchanges, drawn from the seed."""
+    rng = random.Random(f"documents {seed}")
+    kinds, weights = tuple(KINDS), tuple(KINDS.values())
+    for _ in range(count):
+        yield rng.choices(kinds, weights)[0](rng)
