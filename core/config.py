@@ -55,6 +55,8 @@ SIZES: dict[str, ModelConfig] = {
     # small ones: for laptops, tests and benchmarks
     "15m": ModelConfig(288, 6, 6, 6, 768, 32000, context=256),
     "demo": ModelConfig(192, 6, 6, 2, 512, 1024, context=1024),
+    "110m": ModelConfig(768, 12, 12, 12, 2048, 32000, context=1024),
+    "1b": ModelConfig(2048, 22, 32, 4, 5632, 32000, context=2048),
     "mini": ModelConfig(128, 4, 4, 2, 352, 1024, context=1024),
 }
 

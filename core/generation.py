@@ -1,6 +1,6 @@
 """Batched sampling from a model: prompts of different lengths in, answers with log-probs out."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -41,20 +41,14 @@ def generate(
     prompt_ids: list[int] | None = None,
     sample_ids: list[int] | None = None,
     batch_size: int = 256,
-    on_token: Callable[[int, int], None] | None = None,
 ) -> list[Completion]:
     """Continue each prompt (a list of ids) until EOS, `max_new_tokens` or the context's end.
 
     `prompt_ids` and `sample_ids` name the rows for the counter-based draw (default: 0, 1, ...
-    and 0). `on_token(row, id)` is called as each token appears. Results come in the order of
-    `prompts`. Raises ValueError for an empty prompt or one that fills the context.
+    and 0). Results come in the order of `prompts`. Raises ValueError for an empty prompt or one
+    that fills the context.
     """
-    for row, prompt in enumerate(prompts):
-        if not 0 < len(prompt) < model.config.context:
-            raise ValueError(
-                f"prompt {row} has {len(prompt)} tokens; it must have at least one and leave "
-                f"room in the context of {model.config.context}"
-            )
+    _check(model, prompts)
     device = model.head_weight.device
     ids = torch.tensor(prompt_ids if prompt_ids is not None else range(len(prompts)))
     samples = torch.tensor(sample_ids if sample_ids is not None else [0] * len(prompts))
@@ -66,10 +60,42 @@ def generate(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = _Batch(model, [prompts[r] for r in rows], keys[rows], max_new_tokens)
-        report = (lambda i, token, rows=rows: on_token(rows[i], token)) if on_token else None
-        for row, completion in zip(rows, batch.run(sampler, eos_id, report), strict=True):
+        for _ in batch.steps(sampler, eos_id):
+            pass
+        for row, completion in zip(rows, batch.completions(), strict=True):
             results[row] = completion
     return [completion for completion in results if completion is not None]
+
+
+@torch.inference_mode()
+def stream(
+    model: Transformer,
+    prompt: list[int],
+    *,
+    max_new_tokens: int,
+    eos_id: int | None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    round_index: int = 0,
+) -> Iterator[int]:
+    """The ids of `generate(model, [prompt], ...)`, each as soon as it is drawn."""
+    _check(model, [prompt])
+    first = torch.zeros(1, dtype=torch.int64)
+    keys = row_keys(seed, round_index, first, first).to(model.head_weight.device)
+    batch = _Batch(model, [prompt], keys, max_new_tokens)
+    for _ in batch.steps(Sampler(temperature, top_k, top_p), eos_id):
+        yield batch.tokens[0][-1]
+
+
+def _check(model: Transformer, prompts: list[list[int]]) -> None:
+    for row, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < model.config.context:
+            raise ValueError(
+                f"prompt {row} has {len(prompt)} tokens; it must have at least one and leave "
+                f"room in the context of {model.config.context}"
+            )
 
 
 class _Batch:
@@ -89,16 +115,9 @@ class _Batch:
         self.logprobs: list[list[float]] = [[] for _ in prompts]
         self.finished = [False] * len(prompts)
 
-    def run(
-        self, sampler: Sampler, eos_id: int | None, report: Callable[[int, int], None] | None
-    ) -> list[Completion]:
-        rows = [i for i, limit in enumerate(self.limits) if limit > 0]
-        if rows:
-            self._decode(rows, sampler, eos_id, report)
-        return [
-            Completion(*parts)
-            for parts in zip(self.tokens, self.logprobs, self.finished, strict=True)
-        ]
+    def completions(self) -> list[Completion]:
+        parts = zip(self.tokens, self.logprobs, self.finished, strict=True)
+        return [Completion(*each) for each in parts]
 
     def _prefill(self, rows: list[int]) -> tuple[KVCache, Tensor]:
         """Run the prompts, padded on the right; returns the cache and each last hidden state."""
@@ -110,19 +129,15 @@ class _Batch:
         dtype = self.model.head_weight.dtype
         cache = KVCache(self.model.config, len(rows), slots, device=self.device, dtype=dtype)
         hidden = self.model(tokens.to(self.device), cache=cache)
-        if longest == 1:  # a single token was appended, not filled: same slots either way
-            hidden = hidden[:, :1]
         cache.lengths = torch.tensor([self.lengths[i] for i in rows], device=self.device)
         last = hidden[torch.arange(len(rows), device=self.device), cache.lengths - 1]
         return cache, last
 
-    def _decode(
-        self,
-        rows: list[int],
-        sampler: Sampler,
-        eos_id: int | None,
-        report: Callable[[int, int], None] | None,
-    ) -> None:
+    def steps(self, sampler: Sampler, eos_id: int | None) -> Iterator[None]:
+        """Draw one token for every unfinished row at each step."""
+        rows = [i for i, limit in enumerate(self.limits) if limit > 0]
+        if not rows:
+            return
         cache, hidden = self._prefill(rows)
         keys = self.keys[rows]
         step = 0
@@ -130,7 +145,8 @@ class _Batch:
             drawn, logprobs = ops.sample(
                 self.model.logits(hidden), seeds=step_seeds(keys, step), **sampler._asdict()
             )
-            alive = self._record(rows, drawn.tolist(), logprobs.tolist(), eos_id, report)
+            alive = self._record(rows, drawn.tolist(), logprobs.tolist(), eos_id)
+            yield
             if not alive:
                 return
             if len(alive) < len(rows):
@@ -143,20 +159,13 @@ class _Batch:
             step += 1
 
     def _record(
-        self,
-        rows: list[int],
-        drawn: list[int],
-        logprobs: list[float],
-        eos_id: int | None,
-        report: Callable[[int, int], None] | None,
+        self, rows: list[int], drawn: list[int], logprobs: list[float], eos_id: int | None
     ) -> list[int]:
         """Note one token a row; returns the slots (not rows) that go on."""
         alive = []
         for slot, i in enumerate(rows):
             self.tokens[i].append(drawn[slot])
             self.logprobs[i].append(logprobs[slot])
-            if report:
-                report(i, drawn[slot])
             self.finished[i] = drawn[slot] == eos_id
             if not self.finished[i] and len(self.tokens[i]) < self.limits[i]:
                 alive.append(slot)

@@ -1,0 +1,84 @@
+"""`puna chat`: talk to a model in the terminal, answers streamed as they are drawn."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from puna.core.chat import Message, check_dialogue, encode_prompt
+from puna.core.checkpoint import load_model, tokenizer_path
+from puna.core.generation import stream
+from puna.core.model import Transformer
+from puna.core.tokenizer import Tokenizer, stream_text
+
+
+@dataclass(kw_only=True)
+class ChatConfig:
+    """Talk to a chat model. An empty line or Ctrl-D ends, /new starts a new dialogue."""
+
+    model: Path
+    """a model folder"""
+    system: str = ""
+    """system message: an instruction that should hold for the whole dialogue"""
+    temperature: float = 0.6
+    """0 is greedy (Meta's default: 0.6)"""
+    top_p: float = 0.9
+    """keep the most likely tokens up to this mass (Meta's default: 0.9)"""
+    max_new_tokens: int = 256
+    seed: int = 0
+    device: str = "cpu"
+
+
+def run(config: ChatConfig) -> None:
+    """Read messages from stdin until it ends; a message that cannot be sent says why."""
+    tokenizer = Tokenizer(tokenizer_path(config.model))
+    model = load_model(config.model, device=config.device)
+    if model.head != "lm":
+        raise ValueError(f"{config.model} is a reward model; chat needs a language model")
+    fresh: list[Message] = []
+    if config.system:
+        fresh = [{"role": "system", "content": config.system}]
+    messages = list(fresh)
+    print("Talk to the model; /new starts again, an empty line ends.")
+    while (text := _read()) is not None:
+        if text == "/new":
+            messages = list(fresh)
+            continue
+        turn: Message = {"role": "user", "content": text}
+        try:
+            check_dialogue([*messages, turn])
+            answer = _answer(model, tokenizer, [*messages, turn], config)
+        except ValueError as error:
+            print(f"({error})", file=sys.stderr)
+            continue
+        if answer:
+            messages += [turn, {"role": "assistant", "content": answer}]
+
+
+def _read() -> str | None:
+    try:
+        text = input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+    return text or None
+
+
+def _answer(
+    model: Transformer, tokenizer: Tokenizer, messages: list[Message], config: ChatConfig
+) -> str:
+    drawn = stream(
+        model,
+        encode_prompt(tokenizer, messages),
+        max_new_tokens=config.max_new_tokens,
+        eos_id=tokenizer.eos_id,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=config.seed,
+        round_index=len(messages),  # another draw for each turn
+    )
+    pieces = []
+    for piece in stream_text(tokenizer, (i for i in drawn if i != tokenizer.eos_id)):
+        print(piece, end="", flush=True)
+        pieces.append(piece)
+    print()
+    return "".join(pieces).strip()

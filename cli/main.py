@@ -1,0 +1,98 @@
+"""`puna <verb> [recipe.toml] [--flag value]`: finds the verb, parses its configuration, runs it.
+
+A verb's module is imported only when it is called, so that `puna --help` answers at once.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from puna.core import parallel
+
+
+class Verb(NamedTuple):
+    module: str
+    config: str  # the dataclass in that module
+    summary: str
+    function: str = "run"
+
+
+VERBS = {
+    "demo": Verb("puna.cli.demo", "DemoConfig", "all of Llama 2, small, on this machine"),
+    "tokenizer train": Verb(
+        "puna.cli.tokenizer", "TrainTokenizer", "train a SentencePiece tokenizer"
+    ),
+    "tokenizer encode": Verb("puna.cli.tokenizer", "Encode", "show the ids of a text"),
+    "tokenizer inspect": Verb("puna.cli.tokenizer", "Inspect", "describe a tokenizer"),
+    "pretrain": Verb("puna.trainers.pretrain", "PretrainConfig", "next-token training on text"),
+    "sft": Verb("puna.trainers.sft", "SFTConfig", "supervised fine-tuning on dialogues"),
+    "reward": Verb("puna.trainers.reward", "RewardConfig", "train a reward model on comparisons"),
+    "rejection": Verb(
+        "puna.trainers.rejection", "RejectionConfig", "sample K answers, train on the best"
+    ),
+    "ppo": Verb("puna.trainers.ppo", "PPOConfig", "reinforcement learning by PPO"),
+    "gatt": Verb("puna.trainers.gatt", "GAttConfig", "Ghost Attention: keep instructions"),
+    "rlhf": Verb("puna.trainers.rlhf", "RLHFConfig", "the loop V1..Vn over the stages"),
+    "evaluate": Verb(
+        "puna.trainers.evaluate", "EvaluateConfig", "accuracy and calibration of a reward model"
+    ),
+    "generate": Verb("puna.cli.generate", "GenerateConfig", "continue a prompt"),
+    "chat": Verb("puna.cli.chat", "ChatConfig", "talk to a model"),
+    "convert": Verb("puna.cli.convert", "ConvertConfig", "between checkpoint formats"),
+    "bench": Verb("puna.cli.bench", "BenchConfig", "the benchmark suite"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status. A user's mistake is one sentence on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    name = arguments.pop(0)
+    if arguments and f"{name} {arguments[0]}" in VERBS:
+        name = f"{name} {arguments.pop(0)}"
+    if name not in VERBS:
+        near = [verb for verb in VERBS if verb.split()[0] == name] or list(VERBS)
+        print(f"puna: no verb '{name}'; there is {', '.join(near)}", file=sys.stderr)
+        return 2
+    return run_verb(name, arguments)
+
+
+def run_verb(name: str, arguments: Sequence[str]) -> int:
+    verb = VERBS[name]
+    module = importlib.import_module(verb.module)
+    from puna.trainers.config import parse
+
+    parallel.init()
+    try:
+        config = parse(getattr(module, verb.config), arguments, f"puna {name}")
+        getattr(module, verb.function)(config)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"puna {name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"puna {name}: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        parallel.close()
+    return 0
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    rows = [f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: puna <verb> [recipe.toml] [--flag value]",
+            "",
+            *rows,
+            "",
+            "puna <verb> --help shows a verb's options with their defaults.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

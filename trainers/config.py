@@ -1,0 +1,149 @@
+"""A dataclass, a TOML recipe and the command line become one configuration.
+
+`parse(SFTConfig, ["7b/sft.toml", "--lr", "1e-5"])`: the dataclass gives the defaults, the recipe
+overrides them, a flag overrides the recipe. Recipes are flat, plus one table for each field that
+is itself a dataclass or a dict. No name in a recipe ever becomes code.
+"""
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Config = TypeVar("Config")
+
+
+def parse(cls: type[Config], argv: Sequence[str], prog: str) -> Config:
+    """The configuration of `argv`: an optional recipe first, then flags.
+
+    Raises ValueError for a recipe that cannot be found or read, or has an unknown key or a value
+    of the wrong type; prints usage and exits for wrong flags, as command lines do.
+    """
+    arguments = list(argv)
+    values: dict[str, Any] = {}
+    if arguments and not arguments[0].startswith("-"):
+        values = load_recipe(cls, find_recipe(arguments.pop(0)))
+    default = from_values(cls, values)
+    return tyro.cli(
+        tyro.conf.OmitArgPrefixes[cls],  # type: ignore[valid-type]
+        args=arguments,
+        default=default,
+        prog=f"{prog} [recipe.toml]",
+        description=(cls.__doc__ or "").strip(),
+    )
+
+
+def find_recipe(name: str) -> Path:
+    """The file called `name`, or the recipe of that name that Puna ships (`7b/sft.toml`)."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = Path(str(resources.files("puna.recipes")))
+    wanted = name if name.endswith(".toml") else f"{name}.toml"
+    if (shipped / wanted).is_file():
+        return shipped / wanted
+    known = sorted(str(p.relative_to(shipped)) for p in shipped.rglob("*.toml"))
+    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.3) or known
+    raise ValueError(f"no recipe '{name}': no such file, and Puna ships {', '.join(near)}")
+
+
+def load_recipe(cls: type, path: Path) -> dict[str, Any]:
+    """The recipe's values, checked against the fields of `cls`."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not TOML: {error}") from error
+    check_keys(cls, values, str(path))
+    return values
+
+
+def check_keys(cls: type, values: dict[str, Any], where: str) -> None:
+    """ValueError naming the nearest known keys where `values` has one that `cls` has not."""
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)
+            raise ValueError(f"{where}: unknown key '{key}'; did you mean {', '.join(near)}?")
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
+            check_keys(typing.cast(type, hints[key]), value, f"{where} [{key}]")
+
+
+def from_values(cls: type[Config], values: dict[str, Any]) -> Config | Any:
+    """An instance of `cls` from plain TOML values; fields without a value or a default stay
+    missing, for the command line to fill."""
+    hints = typing.get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.name in values:
+            arguments[field.name] = convert(hints[field.name], values[field.name], field.name)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            arguments[field.name] = tyro.MISSING
+    return cls(**arguments)
+
+
+def convert(hint: Any, value: Any, name: str) -> Any:
+    """One TOML value as the field's type; ValueError where it cannot be."""
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_values(typing.cast(type, hint), value)
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    for option in options:
+        origin = typing.get_origin(option) or option
+        if origin is Path and isinstance(value, str):
+            return Path(value)
+        if origin is float and type(value) in (int, float):
+            return float(value)
+        if origin is typing.Literal:
+            if value in typing.get_args(option):
+                return value
+        elif origin is tuple and isinstance(value, list):
+            inner = typing.get_args(option)[0]
+            return tuple(convert(inner, v, name) for v in value)
+        elif origin is list and isinstance(value, list):
+            inner = typing.get_args(option)[0]
+            return [convert(inner, v, name) for v in value]
+        elif isinstance(origin, type) and type(value) is origin:
+            return value
+    expected = getattr(hint, "__name__", str(hint)).replace("typing.", "")
+    raise ValueError(f"'{name}' is {value!r}; expected {expected}")
+
+
+def _is_union(hint: Any) -> bool:
+    return isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+
+
+def to_toml(config: Any) -> str:
+    """The resolved configuration as a recipe that gives the same one again."""
+    plain, tables = [], []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            tables.append(f"\n[{field.name}]\n{to_toml(value)}")
+        elif isinstance(value, dict):
+            rows = "".join(f"{_quote(k)} = {_quote(v)}\n" for k, v in value.items())
+            tables.append(f"\n[{field.name}]\n{rows}")
+        elif value is not None:
+            plain.append(f"{field.name} = {_quote(value)}\n")
+    return "".join(plain) + "".join(tables)
+
+
+def _quote(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_quote(v) for v in value) + "]"
+    text = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{text}"'
