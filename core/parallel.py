@@ -1,0 +1,268 @@
+"""Parallelism applied to a model from outside: FSDP2 over all processes that torchrun started.
+
+The model file knows nothing of it. One process, no group: every function here is then the
+plain thing. Gradients are summed over the ranks, not averaged, since the loss is divided by
+the weight sum of the whole batch. Blocks are one group each; the embedding, the final norm and
+the head share the root's, which stays whole from a forward until its backward: so
+`model.head_weight`, used outside forward, is the full matrix, and its gradient is reduced at
+the end of that backward.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from puna.core.model import Transformer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def init() -> None:
+    """Join the other processes where torchrun started several; nothing otherwise.
+
+    Tensors on CUDA travel by nccl, on the CPU by gloo; each process takes the device of its
+    local rank.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend)
+
+
+def close() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    all_sum(torch.zeros(1))
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """The sum over ranks, as a new tensor; the tensor itself for one rank."""
+    return _all_reduce(tensor, dist.ReduceOp.SUM)
+
+
+def all_max(value: int) -> int:
+    """The largest of the ranks' values."""
+    return int(_all_reduce(torch.tensor(value), dist.ReduceOp.MAX))
+
+
+def _all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    if world_size() == 1:
+        return tensor
+    result = tensor.detach().clone()
+    dist.all_reduce(result, operation)
+    return result
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's value (anything JSON holds) on every rank; the others' are ignored."""
+    if world_size() == 1:
+        return value
+    text = json.dumps(value).encode() if is_main() else b""
+    size = torch.tensor(len(text))
+    dist.broadcast(size, src=0)
+    buffer = torch.empty(int(size), dtype=torch.uint8)
+    if is_main():
+        buffer.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    dist.broadcast(buffer, src=0)
+    return json.loads(bytes(buffer.tolist()))
+
+
+def prepare(
+    model: Transformer,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    activation_checkpointing: bool = False,
+    compile: bool = False,
+) -> Transformer:
+    """The model made ready to train on all ranks, in place; its weights must be loaded before.
+
+    Activation checkpointing -> compile -> FSDP2, each a block at a time. Weights stay in the
+    dtype they are in (fp32); `compute_dtype` is what they are gathered and multiplied in, with
+    gradients reduced in fp32. On one rank FSDP2 does that cast too, over a group of one;
+    without a `compute_dtype` one rank needs no FSDP2.
+    """
+    for block in model.model.layers:
+        if activation_checkpointing:
+            _replace_forward(block, _checkpointed(block.forward))
+        if compile:
+            _replace_forward(block, torch.compile(block.forward))
+    if world_size() == 1 and compute_dtype is None:
+        return model
+    device = model.head_weight.device.type
+    if not dist.is_initialized():
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(device, (world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in _sharded_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    model.__dict__["compute_dtype"] = compute_dtype
+    return model
+
+
+def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def _replace_forward(block: nn.Module, forward: Callable[..., Tensor]) -> None:
+    """Put `forward` before the class's own: unlike a wrapper module it renames no parameter,
+    and FSDP2's hooks stay outside what is recomputed or compiled."""
+    block.__dict__["forward"] = forward
+
+
+def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _reshard(model: nn.Module) -> None:
+    """Register the sharded parameters: a forward without gradients leaves the root's whole."""
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+@contextmanager
+def gathered(model: Transformer) -> Iterator[Transformer]:
+    """A model to generate with, its weights gathered once for the whole context (collective).
+
+    The paper, section 3.2.3: generating from sharded weights is about 20 times slower. The
+    yielded model is a plain one, on every rank, in the compute dtype; its weights are freed
+    at the end. On one unsharded rank it is `model` itself, without checkpointing or compile.
+    """
+    if not isinstance(model, FSDPModule):
+        replaced = [(b, b.__dict__.pop("forward", None)) for b in model.model.layers]
+        try:
+            yield model
+        finally:
+            for block, forward in replaced:
+                if forward is not None:
+                    _replace_forward(block, forward)
+        return
+    _reshard(model)
+    with torch.device("meta"):
+        whole = Transformer(model.config, model.head)
+    dtype = model.__dict__["compute_dtype"]
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        tensor = _full(parameter.detach().to(dtype or parameter.dtype))
+        setattr(whole.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+    yield whole
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter by the plain model's name, whole and on the CPU, one at a time.
+
+    Collective: every rank must take all of them.
+    """
+    _reshard(model)
+    for name, parameter in model.named_parameters():
+        yield name, _full(parameter.detach()).cpu()
+
+
+def optimizer_state(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
+    """AdamW's state, whole, on the CPU: `<parameter>.exp_avg`, `.exp_avg_sq` and `.step`.
+
+    Collective; only rank 0 gets the tensors, the others an empty dict. What has had no
+    gradient yet has no state and no entry.
+    """
+    _reshard(model)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state.get(parameter, {})
+        for key in ("step", *MOMENTS) if state else ():
+            whole = _full(state[key])
+            if is_main():
+                tensors[f"{name}.{key}"] = whole.to("cpu", torch.float32)
+    return tensors
+
+
+def load_optimizer_state(
+    model: Transformer, optimizer: Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put what `optimizer_state` gave into a new optimizer, for any number of ranks.
+
+    Every rank passes the same whole tensors and keeps its own part. Raises ValueError where
+    they are not this model's.
+    """
+    _reshard(model)
+    parameters = dict(model.named_parameters())
+    unknown = sorted({key.rpartition(".")[0] for key in tensors} - set(parameters))
+    if unknown:
+        raise ValueError(
+            f"the optimizer state has {unknown[0]}, which the model has not; resume with the "
+            "model that it was saved with"
+        )
+    for name, parameter in parameters.items():
+        if f"{name}.step" not in tensors:
+            continue
+        state = {"step": tensors[f"{name}.step"].clone()}
+        for moment in MOMENTS:
+            state[moment] = _like(parameter, tensors[f"{name}.{moment}"], f"{name}.{moment}")
+        optimizer.state[parameter] = state
+
+
+def _like(parameter: Tensor, whole: Tensor, name: str) -> Tensor:
+    """A copy of `whole`, sharded and placed as the parameter is."""
+    if whole.shape != parameter.shape:
+        raise ValueError(
+            f"{name} is {tuple(whole.shape)} where the model's is {tuple(parameter.shape)}; "
+            "resume with the model that it was saved with"
+        )
+    copy = whole.to(parameter.device, parameter.dtype, copy=True)
+    if not isinstance(parameter, DTensor):
+        return copy
+    return distribute_tensor(copy, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Scale all gradients so that their norm over all ranks is at most `max_norm`; returns
+    the norm before."""
+    _reshard(model)
+    gradients = [_local(p.grad) for p in model.parameters() if p.grad is not None]
+    squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
+    norm = (all_sum(squares) if _sharded_modules(model) else squares).sqrt()
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return float(norm)
