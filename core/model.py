@@ -162,12 +162,14 @@ class Transformer(nn.Module):
                 f"{self.config.context}; shorten it"
             )
         if self._tables is None or self._tables[0].device != tokens.device:
-            self._tables = ops.rope_tables(
-                self.config.context,
-                self.config.head_dim,
-                theta=self.config.rope_theta,
-                device=tokens.device,
-            )
+            # Made for good: a table from inside `generate` could not be trained through later.
+            with torch.inference_mode(False):
+                self._tables = ops.rope_tables(
+                    self.config.context,
+                    self.config.head_dim,
+                    theta=self.config.rope_theta,
+                    device=tokens.device,
+                )
         return Rotary(*self._tables, positions)
 
     @torch.no_grad()
