@@ -1,0 +1,86 @@
+"""The machine card: what a figure was measured on, and how fast the machine can be at best."""
+
+import os
+import platform
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from puna.benchmarks.timing import best_seconds
+
+MATMUL_SIDE = 1024
+
+
+def card(device: torch.device) -> dict[str, object]:
+    """Processor, memory, threads, versions, commit: JSON values, `unknown` where not told."""
+    described = {
+        "device": str(device),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": _memory_gb(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": installed("transformers"),
+        "commit": _commit(),
+        "onednn_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "not limited"),
+    }
+    if device.type == "cuda":
+        described["gpu"] = torch.cuda.get_device_name(device)
+    return described
+
+
+def slug(machine: dict[str, object]) -> str:
+    """A folder name for the machine: processor (or GPU) and threads."""
+    name = machine.get("gpu") or f"{machine['processor']} {machine['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """The best matrix product seen, in FLOP/s, of two square matrices."""
+    a = torch.randn(MATMUL_SIDE, MATMUL_SIDE, device=device, dtype=dtype)
+    return 2 * MATMUL_SIDE**3 / best_seconds(lambda: a @ a, device)
+
+
+def read_rate(device: torch.device, size: int) -> float:
+    """The best rate in bytes/s of reading `size` bytes once: weights this large may live in a
+    cache, and then memory is not their ceiling."""
+    block = torch.ones(max(1, size // 4), device=device)
+    return block.numel() * 4 / best_seconds(block.sum, device)
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        named = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M)
+        if named:
+            return named[1]
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def _memory_gb() -> float | str:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    except (AttributeError, ValueError, OSError):
+        return "unknown"
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return result.stdout.strip() or "unknown"

@@ -1,0 +1,97 @@
+"""The suite: opens each shape, runs the benches, prints the card, a table and the document."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from puna.benchmarks import machine
+from puna.benchmarks.generate import BATCHES, bench_generate
+from puna.benchmarks.models import open_models
+from puna.benchmarks.rows import Row
+from puna.benchmarks.train import bench_train
+
+SHAPES = ("demo", "15m")
+RESULTS = Path(__file__).parent / "results"
+
+
+def run_suite(
+    what: str, *, rounds: int, device: torch.device, command: str, save: bool = False
+) -> dict[str, object]:
+    """Measure "train", "generate" or "all"; the last line printed is the document's JSON.
+
+    Returns the document {"machine": ..., "command": ..., "rows": [...]}. With `save` it is also
+    written to results/<machine>/<what>.json beside this file.
+    """
+    console = Console()
+    card = machine.card(device)
+    console.print(card_table(card))
+    if card["transformers"] is None:
+        console.print("transformers is not installed: its rows are left out (extra `peers`)")
+    found: list[Row] = []
+    for shape in SHAPES:
+        with tempfile.TemporaryDirectory(prefix="puna-bench-") as folder:
+            models = open_models(shape, Path(folder) / shape, device)
+        # Generation first: the training bench moves the weights.
+        if what in ("generate", "all"):
+            for batch in BATCHES:
+                found += bench_generate(models, batch, rounds)
+        if what in ("train", "all"):
+            found += bench_train(models, rounds)
+    console.print(rows_table(found))
+    document = {"machine": card, "command": command, "rows": found}
+    if save:
+        console.print(f"written to {write_document(document, what)}")
+    print(json.dumps(document))
+    return document
+
+
+def write_document(document: dict[str, object], what: str) -> Path:
+    """results/<machine>/<what>.json; a newer run of the same takes its place."""
+    card = document["machine"]
+    assert isinstance(card, dict)
+    path = RESULTS / machine.slug(card) / f"{what}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def card_table(card: dict[str, object]) -> Table:
+    table = Table(show_header=False, box=None)
+    for name, value in card.items():
+        table.add_row(name, "not installed" if value is None else str(value))
+    return table
+
+
+def rows_table(found: list[Row]) -> Table:
+    """Puna's rows say how many times the peer's rate they reach."""
+    peers = {
+        (row["bench"], row["shape"], row["batch"]): row["value"]
+        for row in found
+        if row["provider"] != "puna"
+    }
+    table = Table()
+    for heading in ("bench", "shape", "batch", "provider"):
+        table.add_column(heading)
+    for heading in ("tok/s", "p20", "p80", "of limit", "times peer", "error", "peak MB"):
+        table.add_column(heading, justify="right")
+    for row in found:
+        peer = peers.get((row["bench"], row["shape"], row["batch"]))
+        ratio = f"{row['value'] / peer:.2f}" if peer and row["provider"] == "puna" else ""
+        table.add_row(
+            row["bench"],
+            row["shape"],
+            str(row["batch"]),
+            row["provider"],
+            f"{row['value']:,.0f}",
+            f"{row['p20']:,.0f}",
+            f"{row['p80']:,.0f}",
+            f"{row['value'] / row['limit']:.0%}",
+            ratio,
+            f"{row['error']:.1e}",
+            "" if row["peak_mb"] is None else f"{row['peak_mb']:,.0f}",
+        )
+    return table

@@ -1,0 +1,99 @@
+"""Timing that a noisy machine does not decide: interleaved rounds, medians, peak memory."""
+
+import ctypes
+import gc
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import quantiles
+from typing import NamedTuple
+
+import torch
+
+_RESET_PEAK, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+class Timing(NamedTuple):
+    """Seconds of one call."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def interleaved(
+    work: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, Timing]:
+    """Time each call once a round, in turn, so that a slow minute falls on all alike.
+
+    One unmeasured round comes first. Every other round runs in the reverse order.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(rounds + 1):
+        for name in list(work) if turn % 2 else reversed(list(work)):
+            elapsed = _seconds(work[name], device)
+            if turn:
+                seconds[name].append(elapsed)
+    return {name: summarise(found) for name, found in seconds.items()}
+
+
+def summarise(seconds: list[float]) -> Timing:
+    """Median, 20th and 80th percentile."""
+    if len(seconds) == 1:
+        return Timing(*seconds * 3)
+    fifths = quantiles(seconds, n=10, method="inclusive")
+    return Timing(median=fifths[4], p20=fifths[1], p80=fifths[7])
+
+
+def best_seconds(call: Callable[[], object], device: torch.device, rounds: int = 20) -> float:
+    """The fastest of `rounds` calls: for ceilings, where noise can only slow down."""
+    return min(_seconds(call, device) for _ in range(rounds))
+
+
+def peak_mb(call: Callable[[], object], device: torch.device) -> float | None:
+    """Megabytes that one call needs at its height over what was held before it.
+
+    None where the system does not tell (on the CPU: anything but Linux).
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        _seconds(call, device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    if not _give_back_freed_memory():
+        return None
+    before = _status_mb("VmRSS")
+    _RESET_PEAK.write_text("5")
+    call()
+    return max(0.0, _status_mb("VmHWM") - before)
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    _finish(device)
+    start = time.perf_counter()
+    call()
+    _finish(device)
+    return time.perf_counter() - start
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _give_back_freed_memory() -> bool:
+    """Without this the allocator keeps what the last call freed, and the next needs 'nothing'."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        _RESET_PEAK.write_text("5")
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def _status_mb(field: str) -> float:
+    found = re.search(rf"^{field}:\s*(\d+) kB$", _STATUS.read_text(), re.M)
+    assert found, f"no {field} in {_STATUS}"
+    return int(found[1]) * 1024 / 1e6
