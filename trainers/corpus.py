@@ -1,0 +1,95 @@
+"""A pretraining corpus: the ids of all documents end to end, in 2 or 4 bytes each.
+
+Every document is BOS, its text, EOS; the paper does not say what separated Llama 2's. On disk a
+corpus is a one-dimensional `.npy` array, opened without reading it into memory: BOS tells where
+documents begin.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from puna.core.tokenizer import Tokenizer
+
+CHUNK = 1 << 24  # tokens looked at together, so that a corpus larger than memory can be opened
+
+
+class Corpus(NamedTuple):
+    """Documents end to end."""
+
+    tokens: np.ndarray
+    """(N,) uint16 or uint32, in memory or mapped from a file"""
+    starts: np.ndarray
+    """(documents,) int64, ascending: where each document's BOS is in `tokens`"""
+
+
+def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
+    """The smallest integers that hold every id."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def encode_corpus(tokenizer: Tokenizer, texts: Iterable[str]) -> Corpus:
+    """Texts as a corpus. Raises ValueError where there is none."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    documents = [np.asarray(tokenizer.encode(text, bos=True, eos=True), dtype) for text in texts]
+    if not documents:
+        raise ValueError("there is no text to train on")
+    lengths = [len(document) for document in documents]
+    return Corpus(np.concatenate(documents), np.cumsum([0, *lengths[:-1]]))
+
+
+def save_corpus(path: Path, corpus: Corpus) -> None:
+    """Writes the ids as `.npy`; raises ValueError for a path of another ending."""
+    if path.suffix != ".npy":
+        raise ValueError(f"{path}: a corpus of ids is written as .npy; name it so")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.save(file, corpus.tokens, allow_pickle=False)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def open_corpus(path: Path, tokenizer: Tokenizer) -> Corpus:
+    """A corpus on disk, mapped into memory.
+
+    Raises ValueError where the file is absent, no such array, or made with a tokenizer of a
+    larger vocabulary.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path} is no .npy array: {error}") from error
+    if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32) or not len(tokens):
+        raise ValueError(
+            f"{path} holds {tokens.dtype} of shape {tokens.shape}, expected a one-dimensional "
+            "uint16 or uint32 array of ids, as `puna tokenizer encode --output` writes"
+        )
+    starts = []
+    for begin in range(0, len(tokens), CHUNK):
+        chunk = tokens[begin : begin + CHUNK]
+        if int(chunk.max()) >= tokenizer.vocab_size:
+            raise ValueError(
+                f"{path} holds the id {int(chunk.max())}, outside the vocabulary of "
+                f"{tokenizer.vocab_size} in {tokenizer.path}; encode the text with this tokenizer"
+            )
+        starts.append(np.flatnonzero(chunk == tokenizer.bos_id) + begin)
+    return Corpus(tokens, np.concatenate(starts))
+
+
+def split_corpus(corpus: Corpus, held_out: float) -> tuple[Corpus, Corpus]:
+    """(training part, held-out part): the last `held_out` (0..1) of the tokens, cut anywhere.
+
+    A cut document goes on in the held-out part without a BOS.
+    """
+    assert 0.0 < held_out < 1.0
+    tokens, starts = corpus
+    cut = len(tokens) - round(len(tokens) * held_out)
+    first = int(np.searchsorted(starts, cut))
+    return Corpus(tokens[:cut], starts[:first]), Corpus(tokens[cut:], starts[first:] - cut)

@@ -1,0 +1,364 @@
+"""One row of a user's file as a dialogue, a preference or a prompt.
+
+A row is a JSON object. `Malformed` says that it cannot be read (the run stops), `Unusable` that
+it can be read but not learned from (it is skipped and counted). Nothing is guessed: columns and
+values with other names than ours are mapped by the recipe's `[columns]` and `[ratings]`.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+from puna.core.chat import Message, check_dialogue, check_text
+
+RATINGS = ("significantly_better", "better", "slightly_better", "negligibly_better")
+SAFETY = ("chosen_safe", "both_safe", "both_unsafe")
+ROLES = ("system", "user", "assistant")
+
+Row = Mapping[str, Any]
+Ratings = Mapping[str, str]
+
+
+class Malformed(ValueError):
+    """The row cannot be read: what is wrong, and what was expected."""
+
+
+class Unusable(ValueError):
+    """The row can be read but not learned from: the reason to count it under."""
+
+
+class Dialogue(NamedTuple):
+    """A dialogue that ends with an assistant message."""
+
+    messages: list[Message]
+
+
+class Preference(NamedTuple):
+    """Two answers to one prompt and which of them a person preferred."""
+
+    messages: list[Message]
+    """The prompt: up to the last user message."""
+    chosen: str
+    rejected: str
+    rating: str | None = None
+    """How much better, one of RATINGS; None where nobody was asked."""
+    safety: str | None = None
+    """One of SAFETY; None where nobody was asked."""
+    batch: int | None = None
+    """The week or round in which it was collected."""
+
+
+class Prompt(NamedTuple):
+    """A dialogue that ends with a user message, to be answered by a model."""
+
+    messages: list[Message]
+    safety: bool = False
+    """Whether it was written to draw out an unsafe answer (Eq. 4's is_safety)."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The names that the file gives to each column; an empty name: the file has no such column."""
+
+    text: str = "text"
+    """Text files: the text."""
+    messages: str = "messages"
+    """A list of messages."""
+    prompt: str = "prompt"
+    """One user message, or a list of messages."""
+    response: str = "response"
+    """SFT: the answer to `prompt`."""
+    chosen: str = "chosen"
+    """The preferred answer, or the whole dialogue with it."""
+    rejected: str = "rejected"
+    """The other answer, or the whole dialogue with it."""
+    a: str = ""
+    """First of two answers; `rating` then says which of them is better."""
+    b: str = ""
+    """Second of two answers."""
+    a_safe: str = ""
+    """Whether answer a is safe."""
+    b_safe: str = ""
+    """Whether answer b is safe."""
+    rating: str = "rating"
+    """How much better the chosen answer is."""
+    safety: str = "safety"
+    """Preferences: which answers are safe. Prompts: whether it asks for something unsafe."""
+    batch: str = "batch"
+    """The week or round of a preference."""
+
+
+def parse_text(row: Row, columns: Columns) -> str:
+    """The text of a row."""
+    text = _string(row, columns.text)
+    if not text.strip():
+        raise Unusable("the text is empty")
+    _check_unicode(text)
+    return text
+
+
+def parse_dialogue(row: Row, columns: Columns) -> Dialogue:
+    """`messages`, or `prompt` and `response`."""
+    if columns.messages in row:
+        messages = _messages(row[columns.messages], columns.messages)
+    elif columns.prompt in row and columns.response in row:
+        messages = [*_prompt(row, columns), _message("assistant", _string(row, columns.response))]
+    else:
+        raise _missing(row, f"'{columns.messages}' or '{columns.prompt}' and '{columns.response}'")
+    _check_dialogue(messages)
+    if messages[-1]["role"] != "assistant":
+        raise Unusable("the dialogue does not end with an assistant message")
+    return Dialogue(messages)
+
+
+def parse_prompt(row: Row, columns: Columns) -> Prompt:
+    """`messages` or `prompt`, and perhaps `safety`: true or false."""
+    if columns.messages in row:
+        messages = _messages(row[columns.messages], columns.messages)
+    elif columns.prompt in row:
+        messages = _prompt(row, columns)
+    else:
+        raise _missing(row, f"'{columns.messages}' or '{columns.prompt}'")
+    safety = row.get(columns.safety, False)
+    if not isinstance(safety, bool):
+        raise Malformed(f"'{columns.safety}' is {_show(safety)}, expected true or false")
+    _check_prompt(messages)
+    return Prompt(messages, safety)
+
+
+def parse_preference(row: Row, columns: Columns, ratings: Ratings) -> Preference:
+    """A comparison: `chosen` and `rejected` to a prompt, two transcripts, or `a` and `b`.
+
+    `ratings` maps the file's values to ours: the rating levels; for answers a and b, which of
+    them is better and how much (`a better`); `tie`; and `safe` or `unsafe` for one answer.
+    """
+    if columns.a or columns.b:
+        preference = _compared(row, columns, ratings)
+    else:
+        messages, chosen, rejected = _chosen_and_rejected(row, columns)
+        rating = row.get(columns.rating)
+        level = None if rating is None else _value(rating, columns.rating, ratings, RATINGS)
+        safety = _safety(row, columns, ratings)
+        preference = Preference(messages, chosen, rejected, level, safety)
+    _check_prompt(preference.messages)
+    for answer in (preference.chosen, preference.rejected):
+        _check_answer(answer)
+    if preference.chosen.strip() == preference.rejected.strip():
+        raise Unusable("the two answers are the same")
+    if preference.safety == "chosen_unsafe":
+        raise Unusable("the chosen answer is unsafe and the rejected one safe")
+    return preference._replace(batch=_batch(row, columns))
+
+
+def _compared(row: Row, columns: Columns, ratings: Ratings) -> Preference:
+    """A row with answers a and b and a verdict on them."""
+    if not (columns.a and columns.b and columns.rating):
+        raise Malformed("[columns] maps one of a, b and rating without the others")
+    messages = _prompt_or_messages(row, columns)
+    answers = {"a": _string(row, columns.a), "b": _string(row, columns.b)}
+    known = tuple(f"{better} {level}" for better in "ab" for level in RATINGS)
+    verdict = _value(row.get(columns.rating), columns.rating, ratings, known)
+    better, level = verdict.split(" ", 1)
+    worse = "b" if better == "a" else "a"
+    safety = None
+    if columns.a_safe and columns.b_safe:
+        names = {"a": columns.a_safe, "b": columns.b_safe}
+        safe = {side: _is_safe(row.get(name), name, ratings) for side, name in names.items()}
+        safety = _safety_label(safe[better], safe[worse])
+    return Preference(messages, answers[better], answers[worse], level, safety)
+
+
+def _chosen_and_rejected(row: Row, columns: Columns) -> tuple[list[Message], str, str]:
+    """(prompt, chosen answer, rejected answer) in each of the layouts that are read as they are."""
+    for name in (columns.chosen, columns.rejected):
+        if name not in row:
+            raise _missing(row, f"'{name}'")
+    pair = (row[columns.chosen], row[columns.rejected])
+    if columns.messages in row or columns.prompt in row:
+        messages = _prompt_or_messages(row, columns)
+        chosen, rejected = (_answer_to(messages, answer, columns) for answer in pair)
+        return messages, chosen, rejected
+    dialogues = [
+        parse_transcript(side) if isinstance(side, str) else _messages(side, columns.chosen)
+        for side in pair
+    ]
+    for dialogue in dialogues:
+        if not dialogue or dialogue[-1]["role"] != "assistant":
+            raise Unusable("the dialogue does not end with an assistant message")
+    chosen_dialogue, rejected_dialogue = dialogues
+    if chosen_dialogue[:-1] != rejected_dialogue[:-1]:
+        raise Unusable("the two dialogues differ before their last answer")
+    return (
+        chosen_dialogue[:-1],
+        chosen_dialogue[-1]["content"],
+        rejected_dialogue[-1]["content"],
+    )
+
+
+def parse_transcript(text: str) -> list[Message]:
+    """A dialogue written as paragraphs that begin with `Human:` or `Assistant:` (Anthropic's HH).
+
+    Raises Malformed where the text does not begin with `Human:` or `Assistant:`.
+    """
+    before, *turns = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    if before.strip() or not turns:
+        raise Malformed(
+            "there is neither 'messages' nor 'prompt', and 'chosen' or 'rejected' is no "
+            f"transcript: it begins with {_show(text)}, expected 'Human:' or 'Assistant:'"
+        )
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        _message(roles[speaker], content.strip())
+        for speaker, content in zip(turns[::2], turns[1::2], strict=True)
+    ]
+
+
+def _answer_to(messages: list[Message], answer: Any, columns: Columns) -> str:
+    """An answer: its text, or messages that are it alone or the prompt and it."""
+    if isinstance(answer, str):
+        return answer
+    dialogue = _messages(answer, columns.chosen)
+    if dialogue[: len(messages)] == messages:
+        dialogue = dialogue[len(messages) :]
+    if len(dialogue) != 1 or dialogue[0]["role"] != "assistant":
+        raise Malformed(
+            f"'{columns.chosen}' or '{columns.rejected}' holds {len(dialogue)} messages after the "
+            "prompt, expected one assistant message"
+        )
+    return dialogue[0]["content"]
+
+
+def _prompt_or_messages(row: Row, columns: Columns) -> list[Message]:
+    if columns.messages in row:
+        return _messages(row[columns.messages], columns.messages)
+    return _prompt(row, columns)
+
+
+def _prompt(row: Row, columns: Columns) -> list[Message]:
+    """The prompt column: one user message as text, or messages."""
+    if isinstance(row.get(columns.prompt), list):
+        return _messages(row[columns.prompt], columns.prompt)
+    return [_message("user", _string(row, columns.prompt))]
+
+
+def _messages(value: Any, name: str) -> list[Message]:
+    if not isinstance(value, list):
+        raise Malformed(f"'{name}' is {_show(value)}, expected a list of messages")
+    messages = []
+    for index, item in enumerate(value):
+        where = f"'{name}[{index}]'"
+        if not isinstance(item, dict):
+            raise Malformed(f"{where} is {_show(item)}, expected an object with role and content")
+        if item.get("role") not in ROLES:
+            raise Malformed(f"{where} has role {_show(item.get('role'))}, expected {_or(ROLES)}")
+        if not isinstance(item.get("content"), str):
+            raise Malformed(f"{where} has content {_show(item.get('content'))}, expected a string")
+        messages.append(_message(item["role"], item["content"]))
+    return messages
+
+
+def _message(role: str, content: str) -> Message:
+    return cast(Message, {"role": role, "content": content})
+
+
+def _safety(row: Row, columns: Columns, ratings: Ratings) -> str | None:
+    value = row.get(columns.safety)
+    if value is None:
+        return None
+    return _value(value, columns.safety, ratings, (*SAFETY, "chosen_unsafe"))
+
+
+def _safety_label(chosen_safe: bool, rejected_safe: bool) -> str:
+    if chosen_safe:
+        return "both_safe" if rejected_safe else "chosen_safe"
+    return "chosen_unsafe" if rejected_safe else "both_unsafe"
+
+
+def _is_safe(value: Any, name: str, ratings: Ratings) -> bool:
+    if isinstance(value, bool):
+        return value
+    return _value(value, name, ratings, ("safe", "unsafe")) == "safe"
+
+
+def _value(value: Any, name: str, ratings: Ratings, known: tuple[str, ...]) -> str:
+    """The file's value in our terms, by way of the recipe's [ratings]."""
+    key = value if isinstance(value, str) else json.dumps(value)
+    mapped = ratings.get(key, key)
+    if mapped == "tie":
+        raise Unusable("a tie where a ranking is asked for")
+    if mapped not in known:
+        raise Malformed(
+            f"'{name}' is {_show(value)}, expected {_or(known)}; "
+            "map the file's own values in the recipe's [ratings]"
+        )
+    return mapped
+
+
+def _batch(row: Row, columns: Columns) -> int | None:
+    batch = row.get(columns.batch)
+    if batch is not None and type(batch) is not int:
+        raise Malformed(f"'{columns.batch}' is {_show(batch)}, expected a whole number")
+    return batch
+
+
+def _string(row: Row, name: str) -> str:
+    if name not in row:
+        raise _missing(row, f"'{name}'")
+    if not isinstance(row[name], str):
+        raise Malformed(f"'{name}' is {_show(row[name])}, expected a string")
+    return cast(str, row[name])
+
+
+def _missing(row: Row, expected: str) -> Malformed:
+    columns = ", ".join(f"'{name}'" for name in row) or "none"
+    return Malformed(
+        f"the row has the columns {columns}, expected {expected}; "
+        "name the file's own columns in the recipe's [columns]"
+    )
+
+
+def _check_dialogue(messages: list[Message]) -> None:
+    for message in messages:
+        _check_unicode(message["content"])
+    try:
+        check_dialogue(messages)
+    except ValueError as error:
+        raise _unusable(error) from error
+
+
+def _check_prompt(messages: list[Message]) -> None:
+    _check_dialogue(messages)
+    if messages[-1]["role"] != "user":
+        raise Unusable("the prompt does not end with a user message")
+
+
+def _check_answer(text: str) -> None:
+    _check_unicode(text)
+    try:
+        check_text(text)
+    except ValueError as error:
+        raise _unusable(error) from error
+
+
+def _unusable(error: ValueError) -> Unusable:
+    """The reason without its particulars, so that like rows are counted together."""
+    return Unusable(str(error).split(":")[0])
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise Unusable("the text holds a lone surrogate, which is not valid Unicode") from None
+
+
+def _show(value: Any) -> str:
+    """A value as JSON, short enough for a message."""
+    text = json.dumps(value, ensure_ascii=True)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _or(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:-1]) + " or " + names[-1]
