@@ -195,8 +195,10 @@ KINDS: dict[Callable[[random.Random], str], int] = {
 
 
 def documents(seed: int, count: int) -> Iterator[str]:
-    """`count` documents of one to four sentences or exchanges, drawn from the seed."""
+    """`count` documents of one to twelve passages, drawn from the seed."""
     rng = random.Random(f"documents {seed}")
     kinds, weights = tuple(KINDS), tuple(KINDS.values())
     for _ in range(count):
-        yield rng.choices(kinds, weights)[0](rng)
+        low, high = rng.choices(((1, 1), (2, 4), (5, 12)), (50, 35, 15))[0]
+        passages = rng.choices(kinds, weights, k=rng.randint(low, high))
+        yield " ".join(passage(rng) for passage in passages)

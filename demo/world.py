@@ -23,6 +23,7 @@ from puna.demo.tasks import Task, draw_task, read_question, self_task
 
 NATURES = ("harmless", "borderline", "unsafe")
 MEASURED_TURNS = (1, 2, 4, 6, 10, 20)
+MOST_REPEATS = 1000  # draws in a row that give nothing new: the mix is exhausted
 # Weights of (harmless of any kind, harmless job, borderline, unsafe, persona) in a prompt mix.
 MIXES = {
     "demonstrations": (62, 0, 12, 26, 0),
@@ -56,7 +57,7 @@ def system(text: str) -> Message:
 
 
 def pretraining(seed: int, count: int) -> Iterator[dict[str, str]]:
-    """Rows of text; about 27 tokens a row with the demo's tokenizer."""
+    """Rows of text; about 100 tokens a row with the demo's tokenizer."""
     for text in documents(seed, count):
         yield {"text": text}
 
@@ -84,20 +85,19 @@ def prompts(seed: int, count: int, mix: str = "all", *, held_out: bool = False) 
         raise ValueError(f"unknown prompt mix {mix!r}; choose one of {', '.join(MIXES)}")
     rng = random.Random(f"prompts {seed} {mix} {held_out}")
     found: dict[tuple[str | None, str], dict] = {}
-    for _ in range(50 * count):
-        if len(found) == count:
-            return list(found.values())
+    repeats = 0
+    while len(found) < count and repeats < MOST_REPEATS:
         task, _, told = _draw_prompt(rng, mix, held_out)
         messages = ([system(told)] if told else []) + [user(task.question)]
-        found.setdefault(
-            (told, task.question), {"messages": messages, "safety": task.nature == "unsafe"}
+        repeats = repeats + 1 if (told, task.question) in found else 0
+        found[told, task.question] = {"messages": messages, "safety": task.nature == "unsafe"}
+    if len(found) < count:
+        side = "held out" if held_out else "for training"
+        raise ValueError(
+            f"the world has only about {len(found)} different prompts of the mix {mix!r} ({side}); "
+            f"ask for at most that many, not {count}"
         )
-    if len(found) == count:
-        return list(found.values())
-    raise ValueError(
-        f"the world has only about {len(found)} different prompts of the mix {mix!r} "
-        f"({'held out' if held_out else 'for training'}); ask for at most that many, not {count}"
-    )
+    return list(found.values())
 
 
 def _persona_task(
@@ -146,7 +146,7 @@ def demonstrations(seed: int, count: int) -> Iterator[dict[str, list[Message]]]:
         elif draw < 0.97:
             messages = _plain_dialogue(rng, rng.randint(2, 6))
         else:
-            messages = _plain_dialogue(rng, rng.randint(12, 22))
+            messages = _plain_dialogue(rng, rng.randint(12, 32))
         yield {"messages": messages}
 
 
