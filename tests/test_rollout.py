@@ -1,8 +1,11 @@
 """Run: python -m pytest tests/test_rollout.py -q"""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
+from puna.core import parallel
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
 from puna.trainers.rollout import (
@@ -154,18 +157,19 @@ def test_select_keeps_rows_together():
     assert part.mask.shape[1] == rollout.logprobs.shape[1]
 
 
-def test_weights_are_gathered_once_for_a_whole_rollout():
-    from contextlib import contextmanager
-
+def test_weights_are_gathered_once_for_a_whole_rollout(monkeypatch):
+    """Paper section 3.2.3: generation runs on the gathered model, whatever the batches."""
     entered = []
 
     @contextmanager
     def gathered(policy):
         entered.append(policy)
-        yield policy
+        yield whole
 
-    policy = model()
-    sample(policy, batch_size=1, gathered=gathered)
+    policy, whole = model(seed=8), model()
+    expected = sample(whole, batch_size=1)
+    monkeypatch.setattr(parallel, "gathered", gathered)
+    assert sample(policy, batch_size=1).answers == expected.answers
     assert entered == [policy]
 
 

@@ -5,13 +5,13 @@ answer's length is stored, never searched for: Llama 2 has no padding piece, and
 the answer. S answers, T tokens of the longest one, A = sum of the lengths, C model width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from puna.core import parallel
 from puna.core.generation import generate
 from puna.core.model import Transformer
 from puna.core.ops import linear_logprobs
@@ -61,15 +61,6 @@ def pad_answers(flat: Tensor, lengths: Tensor, steps: int) -> Tensor:
     return padded
 
 
-def gathered_once(model: Transformer) -> AbstractContextManager[object]:
-    """The whole weights on every rank for as long as generation lasts, then as before.
-
-    The paper's own lesson (3.2.3): generating while FSDP gathers each layer for each token was
-    about 20 times slower. An unsharded model needs nothing.
-    """
-    return nullcontext(model)
-
-
 @torch.no_grad()
 def collect(
     policy: Transformer,
@@ -83,7 +74,6 @@ def collect(
     seed: int,
     round_index: int,
     batch_size: int = 256,
-    gathered: Callable[[Transformer], AbstractContextManager[object]] = gathered_once,
 ) -> Rollout:
     """Sample one answer to each of the prompts given (repeat a prompt for K answers).
 
@@ -99,9 +89,9 @@ def collect(
     if any(not prompt for prompt in prompts):
         raise ValueError("an empty prompt cannot be answered; it needs at least BOS")
     device = next(policy.parameters()).device
-    with gathered(policy):
+    with parallel.gathered(policy) as whole:  # once: a gather per layer and token is 20x slower
         completions = generate(
-            policy,
+            whole,
             list(prompts),
             max_new_tokens=max_new_tokens,
             eos_id=eos_id,
