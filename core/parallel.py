@@ -235,10 +235,13 @@ def load_optimizer_state(
             f"the optimizer state has {unknown[0]}, which the model has not; resume with the "
             "model that it was saved with"
         )
+    # A fused optimizer counts its steps where the weights are, any other on the CPU.
+    fused = {p for group in optimizer.param_groups if group["fused"] for p in group["params"]}
     for name, parameter in parameters.items():
         if f"{name}.step" not in tensors:
             continue
-        state = {"step": tensors[f"{name}.step"].clone()}
+        device = parameter.device if parameter in fused else "cpu"
+        state = {"step": tensors[f"{name}.step"].to(device, copy=True)}
         for moment in MOMENTS:
             state[moment] = _like(parameter, tensors[f"{name}.{moment}"], f"{name}.{moment}")
         optimizer.state[parameter] = state

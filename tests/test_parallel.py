@@ -1,0 +1,274 @@
+"""Two processes must train, save, resume and generate as one does.
+
+This file is also what torchrun starts: `torchrun tests/test_parallel.py JOBS.json` runs the jobs
+listed there on the ranks it is given. The same jobs run in the test's own process as one rank.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from puna.core import parallel
+from puna.core.config import ModelConfig
+from puna.core.generation import generate
+from puna.core.model import Transformer
+from puna.core.ops import linear_cross_entropy
+
+# 3 key/value heads of 6, an odd vocabulary: no dimension divides by two everywhere
+CONFIG = ModelConfig(36, 3, 6, 3, 50, 131, context=64)
+STEPS, ROWS, TOKENS = 10, 4, 24
+PROMPTS = [[1, 5, 9], [1, 7], [3, 4, 5, 6, 8]]
+
+JOBS: dict[str, dict[str, Any]] = {
+    "lm": {},
+    "score": {"head": "score"},
+    "checkpointed": {"activation_checkpointing": True},
+    "compiled": {"activation_checkpointing": True, "compile": True},
+    "micro-batches": {"micro": 2},
+}
+
+
+def loss_sum(model: Transformer, tokens: Tensor) -> Tensor:
+    hidden = model(tokens[:, :-1]).flatten(0, 1)
+    targets = tokens[:, 1:].flatten()
+    if model.head == "lm":
+        return linear_cross_entropy(hidden, model.head_weight, targets, reduction="sum")
+    scores = model.logits(hidden)[:, 0]
+    return (scores - targets / CONFIG.vocab_size).square().sum()
+
+
+def load_weights(model: Transformer, tensors: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[name])
+
+
+def train(
+    start: str | None = None,
+    first: int = 0,
+    last: int = STEPS,
+    head: str = "lm",
+    micro: int = 1,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train steps first..last, this rank on its share of each step's rows."""
+    model = Transformer(CONFIG, head)
+    model.init_weights(0)
+    stored = load_file(start) if start else {}
+    if start:
+        load_weights(model, stored)
+    model = parallel.prepare(model, **options)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.1, fused=True)
+    if start:
+        moments = {k[6:]: v for k, v in stored.items() if k.startswith("optim.")}
+        parallel.load_optimizer_state(model, optimizer, moments)
+    losses, norms = [], []
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        tokens = torch.randint(CONFIG.vocab_size, (ROWS, TOKENS + 1), generator=generator)
+        mine = tokens.chunk(parallel.world_size())[parallel.rank()]
+        with torch.no_grad():
+            loss_sum(model, mine)  # as an evaluation between steps: the root stays gathered
+        total = torch.zeros(())
+        for part in mine.chunk(micro):
+            loss = loss_sum(model, part) / (ROWS * TOKENS)
+            loss.backward()
+            total += loss.detach()
+        with torch.no_grad():
+            loss_sum(model, mine)
+        norms.append(parallel.clip_gradients(model, 0.5))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(parallel.all_sum(total)))
+    tensors = dict(parallel.full_parameters(model))
+    state = parallel.optimizer_state(model, optimizer)
+    tensors.update({f"optim.{name}": tensor for name, tensor in state.items()})
+    answers = None
+    if head == "lm":
+        with parallel.gathered(model) as whole:
+            drawn = generate(whole, PROMPTS, max_new_tokens=12, eos_id=None, seed=3)
+        answers = [completion.tokens for completion in drawn]
+    return {"losses": losses, "norms": norms, "answers": answers, "tensors": tensors}
+
+
+def run_jobs(path: Path) -> None:
+    """What each rank does: all jobs in order; rank 0 writes what came out."""
+    torch.set_num_threads(1)
+    parallel.init()
+    # Inductor would take half a minute; whether the pieces compose does not depend on it.
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    checks = {
+        "ranks": parallel.world_size(),
+        "sum": parallel.all_sum(torch.tensor([parallel.rank() + 1.0])).tolist(),
+        "max": parallel.all_max(7 * parallel.rank()),
+        "told": parallel.broadcast({"told": [parallel.rank(), "\u00fc"]}),
+    }
+    parallel.barrier()
+    for name, job in json.loads(path.read_text()).items():
+        result = train(**job)
+        if parallel.is_main():
+            save_file(result.pop("tensors"), path.with_name(f"{name}.safetensors"))
+            path.with_name(f"{name}.json").write_text(json.dumps(result))
+    if parallel.is_main():
+        path.with_name("checks.json").write_text(json.dumps(checks))
+    parallel.close()
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    result = json.loads((folder / f"{name}.json").read_text())
+    return {**result, "tensors": load_file(folder / f"{name}.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def one() -> dict[str, Any]:
+    return {head: train(head=head) for head in ("lm", "score")}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what two ranks made of all jobs, and of steps 4 to 7 of one rank's run."""
+    folder = tmp_path_factory.mktemp("two")
+    before = train(last=4)
+    save_file(before["tensors"], folder / "before.safetensors")
+    middle = {"start": str(folder / "before.safetensors"), "first": 4, "last": 7}
+    (folder / "jobs.json").write_text(json.dumps({**JOBS, "middle": middle}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run(
+        [*command, __file__, str(folder / "jobs.json")],
+        check=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return folder
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(found["losses"], expected["losses"], atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(found["norms"], expected["norms"], atol=tolerance, rtol=tolerance)
+    assert found["answers"] == expected["answers"]
+    assert set(found["tensors"]) == set(expected["tensors"])
+    for name, tensor in expected["tensors"].items():
+        close = functools.partial(torch.testing.assert_close, msg=lambda m, n=name: f"{n}: {m}")
+        # AdamW divides by the root of squares near zero: weights agree less than losses do
+        close(found["tensors"][name], tensor, atol=10 * tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_two_ranks_equal_one(two: Path, one: dict[str, Any], job: str) -> None:
+    """Losses, gradient norms, weights, optimizer state and sampled answers."""
+    assert_same(read(two, job), one[JOBS[job].get("head", "lm")])
+
+
+def test_the_loss_falls(one: dict[str, Any]) -> None:
+    """Otherwise equal losses would say little."""
+    losses = one["score"]["losses"]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_resume_from_one_rank_to_two_and_back(two: Path, one: dict[str, Any]) -> None:
+    middle = read(two, "middle")
+    after = train(start=str(two / "middle.safetensors"), first=7)
+    expected = one["lm"]
+    torch.testing.assert_close(
+        middle["losses"] + after["losses"], expected["losses"][4:], atol=1e-5, rtol=1e-5
+    )
+    assert_same({**after, "losses": expected["losses"], "norms": expected["norms"]}, expected)
+
+
+def test_sums_and_messages_between_ranks(two: Path) -> None:
+    checks = json.loads((two / "checks.json").read_text())
+    assert checks == {"ranks": 2, "sum": [3.0], "max": 7, "told": {"told": [0, "\u00fc"]}}
+
+
+def test_one_rank_has_no_group() -> None:
+    parallel.init()
+    assert not dist.is_initialized()
+    assert (parallel.rank(), parallel.world_size(), parallel.is_main()) == (0, 1, True)
+    value = torch.ones(2)
+    assert parallel.all_sum(value) is value
+    assert parallel.all_max(3) == 3 and parallel.broadcast({"a": 1}) == {"a": 1}
+    model = Transformer(CONFIG)
+    with parallel.gathered(parallel.prepare(model)) as whole:
+        assert whole is model
+
+
+def test_generation_leaves_checkpointing_aside_and_puts_it_back() -> None:
+    model = Transformer(CONFIG)
+    model.init_weights(0)
+    parallel.prepare(model, activation_checkpointing=True)
+    wrapped = model.model.layers[0].forward
+    with parallel.gathered(model) as whole:
+        assert "forward" not in whole.model.layers[0].__dict__
+    assert model.model.layers[0].forward is wrapped
+
+
+@pytest.fixture
+def group_of_one():
+    yield
+    parallel.close()
+
+
+def test_low_precision_on_one_rank_keeps_fp32_weights(group_of_one: None) -> None:
+    model = Transformer(CONFIG)
+    model.init_weights(0)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model = parallel.prepare(model, compute_dtype=torch.float16)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.0, weight_decay=0.0)
+    tokens = torch.randint(CONFIG.vocab_size, (2, TOKENS))
+    hidden = model(tokens)
+    assert hidden.dtype == model.head_weight.dtype == torch.float16
+    loss_sum(model, tokens).backward()
+    assert parallel.clip_gradients(model, 1.0) > 0
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+    optimizer.step()
+    found = dict(parallel.full_parameters(model))
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    with parallel.gathered(model) as whole:
+        assert whole.head_weight.dtype == torch.float16
+
+
+def test_clipping_is_torchs() -> None:
+    def gradients() -> Transformer:
+        model = Transformer(CONFIG)
+        model.init_weights(0)
+        loss_sum(model, torch.arange(2 * TOKENS).view(2, TOKENS) % 131).backward()
+        return model
+
+    ours, theirs = gradients(), gradients()
+    norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.1)
+    assert parallel.clip_gradients(ours, 0.1) == pytest.approx(float(norm), rel=1e-6)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        ("nobody.weight.step", (), "which the model has not"),
+        ("model.norm.weight.exp_avg", (7,), r"\(7,\) where the model's is \(36,\)"),
+    ],
+)
+def test_another_models_optimizer_state_is_refused(
+    key: str, shape: tuple[int, ...], message: str
+) -> None:
+    model = Transformer(CONFIG)
+    optimizer = torch.optim.AdamW(model.parameters())
+    tensors = {"model.norm.weight.step": torch.tensor(1.0), key: torch.zeros(shape)}
+    with pytest.raises(ValueError, match=message):
+        parallel.load_optimizer_state(model, optimizer, tensors)
+
+
+if __name__ == "__main__":
+    run_jobs(Path(sys.argv[1]))
