@@ -10,7 +10,7 @@ import difflib
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,7 +37,7 @@ def parse(cls: type[Config], argv: Sequence[str], prog: str) -> Config:
         values = load_recipe(cls, find_recipe(arguments.pop(0)))
     default = from_values(cls, values)
     return tyro.cli(
-        tyro.conf.OmitArgPrefixes[cls],  # type: ignore[valid-type]
+        cls,
         args=arguments,
         default=default,
         prog=f"{prog} [recipe.toml]",
@@ -110,6 +110,8 @@ def convert(hint: Any, value: Any, name: str) -> Any:
         elif origin is tuple and isinstance(value, list):
             inner = typing.get_args(option)[0]
             return tuple(convert(inner, v, name) for v in value)
+        elif origin in (dict, Mapping) and isinstance(value, dict):
+            return value
         elif origin is list and isinstance(value, list):
             inner = typing.get_args(option)[0]
             return [convert(inner, v, name) for v in value]
@@ -130,7 +132,7 @@ def to_toml(config: Any) -> str:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             tables.append(f"\n[{field.name}]\n{to_toml(value)}")
-        elif isinstance(value, dict):
+        elif isinstance(value, Mapping):
             rows = "".join(f"{_quote(k)} = {_quote(v)}\n" for k, v in value.items())
             tables.append(f"\n[{field.name}]\n{rows}")
         elif value is not None:

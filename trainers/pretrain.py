@@ -1,0 +1,107 @@
+"""Pretraining: next-token prediction on plain text (paper section 2).
+
+Documents are encoded with BOS and EOS and laid end to end in rows; attention never crosses a
+document's border.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from puna.core import parallel
+from puna.core.config import size
+from puna.core.model import Transformer
+from puna.core.tokenizer import Tokenizer
+from puna.trainers import language, loop
+from puna.trainers.config import parse
+from puna.trainers.corpus import Corpus, encode_corpus, open_corpus, split_corpus
+from puna.trainers.data import Skipped, read_texts
+from puna.trainers.packing import CorpusRows
+from puna.trainers.run import Run, load_start
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(loop.TrainConfig):
+    """Train a language model from scratch on text."""
+
+    data: list[Path]
+    """.txt (one document a file), .jsonl with `text`, or one .npy of token ids"""
+    tokenizer: Path
+    """tokenizer.model; its vocabulary is the model's"""
+    size: str = "mini"
+    """model shape: 7b, 13b, 34b, 70b, or a small one (15m, 110m, 1b, demo, mini)"""
+    context: int = 0
+    """longest sequence the model is made for, tokens; 0 takes the shape's own"""
+    row_tokens: int = 0
+    """tokens in a training row; 0 takes the context (paper: 4096)"""
+    batch: int = 8
+    """rows in a step, all processes together (paper: 4M tokens)"""
+    micro_batch: int = 8
+    """rows in one forward pass"""
+    steps: int = 0
+    """optimizer steps; 0 takes one epoch"""
+    held_out: float = 0.01
+    """share of the tokens, the last ones, kept for the held-out loss"""
+
+
+def run(config: PretrainConfig) -> Path:
+    """Train, or continue, the run in `config.out`; returns the finished model's folder."""
+    tokenizer = Tokenizer(config.tokenizer)
+    folder = Run(config.out, config, tokenizer=config.tokenizer)
+    if folder.done:
+        return folder.final
+    corpus = load_corpus(config, tokenizer)
+    training, held = corpus, None
+    if config.held_out > 0:
+        training, held = split_corpus(corpus, config.held_out)
+    model = new_model(config, folder, tokenizer.vocab_size)
+    row_tokens = config.row_tokens or model.config.context
+    rows = CorpusRows(training, row_tokens)
+    steps = config.steps or language.epoch_steps(len(rows), 1, config.batch)
+    return language.train(
+        "pretrain",
+        folder,
+        model,
+        rows,
+        steps,
+        config.batch,
+        config.micro_batch,
+        config,
+        CorpusRows(held, row_tokens) if held is not None else None,
+    )
+
+
+def new_model(config: PretrainConfig, folder: Run, vocab_size: int) -> Transformer:
+    """A freshly initialised model, or that of the run's newest checkpoint."""
+    device = loop.device_of(config)
+    if folder.latest() is not None:
+        return load_start(folder, config.out, device=device)
+    shape = replace(size(config.size), vocab_size=vocab_size)
+    if config.context:
+        shape = replace(shape, context=config.context)
+    model = Transformer(shape).to(device)
+    model.init_weights(config.seed)
+    return model
+
+
+def load_corpus(config: PretrainConfig, tokenizer: Tokenizer) -> Corpus:
+    if len(config.data) == 1 and config.data[0].suffix == ".npy":
+        return open_corpus(config.data[0], tokenizer)
+    texts: list[str] = []
+    skipped = Skipped()
+    for path in config.data:
+        found, unusable = read_texts(path)
+        texts += found
+        skipped.merge(unusable)
+    language.say(skipped)
+    return encode_corpus(tokenizer, texts)
+
+
+def main() -> None:
+    parallel.init()
+    run(parse(PretrainConfig, sys.argv[1:], "python -m puna.trainers.pretrain"))
+    parallel.close()
+
+
+if __name__ == "__main__":
+    main()

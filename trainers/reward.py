@@ -1,0 +1,225 @@
+"""Reward models: a scalar head on a chat model, trained on comparisons (paper section 3.2.2).
+
+The score is read at the last token of the dialogue, EOS included. Loss: Eq. 2, with the margin
+m(r) of Table 27; for the safety model, the auxiliary loss of `losses.safety_loss` besides.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from puna.core import parallel
+from puna.core.checkpoint import tokenizer_path
+from puna.core.model import Transformer
+from puna.core.tokenizer import Tokenizer
+from puna.trainers import language, loop
+from puna.trainers.config import parse
+from puna.trainers.data import Skipped, read_preferences
+from puna.trainers.formats import RATINGS, Columns, Preference, Ratings
+from puna.trainers.losses import MARGINS, ranking_loss, safety_loss
+from puna.trainers.packing import Pair, PairBatch, encode_pairs, pair_batch, step_rows
+from puna.trainers.run import Run, load_start
+
+
+@dataclass(kw_only=True)
+class RewardConfig(loop.TrainConfig):
+    """Train a reward model on comparisons of two answers."""
+
+    model: Path
+    """chat model to start from (paper: so that it knows what the policy knows), or a reward model
+    to go on with"""
+    data: list[Path]
+    """.jsonl of comparisons"""
+    columns: Columns = field(default_factory=Columns)
+    """names of the file's columns"""
+    ratings: Ratings = field(default_factory=dict)
+    """what the file's ratings and safety labels are called"""
+    held_out_data: list[Path] = field(default_factory=list)
+    """comparisons for the held-out accuracy; left out: a share of `data`"""
+    held_out: float = 0.05
+    """share of `data` kept for the held-out accuracy, where no file is given"""
+    margin: Literal["none", "small", "large"] = "small"
+    """m(r) of Table 27 (which one the final models used is not said)"""
+    safety_weight: float = 0.0
+    """weight of the safety auxiliary loss, ours: the paper gives neither formula nor weight"""
+    epochs: int = 1
+    """passes over the data (paper: 1, more overfits)"""
+    lr: float = 1e-5
+    """peak (paper: 5e-6 for 70b, 1e-5 for the others)"""
+    batch: int = 512
+    """pairs in a step, all processes together (paper: 512)"""
+    micro_batch: int = 64
+    """pairs in one forward pass"""
+    warmup_steps: int = 0
+    """0: 3% of the steps, at least 5 (paper)"""
+
+
+def run(config: RewardConfig) -> Path:
+    """Train, or continue, the run in `config.out`; returns the finished model's folder."""
+    tokenizer_file = tokenizer_path(config.model)
+    folder = Run(config.out, config, tokenizer=tokenizer_file)
+    if folder.done:
+        return folder.final
+    model = start_model(config, folder)
+    pairs, held = load_pairs(config, Tokenizer(tokenizer_file), model.config.context)
+    batch = min(config.batch, len(pairs) // parallel.world_size() * parallel.world_size())
+    steps = language.epoch_steps(len(pairs), config.epochs, batch)
+    if config.warmup_steps == 0:
+        config.warmup_steps = max(5, round(0.03 * steps))
+    device = loop.device_of(config)
+    margins = MARGINS[config.margin]
+
+    def batch_at(step: int) -> list[PairBatch]:
+        mine = [pairs[i] for i in language.share(step_rows(len(pairs), batch, config.seed, step))]
+        return list(micro_batches(mine, config.micro_batch, margins, device))
+
+    final = loop.fit(
+        "reward",
+        folder,
+        language.prepared(model, config),
+        batch_at,
+        steps,
+        objective(config.safety_weight),
+        config,
+        evaluation(held, config, device),
+    )
+    return final
+
+
+def start_model(config: RewardConfig, folder: Run) -> Transformer:
+    """The chat model with a fresh score head, or the reward model given to go on with."""
+    device = loop.device_of(config)
+    is_score = "score" == load_head(folder.weights(config.model))
+    return load_start(
+        folder,
+        config.model,
+        head="score",
+        fresh_head=not is_score,
+        seed=config.seed,
+        device=device,
+    )
+
+
+def load_head(path: Path) -> str:
+    """Which head the model at `path` has, without loading it."""
+    from puna.core.checkpoint import open_source
+
+    return open_source(path).head
+
+
+def load_pairs(
+    config: RewardConfig, tokenizer: Tokenizer, context: int
+) -> tuple[list[Pair], list[Pair]]:
+    """(training pairs, held-out pairs); what was skipped is printed."""
+    rows, skipped = load_preferences(config.data, config)
+    held_rows: list[Preference] = []
+    if config.held_out_data:
+        held_rows, unusable = load_preferences(config.held_out_data, config)
+        skipped.merge(unusable)
+    elif config.held_out > 0:
+        rows, held_rows = language.split(rows, config.held_out, config.seed)
+    pairs, over_long = encode_pairs(tokenizer, rows, context)
+    skipped.merge(over_long)
+    held: list[Pair] = []
+    if held_rows:
+        held, over_long = encode_pairs(tokenizer, held_rows, context)
+        skipped.merge(over_long)
+    language.say(skipped)
+    return pairs, held
+
+
+def load_preferences(paths: list[Path], config: RewardConfig) -> tuple[list[Preference], Skipped]:
+    rows: list[Preference] = []
+    skipped = Skipped()
+    for path in paths:
+        found, unusable = read_preferences(path, config.columns, config.ratings)
+        rows += found
+        skipped.merge(unusable)
+    return rows, skipped
+
+
+def micro_batches(
+    pairs: Sequence[Pair], size: int, margins: dict[str, float], device: torch.device
+) -> list[PairBatch]:
+    parts = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+    return [PairBatch(*(t.to(device) for t in pair_batch(part, margins))) for part in parts]
+
+
+def pair_scores(model: Transformer, batch: PairBatch) -> tuple[Tensor, Tensor]:
+    """(chosen, rejected), both (P,): each dialogue's score at its last token."""
+    hidden = model(batch.tokens, batch.positions, batch.cu_seqlens)[0]
+    last = hidden[batch.cu_seqlens[1:].long() - 1]
+    scores = model.logits(last)[:, 0]
+    return scores[0::2], scores[1::2]
+
+
+def objective(safety_weight: float) -> loop.Objective:
+    """Eq. 2 a pair, plus the weighted mean of the auxiliary loss of its two answers."""
+
+    def loss(model: Transformer, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        chosen, rejected = pair_scores(model, batch)
+        ranking = ranking_loss(chosen, rejected, batch.margins).sum()
+        right = (chosen > rejected).float().sum()
+        if safety_weight == 0:
+            return ranking, {"accuracy": right}
+        safety = 0.5 * safety_loss(torch.stack((chosen, rejected), 1).flatten(), batch.safe).sum()
+        extras = {"accuracy": right, "ranking_loss": ranking, "safety_loss": safety}
+        return ranking + safety_weight * safety, extras
+
+    return loop.Objective(
+        loss=loss,
+        weight=lambda batch: float(len(batch.margins)),
+        tokens=lambda batch: batch.tokens.numel(),
+    )
+
+
+@torch.no_grad()
+def margins_of(
+    model: Transformer, pairs: Sequence[Pair], micro_batch: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(r_chosen - r_rejected, rating index), both (P,) on the CPU, for `pairs` in order."""
+    differences, ratings = [], []
+    for batch in micro_batches(pairs, micro_batch, MARGINS["none"], device):
+        chosen, rejected = pair_scores(model, batch)
+        differences.append((chosen - rejected).cpu())
+        ratings.append(batch.ratings.cpu())
+    return torch.cat(differences), torch.cat(ratings)
+
+
+def accuracies(differences: Tensor, ratings: Tensor) -> dict[str, float]:
+    """Share of pairs ordered right: "all" and for each rating that occurs (ties count half)."""
+    right = (differences > 0).double() + 0.5 * (differences == 0).double()
+    found = {"all": float(right.mean())}
+    for level, name in enumerate(RATINGS):
+        if bool((ratings == level).any()):
+            found[name] = float(right[ratings == level].mean())
+    return found
+
+
+def evaluation(
+    held: list[Pair], config: RewardConfig, device: torch.device
+) -> Callable[[Transformer], dict[str, float]] | None:
+    """Held-out accuracy by rating, for `loop.fit`; every rank looks at all pairs."""
+    if not held:
+        return None
+
+    def evaluate(model: Transformer) -> dict[str, float]:
+        found = accuracies(*margins_of(model, held, config.micro_batch, device))
+        return {f"accuracy_{name}" if name != "all" else "accuracy": v for name, v in found.items()}
+
+    return evaluate
+
+
+def main() -> None:
+    parallel.init()
+    run(parse(RewardConfig, sys.argv[1:], "python -m puna.trainers.reward"))
+    parallel.close()
+
+
+if __name__ == "__main__":
+    main()
