@@ -84,6 +84,9 @@ def _open_share(file: Path) -> Mapping[str, Tensor]:
         raise ValueError(f"{file} is damaged or cut short; fetch it again") from error
     if not isinstance(share, dict) or not all(isinstance(t, Tensor) for t in share.values()):
         raise ValueError(f"{file} is no set of named tensors; fetch it again")
+    for name in ("tok_embeddings.weight", "norm.weight"):  # the model's size is read from these
+        if name not in share:
+            raise ValueError(f"{file} lacks {name}; fetch it again")
     return share
 
 
@@ -120,6 +123,13 @@ def _check(
     folder: Path, shares: list[Mapping[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Every share has every tensor, and joined they have the model's shapes."""
+    widths = sum(share["tok_embeddings.weight"].shape[1] for share in shares)
+    dim = shapes["model.norm.weight"][0]
+    if widths < dim:
+        raise ValueError(
+            f"{folder}: {len(shares)} consolidated files hold {widths} of {dim} columns; "
+            "fetch the missing files"
+        )
     expected = {meta_name(name): shape for name, shape in shapes.items()}
     for share in shares:
         cut = {}

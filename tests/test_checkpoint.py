@@ -1,0 +1,496 @@
+"""Model folders: transformers computes the same with them, damage is named, nothing is lost."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from puna.core.chat import Message, encode_dialogue, encode_prompt
+from puna.core.checkpoint import atomic_folder, load_model, save_model, tokenizer_path
+from puna.core.config import ModelConfig
+from puna.core.generation import generate
+from puna.core.model import Transformer
+from puna.core.tokenizer import Tokenizer, train_tokenizer
+
+transformers = pytest.importorskip("transformers")
+jinja2 = pytest.importorskip("jinja2")
+
+SHARED = Path(
+    os.environ.get("PUNA_SHARED", Path(__file__).resolve().parents[1] / ".." / "shared" / "data")
+)
+LLAMA2 = SHARED / "llama2-tokenizer" / "tokenizer.model"
+
+MHA = ModelConfig(64, 2, 4, 4, 96, 320, context=128, rope_theta=5e4)
+GQA = ModelConfig(64, 2, 8, 2, 96, 320, context=128, norm_eps=1e-6)
+TEXTS = ["[INST] hello there [/INST] general answer", "<<SYS>> be kind <</SYS>> 7 times"] * 20
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_tokenizer(TEXTS, path, vocab_size=320)
+    return path
+
+
+def random_model(config: ModelConfig, head: str = "lm", seed: int = 0) -> Transformer:
+    model = Transformer(config, head)
+    model.init_weights(seed)
+    with torch.no_grad():  # norms that differ from one another
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.mul_(torch.rand_like(parameter) + 0.5)
+    return model
+
+
+def theirs_config(config: ModelConfig, **options) -> "transformers.LlamaConfig":
+    return transformers.LlamaConfig(
+        hidden_size=config.dim,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads,
+        intermediate_size=config.ffn_dim,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.context,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        initializer_range=0.2,
+        **options,
+    )
+
+
+def assert_same(one: Transformer, other: Transformer) -> None:
+    assert one.config == other.config and one.head == other.head
+    theirs = dict(other.named_parameters())
+    assert len(theirs) == len(list(one.parameters()))
+    for name, parameter in one.named_parameters():
+        assert torch.equal(parameter, theirs[name]), name
+
+
+@torch.no_grad()
+def assert_computes_the_same(ours: Transformer, theirs: torch.nn.Module) -> None:
+    """Logits within 1e-4 and the same 64 greedy tokens, in fp32."""
+    theirs.eval()
+    tokens = torch.randint(3, 320, (3, 40), generator=torch.Generator().manual_seed(5))
+    difference = ours.logits(ours(tokens)) - theirs(tokens).logits
+    assert difference.abs().max() < 1e-4
+    theirs.generation_config.eos_token_id = None
+    for prompt in tokens[:, :7]:
+        expected = theirs.generate(
+            prompt[None],
+            attention_mask=torch.ones(1, 7, dtype=torch.int64),
+            max_new_tokens=64,
+            do_sample=False,
+        )
+        found = generate(ours, [prompt.tolist()], max_new_tokens=64, eos_id=None, temperature=0.0)
+        assert found[0].tokens == expected[0, 7:].tolist()
+
+
+# --- with transformers, both ways
+
+
+@pytest.mark.parametrize("config", [MHA, GQA], ids=["mha", "gqa"])
+def test_transformers_opens_ours(config: ModelConfig, tokenizer: Path, tmp_path: Path) -> None:
+    model = random_model(config)
+    save_model(tmp_path / "one", model, tokenizer)
+    save_model(tmp_path / "shards", model, tokenizer, shard_bytes=100_000)
+    assert len(list((tmp_path / "shards").glob("model-0000?-of-0000?.safetensors"))) > 1
+    for folder in ("one", "shards"):
+        theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / folder, dtype=torch.float32, output_loading_info=True
+        )
+        assert not any(report.values())
+        assert_computes_the_same(model, theirs)
+        assert_same(model, load_model(tmp_path / folder))
+
+
+@pytest.mark.parametrize("config", [MHA, GQA], ids=["mha", "gqa"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("shard", ["5GB", "50KB"])
+def test_ours_opens_transformers(
+    config: ModelConfig, tied: bool, shard: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(3)
+    theirs = transformers.LlamaForCausalLM(theirs_config(config, tie_word_embeddings=tied))
+    theirs.save_pretrained(tmp_path, max_shard_size=shard)
+    model = load_model(tmp_path)
+    assert model.config == config
+    assert_computes_the_same(model, theirs)
+    if tied:
+        assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
+
+
+def test_old_config_and_stored_rope_tables(tmp_path: Path) -> None:
+    """As transformers 4 wrote them: rope_theta at the top, inv_freq among the weights."""
+    model = random_model(MHA)
+    save_model(tmp_path, model)
+    edit_config(tmp_path, rope_parameters=None, rope_scaling=None, pretraining_tp=1)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_same(model, load_model(tmp_path))
+
+
+@torch.no_grad()
+def test_scores_in_transformers(tokenizer: Path, tmp_path: Path) -> None:
+    """A right-padded batch is read at each row's last real token, which may be EOS."""
+    model = random_model(GQA, head="score")
+    save_model(tmp_path / "ours", model, tokenizer)
+    auto = transformers.AutoModelForSequenceClassification
+    theirs = auto.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    assert type(theirs).__name__ == "LlamaForSequenceClassification"
+    rows = [[1, 7, 8, 9, 2], [1, 300, 12], [1, 5, 6, 7, 8, 9, 10, 2]]
+    lone = torch.stack([model.logits(model(torch.tensor([row])))[0, -1, 0] for row in rows])
+    pad = theirs.config.pad_token_id
+    tokens = torch.tensor([row + [pad] * (8 - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (8 - len(row)) for row in rows])
+    scores = theirs(tokens, attention_mask=mask).logits[:, 0]
+    torch.testing.assert_close(scores, lone, atol=1e-5, rtol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_same(model, load_model(tmp_path / "theirs"))
+
+
+# --- the chat template
+
+DIALOGUES = [
+    [("user", "hello there")],
+    [("system", " be kind\n"), ("user", "  hello  ")],
+    [("user", "hello"), ("assistant", " general \n"), ("user", "7 times\n[2]")],
+    [("system", "be kind"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
+]
+
+
+def messages(dialogue: list[tuple[str, str]]) -> list[Message]:
+    return [Message(role=role, content=content) for role, content in dialogue]
+
+
+def chat_ids(tokenizer: Tokenizer, dialogue: list[Message]) -> list[int]:
+    if dialogue[-1]["role"] == "user":
+        return encode_prompt(tokenizer, dialogue)
+    return encode_dialogue(tokenizer, dialogue)[0]
+
+
+@pytest.mark.parametrize("dialogue", DIALOGUES)
+def test_chat_template_is_our_chat_format(dialogue: list, tokenizer: Path, tmp_path: Path) -> None:
+    """The rendered text, cut at BOS and EOS and encoded, is what core/chat.py encodes."""
+    save_model(tmp_path, random_model(MHA), tokenizer)
+    document = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    text = (
+        jinja2.Environment()
+        .from_string(document["chat_template"])
+        .render(messages=messages(dialogue), bos_token="<s>", eos_token="</s>")
+    )
+    ours = Tokenizer(tokenizer)
+    ids: list[int] = []
+    for part in filter(None, re.split("(</?s>)", text)):
+        special = {"<s>": [ours.bos_id], "</s>": [ours.eos_id]}
+        ids += special.get(part) or ours.encode(part)
+    assert ids == chat_ids(ours, messages(dialogue))
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not LLAMA2.exists(), reason=f"no real inputs at {SHARED}")
+def test_transformers_encodes_chats_as_we_do(tmp_path: Path) -> None:
+    """Llama 2's tokenizer, opened by transformers from our folder, which needs protobuf."""
+    pytest.importorskip("google.protobuf")
+    config = ModelConfig(8, 1, 1, 1, 8, 32000, context=64)
+    save_model(tmp_path, random_model(config), LLAMA2)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for dialogue in DIALOGUES:
+        expected = chat_ids(Tokenizer(LLAMA2), messages(dialogue))
+        assert theirs.apply_chat_template(messages(dialogue), return_dict=False) == expected
+
+
+# --- heads, types, randomness
+
+
+def test_a_fresh_score_head_only_when_asked(tmp_path: Path) -> None:
+    model = random_model(MHA)
+    save_model(tmp_path / "lm", model)
+    with pytest.raises(ValueError, match="lm head and no score head; .* fresh_head=True"):
+        load_model(tmp_path / "lm", head="score")
+    state = torch.get_rng_state()
+    scorer = load_model(tmp_path / "lm", head="score", fresh_head=True, seed=4)
+    assert torch.equal(state, torch.get_rng_state())
+    assert scorer.score.weight.shape == (1, MHA.dim)
+    assert torch.equal(scorer.model.norm.weight, model.model.norm.weight)
+    again = load_model(tmp_path / "lm", head="score", fresh_head=True, seed=4)
+    assert_same(scorer, again)
+    drawn = torch.cat(
+        [
+            load_model(tmp_path / "lm", head="score", fresh_head=True, seed=seed).score.weight
+            for seed in range(30)
+        ]
+    )
+    assert drawn.std().item() == pytest.approx((MHA.dim + 1) ** -0.5, rel=0.1)
+
+
+def test_heads_are_not_exchanged(tmp_path: Path) -> None:
+    save_model(tmp_path / "score", random_model(MHA, head="score"))
+    assert load_model(tmp_path / "score").head == "score"
+    with pytest.raises(ValueError, match="holds a score head and no lm head"):
+        load_model(tmp_path / "score", head="lm")
+    with pytest.raises(ValueError, match="fresh_head is for a score head"):
+        load_model(tmp_path / "score", head="lm", fresh_head=True)
+
+
+def test_types(tmp_path: Path) -> None:
+    model = random_model(MHA).to(torch.bfloat16)
+    save_model(tmp_path, model)
+    assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    assert_same(model, load_model(tmp_path, dtype=torch.bfloat16))
+    assert load_model(tmp_path).lm_head.weight.dtype == torch.float32
+
+
+def test_loaded_weights_are_ours_alone(tmp_path: Path) -> None:
+    """Neither shared with the file nor lost with it, and ready to be trained."""
+    model = random_model(MHA)
+    save_model(tmp_path / "model", model)
+    loaded = load_model(tmp_path / "model")
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        loaded.lm_head.weight.zero_()
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+    os.truncate(tmp_path / "model" / "model.safetensors", 0)
+    assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert all(p.requires_grad and p.is_leaf for p in loaded.parameters())
+
+
+def test_loading_holds_about_one_model(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(512, 4, 8, 8, 1408, 8192, context=64))
+    model.to_empty(device="cpu")
+    size = sum(p.nbytes for p in model.parameters())
+    save_model(tmp_path, model, shard_bytes=size // 3)
+    script = (
+        "import resource, sys, torch; from puna.core.checkpoint import load_model\n"
+        "rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "before = rss(); model = load_model(sys.argv[1]); print(rss() - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 1.3 * size
+
+
+# --- damage
+
+
+def edit_config(folder: Path, **changes) -> None:
+    document = json.loads((folder / "config.json").read_text())
+    document.update(changes)
+    document = {key: value for key, value in document.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(document))
+
+
+def edit_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def cut(folder: Path, size: int) -> None:
+    os.truncate(folder / "model.safetensors", size)
+
+
+HARM = {
+    "missing": (
+        lambda f: edit_tensors(f, lambda t: t.pop("model.norm.weight")),
+        "missing tensors: model.norm.weight; fetch the checkpoint again",
+    ),
+    "extra": (
+        lambda f: edit_tensors(f, lambda t: t.update(bias=torch.zeros(2))),
+        "tensors that this Llama has not: bias; fetch",
+    ),
+    "mis-shaped": (
+        lambda f: edit_tensors(f, lambda t: t.update({"lm_head.weight": torch.zeros(4, 64)})),
+        r"lm_head.weight has shape \(4, 64\) where the config says \(320, 64\)",
+    ),
+    "quantised": (
+        lambda f: edit_tensors(
+            f, lambda t: t.update({"lm_head.weight": torch.zeros(320, 64, dtype=torch.int8)})
+        ),
+        "lm_head.weight is stored as I8; Puna reads floats only",
+    ),
+    "truncated": (lambda f: cut(f, 50_000), "model.safetensors is damaged or cut short"),
+    "truncated in the header": (lambda f: cut(f, 30), "is damaged or cut short"),
+    "empty": (lambda f: cut(f, 0), "is damaged or cut short"),
+    "no weights": (
+        lambda f: (f / "model.safetensors").unlink(),
+        "holds no model.safetensors; Puna reads no pickled weights",
+    ),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file; give"),
+    "broken config": (
+        lambda f: (f / "config.json").write_text('{"hidden_size": 6'),
+        "config.json is not valid JSON",
+    ),
+    "config without a size": (
+        lambda f: edit_config(f, hidden_size=None),
+        "hidden_size is null, expected a whole number",
+    ),
+    "impossible config": (
+        lambda f: edit_config(f, num_attention_heads=5),
+        "config.json: dim 64 must be a multiple of n_heads 5",
+    ),
+    "another architecture": (
+        lambda f: edit_config(f, model_type="mistral", architectures=["MistralForCausalLM"]),
+        "the architecture is MistralForCausalLM",
+    ),
+    "rope_scaling": (
+        lambda f: edit_config(f, rope_scaling={"type": "linear", "factor": 2.0}),
+        "rope_scaling = .*linear.* is not what a Llama 2 computes",
+    ),
+    "new rope_scaling": (
+        lambda f: edit_config(f, rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}),
+        "rope_scaling = .*llama3.* is not what a Llama 2 computes",
+    ),
+    "attention_bias": (lambda f: edit_config(f, attention_bias=True), "attention_bias = true"),
+    "mlp_bias": (lambda f: edit_config(f, mlp_bias=True), "mlp_bias = true"),
+    "activation": (lambda f: edit_config(f, hidden_act="gelu"), 'hidden_act = "gelu"'),
+    "head_dim": (lambda f: edit_config(f, head_dim=32), "head_dim = 32 where .* is 16"),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_harmed_folder(harm: str, tmp_path: Path) -> None:
+    save_model(tmp_path / "model", random_model(MHA))
+    do, message = HARM[harm]
+    do(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path / "model")
+
+
+def index_elsewhere(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    document["weight_map"]["lm_head.weight"] = "../model.safetensors"
+    index.write_text(json.dumps(document))
+
+
+def forget_in_index(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    del document["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda f: next(f.glob("model-00002-*")).unlink(), "model-00002.* is missing; fetch"),
+        (index_elsewhere, "points outside its folder"),
+        (forget_in_index, "holds model.norm.weight, which its index does not name"),
+    ],
+)
+def test_harmed_shards(harm, message: str, tmp_path: Path) -> None:
+    save_model(tmp_path, random_model(MHA), shard_bytes=100_000)
+    harm(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path)
+
+
+def test_another_vocabulary(tokenizer: Path, tmp_path: Path) -> None:
+    config = ModelConfig(64, 1, 4, 4, 96, 256, context=64)
+    with pytest.raises(ValueError, match="320 pieces where the model's vocabulary is 256; use"):
+        save_model(tmp_path / "model", random_model(config), tokenizer)
+    assert not list(tmp_path.iterdir())
+    save_model(tmp_path / "model", random_model(config))
+    with pytest.raises(ValueError, match="has no tokenizer.model; name"):
+        tokenizer_path(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+    with pytest.raises(ValueError, match="320 pieces where the model's vocabulary is 256; use"):
+        load_model(tmp_path / "model")
+
+
+# --- written whole or not at all
+
+
+def test_full_disk_keeps_the_earlier_model(tmp_path: Path) -> None:
+    model = random_model(MHA)
+    save_model(tmp_path / "model", model)
+    script = """if True:
+        import resource, sys, torch
+        from puna.core.checkpoint import load_model, save_model, atomic_folder
+        model = load_model(sys.argv[1])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        def torch_save(folder):
+            with atomic_folder(folder) as partial:
+                torch.save(model.state_dict(), partial / "state.pt")
+        def text(folder):
+            with atomic_folder(folder) as partial:
+                (partial / "metrics.jsonl").write_text("x" * 60_000)
+        for write in (lambda folder: save_model(folder, model), torch_save, text):
+            try:
+                write(sys.argv[1])
+            except OSError as error:
+                print(error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "model")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert line.startswith("the disk is full: ") and line.endswith("run again")
+    assert os.listdir(tmp_path) == ["model"]
+    assert_same(model, load_model(tmp_path / "model"))
+
+
+def test_killed_while_writing(tmp_path: Path) -> None:
+    model = random_model(MHA)
+    save_model(tmp_path / "model", model)
+    script = """if True:
+        import os, signal, sys
+        from puna.core.checkpoint import atomic_folder
+        with atomic_folder(sys.argv[1]) as partial:
+            (partial / "config.json").write_text("{}")
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "model")])
+    assert done.returncode == -signal.SIGKILL
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["model"]
+    assert_same(model, load_model(tmp_path / "model"))
+    newer = random_model(MHA, seed=1)
+    save_model(tmp_path / "model", newer)
+    assert os.listdir(tmp_path) == ["model"]
+    assert_same(newer, load_model(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_killed_between_the_renames(
+    moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the first rename the old model comes back, after the second the new one stays."""
+    old, new = random_model(MHA), random_model(MHA, seed=1)
+    save_model(tmp_path / "model", old)
+    save_model(tmp_path / "newer", new)
+    hidden = tmp_path / ".model.previous"
+    (tmp_path / "model").rename(hidden)
+    if moment == 2:
+        (tmp_path / "newer").rename(tmp_path / "model")
+    assert_same(old if moment == 1 else new, load_model(tmp_path / "model"))
+    save_model(tmp_path / "model", new)
+    assert not hidden.exists()
+    assert_same(new, load_model(tmp_path / "model"))
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), atomic_folder(tmp_path / "deep" / "model") as partial:
+        (partial / "config.json").write_text("{}")
+        raise KeyError
+    assert not list((tmp_path / "deep").iterdir())
+
+
+def test_what_is_no_model_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("dear")
+    with pytest.raises(ValueError, match="exists and holds no model; choose another folder"):
+        save_model(tmp_path / "notes", random_model(MHA))
+    assert (tmp_path / "notes" / "diary.txt").read_text() == "dear"
