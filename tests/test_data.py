@@ -3,10 +3,12 @@
 import json
 import os
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from puna.trainers.config import parse
 from puna.trainers.data import (
     Skipped,
     read_dialogues,
@@ -14,7 +16,7 @@ from puna.trainers.data import (
     read_prompts,
     read_texts,
 )
-from puna.trainers.formats import Columns
+from puna.trainers.formats import Columns, Ratings
 
 SHARED = Path(
     os.environ.get("PUNA_SHARED", Path(__file__).resolve().parents[1] / ".." / "shared" / "data")
@@ -100,6 +102,44 @@ def test_files_without_a_usable_row(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"a\nb\xff")
     with pytest.raises(ValueError, match=r"bad.txt:2: not UTF-8"):
         read_texts(tmp_path / "bad.txt")
+
+
+RECIPE = """
+data = "ours.jsonl"
+[columns]
+a = "one"
+b = "two"
+rating = "verdict"
+[ratings]
+"1-wins" = "a better"
+"2-wins" = "b significantly_better"
+"""
+
+
+@dataclass
+class Config:
+    data: Path
+    columns: Columns = Columns()
+    ratings: Ratings = field(default_factory=Ratings)
+
+
+def test_a_recipe_maps_columns_and_ratings(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    data = write(
+        tmp_path / "d.jsonl",
+        {"prompt": "q", "one": "x", "two": "y", "verdict": "1-wins"},
+        {"prompt": "q", "one": "x", "two": "y", "verdict": "2-wins"},
+    )
+    arguments = [str(tmp_path / "recipe.toml"), "--data", str(data), "--columns.prompt", "prompt"]
+    config = parse(Config, arguments, "test")
+    rows, _ = read_preferences(config.data, config.columns, config.ratings)
+    assert [(row.chosen, row.rating) for row in rows] == [
+        ("x", "better"),
+        ("y", "significantly_better"),
+    ]
+    (tmp_path / "typo.toml").write_text(RECIPE.replace("rating =", "ratng ="))
+    with pytest.raises(ValueError, match="unknown key 'ratng'; did you mean rating"):
+        parse(Config, [str(tmp_path / "typo.toml")], "test")
 
 
 class TestReal:

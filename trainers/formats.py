@@ -18,7 +18,7 @@ SAFETY = ("chosen_safe", "both_safe", "both_unsafe")
 ROLES = ("system", "user", "assistant")
 
 Row = Mapping[str, Any]
-Ratings = Mapping[str, str]
+Ratings = dict[str, str]  # the file's values -> ours
 
 
 class Malformed(ValueError):

@@ -222,9 +222,12 @@ class _EmptyBatch:
             self.starts.append(end)
 
     def finish(self) -> LMBatch:
-        flat = (self.tokens, self.targets, self.weights, self.positions)
-        rows = [torch.from_numpy(array).view(self.shape) for array in flat]
-        return LMBatch(*rows, cu_seqlens=torch.tensor(self.starts, dtype=torch.int32))
+        tokens, targets, weights, positions = (
+            torch.from_numpy(array).view(self.shape)
+            for array in (self.tokens, self.targets, self.weights, self.positions)
+        )
+        cu_seqlens = torch.tensor(self.starts, dtype=torch.int32)
+        return LMBatch(tokens, targets, weights, positions, cu_seqlens)
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

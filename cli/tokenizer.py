@@ -1,0 +1,139 @@
+"""`puna tokenizer train|encode|inspect`: make a vocabulary, use it, look at it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from puna.core.tokenizer import Tokenizer, train_tokenizer
+from puna.trainers.corpus import encode_corpus, save_corpus
+from puna.trainers.data import read_texts
+from puna.trainers.formats import Columns
+
+
+@dataclass
+class TrainTokenizer:
+    """Train a SentencePiece tokenizer with Llama 2's settings."""
+
+    data: tuple[Path, ...]
+    """Texts: .txt files, or .jsonl files with a text column."""
+    output: Path
+    """The tokenizer.model to write."""
+    vocab_size: int = 32_000
+    """Number of pieces, with 3 control and 256 byte pieces among them (paper 2.2: 32k)."""
+    character_coverage: float = 0.99995
+    """Share of the text's characters that get a piece; the rest are bytes (Llama 2's value)."""
+    columns: Columns = Columns()
+    """The names of the columns in .jsonl files."""
+
+
+@dataclass
+class Encode:
+    """Show the ids and pieces of a text, or write whole files as a corpus for pretraining."""
+
+    tokenizer: Path
+    """A tokenizer.model."""
+    text: str | None = None
+    """The text to show."""
+    data: tuple[Path, ...] = ()
+    """Texts to write: .txt files, or .jsonl files with a text column."""
+    output: Path | None = None
+    """The .npy file of ids to write."""
+    columns: Columns = Columns()
+    """The names of the columns in .jsonl files."""
+
+
+@dataclass
+class Inspect:
+    """Describe a tokenizer, and how well it fits some text."""
+
+    tokenizer: Path
+    """A tokenizer.model."""
+    data: tuple[Path, ...] = ()
+    """Texts to measure it on: .txt files, or .jsonl files with a text column."""
+    columns: Columns = Columns()
+    """The names of the columns in .jsonl files."""
+
+
+def run(config: TrainTokenizer | Encode | Inspect) -> None:
+    """Does what the configuration is for. Raises ValueError for the user's mistakes."""
+    if isinstance(config, TrainTokenizer):
+        train(config)
+    elif isinstance(config, Encode):
+        encode(config)
+    else:
+        inspect(config)
+
+
+def train(config: TrainTokenizer) -> None:
+    """Writes a tokenizer."""
+    tokenizer = train_tokenizer(
+        _texts(config.data, config.columns),
+        config.output,
+        vocab_size=config.vocab_size,
+        character_coverage=config.character_coverage,
+    )
+    _print(f"wrote {config.output}: {tokenizer.vocab_size} pieces")
+
+
+def encode(config: Encode) -> None:
+    """Shows the ids of a text, or writes those of files."""
+    if (config.text is None) == (config.output is None) or bool(config.data) != bool(config.output):
+        raise ValueError("give either --text, or --data and --output")
+    tokenizer = Tokenizer(config.tokenizer)
+    if config.output is not None:
+        corpus = encode_corpus(tokenizer, _texts(config.data, config.columns))
+        save_corpus(config.output, corpus)
+        _print(
+            f"wrote {config.output}: {len(corpus.tokens):,} tokens of "
+            f"{len(corpus.starts):,} documents"
+        )
+        return
+    ids = tokenizer.encode(config.text or "")
+    _print(" ".join(map(str, ids)))
+    _print(" ".join(tokenizer.piece(token) for token in ids))
+
+
+def inspect(config: Inspect) -> None:
+    """Prints what a tokenizer is made of."""
+    tokenizer = Tokenizer(config.tokenizer)
+    pieces = range(tokenizer.vocab_size)
+    n_bytes = sum(tokenizer.is_byte(token) for token in pieces)
+    longest = max((tokenizer.piece(token) for token in pieces), key=len)
+    rows = [
+        ("file", str(config.tokenizer)),
+        ("pieces", f"{tokenizer.vocab_size:,}"),
+        ("of these, bytes", f"{n_bytes}" if n_bytes else "0: unknown characters are lost"),
+        ("BOS", f"{tokenizer.bos_id} {tokenizer.piece(tokenizer.bos_id)}"),
+        ("EOS", f"{tokenizer.eos_id} {tokenizer.piece(tokenizer.eos_id)}"),
+        ("longest piece", longest),
+    ]
+    if config.data:
+        texts = list(_texts(config.data, config.columns))
+        n_tokens = sum(len(tokenizer.encode(text)) for text in texts)
+        size = sum(len(text.encode("utf-8")) for text in texts)
+        rows.append(("tokens in the texts", f"{n_tokens:,}"))
+        rows.append(("bytes a token", f"{size / n_tokens:.3f}"))
+    table = Table(show_header=False, box=None)
+    for name, value in rows:
+        table.add_row(Text(name, style="bold"), Text(value))
+    Console().print(table)
+
+
+def _texts(paths: tuple[Path, ...], columns: Columns) -> Iterator[str]:
+    """The documents of all files; says what was skipped."""
+    if not paths:
+        raise ValueError("give the texts with --data")
+    for path in paths:
+        texts, skipped = read_texts(path, columns)
+        if skipped:
+            _print(str(skipped))
+        yield from texts
+
+
+def _print(text: str) -> None:
+    """One line as it is: a user's text may look like markup."""
+    Console(soft_wrap=True, highlight=False).print(Text(text))
