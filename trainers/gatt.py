@@ -1,0 +1,290 @@
+"""Ghost Attention: keep an instruction over many turns (paper section 3.3 and A.3.5).
+
+1. Attach the instruction to every user message of a dialogue and sample the answers.
+2. Keep it in the first user message only, shortened half of the time.
+3. Fine-tune, with loss on the last answer alone: the earlier ones were written under an
+   instruction that no longer stands before them.
+
+The paper samples from the latest RLHF model and gives neither the number of dialogues nor of
+turns. Ours: a dialogue yields several examples, each ending at another turn; ordinary dialogues
+can be mixed in, so that ordinary chat is not forgotten; and where a judge is handed down, only
+answers that obey become targets (rejection sampling by that judge).
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from puna.core import parallel
+from puna.core.chat import Message, decode_answer, encode_dialogue, encode_prompt
+from puna.core.checkpoint import load_model, tokenizer_path
+from puna.core.generation import generate
+from puna.core.model import Transformer
+from puna.core.tokenizer import Tokenizer
+from puna.trainers import language, loop
+from puna.trainers.config import parse
+from puna.trainers.formats import Columns
+from puna.trainers.gatt_data import GhostDialogue, read_ghost_dialogues
+from puna.trainers.packing import PackedRows
+from puna.trainers.progress import meter
+from puna.trainers.run import Run, load_start
+from puna.trainers.sft import load_dialogues
+
+Judge = Callable[[str, str, str], bool]  # (instruction, question, answer) -> does it obey
+
+
+@dataclass(kw_only=True)
+class GAttConfig(loop.TrainConfig):
+    """Ghost Attention (paper section 3.3): teach a chat model to keep a system message."""
+
+    model: Path
+    """the latest chat model: it samples the answers and is trained on them"""
+    dialogues: list[Path]
+    """.jsonl of `turns` (what the user says) or of `messages`, with `instruction` and `short`"""
+    instructions: list[Path] = field(default_factory=list)
+    """.jsonl of `instruction` and `short`, drawn for dialogues that have none of their own"""
+    mix: list[Path] = field(default_factory=list)
+    """ordinary dialogues to train on besides"""
+    shorten: float = 0.5
+    """how often the instruction is replaced by its short form (paper: half of the time)"""
+    samples: int = 1
+    """answers drawn for each turn; the first that a judge accepts is taken"""
+    targets: int = 5
+    """examples made of one dialogue, each ending at another turn"""
+    window: int = 0
+    """earlier exchanges that the sampling model sees; 0: all"""
+    temperature: float = 1.0
+    """of the sampled answers"""
+    max_new_tokens: int = 256
+    """longest answer, tokens"""
+    epochs: int = 1
+    lr: float = 2e-5
+    """peak (the paper does not say; this is SFT's)"""
+    batch: int = 64
+    """rows in a step, all processes together"""
+    micro_batch: int = 8
+    """rows in one forward pass"""
+    generation_batch: int = 256
+    """answers sampled side by side"""
+
+
+class Exchange(NamedTuple):
+    user: str
+    answer: list[int]  # ids as they were drawn, EOS included where it was
+    obeys: bool  # fit to be a target: finished, and accepted by the judge
+
+
+def run(config: GAttConfig, judge: Judge | None = None) -> Path:
+    """Sample and train, or continue, the run in `config.out`; returns the model's folder.
+
+    `judge` decides which answers may become targets; without one every finished answer does.
+    """
+    tokenizer_file = tokenizer_path(config.model)
+    folder = Run(config.out, config, tokenizer=tokenizer_file)
+    if folder.done:
+        return folder.final
+    tokenizer = Tokenizer(tokenizer_file)
+    dialogues = read_ghost_dialogues(config.dialogues, config.instructions, config.seed)
+    sampled = sampled_exchanges(config, folder, tokenizer, dialogues, judge)
+    model = load_start(folder, config.model, device=loop.device_of(config))
+    rows = training_rows(config, tokenizer, dialogues, sampled, model.config.context)
+    steps = language.epoch_steps(len(rows), config.epochs, config.batch)
+    return language.train(
+        "gatt", folder, model, rows, steps, config.batch, config.micro_batch, config
+    )
+
+
+def sampled_exchanges(
+    config: GAttConfig,
+    folder: Run,
+    tokenizer: Tokenizer,
+    dialogues: Sequence[GhostDialogue],
+    judge: Judge | None,
+) -> list[list[Exchange]]:
+    """The answers to each dialogue, from samples/turns.jsonl as far as they are there."""
+    path = folder.path / "samples" / "turns.jsonl"
+    if parallel.is_main():
+        path.parent.mkdir(exist_ok=True)
+        done = _whole_turns(path)
+        longest = max(len(d.turns) for d in dialogues)
+        if done < longest:
+            model = load_model(config.model, device=loop.device_of(config))
+            _sample(config, model, tokenizer, dialogues, judge, path, done, longest)
+    parallel.barrier()
+    return _load_turns(path, dialogues)
+
+
+def _sample(
+    config: GAttConfig,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    dialogues: Sequence[GhostDialogue],
+    judge: Judge | None,
+    path: Path,
+    done: int,
+    longest: int,
+) -> None:
+    """Turn by turn, all dialogues side by side; a turn is written when it is complete."""
+    history = _load_turns(path, dialogues)
+    room = model.config.context - config.max_new_tokens
+    with meter("gatt: sampling", longest, start=done, unit="answers") as progress:
+        for turn in range(done, longest):
+            going = [
+                i
+                for i, d in enumerate(dialogues)
+                if turn < len(d.turns) and len(history[i]) == turn
+            ]
+            prompts = [_context(config, tokenizer, dialogues[i], history[i]) for i in going]
+            fitting = [n for n, ids in enumerate(prompts) if len(ids) <= room]
+            going, prompts = [going[n] for n in fitting], [prompts[n] for n in fitting]
+            drawn = _candidates(config, model, tokenizer, prompts, going, turn)
+            exchanges = {
+                i: _choose(tokenizer, dialogues[i], turn, candidates, judge)
+                for i, candidates in zip(going, drawn, strict=True)
+            }
+            _append_turn(path, exchanges)
+            for i, exchange in exchanges.items():
+                history[i].append(exchange)
+            progress.advance(len(going) * config.samples)
+
+
+def _context(
+    config: GAttConfig, tokenizer: Tokenizer, dialogue: GhostDialogue, history: list[Exchange]
+) -> list[int]:
+    """Step 1: the dialogue so far with the instruction in every user message, as ids."""
+    seen = history[-config.window :] if config.window else history
+    ids: list[int] = []
+    for exchange in seen:
+        ids += encode_turn(tokenizer, exchange.user, dialogue.instruction) + exchange.answer
+    return ids + encode_turn(tokenizer, dialogue.turns[len(history)], dialogue.instruction)
+
+
+def encode_turn(tokenizer: Tokenizer, user: str, instruction: str = "") -> list[int]:
+    """Ids of one user message up to where the answer begins, the instruction folded in."""
+    messages: list[Message] = [{"role": "user", "content": user}]
+    if instruction:
+        messages.insert(0, {"role": "system", "content": instruction})
+    return encode_prompt(tokenizer, messages)
+
+
+def _candidates(
+    config: GAttConfig,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    going: list[int],
+    turn: int,
+) -> list[list[list[int]]]:
+    """`samples` answers to each prompt; the draw depends on (seed, turn, dialogue, sample)."""
+    count = config.samples
+    completions = generate(
+        model,
+        [ids for ids in prompts for _ in range(count)],
+        max_new_tokens=config.max_new_tokens,
+        eos_id=tokenizer.eos_id,
+        temperature=config.temperature,
+        seed=config.seed,
+        round_index=turn,
+        prompt_ids=[i for i in going for _ in range(count)],
+        sample_ids=list(range(count)) * len(going),
+        batch_size=config.generation_batch,
+    )
+    answers = [completion.tokens for completion in completions]
+    return [answers[n * count : (n + 1) * count] for n in range(len(going))]
+
+
+def _choose(
+    tokenizer: Tokenizer,
+    dialogue: GhostDialogue,
+    turn: int,
+    candidates: list[list[int]],
+    judge: Judge | None,
+) -> Exchange:
+    """The first candidate that ends and obeys; where none does, the first, which is no target."""
+    user = dialogue.turns[turn]
+    for answer in candidates:
+        text = decode_answer(tokenizer, answer)
+        finished = answer[-1] == tokenizer.eos_id and bool(text)
+        if finished and (judge is None or judge(dialogue.instruction, user, text)):
+            return Exchange(user, answer, True)
+    answer = candidates[0]
+    if answer[-1] != tokenizer.eos_id:
+        answer = [*answer, tokenizer.eos_id]  # as context a cut answer must end somewhere
+    return Exchange(user, answer, False)
+
+
+def training_rows(
+    config: GAttConfig,
+    tokenizer: Tokenizer,
+    dialogues: Sequence[GhostDialogue],
+    sampled: Sequence[list[Exchange]],
+    context: int,
+) -> PackedRows:
+    """Steps 2 and 3, and the ordinary dialogues mixed in."""
+    sequences = []
+    for index, (dialogue, exchanges) in enumerate(zip(dialogues, sampled, strict=True)):
+        rng = np.random.default_rng((config.seed, index))
+        usable = [turn for turn, exchange in enumerate(exchanges) if exchange.obeys]
+        chosen = rng.permutation(usable)[: config.targets].tolist()
+        for turn in chosen:
+            told = dialogue.short if rng.random() < config.shorten else dialogue.instruction
+            sequences.append(example(tokenizer, told, exchanges[: turn + 1]))
+    if not sequences:
+        raise ValueError("no sampled answer may be a target; the model never obeys or never ends")
+    mixed, skipped = load_dialogues(config.mix, Columns())
+    sequences += [encode_dialogue(tokenizer, dialogue.messages) for dialogue in mixed]
+    rows = PackedRows(sequences, context, vocab_size=tokenizer.vocab_size)
+    skipped.merge(rows.skipped)
+    language.say(skipped)
+    return rows
+
+
+def example(
+    tokenizer: Tokenizer, told: str, exchanges: Sequence[Exchange]
+) -> tuple[list[int], list[float]]:
+    """(ids, weights): the instruction in the first user message, loss on the last answer only."""
+    ids: list[int] = []
+    for turn, exchange in enumerate(exchanges):
+        ids += encode_turn(tokenizer, exchange.user, told if turn == 0 else "") + exchange.answer
+    last = len(exchanges[-1].answer)
+    return ids, [0.0] * (len(ids) - last) + [1.0] * last
+
+
+def _whole_turns(path: Path) -> int:
+    """How many turns are complete; a line cut short by a kill is removed."""
+    if not path.exists():
+        return 0
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    return whole.count("\n")
+
+
+def _append_turn(path: Path, exchanges: dict[int, Exchange]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps({str(i): list(e) for i, e in exchanges.items()}) + "\n")
+
+
+def _load_turns(path: Path, dialogues: Sequence[GhostDialogue]) -> list[list[Exchange]]:
+    history: list[list[Exchange]] = [[] for _ in dialogues]
+    if path.exists():
+        for line in path.read_text().splitlines():
+            for index, exchange in json.loads(line).items():
+                history[int(index)].append(Exchange(*exchange))
+    return history
+
+
+def main() -> None:
+    parallel.init()
+    run(parse(GAttConfig, sys.argv[1:], "python -m puna.trainers.gatt"))
+    parallel.close()
+
+
+if __name__ == "__main__":
+    main()
