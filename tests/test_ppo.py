@@ -1,0 +1,291 @@
+"""Run: python -m pytest tests/test_ppo.py -q"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from puna.core.checkpoint import load_model, save_model
+from puna.core.config import ModelConfig
+from puna.core.model import Transformer
+from puna.core.tokenizer import train_tokenizer
+from puna.trainers import ppo
+from puna.trainers.config import to_toml
+from puna.trainers.early_stopping import is_best, stop_reason
+from puna.trainers.ppo import PPOConfig
+from puna.trainers.prompts import draw
+
+WORDS = ["red", "blue", "cup", "tree", "sing", "give", "lamp", "nine", "moon", "fish"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A policy, two reward models and prompts on disk, all tiny and random."""
+    root = tmp_path_factory.mktemp("world")
+    texts = [f"{a} {b} {c}." for a in WORDS for b in WORDS for c in WORDS]
+    tokenizer = train_tokenizer(texts + ["[INST] [/INST]"] * 9, root / "t.model", vocab_size=320)
+    shape = ModelConfig(16, 2, 2, 1, 24, vocab_size=tokenizer.vocab_size, context=64)
+    for seed, (name, head) in enumerate(
+        [("policy", "lm"), ("helpfulness", "score"), ("safety", "score")]
+    ):
+        model = Transformer(shape, head)
+        model.init_weights(seed)
+        save_model(root / name, model, root / "t.model")
+    rows = [
+        {"messages": [{"role": "user", "content": f"{a} {b}"}], "safety": a == "red"}
+        for a in WORDS
+        for b in WORDS
+    ]
+    text = [json.dumps(row) + "\n" for row in rows]
+    (root / "prompts.jsonl").write_text("".join(text[:80]))
+    (root / "held_out.jsonl").write_text("".join(text[80:]))
+    return root
+
+
+def configured(world: Path, out: Path, **options) -> PPOConfig:
+    values = {
+        "policy": world / "policy",
+        "helpfulness": world / "helpfulness",
+        "safety": world / "safety",
+        "prompts": [world / "prompts.jsonl"],
+        "out": out,
+        "iterations": 5,
+        "batch": 8,
+        "minibatch": 4,
+        "lr": 1e-3,
+        "critic_lr": 2e-3,
+        "critic_warmup": 1,
+        "max_new_tokens": 6,
+        "save_every": 2,
+        "eval_every": 2,
+        "device": "cpu",
+    }
+    return PPOConfig(**(values | options))
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in row.items() if not name.startswith("seconds")}
+        for row in rows
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(world):
+    """A finished run, with held-out prompts."""
+    out = world / "whole"
+    ppo.run(configured(world, out, held_out=[world / "held_out.jsonl"]))
+    return out
+
+
+def test_the_defaults_are_the_papers():
+    """Trap 13 among them: clip 1.0 and Adam's eps 1e-5."""
+    config = PPOConfig(
+        policy=Path("p"), helpfulness=Path("h"), safety=Path("s"), prompts=[], out=Path("o")
+    )
+    assert (config.lr, config.schedule, config.warmup_steps) == (1e-6, "constant", 0)
+    assert (config.batch, config.minibatch, config.iterations) == (512, 64, 400)
+    assert (config.ratio_clip, config.beta) == (0.2, 0.01)
+    assert (config.beta1, config.beta2, config.eps) == (0.9, 0.95, 1e-5)
+    assert (config.weight_decay, config.clip) == (0.1, 1.0)
+    assert ppo.settings_of(config).minibatches == 8
+
+
+def test_a_run_logs_what_one_needs_to_see(whole):
+    rows = metrics(whole)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    wanted = (
+        "reward", "reward_helpfulness", "reward_safety", "branch_tagged", "branch_unsafe",
+        "branch_helpfulness", "kl", "kl_token_k1", "kl_token_k3", "answer_tokens", "unfinished",
+        "explained_variance", "value_loss", "critic_grad_norm",
+    )  # fmt: skip
+    for row in rows[1:]:
+        assert all(math.isfinite(row[name]) for name in wanted)
+        assert row["branch_tagged"] + row["branch_unsafe"] + row["branch_helpfulness"] == 8
+    assert all(
+        name in rows[2]
+        for name in ("ratio", "clip_fraction", "entropy", "policy_loss", "policy_grad_norm")
+    )
+    assert "ratio" not in rows[1] and rows[1]["lr"] == 0.0  # the critic's warm-up
+    assert "heldout_reward" in rows[0] and "heldout_reward" in rows[4]
+    assert abs(rows[1]["kl"]) < 1e-4 and rows[5]["kl_token_k3"] > 0
+
+
+def test_a_run_writes_readable_samples(whole):
+    file = whole / "samples" / "step-000002.jsonl"
+    rows = [json.loads(row) for row in file.read_text().splitlines()]
+    assert len(rows) == 8
+    assert rows[0]["messages"][0]["role"] == "user" and isinstance(rows[0]["answer"], str)
+
+
+def test_the_finished_model_is_the_trained_policy(world, whole):
+    before = load_model(world / "policy").state_dict()
+    after = load_model(whole / "model").state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert (whole / "model" / "tokenizer.model").exists()
+    assert ppo.run(configured(world, whole, held_out=[world / "held_out.jsonl"])) == whole / "model"
+
+
+def test_trap_12_the_critic_is_its_own_model_with_a_fresh_head_and_is_checkpointed(world, whole):
+    checkpoint = whole / "checkpoints" / "step-000004"
+    critic = load_model(checkpoint / "training" / "critic")
+    assert critic.head == "score"
+    judge = load_model(world / "helpfulness")
+    assert not torch.equal(critic.score.weight, judge.score.weight)
+    for name in ("model", "critic"):
+        state = load_file(checkpoint / "training" / f"{name}-optimizer.safetensors")
+        steps = {value.item() for key, value in state.items() if key.endswith(".step")}
+        assert steps == ({6.0} if name == "model" else {8.0})  # one warm-up iteration of two steps
+
+
+@pytest.mark.parametrize("start", ["helpfulness", "policy"])
+def test_trap_12_the_fresh_head_is_small(world, tmp_path, start):
+    config = configured(world, tmp_path / start, critic=start)
+    folder = ppo.Run(config.out, config, tokenizer=world / "t.model")
+    stage = ppo.open_stage(config, folder, ppo.Tokenizer(world / "t.model"))
+    source = load_model(world / start)
+    assert torch.equal(stage.models.critic.model.norm.weight, source.model.norm.weight)
+    embedding = stage.models.critic.model.embed_tokens.weight
+    assert torch.equal(embedding, source.model.embed_tokens.weight)
+    assert stage.models.critic is not stage.models.helpfulness
+    spread = stage.models.critic.score.weight.square().mean().sqrt().item()
+    assert spread == pytest.approx(17**-0.5, rel=0.5)
+    for frozen in stage.models[2:]:
+        assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_a_run_killed_at_any_moment_continues_exactly(world, whole, tmp_path):
+    """kill -9 of a real process, some iterations after a checkpoint; then the same command."""
+    config = configured(world, tmp_path / "killed", held_out=[world / "held_out.jsonl"])
+    recipe = tmp_path / "ppo.toml"
+    recipe.write_text(to_toml(config))
+    command = [sys.executable, "-m", "puna.trainers.ppo", str(recipe)]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    log = config.out / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if log.exists() and len(log.read_text().splitlines()) >= 4:  # iteration 3, checkpoint 2
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (config.out / "model").exists()
+    with log.open("a") as file:
+        file.write('{"step": 4, "rew')  # a row that the kill cut short
+    final = ppo.run(config)
+    assert metrics(config.out) == metrics(whole)
+    ours, theirs = load_model(final).state_dict(), load_model(whole / "model").state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_resuming_reads_policy_critic_and_both_optimizers(world, whole, tmp_path):
+    """Stop after a checkpoint by deleting what came later, in a copy of the finished run."""
+    out = tmp_path / "copy"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "model")
+    shutil.rmtree(out / "checkpoints" / "step-000004")
+    config = configured(world, out, held_out=[world / "held_out.jsonl"])
+    recorded = (out / "config.toml").read_text().replace(str(whole), str(out))
+    (out / "config.toml").write_text(recorded)
+    ppo.run(config)
+    assert metrics(out) == metrics(whole)
+
+
+def test_trap_14_every_rank_gets_its_share_of_each_mini_batch(world, tmp_path):
+    config = configured(world, tmp_path)
+    whole = ppo.share(config, 80, 3, rank=0, ranks=1)
+    parts = [ppo.share(config, 80, 3, rank, 2) for rank in range(2)]
+    for number in range(2):
+        mini = whole[number * 4 : number * 4 + 4]
+        dealt = [parts[rank][number * 2 : number * 2 + 2] for rank in range(2)]
+        assert sorted(mini) == sorted(dealt[0] + dealt[1])
+
+
+def test_trap_14_each_epoch_is_a_fresh_shuffle_of_all_prompts():
+    epochs = [[draw(e * 10 + i, 10, seed=4) for i in range(10)] for e in range(3)]
+    for number, epoch in enumerate(epochs):
+        assert sorted(epoch) == [(i, number) for i in range(10)]
+    assert [i for i, _ in epochs[0]] != [i for i, _ in epochs[1]]
+    assert [i for i, _ in epochs[0]] != [draw(i, 10, seed=5)[0] for i in range(10)]
+
+
+def test_bad_sizes_are_refused_with_a_way_out(world, tmp_path):
+    config = configured(world, tmp_path / "x")
+    with pytest.raises(ValueError, match="batch 10 is not a multiple of minibatch 4"):
+        ppo.run(replace(config, batch=10))
+    with pytest.raises(ValueError, match="patience needs held_out"):
+        ppo.run(replace(config, patience=2))
+    with pytest.raises(ValueError, match="max_new_tokens 64 leaves no room"):
+        ppo.run(replace(config, max_new_tokens=64))
+    with pytest.raises(ValueError, match="temperature is 0"):
+        ppo.run(replace(config, temperature=0.0))
+
+
+def test_models_with_different_tokenizers_are_refused(world, tmp_path):
+    shutil.copytree(world / "safety", tmp_path / "other")
+    texts = [f"{b} {a} {a}." for a in WORDS for b in reversed(WORDS)] * 9
+    train_tokenizer(texts, tmp_path / "other" / "tokenizer.model", vocab_size=300)
+    config = configured(world, tmp_path / "x", safety=tmp_path / "other")
+    with pytest.raises(ValueError, match="has another tokenizer than"):
+        ppo.run(config)
+
+
+def test_early_stopping_takes_the_best_model(world, tmp_path, monkeypatch):
+    rewards = iter([0.0, 2.0, 1.0, 1.5, 1.5])
+    monkeypatch.setattr(ppo, "held_out", lambda stage: {"heldout_reward": next(rewards)})
+    saved = []
+    save_best = ppo.save_best
+
+    def watched(folder, policy):
+        saved.append({k: v.clone() for k, v in policy.state_dict().items()})
+        save_best(folder, policy)
+
+    monkeypatch.setattr(ppo, "save_best", watched)
+    held = [world / "held_out.jsonl"]
+    config = configured(
+        world, tmp_path / "run", held_out=held, patience=2, eval_every=1, iterations=9
+    )
+    final = load_model(ppo.run(config)).state_dict()
+    assert [row["step"] for row in metrics(config.out)] == [0, 1, 2, 3]
+    assert len(saved) == 1 and all(torch.equal(final[name], saved[0][name]) for name in final)
+
+
+def test_stopping_rules():
+    rows = [{"heldout_reward": r, "kl": 0.1} for r in (1.0, 3.0, 2.0)]
+    assert stop_reason(rows, 0, None) is None
+    assert stop_reason(rows, 2, None) is None
+    assert "no better held-out reward in 1" in stop_reason(rows, 1, None)
+    assert "exceeds max_kl 0.05" in stop_reason(rows, 0, 0.05)
+    assert is_best(rows[:2]) and not is_best(rows)
+    assert not is_best([*rows[:2], {"kl": 0.1}])
+
+
+def test_a_high_kl_ends_the_run(world, tmp_path):
+    config = configured(world, tmp_path / "run", max_kl=1e-3, lr=1e-2, iterations=20)
+    ppo.run(config)
+    assert 2 < len(metrics(config.out)) < 20
+    assert (config.out / "model").exists()
+
+
+def test_two_ranks_give_the_numbers_of_one(world, whole, tmp_path):
+    config = configured(world, tmp_path / "ranks", held_out=[world / "held_out.jsonl"])
+    recipe = tmp_path / "ppo.toml"
+    recipe.write_text(to_toml(config))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launch, "-m", "puna.trainers.ppo", str(recipe)]
+    subprocess.run(command, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for ours, theirs in zip(metrics(config.out), metrics(whole), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, abs=1e-4, rel=1e-4), (ours["step"], name)
