@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from puna.core import hf_format, llama2c
+from puna.core import hf_format, hf_tokenizer, llama2c
 from puna.core.atomic import atomic_folder as atomic_folder
 from puna.core.atomic import recover
 from puna.core.config import ModelConfig
@@ -93,8 +93,9 @@ def write_tensors(
     if tokenizer_path is not None:
         tokenizer = check_vocabulary(tokenizer_path, config.vocab_size)
         shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
-        document = hf_format.tokenizer_config_json(config, head, tokenizer)
+        document = hf_tokenizer.tokenizer_config_json(config, head, tokenizer)
         _write_json(folder / "tokenizer_config.json", document)
+        _write_json(folder / "tokenizer.json", hf_tokenizer.tokenizer_json(tokenizer_path))
     _write_json(folder / "config.json", hf_format.config_json(config, head, dtype, tokenizer))
     if head == "lm":
         _write_json(folder / "generation_config.json", hf_format.special_ids(tokenizer))

@@ -1,4 +1,4 @@
-"""The small files of a model folder, in Hugging Face's terms, both ways.
+"""A model folder's config.json in Hugging Face's terms, both ways.
 
 Written so that transformers 4.3x to 5, vLLM and llama.cpp's converter read them as they are.
 What a Llama 2 does not have is refused on reading: ignoring it would compute something else.
@@ -11,29 +11,10 @@ from typing import Any
 import torch
 
 from puna.core.config import ModelConfig
+from puna.core.hf_tokenizer import PAD_ID
 from puna.core.tokenizer import Tokenizer
 
 ARCHITECTURES = {"LlamaForCausalLM": "lm", "LlamaForSequenceClassification": "score"}
-
-# Llama 2 has no padding piece. Its unknown piece never ends a sequence (bytes spell what is
-# unknown), so a scorer that looks for the last token which is not padding finds the last one.
-PAD_ID = 0
-
-# core/chat.py as text: BOS before and EOS after each exchange, the system message inside the
-# first user message. `trim` is Python's strip.
-CHAT_TEMPLATE = (
-    "{%- set ns = namespace(system='') -%}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'system' -%}"
-    "{%- set ns.system = '<<SYS>>\\n' + message['content'] + '\\n<</SYS>>\\n\\n' -%}"
-    "{%- elif message['role'] == 'user' -%}"
-    "{{- bos_token + '[INST] ' + (ns.system + message['content']) | trim + ' [/INST]' -}}"
-    "{%- set ns.system = '' -%}"
-    "{%- else -%}"
-    "{{- ' ' + message['content'] | trim + ' ' + eos_token -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-)
 
 
 def config_json(
@@ -76,29 +57,6 @@ def special_ids(tokenizer: Tokenizer | None) -> dict[str, int]:
     if tokenizer is None:
         return {"bos_token_id": 1, "eos_token_id": 2}
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-
-
-def tokenizer_config_json(config: ModelConfig, head: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The contents of tokenizer_config.json, with the chat template."""
-    ids = {"unk_token": PAD_ID, "bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-    pieces = {name: tokenizer.piece(token) for name, token in ids.items()}
-    flags = dict(lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)
-    return {
-        "tokenizer_class": "LlamaTokenizer",
-        **pieces,
-        "pad_token": pieces["unk_token"] if head == "score" else None,
-        "added_tokens_decoder": {
-            str(token): {"content": pieces[name], **flags} for name, token in ids.items()
-        },
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        # SentencePiece's dummy space at the head of every exchange, as Meta's code encodes it:
-        # the other behaviour would begin the text after BOS with `[` instead of ` [`.
-        "legacy": True,
-        "model_max_length": config.context,
-        "chat_template": CHAT_TEMPLATE,
-    }
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from puna.core.chat import Message, encode_dialogue, encode_prompt
@@ -194,17 +196,38 @@ def test_chat_template_is_our_chat_format(dialogue: list, tokenizer: Path, tmp_p
     assert ids == chat_ids(ours, messages(dialogue))
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.text(st.sampled_from("[]/<INST >\n gerhlot72ü🙂"), max_size=30))
+def test_transformers_encodes_and_decodes_as_we_do(saved_tokenizer: tuple, text: str) -> None:
+    ours, theirs = saved_tokenizer
+    ids = ours.encode(text)
+    assert theirs.encode(text, add_special_tokens=False) == ids
+    assert theirs.decode(ids) == ours.decode(ids)
+    assert theirs.encode(text) == [ours.bos_id, *ids]
+
+
+@pytest.fixture(scope="module")
+def saved_tokenizer(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    folder = tmp_path_factory.mktemp("saved")
+    save_model(folder, random_model(MHA), tokenizer)
+    return Tokenizer(tokenizer), transformers.AutoTokenizer.from_pretrained(folder)
+
+
 @pytest.mark.shared
 @pytest.mark.skipif(not LLAMA2.exists(), reason=f"no real inputs at {SHARED}")
-def test_transformers_encodes_chats_as_we_do(tmp_path: Path) -> None:
-    """Llama 2's tokenizer, opened by transformers from our folder, which needs protobuf."""
-    pytest.importorskip("google.protobuf")
-    config = ModelConfig(8, 1, 1, 1, 8, 32000, context=64)
-    save_model(tmp_path, random_model(config), LLAMA2)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+def test_transformers_encodes_with_llama2s_tokenizer_as_we_do(tmp_path: Path) -> None:
+    save_model(tmp_path, random_model(ModelConfig(8, 1, 1, 1, 8, 32000, context=64)), LLAMA2)
+    ours, theirs = Tokenizer(LLAMA2), transformers.AutoTokenizer.from_pretrained(tmp_path)
     for dialogue in DIALOGUES:
-        expected = chat_ids(Tokenizer(LLAMA2), messages(dialogue))
+        expected = chat_ids(ours, messages(dialogue))
         assert theirs.apply_chat_template(messages(dialogue), return_dict=False) == expected
+    texts = (LLAMA2.parent / "expected.inp").read_text(encoding="utf-8")
+    rows = (LLAMA2.parent / "expected.out").read_text().split("\n")
+    for text, row in zip(texts.split("\n__ggml_vocab_test__\n"), rows, strict=True):
+        found = theirs.encode(text, add_special_tokens=False)
+        assert found == [int(token) for token in row.split()]
+    for text in [" " * n + "x" + "-" * n + "\n" * (n % 5) + "a" * n for n in range(60)]:
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
 
 
 # --- heads, types, randomness
