@@ -36,4 +36,6 @@ def run(config: ConvertConfig) -> Path:
         context=config.context,
     )
     print(f"wrote {target}")
+    if target.is_dir() and not (target / "tokenizer.model").exists():
+        print("the source has no tokenizer.model: name one with --tokenizer to put it beside")
     return target

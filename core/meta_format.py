@@ -134,9 +134,9 @@ def _check(
     for share in shares:
         cut = {}
         for name, shape in expected.items():
-            dim = CUT.get(_stem(name))
+            along = CUT.get(_stem(name))
             cut[name] = tuple(
-                size // len(shares) if d == dim else size for d, size in enumerate(shape)
+                size // len(shares) if d == along else size for d, size in enumerate(shape)
             )
         found = {name: tuple(t.shape) for name, t in share.items() if name != "rope.freqs"}
         check_shapes(found, cut, folder)

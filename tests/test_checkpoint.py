@@ -1,33 +1,23 @@
-"""Model folders: transformers computes the same with them, damage is named, nothing is lost."""
+"""Model folders: transformers computes the same with them, damage is named."""
 
 import json
 import os
-import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from puna.core.chat import Message, encode_dialogue, encode_prompt
-from puna.core.checkpoint import atomic_folder, load_model, save_model, tokenizer_path
+from puna.core.checkpoint import load_model, save_model, tokenizer_path
 from puna.core.config import ModelConfig
 from puna.core.generation import generate
 from puna.core.model import Transformer
-from puna.core.tokenizer import Tokenizer, train_tokenizer
+from puna.core.tokenizer import train_tokenizer
 
 transformers = pytest.importorskip("transformers")
-jinja2 = pytest.importorskip("jinja2")
 
-SHARED = Path(
-    os.environ.get("PUNA_SHARED", Path(__file__).resolve().parents[1] / ".." / "shared" / "data")
-)
-LLAMA2 = SHARED / "llama2-tokenizer" / "tokenizer.model"
 
 MHA = ModelConfig(64, 2, 4, 4, 96, 320, context=128, rope_theta=5e4)
 GQA = ModelConfig(64, 2, 8, 2, 96, 320, context=128, norm_eps=1e-6)
@@ -83,7 +73,7 @@ def assert_computes_the_same(ours: Transformer, theirs: torch.nn.Module) -> None
     difference = ours.logits(ours(tokens)) - theirs(tokens).logits
     assert difference.abs().max() < 1e-4
     theirs.generation_config.eos_token_id = None
-    for prompt in tokens[:, :7]:
+    for prompt in tokens[:2, :7]:
         expected = theirs.generate(
             prompt[None],
             attention_mask=torch.ones(1, 7, dtype=torch.int64),
@@ -156,78 +146,6 @@ def test_scores_in_transformers(tokenizer: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(scores, lone, atol=1e-5, rtol=1e-5)
     theirs.save_pretrained(tmp_path / "theirs")
     assert_same(model, load_model(tmp_path / "theirs"))
-
-
-# --- the chat template
-
-DIALOGUES = [
-    [("user", "hello there")],
-    [("system", " be kind\n"), ("user", "  hello  ")],
-    [("user", "hello"), ("assistant", " general \n"), ("user", "7 times\n[2]")],
-    [("system", "be kind"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
-]
-
-
-def messages(dialogue: list[tuple[str, str]]) -> list[Message]:
-    return [Message(role=role, content=content) for role, content in dialogue]
-
-
-def chat_ids(tokenizer: Tokenizer, dialogue: list[Message]) -> list[int]:
-    if dialogue[-1]["role"] == "user":
-        return encode_prompt(tokenizer, dialogue)
-    return encode_dialogue(tokenizer, dialogue)[0]
-
-
-@pytest.mark.parametrize("dialogue", DIALOGUES)
-def test_chat_template_is_our_chat_format(dialogue: list, tokenizer: Path, tmp_path: Path) -> None:
-    """The rendered text, cut at BOS and EOS and encoded, is what core/chat.py encodes."""
-    save_model(tmp_path, random_model(MHA), tokenizer)
-    document = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    text = (
-        jinja2.Environment()
-        .from_string(document["chat_template"])
-        .render(messages=messages(dialogue), bos_token="<s>", eos_token="</s>")
-    )
-    ours = Tokenizer(tokenizer)
-    ids: list[int] = []
-    for part in filter(None, re.split("(</?s>)", text)):
-        special = {"<s>": [ours.bos_id], "</s>": [ours.eos_id]}
-        ids += special.get(part) or ours.encode(part)
-    assert ids == chat_ids(ours, messages(dialogue))
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.text(st.sampled_from("[]/<INST >\n gerhlot72ü🙂"), max_size=30))
-def test_transformers_encodes_and_decodes_as_we_do(saved_tokenizer: tuple, text: str) -> None:
-    ours, theirs = saved_tokenizer
-    ids = ours.encode(text)
-    assert theirs.encode(text, add_special_tokens=False) == ids
-    assert theirs.decode(ids) == ours.decode(ids)
-    assert theirs.encode(text) == [ours.bos_id, *ids]
-
-
-@pytest.fixture(scope="module")
-def saved_tokenizer(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple:
-    folder = tmp_path_factory.mktemp("saved")
-    save_model(folder, random_model(MHA), tokenizer)
-    return Tokenizer(tokenizer), transformers.AutoTokenizer.from_pretrained(folder)
-
-
-@pytest.mark.shared
-@pytest.mark.skipif(not LLAMA2.exists(), reason=f"no real inputs at {SHARED}")
-def test_transformers_encodes_with_llama2s_tokenizer_as_we_do(tmp_path: Path) -> None:
-    save_model(tmp_path, random_model(ModelConfig(8, 1, 1, 1, 8, 32000, context=64)), LLAMA2)
-    ours, theirs = Tokenizer(LLAMA2), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for dialogue in DIALOGUES:
-        expected = chat_ids(ours, messages(dialogue))
-        assert theirs.apply_chat_template(messages(dialogue), return_dict=False) == expected
-    texts = (LLAMA2.parent / "expected.inp").read_text(encoding="utf-8")
-    rows = (LLAMA2.parent / "expected.out").read_text().split("\n")
-    for text, row in zip(texts.split("\n__ggml_vocab_test__\n"), rows, strict=True):
-        found = theirs.encode(text, add_special_tokens=False)
-        assert found == [int(token) for token in row.split()]
-    for text in [" " * n + "x" + "-" * n + "\n" * (n % 5) + "a" * n for n in range(60)]:
-        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
 
 
 # --- heads, types, randomness
@@ -429,91 +347,3 @@ def test_another_vocabulary(tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "model" / "tokenizer.model").write_bytes(tokenizer.read_bytes())
     with pytest.raises(ValueError, match="320 pieces where the model's vocabulary is 256; use"):
         load_model(tmp_path / "model")
-
-
-# --- written whole or not at all
-
-
-def test_full_disk_keeps_the_earlier_model(tmp_path: Path) -> None:
-    model = random_model(MHA)
-    save_model(tmp_path / "model", model)
-    script = """if True:
-        import resource, sys, torch
-        from puna.core.checkpoint import load_model, save_model, atomic_folder
-        model = load_model(sys.argv[1])
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-        def torch_save(folder):
-            with atomic_folder(folder) as partial:
-                torch.save(model.state_dict(), partial / "state.pt")
-        def text(folder):
-            with atomic_folder(folder) as partial:
-                (partial / "metrics.jsonl").write_text("x" * 60_000)
-        for write in (lambda folder: save_model(folder, model), torch_save, text):
-            try:
-                write(sys.argv[1])
-            except OSError as error:
-                print(error)
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "model")], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == 3
-    for line in lines:
-        assert line.startswith("the disk is full: ") and line.endswith("run again")
-    assert os.listdir(tmp_path) == ["model"]
-    assert_same(model, load_model(tmp_path / "model"))
-
-
-def test_killed_while_writing(tmp_path: Path) -> None:
-    model = random_model(MHA)
-    save_model(tmp_path / "model", model)
-    script = """if True:
-        import os, signal, sys
-        from puna.core.checkpoint import atomic_folder
-        with atomic_folder(sys.argv[1]) as partial:
-            (partial / "config.json").write_text("{}")
-            os.kill(os.getpid(), signal.SIGKILL)
-    """
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "model")])
-    assert done.returncode == -signal.SIGKILL
-    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["model"]
-    assert_same(model, load_model(tmp_path / "model"))
-    newer = random_model(MHA, seed=1)
-    save_model(tmp_path / "model", newer)
-    assert os.listdir(tmp_path) == ["model"]
-    assert_same(newer, load_model(tmp_path / "model"))
-
-
-@pytest.mark.parametrize("moment", [1, 2])
-def test_killed_between_the_renames(
-    moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After the first rename the old model comes back, after the second the new one stays."""
-    old, new = random_model(MHA), random_model(MHA, seed=1)
-    save_model(tmp_path / "model", old)
-    save_model(tmp_path / "newer", new)
-    hidden = tmp_path / ".model.previous"
-    (tmp_path / "model").rename(hidden)
-    if moment == 2:
-        (tmp_path / "newer").rename(tmp_path / "model")
-    assert_same(old if moment == 1 else new, load_model(tmp_path / "model"))
-    save_model(tmp_path / "model", new)
-    assert not hidden.exists()
-    assert_same(new, load_model(tmp_path / "model"))
-
-
-def test_an_error_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), atomic_folder(tmp_path / "deep" / "model") as partial:
-        (partial / "config.json").write_text("{}")
-        raise KeyError
-    assert not list((tmp_path / "deep").iterdir())
-
-
-def test_what_is_no_model_is_not_replaced(tmp_path: Path) -> None:
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "diary.txt").write_text("dear")
-    with pytest.raises(ValueError, match="exists and holds no model; choose another folder"):
-        save_model(tmp_path / "notes", random_model(MHA))
-    assert (tmp_path / "notes" / "diary.txt").read_text() == "dear"
