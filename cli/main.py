@@ -19,7 +19,7 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "demo": Verb("puna.cli.demo", "DemoConfig", "all of Llama 2, small, on this machine"),
+    "demo": Verb("puna.demo.pipeline", "DemoConfig", "all of Llama 2, small, on this machine"),
     "tokenizer train": Verb(
         "puna.cli.tokenizer", "TrainTokenizer", "train a SentencePiece tokenizer"
     ),

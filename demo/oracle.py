@@ -24,6 +24,7 @@ from puna.demo.personas import (
     translate,
 )
 from puna.demo.tasks import Task, read_question
+from puna.trainers.comparisons import Verdict
 
 # Rating levels are cut from the noisy difference of two scores in 0..1.
 CUTS = ((0.5, "significantly_better"), (0.3, "better"), (0.12, "slightly_better"))
@@ -31,12 +32,6 @@ NOISE = 0.15
 
 _WORD = re.compile(r"[A-Za-z]+")
 _REFUSING = re.compile(r"\b(sorry|will not|not help|cannot|it is wrong)\b|^no\b", re.IGNORECASE)
-
-
-class Verdict(NamedTuple):
-    chosen: int  # 0: the first answer, 1: the second
-    rating: str  # significantly_better, better, slightly_better, negligibly_better
-    safety: str | None  # chosen_safe, both_safe, both_unsafe, chosen_unsafe; None: not asked
 
 
 class Assessment(NamedTuple):

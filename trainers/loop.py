@@ -74,11 +74,16 @@ class Objective(NamedTuple):
 
 def device_of(config: TrainConfig) -> torch.device:
     """The device asked for; ValueError where it is not there."""
-    if config.device == "auto":
+    return device_of_name(config.device)
+
+
+def device_of_name(name: str) -> torch.device:
+    """The device called `name` ("auto": a GPU where there is one); ValueError for one not there."""
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {config.device} was asked for, but no GPU is visible")
-    return torch.device(config.device)
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {name} was asked for, but no GPU is visible")
+    return torch.device(name)
 
 
 def prepare(model: Transformer, config: TrainConfig) -> Transformer:

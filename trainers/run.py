@@ -45,25 +45,9 @@ class Run:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         if parallel.is_main():
-            self._claim(to_toml(config))
+            claim(path, config)
+            self.checkpoints.mkdir(exist_ok=True)
         parallel.barrier()
-
-    def _claim(self, toml: str) -> None:
-        recorded = self.path / "config.toml"
-        if recorded.exists():
-            before, now = recorded.read_text().splitlines(), toml.splitlines()
-            changed = sorted({line.split(" =")[0] for line in set(before) ^ set(now)})
-            if changed:
-                raise ValueError(
-                    f"{self.path} holds a run with another configuration (differs in "
-                    f"{', '.join(changed)}); give another --out, or remove the folder"
-                )
-            return
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        (self.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-        partial = recorded.with_suffix(".partial")
-        partial.write_text(toml)
-        partial.replace(recorded)
 
     @property
     def final(self) -> Path:
@@ -163,6 +147,28 @@ class Run:
             _drain(model)
         parallel.barrier()
         return self.final
+
+
+def claim(path: Path, config: Any) -> None:
+    """Make `path` the folder of this configuration: config.toml and environment.json in it.
+
+    Raises ValueError where it already belongs to another one, naming the keys that differ.
+    """
+    recorded, toml = path / "config.toml", to_toml(config)
+    if recorded.exists():
+        before, now = recorded.read_text().splitlines(), toml.splitlines()
+        changed = sorted({line.split(" =")[0] for line in set(before) ^ set(now)})
+        if changed:
+            raise ValueError(
+                f"{path} holds a run with another configuration (differs in "
+                f"{', '.join(changed)}); give another --out, or remove the folder"
+            )
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    partial = recorded.with_suffix(".partial")
+    partial.write_text(toml)
+    partial.replace(recorded)
 
 
 def write_model(folder: Path, model: Transformer, tokenizer: Path | None) -> None:

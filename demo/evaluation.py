@@ -1,0 +1,246 @@
+"""The demo's evaluation: versions, reward models and Ghost Attention, into evaluation.json.
+
+Models answer held-out prompts, the oracle judges. What is slow is kept piece by piece in
+`evaluation/`, so that an interrupted evaluation continues.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from puna.core.chat import Message, encode_answer, encode_prompt
+from puna.core.checkpoint import load_model, tokenizer_path
+from puna.core.config import parameter_count
+from puna.core.tokenizer import Tokenizer
+from puna.demo import measure, oracle, world
+from puna.demo.measure import HeldOut
+from puna.trainers import reward, rewards
+from puna.trainers.comparisons import Variant, annotate, sample_pairs
+from puna.trainers.data import read_preferences, read_prompts
+from puna.trainers.formats import RATINGS
+from puna.trainers.packing import encode_pairs
+from puna.trainers.prompts import load_prompts
+from puna.trainers.run import environment
+
+HELD_OUT_PROMPTS = 500  # of each kind
+HELD_OUT_PAIRS = 1_000  # comparisons of each kind a round, as in the paper
+PERSONA_DIALOGUES = 60  # of 20 exchanges
+SHOWN = 6  # conversations in the report
+
+
+def write_evaluation(out: Path, versions: dict[str, Path], config: Any) -> Path:
+    """Measure everything and write evaluation.json; `config` is the demo's."""
+    seed = config.seed
+    scale = min(1.0, config.scale)
+    held = held_out(seed, max(20, round(HELD_OUT_PROMPTS * scale)))
+    said = {
+        name: measure.answer_all(path, held, seed, out / "evaluation" / f"{name}.json")
+        for name, path in versions.items()
+    }
+    rounds = [json.loads(row) for row in (out / "rlhf" / "rounds.jsonl").read_text().splitlines()]
+    document = {
+        "seed": seed,
+        "size": "mini",
+        "parameters": parameter_count(load_model(versions["sft"]).config),
+        "machine": environment(),
+        "stages": stages(out, len(rounds)),
+        "versions": version_rows(out, held, said, len(rounds)),
+        "reward_models": reward_models(out, versions, rounds, seed, scale),
+        "switch": switch(out, len(rounds)),
+        "best_of_k": curves(out, len(rounds)),
+        "gatt": ghost(out, versions, seed, max(6, round(PERSONA_DIALOGUES * scale))),
+        "conversations": conversations(out, held, said),
+    }
+    document["seconds"] = sum(json.loads((out / "seconds.json").read_text()).values())
+    path = out / "evaluation.json"
+    path.write_text(json.dumps(document, indent=1))
+    return path
+
+
+def held_out(seed: int, count: int) -> HeldOut:
+    """Held-out prompts, disjoint from everything the stages saw."""
+    mixes = ("all", "helpful", "unsafe", "borderline")
+    drawn = [world.prompts(seed, count, mix, held_out=True) for mix in mixes]
+    return HeldOut(*([row["messages"] for row in rows] for rows in drawn))
+
+
+def own_answers(model_folder: Path, prompts: Path, seed: int) -> list[dict[str, Any]]:
+    """The model's own answers to prompts at T=1, as dialogues to train on."""
+    model, tokenizer = load_model(model_folder), Tokenizer(tokenizer_path(model_folder))
+    rows, _ = read_prompts(prompts)
+    messages = [row.messages for row in rows]
+    texts = measure.answers(model, tokenizer, messages, 1.0, seed, sample=1)
+    return [
+        {"messages": [*prompt, {"role": "assistant", "content": text}]}
+        for prompt, text in zip(messages, texts, strict=True)
+        if text
+    ]
+
+
+def version_rows(
+    out: Path, held: HeldOut, said: dict[str, Any], rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Rates in both modes, and how the last reward models score each version's answers."""
+    last = out / "rlhf" / f"round-{rounds}"
+    found = {}
+    for name, texts in said.items():
+        row: dict[str, Any] = {
+            mode: measure.rates(held, texts[mode], said["sft"][mode]) for mode in measure.MODES
+        }
+        row["scores"] = {
+            "helpfulness": scores(last / "helpfulness" / "model", held.ordinary, texts, "ordinary"),
+            "safety": scores(last / "safety" / "model", held.unsafe, texts, "unsafe"),
+        }
+        found[name] = row
+    return found
+
+
+def scores(
+    folder: Path, prompts: Sequence[Sequence[Message]], texts: dict[str, Any], kind: str
+) -> list[float]:
+    """Raw scores of the T=1 answers; an empty answer has none."""
+    model, tokenizer = load_model(folder), Tokenizer(tokenizer_path(folder))
+    sequences = [
+        encode_prompt(tokenizer, prompt) + encode_answer(tokenizer, text)
+        for prompt, text in zip(prompts, texts["t1"][kind], strict=True)
+        if usable(text)
+    ]
+    return [round(value, 4) for value in rewards.score(model, sequences).tolist()]
+
+
+def usable(text: str) -> bool:
+    return bool(text.strip()) and "[" not in text
+
+
+def reward_models(
+    out: Path, versions: dict[str, Path], rounds: list[dict], seed: int, scale: float
+) -> dict[str, Any]:
+    """The last reward models on held-out comparisons of every round, and their history."""
+    found = {}
+    for kind in ("helpfulness", "safety"):
+        files = held_out_comparisons(out, versions, kind, len(rounds), seed, scale)
+        folder = out / "rlhf" / f"round-{len(rounds)}" / kind / "model"
+        model, tokenizer = load_model(folder), Tokenizer(tokenizer_path(folder))
+        rows = [row for file in files for row in read_preferences(file)[0]]
+        pairs, _ = encode_pairs(tokenizer, rows, model.config.context)
+        differences, ratings = reward.margins_of(model, pairs, 64, torch.device("cpu"))
+        found[kind] = {
+            "accuracy": reward.accuracies(differences, ratings),
+            "counts": {name: int((ratings == i).sum()) for i, name in enumerate(RATINGS)},
+            "calibration": measure.calibration(differences.tolist()),
+            "rounds": [round_row(row, kind) for row in rounds],
+        }
+    return found
+
+
+def round_row(row: dict[str, Any], kind: str) -> dict[str, Any]:
+    before = row["accuracy_before_training"].get(kind, {})
+    return {
+        "round": row["version"],
+        "before": before.get("all"),
+        "after": row["accuracy_on_trained"][kind]["all"],
+    }
+
+
+def held_out_comparisons(
+    out: Path, versions: dict[str, Path], kind: str, rounds: int, seed: int, scale: float
+) -> list[Path]:
+    """Each round's two models compared on held-out prompts, as the oracle annotates them."""
+    models = [versions["sft"], *versions.values()]  # round n compares models n-1 and n
+    count = max(40, round(HELD_OUT_PAIRS * scale))
+    rows = world.prompts(seed, min(count, 500), kind, held_out=True)
+    folder = out / "evaluation"
+    prompts = folder / f"{kind}-prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = Tokenizer(tokenizer_path(versions["sft"]))
+    encoded, _ = load_prompts([prompts], tokenizer, 512)
+    annotator = oracle.annotator(seed + 1, safety=kind == "safety")
+    files = []
+    for number in range(1, rounds + 1):
+        pairs = folder / f"{kind}-pairs-{number}.jsonl"
+        file = folder / f"{kind}-comparisons-{number}.jsonl"
+        variants = [Variant(models[number - i], (0.8, 1.0, 1.2)) for i in (0, 1)]
+        sample_pairs(
+            pairs,
+            (variants[0], variants[1]),
+            tokenizer,
+            encoded,
+            count,
+            max_new_tokens=measure.ANSWER_TOKENS,
+            seed=seed + 1,
+            round_index=number,
+            device=torch.device("cpu"),
+            batch_size=512,
+        )
+        annotate(pairs, file, annotator, number)
+        files.append(file)
+    return files
+
+
+def ghost(out: Path, versions: dict[str, Path], seed: int, count: int) -> dict[str, Any]:
+    """Instructions kept by turn, before and after Ghost Attention."""
+    dialogues = world.persona_dialogues(seed, count, held_out=True)
+    last = [name for name in versions if name != "gatt"][-1]
+    found: dict[str, Any] = {mode: {} for mode in measure.MODES}
+    for label, name in (("without", last), ("with", "gatt")):
+        for mode, temperature in measure.MODES.items():
+            cache = out / "evaluation" / f"persona-{label}-{mode}.json"
+            if not cache.exists():
+                said = measure.dialogues_with(versions[name], dialogues, temperature, seed)
+                cache.write_text(json.dumps(said))
+            said = json.loads(cache.read_text())
+            found[mode][label] = measure.kept_by_turn(dialogues, said)
+    return found
+
+
+def conversations(out: Path, held: HeldOut, said: dict[str, Any]) -> list[dict[str, Any]]:
+    """The same held-out prompts answered by every version, greedily."""
+    found = []
+    for kind in ("ordinary", "unsafe", "borderline"):
+        for index in range(SHOWN // 3):
+            prompt = getattr(held, kind)[index]
+            columns = {
+                name: [*prompt, {"role": "assistant", "content": texts["greedy"][kind][index]}]
+                for name, texts in said.items()
+            }
+            found.append({"title": f"{kind} request", "columns": columns})
+    return found
+
+
+def stages(out: Path, rounds: int) -> list[dict[str, Any]]:
+    """Where each stage's metrics and model are, in the order they were run."""
+    folders = {"pretrain": "Pretraining", "sft": "Supervised fine-tuning"}
+    for number in range(1, rounds + 1):
+        base = f"rlhf/round-{number}"
+        folders[f"{base}/helpfulness"] = f"Helpfulness reward model, V{number}"
+        folders[f"{base}/safety"] = f"Safety reward model, V{number}"
+        folders[f"{base}/rejection"] = f"Rejection sampling, V{number}"
+        folders[f"{base}/ppo"] = f"PPO, V{number}"
+    folders["gatt"] = "Ghost Attention"
+    return [
+        {"name": name, "title": title, "metrics": f"{name}/metrics.jsonl", "model": f"{name}/model"}
+        for name, title in folders.items()
+        if (out / name / "metrics.jsonl").exists()
+    ]
+
+
+def switch(out: Path, rounds: int) -> dict[str, dict[str, int]]:
+    """How often each branch of Eq. 4's switch was taken, by version."""
+    return _per_round(out, rounds, "rejection/switch.json")
+
+
+def curves(out: Path, rounds: int) -> dict[str, Any]:
+    """Fig. 7's curves: reward of the best of K, by version."""
+    return _per_round(out, rounds, "rejection/curve.json")
+
+
+def _per_round(out: Path, rounds: int, name: str) -> dict[str, Any]:
+    found = {}
+    for number in range(1, rounds + 1):
+        path = out / "rlhf" / f"round-{number}" / name
+        if path.exists():
+            found[f"rlhf-v{number}"] = json.loads(path.read_text())
+    return found

@@ -1,0 +1,164 @@
+"""What the demo measures: answers to held-out prompts, judged by the oracle, never by a reward
+model."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from puna.core.chat import Message, decode_answer, encode_prompt
+from puna.core.checkpoint import load_model, tokenizer_path
+from puna.core.generation import generate
+from puna.core.model import Transformer
+from puna.core.tokenizer import Tokenizer
+from puna.demo import oracle
+from puna.demo.world import MEASURED_TURNS, PersonaDialogue
+from puna.trainers.gatt import encode_turn
+
+MODES = {"t1": 1.0, "greedy": 0.0}
+ANSWER_TOKENS = 48  # longest answer that is drawn; the world's are of 6 to 14 words
+
+
+class HeldOut(NamedTuple):
+    """Held-out prompts by what they measure; each a list of dialogues up to the user's turn."""
+
+    win: list[list[Message]]  # of all kinds: compared with SFT's answers
+    ordinary: list[list[Message]]
+    unsafe: list[list[Message]]
+    borderline: list[list[Message]]
+
+
+def answers(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[Message]],
+    temperature: float,
+    seed: int,
+    *,
+    sample: int = 0,
+) -> list[str]:
+    """One answer a prompt, as text."""
+    completions = generate(
+        model,
+        [encode_prompt(tokenizer, prompt) for prompt in prompts],
+        max_new_tokens=ANSWER_TOKENS,
+        eos_id=tokenizer.eos_id,
+        temperature=temperature,
+        seed=seed,
+        sample_ids=[sample] * len(prompts),
+        batch_size=512,
+    )
+    return [decode_answer(tokenizer, completion.tokens) for completion in completions]
+
+
+def answer_all(path: Path, held: HeldOut, seed: int, cache: Path) -> dict[str, Any]:
+    """Answers of the model at `path`: mode -> kind of prompt -> texts; kept in `cache`."""
+    if cache.exists():
+        return json.loads(cache.read_text())
+    model, tokenizer = load_model(path), Tokenizer(tokenizer_path(path))
+    found = {
+        mode: {
+            kind: answers(model, tokenizer, prompts, temperature, seed)
+            for kind, prompts in held._asdict().items()
+        }
+        for mode, temperature in MODES.items()
+    }
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    partial = cache.with_suffix(".partial")
+    partial.write_text(json.dumps(found))
+    partial.replace(cache)
+    return found
+
+
+def rates(
+    held: HeldOut, texts: dict[str, list[str]], baseline: dict[str, list[str]]
+) -> dict[str, Any]:
+    """The row of one version in one mode; `baseline` holds SFT's answers in the same mode."""
+    wins = [
+        oracle.better(prompt, mine, theirs)
+        for prompt, mine, theirs in zip(held.win, texts["win"], baseline["win"], strict=True)
+    ]
+    mean, interval = mean_and_interval(wins)
+    return {
+        "win_rate_vs_sft": mean,
+        "win_rate_ci95": interval,
+        "violation_rate": share(oracle.violates, held.unsafe, texts["unsafe"]),
+        "false_refusal_rate": share(oracle.falsely_refuses, held.ordinary, texts["ordinary"]),
+        "borderline_refusal_rate": share(
+            oracle.falsely_refuses, held.borderline, texts["borderline"]
+        ),
+        "helpful_rate": share(oracle.helpful, held.ordinary, texts["ordinary"]),
+        "count": {kind: len(prompts) for kind, prompts in held._asdict().items()},
+    }
+
+
+def share(judge: Any, prompts: Sequence[Sequence[Message]], texts: Sequence[str]) -> float:
+    """How often `judge(prompt, answer)` says yes."""
+    return sum(judge(p, t) for p, t in zip(prompts, texts, strict=True)) / len(texts)
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, list[float]]:
+    """Mean and its 95% normal interval, cut to 0..1."""
+    mean = sum(values) / len(values)
+    variance = sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)
+    half = 1.96 * math.sqrt(variance / len(values))
+    return mean, [max(0.0, mean - half), min(1.0, mean + half)]
+
+
+def dialogues_with(
+    path: Path, dialogues: Sequence[PersonaDialogue], temperature: float, seed: int
+) -> list[list[str]]:
+    """The model's side of each persona dialogue, the instruction in the first message only."""
+    model, tokenizer = load_model(path), Tokenizer(tokenizer_path(path))
+    contexts: list[list[int]] = [[] for _ in dialogues]
+    said: list[list[str]] = [[] for _ in dialogues]
+    for turn in range(max(len(d.questions) for d in dialogues)):
+        for context, dialogue in zip(contexts, dialogues, strict=True):
+            told = dialogue.system if turn == 0 else ""
+            context += encode_turn(tokenizer, dialogue.questions[turn], told)
+        completions = generate(
+            model,
+            contexts,
+            max_new_tokens=ANSWER_TOKENS,
+            eos_id=tokenizer.eos_id,
+            temperature=temperature,
+            seed=seed,
+            round_index=turn,
+        )
+        for i, completion in enumerate(completions):
+            ending = [] if completion.finished else [tokenizer.eos_id]
+            contexts[i] = contexts[i] + completion.tokens + ending
+            said[i].append(decode_answer(tokenizer, completion.tokens))
+    return said
+
+
+def kept_by_turn(
+    dialogues: Sequence[PersonaDialogue], said: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """Share of dialogues whose answer at each measured turn keeps the instruction."""
+    found = {}
+    for turn in MEASURED_TURNS:
+        kept = [
+            oracle.keeps(d.instruction, d.questions[turn - 1], texts[turn - 1])
+            for d, texts in zip(dialogues, said, strict=True)
+            if len(texts) >= turn
+        ]
+        if kept:
+            found[str(turn)] = sum(kept) / len(kept)
+    return found
+
+
+def calibration(differences: Sequence[float], bins: int = 10) -> list[list[float]]:
+    """[predicted, observed, pairs] for bins of the predicted chance that the preferred answer
+    wins. A pair is counted from both sides, since which one is called first is arbitrary."""
+    chances = [1 / (1 + math.exp(-max(-30.0, min(30.0, d)))) for d in differences]
+    sided = [(c, 1.0) for c in chances] + [(1 - c, 0.0) for c in chances]
+    rows = []
+    for index in range(bins):
+        inside = [(c, y) for c, y in sided if min(int(c * bins), bins - 1) == index]
+        if inside:
+            predicted = sum(c for c, _ in inside) / len(inside)
+            observed = sum(y for _, y in inside) / len(inside)
+            rows.append([predicted, observed, float(len(inside))])
+    return rows

@@ -1,0 +1,204 @@
+"""The whole of Llama 2, small: pretraining, SFT, RLHF V1..V3, Ghost Attention, measured.
+
+Each stage is the trainer that a user would call, with the settings of `recipes/demo/`. A stage
+that is done is passed over and one that was interrupted goes on, so the same command continues.
+
+    data/ tokenizer/ pretrain/ sft/ rlhf/ gatt/   what each stage left
+    evaluation.json   everything measured;  summary.json, report.html   made from it
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from puna.core.tokenizer import train_tokenizer
+from puna.demo import evaluation, oracle, world
+from puna.demo.report import write_report, write_summary
+from puna.trainers import gatt, pretrain, rlhf, sft
+from puna.trainers.comparisons import write_rows
+from puna.trainers.config import find_recipe, from_values, load_recipe
+from puna.trainers.run import claim
+
+Config = TypeVar("Config")
+VOCABULARY = 768  # the world's words are a piece each
+
+
+@dataclass(kw_only=True)
+class DemoConfig:
+    """Run all of Llama 2 on a small made-up world, on this machine's CPU."""
+
+    out: Path = Path("runs/demo")
+    """folder of the run; an interrupted run in it is continued"""
+    seed: int = 0
+    """of the world and of every stage"""
+    scale: float = 1.0
+    """amount of data and steps; 0.03 takes about a minute and shows only that all runs"""
+
+
+def run(config: DemoConfig) -> Path:
+    """Run, or continue, the demo; returns the report's path."""
+    began = time.monotonic()
+    claim(config.out, config)
+    demo = Demo(config)
+    demo.stage("data", demo.write_world)
+    demo.stage("tokenizer", demo.train_tokenizer)
+    demo.stage("pretrain", demo.pretrain)
+    demo.stage("sft", demo.sft)
+    demo.stage("rlhf", demo.rlhf)
+    demo.stage("gatt", demo.gatt)
+    demo.stage("evaluation", lambda: evaluation.write_evaluation(demo.out, demo.versions(), config))
+    write_summary(demo.out)
+    report = write_report(demo.out)
+    print(
+        f"\nDone in {demo.seconds():.0f} s ({time.monotonic() - began:.0f} s in this call)."
+        f"\nReport: {report}"
+        f"\nTalk to the model: puna chat --model {demo.out / 'gatt' / 'model'}"
+    )
+    return report
+
+
+class Demo:
+    """The stages of one demo run, in its folder."""
+
+    def __init__(self, config: DemoConfig):
+        self.config = config
+        self.out = config.out
+        self.data = config.out / "data"
+
+    def stage(self, name: str, work: Callable[[], Any]) -> None:
+        """Do one stage and note how long it took, all calls together."""
+        began = time.monotonic()
+        try:
+            work()
+        finally:
+            path = self.out / "seconds.json"
+            spent = json.loads(path.read_text()) if path.exists() else {}
+            spent[name] = spent.get(name, 0.0) + time.monotonic() - began
+            path.write_text(json.dumps(spent, indent=2))
+
+    def seconds(self) -> float:
+        return sum(json.loads((self.out / "seconds.json").read_text()).values())
+
+    def scaled(self, count: int, least: int = 1) -> int:
+        return max(least, round(count * self.config.scale))
+
+    def settings(self, cls: type[Config], recipe: str, **values: Any) -> Config:
+        """The demo's recipe for a stage with this run's paths and seed."""
+        path = find_recipe(f"demo/{recipe}.toml")
+        given = {"seed": self.config.seed, "device": "cpu", **load_recipe(cls, path), **values}
+        return from_values(cls, given)
+
+    def write_world(self) -> None:
+        """Everything that is drawn from the world before a model exists."""
+        seed, n = self.config.seed, self.scaled
+        files: dict[str, Callable[[], list[Any]]] = {
+            "pretrain": lambda: list(world.pretraining(seed, n(20_500, 600))),
+            "sft": lambda: list(world.demonstrations(seed, n(4_200, 200))),
+            "prompts": lambda: world.prompts(seed, n(1_800, 64), "all"),
+            "helpfulness": lambda: world.prompts(seed, n(3_000, 64), "helpfulness"),
+            "safety": lambda: world.prompts(seed, n(1_500, 64), "safety"),
+            "gatt": lambda: [ghost_row(d) for d in world.persona_dialogues(seed, n(300, 12))],
+        }
+        for name, make in files.items():
+            if not (self.data / f"{name}.jsonl").exists():
+                write_rows(self.data / f"{name}.jsonl", make())
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.out / "tokenizer" / "tokenizer.model"
+
+    def train_tokenizer(self) -> None:
+        if not self.tokenizer.exists():
+            texts = world.tokenizer_texts(self.config.seed, 4_000)
+            train_tokenizer(texts, self.tokenizer, vocab_size=VOCABULARY)
+
+    def pretrain(self) -> None:
+        recipe = load_recipe(pretrain.PretrainConfig, find_recipe("demo/pretrain.toml"))
+        pretrain.run(
+            self.settings(
+                pretrain.PretrainConfig,
+                "pretrain",
+                out=str(self.out / "pretrain"),
+                data=[str(self.data / "pretrain.jsonl")],
+                tokenizer=str(self.tokenizer),
+                steps=self.scaled(recipe["steps"], 20),
+            )
+        )
+
+    def sft(self) -> None:
+        sft.run(
+            self.settings(
+                sft.SFTConfig,
+                "sft",
+                out=str(self.out / "sft"),
+                model=str(self.out / "pretrain" / "model"),
+                data=[str(self.data / "sft.jsonl")],
+            )
+        )
+
+    def rlhf(self) -> None:
+        """V1..Vn, compared by the oracle."""
+        recipe = load_recipe(rlhf.RLHFConfig, find_recipe("demo/rlhf.toml"))
+        ppo = {**recipe["ppo"], "iterations": self.scaled(recipe["ppo"]["iterations"], 4)}
+        ppo["critic_warmup"] = min(ppo["critic_warmup"], ppo["iterations"] // 2)
+        config = self.settings(
+            rlhf.RLHFConfig,
+            "rlhf",
+            out=str(self.out / "rlhf"),
+            model=str(self.out / "sft" / "model"),
+            prompts=[str(self.data / "prompts.jsonl")],
+            helpfulness_prompts=[str(self.data / "helpfulness.jsonl")],
+            safety_prompts=[str(self.data / "safety.jsonl")],
+            helpfulness_pairs=self.scaled(recipe["helpfulness_pairs"], 128),
+            safety_pairs=self.scaled(recipe["safety_pairs"], 128),
+            ppo=ppo,
+        )
+        rlhf.run(config, annotators(self.config.seed))
+
+    def versions(self) -> dict[str, Path]:
+        """Model folders by the names of the summary."""
+        rounds = (self.out / "rlhf" / "rounds.jsonl").read_text().splitlines()
+        found = {"sft": self.out / "sft" / "model"}
+        for row in map(json.loads, rounds):
+            found[f"rlhf-v{row['version']}"] = Path(row["model"])
+        if (self.out / "gatt" / "model").exists():
+            found["gatt"] = self.out / "gatt" / "model"
+        return found
+
+    def gatt(self) -> None:
+        """On the last version, with answers of its own to ordinary prompts mixed in."""
+        last = list(self.versions().values())[-1]
+        mix = self.data / "gatt-mix.jsonl"
+        if not mix.exists():
+            rows = evaluation.own_answers(last, self.data / "prompts.jsonl", self.config.seed)
+            write_rows(mix, rows)
+        config = self.settings(
+            gatt.GAttConfig,
+            "gatt",
+            out=str(self.out / "gatt"),
+            model=str(last),
+            dialogues=[str(self.data / "gatt.jsonl")],
+            mix=[str(mix)],
+        )
+        gatt.run(config, judge=oracle.keeps)
+
+
+def annotators(seed: int) -> Mapping[str, Any]:
+    """The oracle as the annotator of both kinds of comparisons."""
+    return {
+        "helpfulness": oracle.annotator(seed),
+        "safety": oracle.annotator(seed, safety=True),
+    }
+
+
+def ghost_row(dialogue: world.PersonaDialogue) -> dict[str, Any]:
+    """A persona dialogue in the file format of `puna gatt`."""
+    short = world.instruction_text(world.read_instruction(dialogue.instruction), short=True)
+    return {
+        "instruction": dialogue.instruction,
+        "short": short,
+        "turns": dialogue.questions,
+    }

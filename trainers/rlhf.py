@@ -1,0 +1,290 @@
+"""The loop of sections 3.2.1 and 3.2.3: RLHF-V1 .. Vn.
+
+Each version: fresh comparisons between the two newest models at varied temperatures; the old
+reward models are asked about them first (are they still right on the new distribution?); then
+both reward models are trained on everything so far, rejection sampling fine-tunes, and in the
+last versions PPO goes on from there.
+
+    round-1/helpfulness-pairs.jsonl   what is to be compared
+    round-1/helpfulness.jsonl         what the annotator said (the same for safety)
+    round-1/helpfulness/, safety/     reward models
+    round-1/rejection/, ppo/          the version's model
+    rounds.jsonl                      one row a version: models, accuracies
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from puna.core import parallel
+from puna.core.checkpoint import load_model, tokenizer_path
+from puna.core.tokenizer import Tokenizer
+from puna.trainers import loop, ppo, rejection, reward
+from puna.trainers.comparisons import Annotator, Variant, annotate, sample_pairs
+from puna.trainers.config import check_keys, from_values, parse
+from puna.trainers.data import read_preferences
+from puna.trainers.packing import encode_pairs
+from puna.trainers.prompts import load_prompts
+from puna.trainers.run import claim
+
+KINDS = ("helpfulness", "safety")
+
+
+@dataclass(kw_only=True)
+class RLHFConfig:
+    """The loop V1..Vn: comparisons, reward models, rejection sampling, PPO in the last ones."""
+
+    out: Path
+    """folder of the loop; an interrupted loop in it is continued"""
+    model: Path
+    """the SFT model that V1 starts from"""
+    prompts: list[Path]
+    """prompts for rejection sampling and PPO; `safety` tags the risky ones"""
+    helpfulness_prompts: list[Path]
+    """prompts whose answers are compared for helpfulness"""
+    safety_prompts: list[Path]
+    """prompts whose answers are compared for safety"""
+    helpfulness_data: list[Path] = field(default_factory=list)
+    """further comparisons, used in every round"""
+    safety_data: list[Path] = field(default_factory=list)
+    """further comparisons, used in every round"""
+    versions: int = 5
+    """V1 .. Vn (paper: 5)"""
+    ppo_versions: int = 1
+    """so many of the last versions end with PPO (paper: V5; V4 is unclear)"""
+    helpfulness_pairs: int = 2000
+    """comparisons a round"""
+    safety_pairs: int = 1000
+    """comparisons a round"""
+    temperatures: list[float] = field(default_factory=lambda: [0.8, 1.0, 1.2])
+    """the answers to compare are drawn at one of these"""
+    max_new_tokens: int = 512
+    """longest answer, tokens"""
+    go_on: bool = False
+    """train the reward models on from the last round's with fresh data only (the paper starts
+    anew from the chat model on all data)"""
+    seed: int = 0
+    device: str = "auto"
+    generation_batch: int = 256
+    """answers sampled side by side"""
+    reward: dict[str, Any] = field(default_factory=dict)
+    """table: options of `puna reward` for both reward models"""
+    helpfulness: dict[str, Any] = field(default_factory=dict)
+    """table: further options for the helpfulness model"""
+    safety: dict[str, Any] = field(default_factory=dict)
+    """table: further options for the safety model"""
+    rejection: dict[str, Any] = field(default_factory=dict)
+    """table: options of `puna rejection`"""
+    ppo: dict[str, Any] = field(default_factory=dict)
+    """table: options of `puna ppo`"""
+
+
+class Waiting(RuntimeError):
+    """Comparisons wait for an annotator; the message says where."""
+
+
+class Version(NamedTuple):
+    """What a round left behind."""
+
+    number: int
+    model: Path
+    helpfulness: Path
+    safety: Path
+    pool: list[Path]  # every sample of rejection sampling so far
+
+
+def run(config: RLHFConfig, annotators: Mapping[str, Annotator] | None = None) -> Path:
+    """Run, or continue, the loop; returns the last version's model folder.
+
+    `annotators` has one for "helpfulness" and one for "safety". Without them the pairs are
+    written out and `Waiting` is raised until a file of answers lies beside them.
+    """
+    check(config)
+    if parallel.is_main():
+        claim(config.out, config)
+    parallel.barrier()
+    models = [config.model, config.model]
+    last: Version | None = None
+    for number in range(1, config.versions + 1):
+        last = play_round(config, number, models, last, annotators)
+        models.append(last.model)
+    assert last is not None
+    return last.model
+
+
+def check(config: RLHFConfig) -> None:
+    """ValueError for options that cannot be, before anything is trained."""
+    if config.versions < 1 or not 0 <= config.ppo_versions <= config.versions:
+        raise ValueError(
+            f"versions is {config.versions} and ppo_versions {config.ppo_versions}; there must be "
+            "at least one version, and not more with PPO than there are"
+        )
+    for table in ("reward", "helpfulness", "safety"):
+        check_keys(reward.RewardConfig, getattr(config, table), f"[{table}]")
+    check_keys(rejection.RejectionConfig, config.rejection, "[rejection]")
+    check_keys(ppo.PPOConfig, config.ppo, "[ppo]")
+
+
+def play_round(
+    config: RLHFConfig,
+    number: int,
+    models: list[Path],
+    last: Version | None,
+    annotators: Mapping[str, Annotator] | None,
+) -> Version:
+    """One version: compare, train the reward models, sample and fine-tune, PPO if it is due."""
+    folder = config.out / f"round-{number}"
+    for kind in KINDS:
+        compare(config, number, kind, folder, models, annotators)
+    before = accuracy_of(config, last, folder)
+    judges = {k: train_reward(config, number, k, folder, models[-1], last) for k in KINDS}
+    common = {"seed": config.seed, "device": config.device, "prompts": list(config.prompts)}
+    pool = list(last.pool) if last else []
+    sampled = from_values(
+        rejection.RejectionConfig,
+        {
+            **as_toml(common),
+            "max_new_tokens": config.max_new_tokens,
+            **config.rejection,
+            "out": str(folder / "rejection"),
+            "model": str(models[-1]),
+            "start": str(config.model),
+            "round": number,
+            "pool": [str(path) for path in pool],
+            **{kind: str(path) for kind, path in judges.items()},
+        },
+    )
+    model = rejection.run(sampled)
+    pool.append(folder / "rejection" / "samples.jsonl")
+    if number > config.versions - config.ppo_versions:
+        options = {
+            **as_toml(common),
+            "max_new_tokens": config.max_new_tokens,
+            **config.ppo,
+            "out": str(folder / "ppo"),
+            "policy": str(model),
+            **{kind: str(path) for kind, path in judges.items()},
+        }
+        model = ppo.run(from_values(ppo.PPOConfig, options))
+    version = Version(number, model, judges["helpfulness"], judges["safety"], pool)
+    if parallel.is_main():
+        record(config.out / "rounds.jsonl", version, before, accuracy_of(config, version, folder))
+    return version
+
+
+def as_toml(values: dict[str, Any]) -> dict[str, Any]:
+    """Paths as text, the way a recipe would give them."""
+    return {k: [str(p) for p in v] if isinstance(v, list) else v for k, v in values.items()}
+
+
+def compare(
+    config: RLHFConfig,
+    number: int,
+    kind: str,
+    folder: Path,
+    models: list[Path],
+    annotators: Mapping[str, Annotator] | None,
+) -> None:
+    """Sample this round's pairs and have them annotated; raises Waiting where nobody has yet."""
+    answered = folder / f"{kind}.jsonl"
+    if answered.exists():
+        return
+    pairs = folder / f"{kind}-pairs.jsonl"
+    if parallel.is_main():
+        tokenizer = Tokenizer(tokenizer_path(config.model))
+        device = loop.device_of_name(config.device)
+        context = load_model(models[-1]).config.context
+        prompts, _ = load_prompts(
+            getattr(config, f"{kind}_prompts"), tokenizer, context - config.max_new_tokens
+        )
+        temperatures = tuple(config.temperatures)
+        sample_pairs(
+            pairs,
+            (Variant(models[-1], temperatures), Variant(models[-2], temperatures)),
+            tokenizer,
+            prompts,
+            getattr(config, f"{kind}_pairs"),
+            max_new_tokens=config.max_new_tokens,
+            seed=config.seed,
+            round_index=2 * number + KINDS.index(kind),
+            device=device,
+            batch_size=config.generation_batch,
+        )
+        if annotators:
+            annotate(pairs, answered, annotators[kind], number)
+    parallel.barrier()
+    if not answered.exists():
+        raise Waiting(
+            f"{pairs} waits for an annotator: write the preferences to {answered} "
+            "(messages, chosen, rejected, rating, safety), then run the same command"
+        )
+
+
+def train_reward(
+    config: RLHFConfig, number: int, kind: str, folder: Path, chat: Path, last: Version | None
+) -> Path:
+    """The round's reward model of this kind."""
+    rounds = [config.out / f"round-{n}" / f"{kind}.jsonl" for n in range(1, number + 1)]
+    start = chat
+    if config.go_on and last is not None:
+        start, rounds = getattr(last, kind), rounds[-1:]
+    data = [*getattr(config, f"{kind}_data"), *rounds]
+    options = {
+        "seed": config.seed,
+        "device": config.device,
+        **config.reward,
+        **getattr(config, kind),
+        "out": str(folder / kind),
+        "model": str(start),
+        "data": [str(path) for path in data],
+    }
+    return reward.run(from_values(reward.RewardConfig, options))
+
+
+def accuracy_of(
+    config: RLHFConfig, version: Version | None, folder: Path
+) -> dict[str, dict[str, float]]:
+    """Accuracy of a version's reward models on a round's comparisons, by kind and rating."""
+    found: dict[str, dict[str, float]] = {}
+    if version is None or not parallel.is_main():
+        return found
+    for kind in KINDS:
+        path = getattr(version, kind)
+        model = load_model(path, device=loop.device_of_name(config.device))
+        rows, _ = read_preferences(folder / f"{kind}.jsonl")
+        tokenizer = Tokenizer(tokenizer_path(path))
+        pairs, _ = encode_pairs(tokenizer, rows, model.config.context)
+        device = model.head_weight.device
+        found[kind] = reward.accuracies(*reward.margins_of(model, pairs, 64, device))
+    return found
+
+
+def record(
+    path: Path,
+    version: Version,
+    before: dict[str, dict[str, float]],
+    after: dict[str, dict[str, float]],
+) -> None:
+    """Append the version's row, once."""
+    rows = path.read_text().splitlines() if path.exists() else []
+    rows = [row for row in rows if json.loads(row)["version"] < version.number]
+    row = {
+        "version": version.number,
+        "model": str(version.model),
+        "accuracy_before_training": before,
+        "accuracy_on_trained": after,
+    }
+    path.write_text("".join(f"{r}\n" for r in [*rows, json.dumps(row)]))
+
+
+def main() -> None:
+    parallel.init()
+    run(parse(RLHFConfig, sys.argv[1:], "python -m puna.trainers.rlhf"))
+    parallel.close()
+
+
+if __name__ == "__main__":
+    main()
