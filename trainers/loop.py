@@ -177,7 +177,7 @@ def fit(
             norm = step_optimizer(network, rate, config.clip)
             check_finite(run, step + 1, loss=means["loss"], gradient=norm)
             step += 1
-            tokens = sum(objective.tokens(b) for b in batches) * parallel.world_size()
+            tokens = int(parallel.all_sum(torch.tensor(sum(objective.tokens(b) for b in batches))))
             row = {**means, "lr": rate, "grad_norm": norm, "tokens": tokens}
             if evaluate and (step % config.eval_every == 0 or step == steps):
                 row.update(held_out(network.model, evaluate))

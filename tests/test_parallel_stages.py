@@ -1,0 +1,158 @@
+"""Each stage on two processes writes the metrics that it writes on one.
+
+`torchrun tests/test_parallel_stages.py STAGES.json` runs the stages listed there one after the
+other, each through its own `main` with the arguments of a command line.
+"""
+
+import importlib
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from puna.core import parallel
+from puna.core.checkpoint import load_model, save_model
+from puna.core.config import ModelConfig
+from puna.core.model import Transformer
+from puna.core.tokenizer import Tokenizer, train_tokenizer
+
+WORDS = "red blue green cat dog bird runs sleeps sings why how where big small old new".split()
+RATED = ("significantly_better", "better", "slightly_better", "negligibly_better")
+SAFETY = ("chosen_safe", "both_safe", "both_unsafe")
+
+COMMON = ["--save-every", "1000", "--eval-every", "5", "--lr", "1e-3", "--device", "cpu"]
+STAGES: dict[str, list[str]] = {
+    "pretrain": (
+        "--data {0}/text.jsonl --tokenizer {0}/tokenizer.model --size mini --context 64 --batch 4 "
+        "--micro-batch 1 --steps 10 --held-out 0.1"
+    ).split(),
+    "sft": "--model {0}/lm --data {0}/dialogues.jsonl --batch 4 --micro-batch 1 --epochs 2".split(),
+    "reward": (
+        "--model {0}/lm --data {0}/preferences.jsonl --batch 8 --micro-batch 2 --epochs 2 "
+        "--safety-weight 0.5"
+    ).split(),
+    "ppo": (
+        "--policy {0}/lm --helpfulness {0}/helpfulness --safety {0}/safety "
+        "--prompts {0}/prompts.jsonl --held-out {0}/prompts.jsonl --iterations 10 --batch 8 "
+        "--minibatch 4 --max-new-tokens 6 --micro-batch-tokens 64 --held-out-count 5"
+    ).split(),
+}
+TIMED = ("second", "tok/s", "per_second")
+
+
+def arguments(stage: str, inputs: Path, out: Path) -> list[str]:
+    return [*(a.format(inputs) for a in STAGES[stage]), *COMMON, "--out", str(out)]
+
+
+def run_stage(stage: str, argv: list[str]) -> None:
+    """The stage's own `main`, as `python -m puna.trainers.<stage>` calls it."""
+    before = sys.argv
+    sys.argv = [stage, *argv]
+    try:
+        importlib.import_module(f"puna.trainers.{stage}").main()
+    finally:
+        sys.argv = before
+
+
+def sentence(draw: random.Random) -> str:
+    return " ".join(draw.choice(WORDS) for _ in range(draw.randint(2, 7)))
+
+
+def message(role: str, draw: random.Random) -> dict[str, str]:
+    return {"role": role, "content": sentence(draw)}
+
+
+def write(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny files of every kind, a tokenizer and three models."""
+    folder = tmp_path_factory.mktemp("inputs")
+    draw = random.Random(0)
+    write(folder / "text.jsonl", ({"text": sentence(draw)} for _ in range(300)))
+    dialogues = ([message("user", draw), message("assistant", draw)] for _ in range(60))
+    write(folder / "dialogues.jsonl", ({"messages": d} for d in dialogues))
+    write(
+        folder / "preferences.jsonl",
+        (
+            {
+                "messages": [message("user", draw)],
+                "chosen": sentence(draw),
+                "rejected": sentence(draw),
+                "rating": draw.choice(RATED),
+                "safety": draw.choice(SAFETY),
+            }
+            for _ in range(44)
+        ),
+    )
+    prompts = ({"messages": [message("user", draw)], "safety": i % 3 == 0} for i in range(20))
+    write(folder / "prompts.jsonl", prompts)
+    tokenizer = folder / "tokenizer.model"
+    train_tokenizer([" ".join(WORDS)] * 20, tokenizer, vocab_size=300)
+    config = ModelConfig(36, 2, 6, 3, 50, Tokenizer(tokenizer).vocab_size, context=96)
+    for seed, name in enumerate(("lm", "helpfulness", "safety")):
+        model = Transformer(config, "lm" if name == "lm" else "score")
+        model.init_weights(seed)
+        save_model(folder / name, model, tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the runs of all stages on two ranks."""
+    folder = tmp_path_factory.mktemp("two")
+    jobs = {stage: arguments(stage, inputs, folder / stage) for stage in STAGES}
+    (folder / "stages.json").write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run(
+        [*command, __file__, str(folder / "stages.json")],
+        check=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return folder
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """The rows of a run, without what depends on the clock."""
+    rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not any(t in k for t in TIMED)} for row in rows]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_write_the_metrics_of_one(
+    inputs: Path, two: Path, tmp_path: Path, stage: str
+) -> None:
+    run_stage(stage, arguments(stage, inputs, tmp_path / "one"))
+    expected, found = metrics(tmp_path / "one"), metrics(two / stage)
+    assert len(expected) >= 10
+    assert [sorted(row) for row in found] == [sorted(row) for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        for name, value in other.items():
+            close = pytest.approx(value, rel=1e-5, abs=1e-5)
+            assert row[name] == close, f"{name} at step {row['step']}"
+    one = dict(load_model(tmp_path / "one" / "model").named_parameters())
+    for name, parameter in load_model(two / stage / "model").named_parameters():
+        torch.testing.assert_close(parameter, one[name], atol=1e-4, rtol=1e-4)
+
+
+def main(path: Path) -> None:
+    torch.set_num_threads(1)
+    parallel.init()
+    leave, parallel.close = parallel.close, lambda: None  # a group cannot be joined twice
+    for stage, argv in json.loads(path.read_text()).items():
+        run_stage(stage, argv)
+    leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
