@@ -18,6 +18,7 @@ from puna.core.tokenizer import Tokenizer
 from puna.demo import measure, oracle, world
 from puna.demo.measure import HeldOut
 from puna.trainers import reward, rewards
+from puna.trainers.best_of import read_samples
 from puna.trainers.comparisons import Variant, annotate, sample_pairs
 from puna.trainers.data import read_preferences, read_prompts
 from puna.trainers.formats import RATINGS
@@ -228,19 +229,24 @@ def stages(out: Path, rounds: int) -> list[dict[str, Any]]:
 
 
 def switch(out: Path, rounds: int) -> dict[str, dict[str, int]]:
-    """How often each branch of Eq. 4's switch was taken, by version."""
-    return _per_round(out, rounds, "rejection/switch.json")
+    """How often each branch of Eq. 4's switch was taken, over the samples of each version."""
+    found = {}
+    for number in range(1, rounds + 1):
+        samples = read_samples(rejection_folder(out, number) / "samples.jsonl")
+        raw = torch.tensor([[s["helpfulness"], s["safety"]] for s in samples])
+        tagged = torch.tensor([s["risky"] for s in samples])
+        found[f"rlhf-v{number}"] = rewards.combine(raw[:, 0], raw[:, 1], tagged).branches
+    return found
 
 
 def curves(out: Path, rounds: int) -> dict[str, Any]:
     """Fig. 7's curves: reward of the best of K, by version."""
-    return _per_round(out, rounds, "rejection/curve.json")
-
-
-def _per_round(out: Path, rounds: int, name: str) -> dict[str, Any]:
     found = {}
     for number in range(1, rounds + 1):
-        path = out / "rlhf" / f"round-{number}" / name
-        if path.exists():
-            found[f"rlhf-v{number}"] = json.loads(path.read_text())
+        selection = json.loads((rejection_folder(out, number) / "selection.json").read_text())
+        found[f"rlhf-v{number}"] = selection["by_k"]
     return found
+
+
+def rejection_folder(out: Path, number: int) -> Path:
+    return out / "rlhf" / f"round-{number}" / "rejection"

@@ -93,7 +93,7 @@ class Version(NamedTuple):
     model: Path
     helpfulness: Path
     safety: Path
-    pool: list[Path]  # every sample of rejection sampling so far
+    pools: list[Path]  # what rejection sampling selected in each round so far
 
 
 def run(config: RLHFConfig, annotators: Mapping[str, Annotator] | None = None) -> Path:
@@ -142,7 +142,7 @@ def play_round(
     before = accuracy_of(config, last, folder)
     judges = {k: train_reward(config, number, k, folder, models[-1], last) for k in KINDS}
     common = {"seed": config.seed, "device": config.device, "prompts": list(config.prompts)}
-    pool = list(last.pool) if last else []
+    pools = list(last.pools) if last else []
     sampled = from_values(
         rejection.RejectionConfig,
         {
@@ -150,15 +150,15 @@ def play_round(
             "max_new_tokens": config.max_new_tokens,
             **config.rejection,
             "out": str(folder / "rejection"),
-            "model": str(models[-1]),
-            "start": str(config.model),
+            "policy": str(models[-1]),
+            "student": str(config.model),
             "round": number,
-            "pool": [str(path) for path in pool],
+            "pools": [str(path) for path in pools],
             **{kind: str(path) for kind, path in judges.items()},
         },
     )
     model = rejection.run(sampled)
-    pool.append(folder / "rejection" / "samples.jsonl")
+    pools.append(folder / "rejection" / "selected.jsonl")
     if number > config.versions - config.ppo_versions:
         options = {
             **as_toml(common),
@@ -169,7 +169,7 @@ def play_round(
             **{kind: str(path) for kind, path in judges.items()},
         }
         model = ppo.run(from_values(ppo.PPOConfig, options))
-    version = Version(number, model, judges["helpfulness"], judges["safety"], pool)
+    version = Version(number, model, judges["helpfulness"], judges["safety"], pools)
     if parallel.is_main():
         record(config.out / "rounds.jsonl", version, before, accuracy_of(config, version, folder))
     return version
