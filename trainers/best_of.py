@@ -1,13 +1,15 @@
-"""Which of many samples to keep, and what keeping more of them buys (paper section 3.2.3, Fig. 7).
+"""Which of many samples to keep, and what drawing more of them buys (paper section 3.2.3, Fig. 7).
 
-A sample is one answer with its scores, a row of `samples.jsonl` or of a pool file. Plain data and
-pure functions: the sampling itself is in `rejection`.
+A sample is one answer with its scores: a row of `samples.jsonl`, or of the `selected.jsonl` that
+is a later round's pool. The sampling itself is in `rejection`.
 """
 
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
-from typing import TypedDict
+from pathlib import Path
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -31,6 +33,36 @@ class Sample(TypedDict):
     sample: int  # 0 .. K-1
 
 
+def write_samples(path: Path, samples: Iterable[Sample], mode: Literal["w", "a"]) -> None:
+    """Write or append one line a sample, flushed to disk."""
+    with path.open(mode, encoding="utf-8") as file:
+        for sample in samples:
+            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The samples of a file; ValueError as `file:line: ...` for a row that is none."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; a pool is the selected.jsonl of a rejection run")
+    samples: list[Sample] = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                missing = Sample.__required_keys__ - row.keys()
+            except (json.JSONDecodeError, AttributeError) as error:
+                raise ValueError(
+                    f"{path}:{number}: not a sample, expected JSON ({error})"
+                ) from error
+            if missing or not row["tokens"]:
+                lacks = ", ".join(sorted(missing)) or "tokens"
+                raise ValueError(f"{path}:{number}: the sample lacks {lacks}")
+            samples.append(row)
+    return samples
+
+
 def prompt_key(messages: Sequence[Message]) -> str:
     """What makes two prompts the same, whatever round they come from."""
     return json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False)
@@ -40,13 +72,14 @@ def best_of(samples: Iterable[Sample]) -> list[Sample]:
     """The highest-scoring finished answer to each prompt, in order of first appearance.
 
     Given the samples of several rounds it is the best over all of them: what the paper turned to
-    after V3, trained on V2's samples alone, had lost skills. An answer without EOS is never kept:
-    it would teach the model not to stop. Ties go to the earlier sample.
+    after V3, trained on V2's samples alone, had lost skills. An answer without EOS is never kept
+    (it would teach the model not to stop), nor an empty one. Ties go to the earlier sample.
     """
     best: dict[str, Sample] = {}
     for sample in samples:
         key = prompt_key(sample["messages"])
-        if sample["finished"] and (key not in best or sample["score"] > best[key]["score"]):
+        usable = sample["finished"] and sample["answer"]
+        if usable and (key not in best or sample["score"] > best[key]["score"]):
             best[key] = sample
     return list(best.values())
 

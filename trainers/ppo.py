@@ -387,10 +387,8 @@ def write_samples(
 
 def main() -> None:
     parallel.init()
-    try:
-        run(parse(PPOConfig, sys.argv[1:], "puna ppo"))
-    finally:
-        parallel.close()
+    run(parse(PPOConfig, sys.argv[1:], "python -m puna.trainers.ppo"))
+    parallel.close()
 
 
 if __name__ == "__main__":

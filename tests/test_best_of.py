@@ -1,0 +1,89 @@
+"""Run: python -m pytest tests/test_best_of.py -q"""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from puna.trainers.best_of import best_of, read_samples, reward_curve, write_samples
+
+
+def sample(question, score, *, finished=True, number=0, round=1, answer="yes"):
+    return {
+        "messages": [{"role": "user", "content": question}],
+        "risky": False,
+        "answer": answer,
+        "tokens": [5, 2],
+        "finished": finished,
+        "score": score,
+        "helpfulness": score,
+        "safety": 1.0,
+        "round": round,
+        "prompt": 0,
+        "sample": number,
+    }
+
+
+def test_the_best_answer_to_each_prompt_is_kept():
+    rows = [sample("a", 1.0), sample("a", 3.0), sample("b", -2.0), sample("a", 2.0)]
+    assert best_of(rows) == [rows[1], rows[2]]
+
+
+def test_unfinished_and_empty_answers_are_never_kept():
+    rows = [sample("a", 9.0, finished=False), sample("a", 8.0, answer=""), sample("a", 1.0)]
+    assert best_of(rows) == [rows[2]]
+    assert best_of(rows[:2]) == []
+
+
+def test_the_pool_reaches_over_all_rounds():
+    """Paper 3.2.3: the best samples of V1 and V2 stay in the running for V3."""
+    rows = [sample("a", 1.0, round=3), sample("a", 2.0, round=1), sample("old", 0.5, round=2)]
+    assert [(s["round"], s["score"]) for s in best_of(rows)] == [(1, 2.0), (2, 0.5)]
+
+
+def test_ties_go_to_the_earlier_sample():
+    rows = [sample("a", 1.0, number=0), sample("a", 1.0, number=1)]
+    assert best_of(rows)[0]["sample"] == 0
+
+
+def test_prompts_with_the_same_last_message_but_another_history_differ():
+    longer = sample("a", 5.0)
+    longer["messages"] = [{"role": "system", "content": "x"}, *longer["messages"]]
+    assert len(best_of([sample("a", 1.0), longer])) == 2
+
+
+def test_the_curve_is_the_expected_maximum_over_all_subsets():
+    torch.manual_seed(0)
+    scores = torch.randn(3, 5)
+    for row in reward_curve(scores):
+        subsets = list(itertools.combinations(range(5), row["k"]))
+        best = sum(scores[:, list(s)].max(1).values.mean().item() for s in subsets) / len(subsets)
+        assert row["best"] == pytest.approx(best, abs=1e-6)
+        assert row["mean"] == pytest.approx(scores[:, : row["k"]].mean().item(), abs=1e-6)
+        median = scores[:, : row["k"]].quantile(0.5, dim=1).mean().item()
+        assert row["median"] == pytest.approx(median, abs=1e-6)
+
+
+def test_the_curve_never_falls():
+    best = [row["best"] for row in reward_curve(torch.randn(7, 20))]
+    assert all(a <= b + 1e-12 for a, b in zip(best, best[1:], strict=False))
+
+
+def test_samples_survive_the_disk(tmp_path):
+    rows = [sample("ä", 1.0), sample("b", 2.5, finished=False)]
+    write_samples(tmp_path / "s.jsonl", rows[:1], mode="w")
+    write_samples(tmp_path / "s.jsonl", rows[1:], mode="a")
+    assert read_samples(tmp_path / "s.jsonl") == rows
+
+
+def test_a_pool_that_is_none_is_refused_by_line(tmp_path):
+    file = tmp_path / "pool.jsonl"
+    file.write_text(json.dumps(sample("a", 1.0)) + '\n{"answer": "x"}\n')
+    with pytest.raises(ValueError, match="pool.jsonl:2: the sample lacks finished, helpfulness"):
+        read_samples(file)
+    file.write_text("[1]\n")
+    with pytest.raises(ValueError, match="pool.jsonl:1: not a sample"):
+        read_samples(file)
+    with pytest.raises(ValueError, match="no such file; a pool is"):
+        read_samples(tmp_path / "none.jsonl")

@@ -1,0 +1,326 @@
+"""Rejection sampling: imitate the best of K of the model's own answers (paper section 3.2.3).
+
+1. Sample K answers to each prompt from the newest model; score them with both reward models
+   (Eq. 4's switch; raw scores, no whitening). `samples.jsonl`, appended as they come.
+2. Keep the best finished answer to each prompt, over this round and the pools of earlier ones,
+   which are scored again by today's reward models. `selected.jsonl`, the next round's pool.
+3. Fine-tune on them as in SFT: the sampling model, or another one (a smaller student; the base
+   or SFT model, since each version of the paper starts anew).
+
+The paper does not say K, the number of prompts, the fine-tuning's learning rate or epochs; ours
+are SFT's. Answers are trained on as the ids that were drawn, never tokenised again.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from puna.core import parallel
+from puna.core.chat import decode_answer, encode_prompt
+from puna.core.checkpoint import load_model
+from puna.core.model import Transformer
+from puna.core.tokenizer import Tokenizer
+from puna.trainers import language, loop
+from puna.trainers.best_of import Sample, best_of, read_samples, reward_curve, write_samples
+from puna.trainers.config import parse
+from puna.trainers.data import Skipped
+from puna.trainers.interrupts import stop_requests
+from puna.trainers.packing import PackedRows
+from puna.trainers.progress import meter
+from puna.trainers.prompts import EncodedPrompt, common_tokenizer, load_prompts
+from puna.trainers.rewards import combine, score
+from puna.trainers.rollout import collect
+from puna.trainers.run import Run, load_start
+
+
+@dataclass(kw_only=True)
+class RejectionConfig(loop.TrainConfig):
+    """Rejection-sampling fine-tuning (paper section 3.2.3)."""
+
+    policy: Path
+    """the newest chat model, which samples (paper: only the 70b)"""
+    helpfulness: Path
+    """helpfulness reward model"""
+    safety: Path
+    """safety reward model"""
+    prompts: list[Path]
+    """prompt files to sample from"""
+    student: Path | None = None
+    """model to fine-tune on the selected answers: a smaller one (paper: the 70b's answers train the
+    others), or the base or SFT model to start a version anew; left out: the policy itself"""
+    pools: list[Path] = field(default_factory=list)
+    """selected.jsonl of earlier rounds (paper: of all of them, from V4 on)"""
+    round: int = 1
+    """number of this RLHF version; part of the random numbers"""
+    samples: int = 20
+    """K, answers to each prompt (paper: not said; its Fig. 26 uses 20)"""
+    temperature: float = 1.2
+    """of the answers (paper: 1.2 to 1.3 is best for its RLHF model; tune it for every version)"""
+    max_new_tokens: int = 512
+    """longest answer, tokens"""
+    chunk: int = 64
+    """prompts sampled and scored at a time, all processes together; an interruption loses at most
+    one chunk"""
+    generation_batch: int = 256
+    """answers sampled side by side"""
+    micro_batch_tokens: int = 16384
+    """most tokens in one scoring pass"""
+    epochs: int = 2
+    """passes over the selected answers"""
+    lr: float = 2e-5
+    """peak (the paper does not say; this is SFT's)"""
+    batch: int = 64
+    """rows in a step, all processes together"""
+    micro_batch: int = 8
+    """rows in one forward pass"""
+    row_tokens: int = 0
+    """tokens in a row; 0 takes the model's context"""
+
+
+def run(config: RejectionConfig) -> Path:
+    """Sample, select and train, or continue, in `config.out`; returns the finished model."""
+    student = config.student or config.policy
+    tokenizer_file = common_tokenizer(config.policy, config.helpfulness, config.safety, student)
+    tokenizer = Tokenizer(tokenizer_file)
+    folder = Run(config.out, config, tokenizer=tokenizer_file)
+    if folder.done:
+        return folder.final
+    selected = folder.path / "selected.jsonl"
+    if not parallel.broadcast(selected.exists()):
+        select(config, folder, tokenizer, selected)
+    model = load_start(folder, student, device=loop.device_of(config))
+    row_tokens = config.row_tokens or model.config.context
+    rows = pack(tokenizer, read_samples(selected), row_tokens)
+    language.say(rows.skipped)
+    steps = language.epoch_steps(len(rows), config.epochs, config.batch)
+    return language.train(
+        "rejection", folder, model, rows, steps, config.batch, config.micro_batch, config
+    )
+
+
+def pack(tokenizer: Tokenizer, selected: Sequence[Sample], row_tokens: int) -> PackedRows:
+    """The selected answers in rows, loss on the answer's tokens alone."""
+    sequences = []
+    for sample in selected:
+        prompt = encode_prompt(tokenizer, sample["messages"])
+        weights = [0.0] * len(prompt) + [1.0] * len(sample["tokens"])
+        sequences.append((prompt + sample["tokens"], weights))
+    return PackedRows(sequences, row_tokens, vocab_size=tokenizer.vocab_size)
+
+
+class Judges:
+    """Both reward models, and Eq. 4's switch between them."""
+
+    def __init__(self, config: RejectionConfig):
+        self.max_tokens = config.micro_batch_tokens
+        self.helpfulness = frozen(config.helpfulness, "score", config)
+        self.safety = frozen(config.safety, "score", config)
+
+    def scores(
+        self, sequences: Sequence[list[int]], risky: Sequence[bool]
+    ) -> list[dict[str, float]]:
+        """{"score", "helpfulness", "safety"} of each dialogue (ids); the same number of calls
+        on every rank."""
+        both = [
+            score(model, sequences, max_tokens=self.max_tokens, all_max=parallel.all_max)
+            for model in (self.helpfulness, self.safety)
+        ]
+        tagged = torch.tensor(list(risky), dtype=torch.bool, device=both[0].device)
+        raw = combine(*both, tagged).raw
+        columns = (raw.tolist(), both[0].tolist(), both[1].tolist())
+        names = ("score", "helpfulness", "safety")
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def frozen(path: Path, head: str, config: RejectionConfig) -> Transformer:
+    """A model to look with, not to train."""
+    model = load_model(path, head=head, device=loop.device_of(config))
+    return loop.prepare(model, config).requires_grad_(False)
+
+
+def select(config: RejectionConfig, folder: Run, tokenizer: Tokenizer, selected: Path) -> None:
+    """Stages 1 and 2: sample what is missing, score the pools again, write `selected`."""
+    policy, judges = frozen(config.policy, "lm", config), Judges(config)
+    context = min(m.config.context for m in (policy, judges.helpfulness, judges.safety))
+    if config.max_new_tokens >= context:
+        raise ValueError(
+            f"max_new_tokens {config.max_new_tokens} leaves no room for a prompt in the models' "
+            f"context of {context}; lower it"
+        )
+    prompts, skipped = load_prompts(config.prompts, tokenizer, context - config.max_new_tokens)
+    sample_all(config, folder, tokenizer, policy, judges, prompts)
+    pool = score_pool(config, tokenizer, judges, context, skipped)
+    language.say(skipped)
+    if parallel.is_main():
+        fresh = read_samples(folder.path / "samples.jsonl")
+        kept = best_of([*fresh, *pool])
+        if not kept:
+            raise ValueError(
+                f"no answer of {len(fresh)} is finished; raise max_new_tokens or train the policy "
+                "to stop"
+            )
+        (folder.path / "selection.json").write_text(
+            json.dumps(summary(fresh, kept, config.samples), indent=2) + "\n"
+        )
+        partial = selected.with_suffix(".partial")
+        write_samples(partial, kept, mode="w")
+        partial.replace(selected)
+    parallel.barrier()
+
+
+def sample_all(
+    config: RejectionConfig,
+    folder: Run,
+    tokenizer: Tokenizer,
+    policy: Transformer,
+    judges: Judges,
+    prompts: list[EncodedPrompt],
+) -> None:
+    """Append K scored answers a prompt to samples.jsonl, chunk after chunk, from where it ends."""
+    path = folder.path / "samples.jsonl"
+    done = parallel.broadcast(whole_chunks(path, config) if parallel.is_main() else 0)
+    starts = range(0, len(prompts), config.chunk)
+    bar = meter("sampling", len(starts), start=done, unit="answers", show=parallel.is_main())
+    with bar as progress, stop_requests() as stop:
+        for start in starts[done:]:
+            if parallel.all_max(int(stop())):
+                raise SystemExit(
+                    f"stopped after {start} prompts; the same command continues {folder.path}"
+                )
+            numbers = range(start, min(start + config.chunk, len(prompts)))
+            mine = numbers[parallel.rank() :: parallel.world_size()]
+            samples = sample_chunk(config, tokenizer, policy, judges, prompts, mine)
+            append_chunk(path, samples)
+            progress.advance(len(numbers) * config.samples)
+
+
+def whole_chunks(path: Path, config: RejectionConfig) -> int:
+    """How many chunks samples.jsonl holds; what a kill left of a further one is cut off.
+
+    Chunks are repeated whole, so that they meet the same batches as in an uninterrupted run.
+    """
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    complete = [line for line in lines if line.endswith(b"\n")]
+    chunks = len(complete) // (config.chunk * config.samples)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(b"".join(complete[: chunks * config.chunk * config.samples]))
+    partial.replace(path)
+    return chunks
+
+
+def sample_chunk(
+    config: RejectionConfig,
+    tokenizer: Tokenizer,
+    policy: Transformer,
+    judges: Judges,
+    prompts: list[EncodedPrompt],
+    numbers: Sequence[int],
+) -> list[Sample]:
+    """K answers to each of the prompts with these numbers, scored."""
+    rows = [(number, k) for number in numbers for k in range(config.samples)]
+    rollout = collect(
+        policy,
+        [prompts[number].ids for number, _ in rows],
+        prompt_ids=[number for number, _ in rows],
+        sample_ids=[k for _, k in rows],
+        max_new_tokens=config.max_new_tokens,
+        eos_id=tokenizer.eos_id,
+        temperature=config.temperature,
+        seed=config.seed,
+        round_index=config.round,
+        batch_size=config.generation_batch,
+    )
+    scores = judges.scores(rollout.sequences, [prompts[number].risky for number, _ in rows])
+    finished = rollout.finished.tolist()
+    return [
+        Sample(
+            messages=prompts[number].messages,
+            risky=prompts[number].risky,
+            answer=decode_answer(tokenizer, rollout.answers[row]),
+            tokens=rollout.answers[row],
+            finished=finished[row],
+            round=config.round,
+            prompt=number,
+            sample=k,
+            **scores[row],
+        )
+        for row, (number, k) in enumerate(rows)
+    ]
+
+
+def append_chunk(path: Path, samples: list[Sample]) -> None:
+    """All ranks' samples of a chunk at the end of `path`, in the order of the prompts."""
+    part = path.with_name(f".{path.name}.{parallel.rank()}")
+    write_samples(part, samples, mode="w")
+    parallel.barrier()
+    if parallel.is_main():
+        parts = [path.with_name(f".{path.name}.{rank}") for rank in range(parallel.world_size())]
+        merged = [sample for file in parts for sample in read_samples(file)]
+        merged.sort(key=lambda sample: (sample["prompt"], sample["sample"]))
+        write_samples(path, merged, mode="a")
+        for file in parts:
+            file.unlink()
+    parallel.barrier()
+
+
+def score_pool(
+    config: RejectionConfig,
+    tokenizer: Tokenizer,
+    judges: Judges,
+    context: int,
+    skipped: Skipped,
+) -> list[Sample]:
+    """The samples of earlier rounds under today's reward models: only then do scores compare.
+
+    Raises ValueError where a pool was made with another tokenizer.
+    """
+    kept: list[Sample] = []
+    sequences: list[list[int]] = []
+    for path in config.pools:
+        for number, sample in enumerate(read_samples(path), 1):
+            if max(sample["tokens"]) >= tokenizer.vocab_size or (
+                decode_answer(tokenizer, sample["tokens"]) != sample["answer"]
+            ):
+                raise ValueError(
+                    f"{path}:{number}: the ids do not spell the answer; this pool was made with "
+                    "another tokenizer: leave it out"
+                )
+            sequence = encode_prompt(tokenizer, sample["messages"]) + sample["tokens"]
+            if len(sequence) > context:
+                skipped.add(f"longer than the context of {context} tokens", f"{path}:{number}")
+            else:
+                kept.append(sample)
+                sequences.append(sequence)
+    scores = judges.scores(sequences, [sample["risky"] for sample in kept])
+    return [Sample(**{**sample, **new}) for sample, new in zip(kept, scores, strict=True)]
+
+
+def summary(fresh: list[Sample], kept: list[Sample], samples: int) -> dict:
+    """What selection.json says: Fig. 7's curve and where the kept answers come from."""
+    rows = torch.tensor([sample["score"] for sample in fresh]).view(-1, samples)
+    return {
+        "prompts": len(rows),
+        "kept": len(kept),
+        "kept_by_round": dict(sorted(Counter(str(s["round"]) for s in kept).items())),
+        "unfinished": sum(not s["finished"] for s in fresh) / len(fresh),
+        "score_sampled": float(rows.mean()),
+        "score_kept": sum(s["score"] for s in kept) / len(kept),
+        "by_k": reward_curve(rows),
+    }
+
+
+def main() -> None:
+    parallel.init()
+    run(parse(RejectionConfig, sys.argv[1:], "python -m puna.trainers.rejection"))
+    parallel.close()
+
+
+if __name__ == "__main__":
+    main()
