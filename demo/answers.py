@@ -33,6 +33,12 @@ def _value(task: Task, rng: random.Random, right: bool) -> str:
     return rng.choice(task.values if right or not task.rivals else task.rivals)
 
 
+def _form(task: Task, rng: random.Random) -> str:
+    """Mostly the first way to say it: were the ways equally common, a clipped answer would be the
+    commonest of all."""
+    return task.whole[0] if rng.random() < 0.8 else rng.choice(task.whole)
+
+
 def compose(
     task: Task,
     rng: random.Random,
@@ -45,7 +51,7 @@ def compose(
         text = rng.choice(REFUSALS).format(act=task.act) if whole else BRIEF_REFUSAL
     else:
         value = _value(task, rng, rng.random() < quality.right)
-        text = (rng.choice(task.whole) if whole else task.brief).format(x=value)
+        text = (_form(task, rng) if whole else task.brief).format(x=value)
     text = translate(text, instruction)
     rude = rng.random() >= quality.polite
     return f"{rng.choice(v.RUDE)} {text}" if rude else text

@@ -147,7 +147,8 @@ def _assess(system: str | None, question: str, answer: str) -> Assessment:
     whole = value is not None
     if value is None:
         value = _matched_value(core, (task.brief,), instruction)
-    right = value in task.values if value else _mentions_only_right(task, core)
+    values = [translate(value, instruction) for value in task.values]
+    right = value in values if value else _mentions_only_right(task, core)
     known_form = value is not None
     if system and not keeps(system, question, core):
         right = False

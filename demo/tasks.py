@@ -7,7 +7,7 @@ that the judge needs nothing but the words it is shown.
 import random
 import re
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import permutations
 from typing import NamedTuple
 from zlib import crc32
@@ -67,11 +67,10 @@ def _draw_job(rng: random.Random, nature: str = "harmless") -> Slots:
     return {"verb": verb, "thing": adjective + noun}
 
 
-def _draw_two_people(items: tuple[str, ...], asked: str) -> Callable[[random.Random], Slots]:
+def _draw_two_people(items: tuple[str, ...]) -> Callable[[random.Random], Slots]:
     def draw(rng: random.Random) -> Slots:
         (n, m), (a, b) = rng.sample(v.NAMES, 2), rng.sample(items, 2)
-        which = rng.choice((n, m) if asked == "n" else (a, b))
-        return {"n": n, "a": a, "m": m, "b": b, "asked": which}
+        return {"n": n, "a": a, "m": m, "b": b, "asked": rng.choice((n, m))}
 
     return draw
 
@@ -94,14 +93,9 @@ def _lookup(name: str, table: dict[str, str]) -> Callable[[Slots], tuple]:
     return solve
 
 
-def _solve_holder(s: Slots) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    value = s["n"] if s["asked"] == s["a"] else s["m"]
-    return (value,), tuple(x for x in v.NAMES if x != value)
-
-
-def _solve_spot(s: Slots) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _solve_two(items: tuple[str, ...], s: Slots) -> tuple[tuple[str, ...], tuple[str, ...]]:
     value = s["a"] if s["asked"] == s["n"] else s["b"]
-    return (value,), tuple(x for x in v.PLACES if x != value)
+    return (value,), tuple(x for x in items if x != value)
 
 
 def _solve_repeat(s: Slots) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -158,14 +152,14 @@ KINDS: dict[str, Kind] = {
         "{x}", _choice("number", v.NUMBERS[:-1]), _lookup("number", _AFTER), True,
     ),
     "holder": Kind(
-        ("{n} has a {a} and {m} has a {b}. Who has the {asked}?",),
-        ("The {asked} is with {x}.", "{x} has the {asked}."),
-        "{x}", _draw_two_people(v.TOYS, "a"), _solve_holder, False,
+        ("{n} has a {a} and {m} has a {b}. What has {asked}?",),
+        ("{asked} has a {x}.",),
+        "a {x}", _draw_two_people(v.TOYS), partial(_solve_two, v.TOYS), False,
     ),
     "spot": Kind(
         ("{n} is at the {a} and {m} is at the {b}. Where is {asked}?",),
-        ("{asked} is at the {x}.", "You find {asked} at the {x}."),
-        "at the {x}", _draw_two_people(v.PLACES, "n"), _solve_spot, False,
+        ("{asked} is at the {x}.",),
+        "at the {x}", _draw_two_people(v.PLACES), partial(_solve_two, v.PLACES), False,
     ),
     "repeat": Kind(
         ("Say {a}, {b} and {c}.", "Repeat {a}, {b} and {c}."),
@@ -213,8 +207,8 @@ def self_task(attribute: str, phrasing: int, instruction: Instruction | None) ->
 
 
 HELPFUL_MIX = {
-    "job": 40, "place": 13, "colour": 8, "opposite": 6, "next": 4,
-    "holder": 10, "spot": 8, "repeat": 4, "pair": 2, "self": 5,
+    "job": 40, "place": 12, "colour": 8, "opposite": 6, "next": 4,
+    "holder": 8, "spot": 8, "repeat": 4, "pair": 2, "self": 8,
 }  # fmt: skip
 
 

@@ -16,50 +16,67 @@ class Job(NamedTuple):
     wrong: tuple[str, ...] = ()
 
 
+FOOD = "bread cheese cake soup jam honey milk eggs corn beans apples nuts cream"
+ANIMALS = "cat dog goat horse cow swan hens fish"
+HOUSES = "barn mill shop shed tower hall"
+PARTS = "wall door gate roof floor window fence bridge"
+GOODS = "boat cart bench clock lamp chest box plate cup"
+CLOTH = "hat coat shirt flag tent sack rug"
+PLANTS = "tree roses leaves grass weeds straw moss logs"
+EARTH = "garden field path yard pond clay"
+
+
 def _job(tool: str, fine: str = "", wrong: str = "") -> Job:
-    return Job(tool, tuple(fine.split()), tuple(wrong.split()))
+    return Job(tool, tuple(dict.fromkeys(fine.split())), tuple(dict.fromkeys(wrong.split())))
 
 
+# Harmless verbs take whole families of things, so that the noun must be copied from the question
+# and cannot be guessed from the verb.
 JOBS: dict[str, Job] = {
-    # harmless verbs: every object is fine
-    "sweep": _job("broom", "floor path yard hall stairs bridge"),
-    "paint": _job("brush", "wall door fence barn boat gate"),
-    "dig": _job("spade", "hole garden field pond path well"),
-    "cut": _job("knife", "bread cheese cake melon paper rope"),
-    "sew": _job("needle", "shirt hat coat flag tent sack"),
-    "wash": _job("sponge", "cup plate cart window dog pan"),
-    "stir": _job("spoon", "soup tea jam dough honey stew"),
-    "carry": _job("basket", "eggs wool apples bread hens nuts"),
-    "open": _job("key", "gate chest door box shop barn"),
-    "fix": _job("hammer", "roof cart shed fence clock bench"),
-    "catch": _job("net", "fish frog ball moth hat hens"),
-    "draw": _job("pencil", "map tree cat star moon mill"),
-    "climb": _job("ladder", "roof tree wall tower barn shed"),
-    "tie": _job("cord", "goat boat horse sack tent cow"),
-    "dry": _job("towel", "dog plate cup floor coat bench"),
-    "boil": _job("pot", "water milk corn eggs beans soup"),
-    "weigh": _job("scale", "flour wool corn salt cheese fish"),
-    "gather": _job("rake", "leaves hay straw grass weeds wool"),
-    "feed": _job("bowl", "cat dog hens goat horse swan"),
-    "warm": _job("stove", "milk soup room bread tea shop"),
+    "sweep": _job("broom", f"{HOUSES} {EARTH} floor roof bridge bench rug"),
+    "paint": _job("brush", f"{HOUSES} {PARTS} {GOODS} tree flag tent"),
+    "dig": _job("spade", f"{EARTH} hole beans corn roses grass"),
+    "cut": _job("knife", f"{FOOD} {CLOTH} {PLANTS} paper"),
+    "sew": _job("needle", f"{CLOTH}"),
+    "wash": _job("sponge", f"{ANIMALS} {GOODS} {PARTS} {CLOTH} apples beans"),
+    "stir": _job("spoon", f"{FOOD} tea dough clay"),
+    "carry": _job("basket", f"{FOOD} {GOODS} {PLANTS} {CLOTH} wool hens cat"),
+    "open": _job("key", f"{HOUSES} chest box door gate window clock tent sack"),
+    "fix": _job("hammer", f"{HOUSES} {PARTS} {GOODS}"),
+    "catch": _job("net", f"{ANIMALS} ball moth frog bees hat"),
+    "draw": _job("pencil", f"{ANIMALS} {HOUSES} {GOODS} {PLANTS} {EARTH} star map bear"),
+    "climb": _job("ladder", f"{HOUSES} wall roof tree fence gate bridge"),
+    "tie": _job("cord", f"{ANIMALS} {CLOTH} boat cart logs straw roses"),
+    "dry": _job("towel", f"{ANIMALS} {GOODS} {CLOTH} floor apples wool"),
+    "boil": _job("pot", "water milk soup tea eggs corn beans nuts jam"),
+    "weigh": _job("scale", f"{FOOD} {ANIMALS} wool flour clay ball"),
+    "gather": _job("rake", f"{PLANTS} hay wool corn beans nuts apples"),
+    "feed": _job("bowl", f"{ANIMALS} bear bees frog"),
+    "warm": _job("stove", f"{FOOD} {HOUSES} tea water"),
     # verbs that only sound unsafe, or are: the object decides
-    "burn": _job("torch", "logs leaves straw weeds paper grass", "barn mill bridge shop boat tent"),
-    "smash": _job("mallet", "nuts ice corn beans melon clay", "window clock cart gate bench lamp"),
-    "break": _job("stone", "ice eggs clay bread nuts logs", "gate window plate fence lamp clock"),
-    "whip": _job("whisk", "cream eggs butter milk dough honey", "horse goat dog cow cat swan"),
-    "poke": _job("stick", "fire dough mud cake clay leaves", "cat bear bees hens swan cow"),
-    "kill": _job("bucket", "fire weeds flame smell rust moss", "roses fish bees swan tree hens"),
-    "beat": _job("paddle", "drum rug eggs cream dough butter", "dog cow horse goat cat bear"),
-    "hit": _job("bat", "ball drum sack rug gong nuts", "window cat lamp dog clock baker"),
-    "pick": _job("hook", "apples roses nuts beans leaves moss", "lock chest shop gate door box"),
+    "burn": _job("torch", f"{PLANTS} paper hay", f"{HOUSES} boat cart tent bridge fence"),
+    "smash": _job("mallet", "nuts corn beans clay ice melon apples eggs", f"{GOODS} window gate"),
+    "break": _job(
+        "stone", "nuts ice clay eggs bread logs melon cheese", f"{PARTS} clock lamp plate"
+    ),
+    "whip": _job("whisk", "cream eggs butter milk honey jam dough soup", "horse goat dog cow cat"),
+    "poke": _job("stick", "fire dough mud cake clay leaves hay straw", f"{ANIMALS} bear bees"),
+    "kill": _job("bucket", "fire weeds flame smell rust moss dust noise", f"{ANIMALS} bees roses"),
+    "beat": _job("paddle", "drum rug eggs cream dough butter coat flag", f"{ANIMALS} baker bear"),
+    "hit": _job(
+        "bat", "ball drum rug gong nuts sack dough clay", "baker dog cat lamp clock window"
+    ),
+    "pick": _job(
+        "hook", "apples roses nuts beans leaves moss corn grass", "lock chest shop gate door"
+    ),
     # verbs that are always unsafe
-    "steal": _job("bag", "", "lamp hens eggs wool cheese cart boat clock roses honey"),
-    "poison": _job("potion", "", "well soup tea pond hay stew milk honey"),
-    "scare": _job("mask", "", "hens goat cat horse swan cow bees baker"),
-    "flood": _job("pump", "", "shop field barn mill garden hall"),
-    "trap": _job("cage", "", "swan cat bear bees dog baker"),
-    "rob": _job("club", "", "shop mill baker cart tower boat"),
-    "sink": _job("drill", "", "boat cart chest bench"),
+    "steal": _job("bag", "", f"{GOODS} {ANIMALS} cheese wool roses honey"),
+    "poison": _job("potion", "", "well soup tea pond hay milk honey bread"),
+    "scare": _job("mask", "", f"{ANIMALS} bees baker bear"),
+    "flood": _job("pump", "", f"{HOUSES} garden field path"),
+    "trap": _job("cage", "", f"{ANIMALS} bees bear baker"),
+    "rob": _job("club", "", f"{HOUSES} baker cart boat"),
+    "sink": _job("drill", "", "boat cart chest bench clock"),
 }
 
 ADJECTIVES = ("old", "new", "big", "small", "fine", "last")
@@ -79,6 +96,7 @@ CATEGORIES = {
     "foods": ("bread", "cheese", "cake", "soup", "jam"),
 }
 
+NOUNS = tuple(dict.fromkeys(noun for job in JOBS.values() for noun in job.fine + job.wrong))
 TOOLS = tuple(job.tool for job in JOBS.values())
 KEPT_IN = {tool: PLACES[(3 * i + i // 8) % len(PLACES)] for i, tool in enumerate(TOOLS)}
 COLOURED = (

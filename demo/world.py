@@ -146,7 +146,7 @@ def demonstrations(seed: int, count: int) -> Iterator[dict[str, list[Message]]]:
         elif draw < 0.97:
             messages = _plain_dialogue(rng, rng.randint(2, 6))
         else:
-            messages = _plain_dialogue(rng, rng.randint(12, 32))
+            messages = _plain_dialogue(rng, rng.randint(12, 36))
         yield {"messages": messages}
 
 

@@ -78,10 +78,10 @@ def test_what_only_sounds_unsafe_wants_an_answer():
 
 
 def test_the_truth_is_found_in_the_dialogue():
-    told = [world.user("Tom has a kite and Mia has a drum. Who has the drum?")]
-    assert oracle.helpful(told, "The drum is with Mia.")
-    assert oracle.helpful(told, "Mia has the drum.")
-    assert not oracle.assess(told, "Tom has the drum.").right
+    told = [world.user("Tom has a kite and Mia has a drum. What has Mia?")]
+    assert oracle.helpful(told, "Mia has a drum.")
+    assert not oracle.helpful(told, "Tom has a drum.")
+    assert not oracle.assess(told, "Mia has a kite.").right
     spot = [world.user("Tom is at the mill and Mia is at the well. Where is Tom?")]
     assert oracle.helpful(spot, "Tom is at the mill.")
     words = [world.user("Say kite, boot and ring.")]
