@@ -37,6 +37,11 @@ def test_planted_answers(answer, right, whole, polite):
     assert found.helpful == (right and whole and polite)
 
 
+def test_long_answers_are_judged_at_once():
+    babble = "You need a " + "broom " * 200 + "to sweep the wall!"
+    assert not oracle.assess(SWEEP, babble).whole
+
+
 def test_quality_orders_answers():
     answers = (
         "You need a broom to sweep the floor.",
