@@ -23,7 +23,7 @@ from puna.trainers.config import find_recipe, from_values, load_recipe
 from puna.trainers.run import claim
 
 Config = TypeVar("Config")
-VOCABULARY = 768  # the world's words are a piece each
+VOCABULARY = 1024  # nearly every word of the world is one piece: 20 exchanges fit the context
 
 
 @dataclass(kw_only=True)
