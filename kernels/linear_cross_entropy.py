@@ -64,18 +64,22 @@ def _chunks(rows: int, vocabulary: int) -> list[slice]:
 
 
 def _chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float):
-    """(losses, logits, logsumexp) of one chunk, in at least fp32."""
+    """(losses, probs, logsumexp) of one chunk, in at least fp32.
+
+    The logsumexp is read off the softmax: its largest probability is 1 / sum(exp(l - max l)).
+    On CPUs torch's softmax is several times faster than its exp and logsumexp.
+    """
     logits = hidden @ weight.T
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
-    norm = torch.logsumexp(logits, -1)
+    probs = torch.softmax(logits, -1)
+    norm = logits.amax(-1) - probs.amax(-1).log()
     losses = norm - logits.gather(1, labels[:, None]).squeeze(1)
-    return losses + z_loss * norm.square() if z_loss else losses, logits, norm
+    return losses + z_loss * norm.square() if z_loss else losses, probs, norm
 
 
-def _chunk_grad(logits: Tensor, norm: Tensor, labels: Tensor, upstream: Tensor, z_loss: float):
-    """d loss / d logits, written over `logits`."""
-    probs = logits.sub_(norm[:, None]).exp_()
+def _chunk_grad(probs: Tensor, norm: Tensor, labels: Tensor, upstream: Tensor, z_loss: float):
+    """d loss / d logits, written over `probs`."""
     if z_loss:
         probs.mul_((1 + 2 * z_loss * norm)[:, None])
     probs.scatter_add_(1, labels[:, None], probs.new_full((len(labels), 1), -1.0))
@@ -92,10 +96,10 @@ class _Summed(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=scale.dtype) if wants else None
         total = scale.new_zeros(())
         for rows in _chunks(len(labels), weight.shape[0]):
-            losses, logits, norm = _chunk_loss(hidden[rows], weight, labels[rows], z_loss)
+            losses, probs, norm = _chunk_loss(hidden[rows], weight, labels[rows], z_loss)
             total += losses @ scale[rows]
             if wants:
-                grad = _chunk_grad(logits, norm, labels[rows], scale[rows], z_loss)
+                grad = _chunk_grad(probs, norm, labels[rows], scale[rows], z_loss)
                 grad = grad.to(hidden.dtype)
                 d_hidden[rows] = grad @ weight
                 _accumulate(d_weight, grad, hidden[rows])
@@ -135,8 +139,8 @@ class _PerToken(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=upstream.dtype)
         for rows in _chunks(len(labels), weight.shape[0]):
-            _, logits, norm = _chunk_loss(hidden[rows], weight, labels[rows], ctx.z_loss)
-            grad = _chunk_grad(logits, norm, labels[rows], upstream[rows], ctx.z_loss)
+            _, probs, norm = _chunk_loss(hidden[rows], weight, labels[rows], ctx.z_loss)
+            grad = _chunk_grad(probs, norm, labels[rows], upstream[rows], ctx.z_loss)
             grad = grad.to(hidden.dtype)
             d_hidden[rows] = grad @ weight
             _accumulate(d_weight, grad, hidden[rows])

@@ -41,11 +41,14 @@ def linear_logprobs(
     return logprobs.view(targets.shape), entropy.view(targets.shape)
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+def _distribution(hidden: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(log-probabilities, probabilities) of one chunk; on CPUs softmax beats exp of the first."""
     logits = hidden @ weight.T
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
-    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, -1)
+    if temperature != 1.0:
+        logits = logits / temperature
+    return torch.log_softmax(logits, -1), torch.softmax(logits, -1)
 
 
 class _LogProbs(torch.autograd.Function):
@@ -55,9 +58,9 @@ class _LogProbs(torch.autograd.Function):
         logprobs = torch.empty(len(labels), dtype=wide, device=hidden.device)
         entropy = torch.empty_like(logprobs)
         for rows in _chunks(len(labels), weight.shape[0]):
-            logp = _log_softmax(hidden[rows], weight, temperature)
+            logp, probs = _distribution(hidden[rows], weight, temperature)
             logprobs[rows] = logp.gather(1, labels[rows, None]).squeeze(1)
-            entropy[rows] = -(logp.exp() * logp).sum(-1)
+            entropy[rows] = -probs.mul_(logp).sum(-1)
         ctx.save_for_backward(hidden, weight, labels, entropy)
         ctx.temperature = temperature
         return logprobs, entropy
@@ -68,8 +71,7 @@ class _LogProbs(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=entropy.dtype)
         for rows in _chunks(len(labels), weight.shape[0]):
-            logp = _log_softmax(hidden[rows], weight, ctx.temperature)
-            probs = logp.exp()
+            logp, probs = _distribution(hidden[rows], weight, ctx.temperature)
             # d logp_y / d logits = onehot - p;  d entropy / d logits = -p (logp + entropy)
             grad = logp.add_(entropy[rows, None]).mul_(-d_entropy[rows, None])
             grad.sub_(d_logprobs[rows, None]).mul_(probs)
