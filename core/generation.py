@@ -50,8 +50,10 @@ def generate(
     """
     _check(model, prompts)
     device = model.head_weight.device
-    ids = torch.tensor(prompt_ids if prompt_ids is not None else range(len(prompts)))
-    samples = torch.tensor(sample_ids if sample_ids is not None else [0] * len(prompts))
+    numbers = prompt_ids if prompt_ids is not None else range(len(prompts))
+    ids = torch.tensor(numbers, dtype=torch.int64)
+    draws = sample_ids if sample_ids is not None else [0] * len(prompts)
+    samples = torch.tensor(draws, dtype=torch.int64)
     keys = row_keys(seed, round_index, ids, samples).to(device)
     results: list[Completion | None] = [None] * len(prompts)
     # Prompts of similar length share a batch: less padding.

@@ -173,6 +173,13 @@ def test_weights_are_gathered_once_for_a_whole_rollout(monkeypatch):
     assert entered == [policy]
 
 
+def test_a_rank_without_prompts_has_an_empty_rollout():
+    rollout = sample(model(), [])
+    assert rollout.sequences == [] and rollout.logprobs.shape == (0, 0)
+    values = answer_values(model("score"), rollout, max_tokens=9, all_max=lambda n: n + 1)
+    assert values.shape == (0, 0)
+
+
 def test_greedy_and_empty_rollouts_are_refused():
     with pytest.raises(ValueError, match="temperature is 0; rollouts are sampled"):
         sample(model(), temperature=0)
