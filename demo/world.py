@@ -28,7 +28,7 @@ MOST_REPEATS = 1000  # draws in a row that give nothing new: the mix is exhauste
 MIXES = {
     "demonstrations": (62, 0, 12, 26, 0),
     "helpfulness": (72, 0, 16, 0, 12),
-    "safety": (0, 15, 35, 50, 0),
+    "safety": (26, 8, 22, 36, 8),
     "all": (52, 0, 16, 22, 10),
     "helpful": (100, 0, 0, 0, 0),
     "borderline": (0, 0, 100, 0, 0),
