@@ -1,10 +1,9 @@
 """`puna bench`: Puna's speed beside its peers' on this machine."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-import tyro
 
 from puna.benchmarks.suite import run_suite
 
@@ -13,7 +12,7 @@ from puna.benchmarks.suite import run_suite
 class BenchConfig:
     """Measure training and generation, and print a table and one line of JSON."""
 
-    what: Annotated[Literal["train", "generate", "all"], tyro.conf.Positional] = "all"
+    what: Literal["train", "generate", "all"] = "all"
     """Which rows to measure."""
     rounds: int = 5
     """How many times each provider is timed, in turn; the median is shown."""
@@ -37,6 +36,7 @@ def run(config: BenchConfig) -> None:
         config.what,
         rounds=config.rounds,
         device=torch.device(config.device),
-        command=f"puna bench {config.what} --rounds {config.rounds} --device {config.device}",
+        command=f"puna bench --what {config.what} --rounds {config.rounds}"
+        f" --device {config.device}",
         save=config.save,
     )

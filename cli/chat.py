@@ -43,15 +43,16 @@ def run(config: ChatConfig) -> None:
         if text == "/new":
             messages = list(fresh)
             continue
-        turn: Message = {"role": "user", "content": text}
+        asked: list[Message] = [*messages, {"role": "user", "content": text}]
         try:
-            check_dialogue([*messages, turn])
-            answer = _answer(model, tokenizer, [*messages, turn], config)
+            check_dialogue(asked)
+            answer = _answer(model, tokenizer, asked, config)
+            answered: list[Message] = [*asked, {"role": "assistant", "content": answer}]
+            check_dialogue(answered)  # a model can write a chat tag, too
         except ValueError as error:
-            print(f"({error})", file=sys.stderr)
+            print(f"({error}; say it otherwise, or /new to start again)", file=sys.stderr)
             continue
-        if answer:
-            messages += [turn, {"role": "assistant", "content": answer}]
+        messages = answered
 
 
 def _read() -> str | None:

@@ -7,6 +7,8 @@ is itself a dataclass or a dict. No name in a recipe ever becomes code.
 
 import dataclasses
 import difflib
+import json
+import re
 import sys
 import types
 import typing
@@ -65,6 +67,10 @@ def load_recipe(cls: type, path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not TOML: {error}") from error
     check_keys(cls, values, str(path))
+    try:
+        from_values(cls, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return values
 
 
@@ -80,26 +86,34 @@ def check_keys(cls: type, values: dict[str, Any], where: str) -> None:
             check_keys(typing.cast(type, hints[key]), value, f"{where} [{key}]")
 
 
-def from_values(cls: type[Config], values: dict[str, Any]) -> Config | Any:
+def from_values(cls: type[Config], values: dict[str, Any], table: str = "") -> Config | Any:
     """An instance of `cls` from plain TOML values; fields without a value or a default stay
     missing, for the command line to fill."""
     hints = typing.get_type_hints(cls)
     arguments: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if field.name in values:
-            arguments[field.name] = convert(hints[field.name], values[field.name], field.name)
+            name = table + field.name
+            arguments[field.name] = convert(hints[field.name], values[field.name], name)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             arguments[field.name] = tyro.MISSING
     return cls(**arguments)
 
 
 def convert(hint: Any, value: Any, name: str) -> Any:
-    """One TOML value as the field's type; ValueError where it cannot be."""
+    """One TOML value as the field's type; ValueError where it cannot be.
+
+    TOML has no null: where a field may be None, the text "None" stands for it, as in flags.
+    """
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return from_values(typing.cast(type, hint), value)
+        return from_values(typing.cast(type, hint), value, f"{name}.")
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if types.NoneType in options and value == "None":
+        return None
     for option in options:
         origin = typing.get_origin(option) or option
+        if origin is Any:
+            return value
         if origin is Path and isinstance(value, str):
             return Path(value)
         if origin is float and type(value) in (int, float):
@@ -107,36 +121,59 @@ def convert(hint: Any, value: Any, name: str) -> Any:
         if origin is typing.Literal:
             if value in typing.get_args(option):
                 return value
-        elif origin is tuple and isinstance(value, list):
+        elif origin in (list, tuple) and isinstance(value, list):
             inner = typing.get_args(option)[0]
-            return tuple(convert(inner, v, name) for v in value)
-        elif origin in (dict, Mapping) and isinstance(value, dict):
-            return value
-        elif origin is list and isinstance(value, list):
-            inner = typing.get_args(option)[0]
-            return [convert(inner, v, name) for v in value]
+            return origin(convert(inner, v, name) for v in value)
+        elif origin is dict and isinstance(value, dict):
+            inner = typing.get_args(option)[1]
+            return {key: convert(inner, v, f"{name}.{key}") for key, v in value.items()}
         elif isinstance(origin, type) and type(value) is origin:
             return value
-    expected = getattr(hint, "__name__", str(hint)).replace("typing.", "")
-    raise ValueError(f"'{name}' is {value!r}; expected {expected}")
+    raise ValueError(f"'{name}' is {value!r}; expected {_describe(hint)}")
 
 
 def _is_union(hint: Any) -> bool:
     return isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
 
 
+def _describe(hint: Any) -> str:
+    """A field's type in words."""
+    if _is_union(hint):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return " or ".join(repr(value) for value in inner)
+    if origin in (list, tuple):
+        return f"a list, each of it {_describe(inner[0])}"
+    if origin is dict or dataclasses.is_dataclass(hint):
+        return "a table"
+    words = {int: "a whole number", float: "a number", bool: "true or false"}
+    return words.get(hint, '"None"' if hint is types.NoneType else "a text")
+
+
 def to_toml(config: Any) -> str:
     """The resolved configuration as a recipe that gives the same one again."""
-    plain, tables = [], []
+    return _rows(_plain(config), "")
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    values = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            tables.append(f"\n[{field.name}]\n{to_toml(value)}")
-        elif isinstance(value, Mapping):
-            rows = "".join(f"{_quote(k)} = {_quote(v)}\n" for k, v in value.items())
-            tables.append(f"\n[{field.name}]\n{rows}")
-        elif value is not None:
-            plain.append(f"{field.name} = {_quote(value)}\n")
+        if value is not None or field.default is not None:
+            values[field.name] = _plain(value) if dataclasses.is_dataclass(value) else value
+    return values
+
+
+def _rows(values: Mapping[str, Any], table: str) -> str:
+    """`name = value` rows, then each table with its own; `table` is the name of this one."""
+    plain, tables = [], []
+    for key, value in values.items():
+        key = key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _quote(key)
+        if isinstance(value, Mapping):
+            tables.append(f"\n[{table}{key}]\n{_rows(value, f'{table}{key}.')}")
+        else:
+            plain.append(f"{key} = {_quote(value)}\n")
     return "".join(plain) + "".join(tables)
 
 
@@ -147,5 +184,5 @@ def _quote(value: Any) -> str:
         return repr(value)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_quote(v) for v in value) + "]"
-    text = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{text}"'
+    # JSON's escapes are TOML's, but for DEL.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -84,6 +84,7 @@ def run(config: GAttConfig, judge: Judge | None = None) -> Path:
 
     `judge` decides which answers may become targets; without one every finished answer does.
     """
+    loop.check(config)
     tokenizer_file = tokenizer_path(config.model)
     folder = Run(config.out, config, tokenizer=tokenizer_file)
     if folder.done:
@@ -132,6 +133,11 @@ def _sample(
     """Turn by turn, all dialogues side by side; a turn is written when it is complete."""
     history = _load_turns(path, dialogues)
     room = model.config.context - config.max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"max_new_tokens {config.max_new_tokens} leaves no room for a question in the model's "
+            f"context of {model.config.context}; lower it"
+        )
     with meter("gatt: sampling", longest, start=done, unit="answers") as progress:
         for turn in range(done, longest):
             going = [
@@ -226,8 +232,11 @@ def training_rows(
     context: int,
 ) -> PackedRows:
     """Steps 2 and 3, and the ordinary dialogues mixed in."""
+    mixed, skipped = load_dialogues(config.mix, Columns())
     sequences = []
     for index, (dialogue, exchanges) in enumerate(zip(dialogues, sampled, strict=True)):
+        if len(exchanges) < len(dialogue.turns):
+            skipped.add("later turns of a dialogue that fills the context", f"dialogue {index + 1}")
         rng = np.random.default_rng((config.seed, index))
         usable = [turn for turn, exchange in enumerate(exchanges) if exchange.obeys]
         chosen = rng.permutation(usable)[: config.targets].tolist()
@@ -235,8 +244,10 @@ def training_rows(
             told = dialogue.short if rng.random() < config.shorten else dialogue.instruction
             sequences.append(example(tokenizer, told, exchanges[: turn + 1]))
     if not sequences:
-        raise ValueError("no sampled answer may be a target; the model never obeys or never ends")
-    mixed, skipped = load_dialogues(config.mix, Columns())
+        raise ValueError(
+            "no sampled answer may be a target: none ends within max_new_tokens and is accepted "
+            "by the judge; raise max_new_tokens or samples, or start from a better chat model"
+        )
     sequences += [encode_dialogue(tokenizer, dialogue.messages) for dialogue in mixed]
     rows = PackedRows(sequences, context, vocab_size=tokenizer.vocab_size)
     skipped.merge(rows.skipped)

@@ -136,9 +136,17 @@ def say(skipped: Skipped) -> None:
 
 
 def split(items: Sequence[Item], held_out_share: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """(training, held-out): a random share of the items, at least one where the share is not 0."""
+    """(training, held-out): a random share of the items, at least one where the share is not 0.
+
+    Raises ValueError where nothing is left to train on.
+    """
     order = np.random.default_rng(seed).permutation(len(items)).tolist()
     count = max(1, round(held_out_share * len(items))) if held_out_share > 0 else 0
+    if count >= len(items):
+        raise ValueError(
+            f"there are too few rows ({len(items)}) to hold some out; give held-out data of their "
+            "own, or --held-out 0"
+        )
     chosen = set(order[:count])
     kept = [item for i, item in enumerate(items) if i not in chosen]
     return kept, [items[i] for i in sorted(chosen)]

@@ -61,6 +61,23 @@ class TrainConfig:
     """torch.compile each block"""
 
 
+def check(config: TrainConfig) -> None:
+    """ValueError for an option of a stage that cannot be, before anything is read or trained."""
+    values = vars(config)
+    for name in ("batch", "micro_batch", "epochs", "save_every", "eval_every", "keep"):
+        if values.get(name, 1) < 1:
+            raise ValueError(f"{name} is {values[name]}; it must be at least 1")
+    for name in ("steps", "warmup_steps", "row_tokens", "context", "weight_decay"):
+        if values.get(name, 0) < 0:
+            raise ValueError(f"{name} is {values[name]}; it cannot be negative")
+    for name in ("lr", "clip", "eps"):
+        if not values[name] > 0:
+            raise ValueError(f"{name} is {values[name]}; it must be above 0")
+    share = values.get("held_out", 0.0)
+    if isinstance(share, float) and not 0 <= share < 1:
+        raise ValueError(f"held_out is {share}; it is a share of the data, from 0 to below 1")
+
+
 class Objective(NamedTuple):
     """What to minimise: the sum of `loss` over the sum of `weight`."""
 
@@ -160,6 +177,9 @@ def fit(
 ) -> Path:
     """Train for `steps` steps, from the run's newest checkpoint on; returns the model's folder.
 
+    Every step is a row of metrics.jsonl, with `evaluate`'s numbers every so often; row 0 holds
+    those of the untrained model.
+
     Raises RuntimeError, naming the step and the last good checkpoint, where the loss or the
     gradient is not finite. Ctrl-C and SIGTERM save a checkpoint, then end the run (SystemExit).
     """
@@ -167,6 +187,8 @@ def fit(
     run.restore_optimizers({"model": network})
     progress_bar = meter(title, steps, start=step, show=parallel.is_main())
     with progress_bar as progress, stop_requests() as stop:
+        if evaluate and step == 0:
+            run.log(0, **held_out(network.model, evaluate))
         while step < steps:
             if parallel.all_max(int(stop())):
                 run.save(step, {"model": network}, keep=config.keep)

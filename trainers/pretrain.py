@@ -46,6 +46,7 @@ class PretrainConfig(loop.TrainConfig):
 
 def run(config: PretrainConfig) -> Path:
     """Train, or continue, the run in `config.out`; returns the finished model's folder."""
+    loop.check(config)
     tokenizer = Tokenizer(config.tokenizer)
     folder = Run(config.out, config, tokenizer=config.tokenizer)
     if folder.done:

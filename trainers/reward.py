@@ -6,7 +6,7 @@ m(r) of Table 27; for the safety model, the auxiliary loss of `losses.safety_los
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from puna.core import parallel
-from puna.core.checkpoint import tokenizer_path
+from puna.core.checkpoint import open_source, tokenizer_path
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
 from puna.trainers import language, loop
+from puna.trainers.accuracy import accuracies, sentences, shares
 from puna.trainers.config import parse
 from puna.trainers.data import Skipped, read_preferences
-from puna.trainers.formats import RATINGS, Columns, Preference, Ratings
+from puna.trainers.formats import Columns, Preference, Ratings
 from puna.trainers.losses import MARGINS, ranking_loss, safety_loss
 from puna.trainers.packing import Pair, PairBatch, encode_pairs, pair_batch, step_rows
 from puna.trainers.run import Run, load_start
@@ -60,17 +61,21 @@ class RewardConfig(loop.TrainConfig):
 
 
 def run(config: RewardConfig) -> Path:
-    """Train, or continue, the run in `config.out`; returns the finished model's folder."""
+    """Train, or continue, the run in `config.out`; returns the finished model's folder.
+
+    At the end the held-out accuracy is printed with its 95% interval.
+    """
+    loop.check(config)
     tokenizer_file = tokenizer_path(config.model)
     folder = Run(config.out, config, tokenizer=tokenizer_file)
     if folder.done:
         return folder.final
     model = start_model(config, folder)
     pairs, held = load_pairs(config, Tokenizer(tokenizer_file), model.config.context)
-    batch = min(config.batch, len(pairs) // parallel.world_size() * parallel.world_size())
+    batch = largest_batch(config.batch, len(pairs))
     steps = language.epoch_steps(len(pairs), config.epochs, batch)
     if config.warmup_steps == 0:
-        config.warmup_steps = max(5, round(0.03 * steps))
+        config = replace(config, warmup_steps=max(5, round(0.03 * steps)))
     device = loop.device_of(config)
     margins = MARGINS[config.margin]
 
@@ -78,23 +83,40 @@ def run(config: RewardConfig) -> Path:
         mine = [pairs[i] for i in language.share(step_rows(len(pairs), batch, config.seed, step))]
         return list(micro_batches(mine, config.micro_batch, margins, device))
 
+    network = language.prepared(model, config)
     final = loop.fit(
         "reward",
         folder,
-        language.prepared(model, config),
+        network,
         batch_at,
         steps,
         objective(config.safety_weight),
         config,
         evaluation(held, config, device),
     )
+    if held:
+        found = shares(*margins_of(network.model, held, config.micro_batch, device))
+        if parallel.is_main():
+            print(sentences(found, "held-out accuracy"), flush=True)
     return final
+
+
+def largest_batch(asked: int, pairs: int) -> int:
+    """The batch asked for, or all pairs where there are fewer (said, not silent)."""
+    if asked <= pairs:
+        return asked
+    ranks = parallel.world_size()
+    if pairs < ranks:
+        raise ValueError(f"{pairs} pairs are too few for {ranks} processes; run fewer")
+    if parallel.is_main():
+        print(f"a batch of {asked} exceeds the {pairs} pairs; all are taken in a step", flush=True)
+    return pairs // ranks * ranks
 
 
 def start_model(config: RewardConfig, folder: Run) -> Transformer:
     """The chat model with a fresh score head, or the reward model given to go on with."""
     device = loop.device_of(config)
-    is_score = "score" == load_head(folder.weights(config.model))
+    is_score = open_source(folder.weights(config.model)).head == "score"
     return load_start(
         folder,
         config.model,
@@ -105,21 +127,14 @@ def start_model(config: RewardConfig, folder: Run) -> Transformer:
     )
 
 
-def load_head(path: Path) -> str:
-    """Which head the model at `path` has, without loading it."""
-    from puna.core.checkpoint import open_source
-
-    return open_source(path).head
-
-
 def load_pairs(
     config: RewardConfig, tokenizer: Tokenizer, context: int
 ) -> tuple[list[Pair], list[Pair]]:
     """(training pairs, held-out pairs); what was skipped is printed."""
-    rows, skipped = load_preferences(config.data, config)
+    rows, skipped = load_preferences(config.data, config.columns, config.ratings)
     held_rows: list[Preference] = []
     if config.held_out_data:
-        held_rows, unusable = load_preferences(config.held_out_data, config)
+        held_rows, unusable = load_preferences(config.held_out_data, config.columns, config.ratings)
         skipped.merge(unusable)
     elif config.held_out > 0:
         rows, held_rows = language.split(rows, config.held_out, config.seed)
@@ -133,11 +148,14 @@ def load_pairs(
     return pairs, held
 
 
-def load_preferences(paths: list[Path], config: RewardConfig) -> tuple[list[Preference], Skipped]:
+def load_preferences(
+    paths: list[Path], columns: Columns, ratings: Ratings
+) -> tuple[list[Preference], Skipped]:
+    """All usable comparisons of the files, and what was skipped."""
     rows: list[Preference] = []
     skipped = Skipped()
     for path in paths:
-        found, unusable = read_preferences(path, config.columns, config.ratings)
+        found, unusable = read_preferences(path, columns, ratings)
         rows += found
         skipped.merge(unusable)
     return rows, skipped
@@ -189,16 +207,6 @@ def margins_of(
         differences.append((chosen - rejected).cpu())
         ratings.append(batch.ratings.cpu())
     return torch.cat(differences), torch.cat(ratings)
-
-
-def accuracies(differences: Tensor, ratings: Tensor) -> dict[str, float]:
-    """Share of pairs ordered right: "all" and for each rating that occurs (ties count half)."""
-    right = (differences > 0).double() + 0.5 * (differences == 0).double()
-    found = {"all": float(right.mean())}
-    for level, name in enumerate(RATINGS):
-        if bool((ratings == level).any()):
-            found[name] = float(right[ratings == level].mean())
-    return found
 
 
 def evaluation(

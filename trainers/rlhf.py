@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from puna.core import parallel
-from puna.core.checkpoint import load_model, tokenizer_path
+from puna.core.checkpoint import load_model, open_source, tokenizer_path
 from puna.core.tokenizer import Tokenizer
-from puna.trainers import loop, ppo, rejection, reward
-from puna.trainers.comparisons import Annotator, Variant, annotate, sample_pairs
+from puna.trainers import language, loop, ppo, rejection, reward
+from puna.trainers.comparisons import Annotator, Variant, annotate, sample_pairs, write_rows
 from puna.trainers.config import check_keys, from_values, parse
 from puna.trainers.data import read_preferences
 from puna.trainers.packing import encode_pairs
@@ -122,10 +122,18 @@ def check(config: RLHFConfig) -> None:
             f"versions is {config.versions} and ppo_versions {config.ppo_versions}; there must be "
             "at least one version, and not more with PPO than there are"
         )
-    for table in ("reward", "helpfulness", "safety"):
-        check_keys(reward.RewardConfig, getattr(config, table), f"[{table}]")
-    check_keys(rejection.RejectionConfig, config.rejection, "[rejection]")
-    check_keys(ppo.PPOConfig, config.ppo, "[ppo]")
+    stages: dict[str, type] = {
+        "reward": reward.RewardConfig,
+        "helpfulness": reward.RewardConfig,
+        "safety": reward.RewardConfig,
+        "rejection": rejection.RejectionConfig,
+        "ppo": ppo.PPOConfig,
+    }
+    for table, cls in stages.items():
+        check_keys(cls, getattr(config, table), f"[{table}]")
+        from_values(cls, getattr(config, table), f"{table}.")
+    if not config.temperatures:
+        raise ValueError("temperatures is empty; name at least one to draw answers at")
 
 
 def play_round(
@@ -137,8 +145,7 @@ def play_round(
 ) -> Version:
     """One version: compare, train the reward models, sample and fine-tune, PPO if it is due."""
     folder = config.out / f"round-{number}"
-    for kind in KINDS:
-        compare(config, number, kind, folder, models, annotators)
+    compare(config, number, folder, models, annotators)
     before = accuracy_of(config, last, folder)
     judges = {k: train_reward(config, number, k, folder, models[-1], last) for k in KINDS}
     common = {"seed": config.seed, "device": config.device, "prompts": list(config.prompts)}
@@ -183,44 +190,55 @@ def as_toml(values: dict[str, Any]) -> dict[str, Any]:
 def compare(
     config: RLHFConfig,
     number: int,
-    kind: str,
     folder: Path,
     models: list[Path],
     annotators: Mapping[str, Annotator] | None,
 ) -> None:
     """Sample this round's pairs and have them annotated; raises Waiting where nobody has yet."""
-    answered = folder / f"{kind}.jsonl"
-    if answered.exists():
-        return
-    pairs = folder / f"{kind}-pairs.jsonl"
     if parallel.is_main():
-        tokenizer = Tokenizer(tokenizer_path(config.model))
-        device = loop.device_of_name(config.device)
-        context = load_model(models[-1]).config.context
-        prompts, _ = load_prompts(
-            getattr(config, f"{kind}_prompts"), tokenizer, context - config.max_new_tokens
-        )
-        temperatures = tuple(config.temperatures)
-        sample_pairs(
-            pairs,
-            (Variant(models[-1], temperatures), Variant(models[-2], temperatures)),
-            tokenizer,
-            prompts,
-            getattr(config, f"{kind}_pairs"),
-            max_new_tokens=config.max_new_tokens,
-            seed=config.seed,
-            round_index=2 * number + KINDS.index(kind),
-            device=device,
-            batch_size=config.generation_batch,
-        )
-        if annotators:
-            annotate(pairs, answered, annotators[kind], number)
+        for kind in KINDS:
+            pairs, answered = folder / f"{kind}-pairs.jsonl", folder / f"{kind}.jsonl"
+            if not answered.exists():
+                sample_kind(config, number, kind, pairs, models)
+                if annotators:
+                    annotate(pairs, answered, annotators[kind], number)
     parallel.barrier()
-    if not answered.exists():
+    missing = [kind for kind in KINDS if not (folder / f"{kind}.jsonl").exists()]
+    if missing:
+        files = " and ".join(f"{kind}-pairs.jsonl" for kind in missing)
+        answers = " and ".join(f"{kind}.jsonl" for kind in missing)
         raise Waiting(
-            f"{pairs} waits for an annotator: write the preferences to {answered} "
+            f"{files} in {folder} wait for an annotator: write the preferences to {answers} there "
             "(messages, chosen, rejected, rating, safety), then run the same command"
         )
+
+
+def sample_kind(
+    config: RLHFConfig, number: int, kind: str, pairs: Path, models: list[Path]
+) -> None:
+    """Answers of the two newest models to this kind's prompts, in pairs."""
+    tokenizer = Tokenizer(tokenizer_path(config.model))
+    longest = open_source(models[-1]).config.context - config.max_new_tokens
+    if longest < 1:
+        raise ValueError(
+            f"max_new_tokens {config.max_new_tokens} leaves no room for a prompt in the model's "
+            "context; lower it"
+        )
+    prompts, skipped = load_prompts(getattr(config, f"{kind}_prompts"), tokenizer, longest)
+    language.say(skipped)
+    temperatures = tuple(config.temperatures)
+    sample_pairs(
+        pairs,
+        (Variant(models[-1], temperatures), Variant(models[-2], temperatures)),
+        tokenizer,
+        prompts,
+        getattr(config, f"{kind}_pairs"),
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        round_index=2 * number + KINDS.index(kind),
+        device=loop.device_of_name(config.device),
+        batch_size=config.generation_batch,
+    )
 
 
 def train_reward(
@@ -269,15 +287,15 @@ def record(
     after: dict[str, dict[str, float]],
 ) -> None:
     """Append the version's row, once."""
-    rows = path.read_text().splitlines() if path.exists() else []
-    rows = [row for row in rows if json.loads(row)["version"] < version.number]
+    rows = [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
+    rows = [row for row in rows if row["version"] < version.number]
     row = {
         "version": version.number,
         "model": str(version.model),
         "accuracy_before_training": before,
         "accuracy_on_trained": after,
     }
-    path.write_text("".join(f"{r}\n" for r in [*rows, json.dumps(row)]))
+    write_rows(path, [*rows, row])
 
 
 def main() -> None:

@@ -60,8 +60,12 @@ class Run:
 
     def latest(self) -> Path | None:
         """The newest checkpoint; None in a fresh run."""
-        found = sorted(p for p in self.checkpoints.glob("step-*") if (p / "training").is_dir())
+        found = [p for p in self._saved() if (p / "training").is_dir()]
         return found[-1] if found else None
+
+    def _saved(self) -> list[Path]:
+        """All checkpoints, oldest first."""
+        return sorted(self.checkpoints.glob("step-*"), key=lambda path: int(path.name[5:]))
 
     def log(self, step: int, **values: float | int | str) -> None:
         """Append one row to metrics.jsonl."""
@@ -98,11 +102,11 @@ class Run:
         (training / "state.json").write_text(json.dumps({"step": step, "networks": list(networks)}))
 
     def _prune(self, keep: int) -> None:
-        for old in sorted(self.checkpoints.glob("step-*"))[:-keep]:
+        for old in self._saved()[:-keep]:
             shutil.rmtree(old)
 
     def resume_step(self) -> int:
-        """The step to go on from (0 in a fresh run), with metrics.jsonl cut to it."""
+        """The step to go on from, with metrics.jsonl cut to it (emptied where it is 0)."""
         checkpoint = self.latest()
         step = 0
         if checkpoint is not None:
@@ -116,7 +120,7 @@ class Run:
         if not self.metrics.exists():
             return
         rows = self.metrics.read_text().splitlines()
-        kept = [row for row in rows if _step_of(row) <= step]
+        kept = [row for row in rows if _step_of(row) <= step] if step else []
         partial = self.metrics.with_suffix(".partial")
         partial.write_text("".join(row + "\n" for row in kept))
         partial.replace(self.metrics)
@@ -156,7 +160,7 @@ def claim(path: Path, config: Any) -> None:
     """
     recorded, toml = path / "config.toml", to_toml(config)
     if recorded.exists():
-        before, now = recorded.read_text().splitlines(), toml.splitlines()
+        before, now = recorded.read_text(encoding="utf-8").splitlines(), toml.splitlines()
         changed = sorted({line.split(" =")[0] for line in set(before) ^ set(now)})
         if changed:
             raise ValueError(
@@ -167,7 +171,7 @@ def claim(path: Path, config: Any) -> None:
     path.mkdir(parents=True, exist_ok=True)
     (path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
     partial = recorded.with_suffix(".partial")
-    partial.write_text(toml)
+    partial.write_text(toml, encoding="utf-8")
     partial.replace(recorded)
 
 

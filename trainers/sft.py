@@ -48,6 +48,7 @@ class SFTConfig(loop.TrainConfig):
 
 def run(config: SFTConfig) -> Path:
     """Train, or continue, the run in `config.out`; returns the finished model's folder."""
+    loop.check(config)
     tokenizer_file = tokenizer_path(config.model)
     folder = Run(config.out, config, tokenizer=tokenizer_file)
     if folder.done:
