@@ -122,18 +122,25 @@ class _Batch:
         return [Completion(*each) for each in parts]
 
     def _prefill(self, rows: list[int]) -> tuple[KVCache, Tensor]:
-        """Run the prompts, padded on the right; returns the cache and each last hidden state."""
-        longest = max(self.lengths[i] for i in rows)
+        """Run the prompts, padded on the right; returns the cache and each last hidden state.
+
+        A prompt that stands in several rows (K samples of it) is run once and copied.
+        """
+        first = dict.fromkeys(tuple(self.prompts[i]) for i in rows)
+        place = {prompt: slot for slot, prompt in enumerate(first)}
+        longest = max(map(len, first))
         slots = max(self.lengths[i] + self.limits[i] for i in rows)
-        tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
-        for slot, i in enumerate(rows):
-            tokens[slot, : self.lengths[i]] = torch.tensor(self.prompts[i])
+        tokens = torch.zeros(len(first), longest, dtype=torch.int64)
+        for slot, prompt in enumerate(first):
+            tokens[slot, : len(prompt)] = torch.tensor(prompt)
         dtype = self.model.head_weight.dtype
-        cache = KVCache(self.model.config, len(rows), slots, device=self.device, dtype=dtype)
+        cache = KVCache(self.model.config, len(first), slots, device=self.device, dtype=dtype)
         hidden = self.model(tokens.to(self.device), cache=cache)
+        copies = torch.tensor([place[tuple(self.prompts[i])] for i in rows], device=self.device)
+        if len(first) < len(rows):
+            cache.keep(copies)
         cache.lengths = torch.tensor([self.lengths[i] for i in rows], device=self.device)
-        last = hidden[torch.arange(len(rows), device=self.device), cache.lengths - 1]
-        return cache, last
+        return cache, hidden[copies, cache.lengths - 1]
 
     def steps(self, sampler: Sampler, eos_id: int | None) -> Iterator[None]:
         """Draw one token for every unfinished row at each step."""

@@ -45,6 +45,6 @@ class KVCache:
         return self.k[layer, :, :longest], self.v[layer, :, :longest]
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all rows but `rows` (B',): finished answers make room for the others."""
+        """Take the rows given (B',): to drop finished answers, or to copy a prompt's cache."""
         self.k, self.v = self.k[:, rows].contiguous(), self.v[:, rows].contiguous()
         self.lengths = self.lengths[rows]
