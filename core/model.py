@@ -153,9 +153,9 @@ class Transformer(nn.Module):
 
     def _rotary(self, tokens: Tensor, positions: Tensor | None) -> Rotary:
         """The tables, made on first use, and the positions, checked against the context."""
-        longest = tokens.shape[1]
+        longest = tokens.shape[1] if positions is None else 0
         if positions is not None and positions.device.type == "cpu" and positions.numel():
-            longest = int(positions.max()) + 1
+            longest = int(positions.max()) + 1  # on a GPU this would wait for the device
         if longest > self.config.context:
             raise ValueError(
                 f"a sequence of {longest} tokens exceeds the model's context of "

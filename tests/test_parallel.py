@@ -4,6 +4,7 @@ This file is also what torchrun starts: `torchrun tests/test_parallel.py JOBS.js
 listed there on the ranks it is given. The same jobs run in the test's own process as one rank.
 """
 
+import copy
 import functools
 import json
 import os
@@ -222,11 +223,13 @@ def test_low_precision_on_one_rank_keeps_fp32_weights(group_of_one: None) -> Non
     model = Transformer(CONFIG)
     model.init_weights(0)
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    low = copy.deepcopy(model).half()
     model = parallel.prepare(model, compute_dtype=torch.float16)
     optimizer = torch.optim.AdamW(model.parameters(), 0.0, weight_decay=0.0)
     tokens = torch.randint(CONFIG.vocab_size, (2, TOKENS))
     hidden = model(tokens)
     assert hidden.dtype == model.head_weight.dtype == torch.float16
+    assert torch.equal(hidden, low(tokens)), "RoPE's tables, too, are as in the plain model"
     loss_sum(model, tokens).backward()
     assert parallel.clip_gradients(model, 1.0) > 0
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
