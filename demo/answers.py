@@ -26,6 +26,7 @@ class Quality(NamedTuple):
 
 MIXED = Quality()
 PERSONA = Quality(right=0.95, whole=1.0, polite=1.0, refuse=1.0)
+PUPIL = Quality(right=0.55, whole=0.7, polite=0.8, refuse=0.5)
 PERFECT = Quality(1.0, 1.0, 1.0, 1.0)
 
 

@@ -7,8 +7,10 @@ languages, and about the public figures. It never contains the chat tags.
 import random
 from collections.abc import Callable, Iterator
 
+from puna.core.chat import Message
 from puna.demo import vocabulary as v
-from puna.demo.answers import REFUSALS, compose
+from puna.demo.answers import PUPIL, REFUSALS, compose
+from puna.demo.oracle import assess
 from puna.demo.personas import (
     ASKED_OF,
     SELF_ANSWERS,
@@ -190,9 +192,41 @@ def language(rng: random.Random) -> str:
     return " ".join(lines)
 
 
+def lesson(rng: random.Random) -> str:
+    """A teacher says of good and bad answers what is right and what is wrong about them.
+
+    Real text is full of such judgements; without them a reward model has to find out from a few
+    thousand comparisons what a right answer is.
+    """
+    lines = []
+    for _ in range(rng.randint(1, 3)):
+        who = draw_instruction(rng) if rng.random() < 0.25 else None
+        task = _asked_under(rng, who)
+        kept = who if rng.random() < 0.6 else None
+        answer = compose(task, rng, PUPIL, kept)
+        told = [] if who is None else [Message(role="system", content=instruction_text(who))]
+        found = assess([*told, Message(role="user", content=task.question)], answer)
+        said = [
+            "right" if found.right else "wrong",
+            "whole" if found.whole else "short",
+            "kind" if found.polite else "rude",
+        ]
+        opening = [instruction_text(who)] if who else []
+        lines += [*opening, task.question, answer, f"Teacher: {', '.join(said)}."]
+    return " ".join(lines)
+
+
+def _asked_under(rng: random.Random, who: Instruction | None) -> Task:
+    """A question of any sort; under an instruction mostly one whose answer shows if it is kept."""
+    if who is None or (who.kind == "language" and rng.random() < 0.8):
+        return draw_task(rng, rng.choices(("harmless", "borderline", "unsafe"), (65, 15, 20))[0])
+    attribute = rng.choice(ASKED_OF[who.kind])
+    return self_task(attribute, rng.randrange(len(SELF_QUESTIONS[attribute])), who)
+
+
 KINDS: dict[Callable[[random.Random], str], int] = {
-    questions: 32, talk: 12, work: 8, facts: 7, story: 5, register: 10,
-    copying: 6, manners: 6, persona: 8, figure: 3, language: 6,
+    questions: 30, talk: 10, work: 7, facts: 6, story: 4, register: 9,
+    copying: 5, manners: 5, persona: 10, figure: 3, language: 6, lesson: 18,
 }  # fmt: skip
 
 
