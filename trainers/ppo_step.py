@@ -251,7 +251,6 @@ def rollout_metrics(experience: Experience, scores: Scores, all_sum: AllSum) -> 
     totals.add("kl_token_k3", k3(rollout.logprobs, experience.ref_logprobs)[mask])
     totals.add("answer_tokens", rollout.lengths)
     totals.add("unfinished", (~rollout.finished).double())
-    totals.add("advantage", experience.advantages[experience.counted])
     totals.add("return", experience.returns[experience.counted])
     means = totals.means(all_sum)
     branches = scores.combined.branches
