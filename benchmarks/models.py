@@ -51,7 +51,9 @@ def open_models(shape: str, folder: Path, device: torch.device) -> Models:
 def open_transformers(folder: Path, device: torch.device) -> Any:
     """LlamaForCausalLM in fp32, with the attention that transformers chooses by itself."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.generation_config.eos_token_id = None  # every answer has its full length
     return model.to(device)

@@ -26,7 +26,7 @@ def run_suite(
     Returns the document {"machine": ..., "command": ..., "rows": [...]}. With `save` it is also
     written to results/<machine>/<what>.json beside this file.
     """
-    console = Console()
+    console = Console(width=max(110, Console().width))  # never squeeze a figure away
     card = machine.card(device)
     console.print(card_table(card))
     if card["transformers"] is None:

@@ -41,6 +41,8 @@ VERBS = {
     "chat": Verb("puna.cli.chat", "ChatConfig", "talk to a model"),
     "convert": Verb("puna.cli.convert", "ConvertConfig", "between checkpoint formats"),
     "bench": Verb("puna.cli.bench", "BenchConfig", "the benchmark suite"),
+    "bench train": Verb("puna.cli.bench", "BenchConfig", "of training only", "train"),
+    "bench generate": Verb("puna.cli.bench", "BenchConfig", "of generation only", "generate"),
 }
 
 

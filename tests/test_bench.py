@@ -1,0 +1,134 @@
+"""The suite on a tiny shape: what it prints, and that it refuses to time wrong results."""
+
+import json
+
+import pytest
+import torch
+
+from puna.benchmarks import generate, machine, models, suite, timing, train
+from puna.benchmarks.models import multiplied_parameters, open_models
+from puna.cli.bench import BenchConfig, measure
+from puna.core.config import SIZES, ModelConfig, parameter_count
+
+CPU = torch.device("cpu")
+TINY = ModelConfig(64, 2, 4, 2, 96, 128, context=64)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A shape called "tiny" takes the place of the suite's, with short answers and rows."""
+    monkeypatch.setitem(SIZES, "tiny", TINY)
+    monkeypatch.setattr(suite, "SHAPES", ("tiny",))
+    monkeypatch.setattr(train, "BATCH", {"tiny": 2})
+    monkeypatch.setattr(train, "TOKENS", 32)
+    monkeypatch.setattr(generate, "PROMPT", 4)
+    monkeypatch.setattr(generate, "NEW", 8)
+    monkeypatch.setattr(suite, "BATCHES", (1, 3))
+    monkeypatch.setattr(machine, "MATMUL_SIDE", 64)
+
+
+def test_the_last_line_is_the_document(tiny, capsys, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(suite, "RESULTS", tmp_path)
+    suite.run_suite("all", rounds=2, device=CPU, command="puna bench", save=True)
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    work = [(row["bench"], row["batch"], row["provider"]) for row in document["rows"]]
+    assert work == [
+        (bench, batch, provider)
+        for bench, batch in (("generate", 1), ("generate", 3), ("train", 2))
+        for provider in ("puna", "transformers")
+    ]
+    for row in document["rows"]:
+        assert 0 < row["p20"] <= row["value"] <= row["p80"]
+        assert row["limit"] > 0
+        assert row["unit"] == "tok/s" and row["dtype"] == "fp32" and row["shape"] == "tiny"
+    (written,) = tmp_path.rglob("all.json")
+    assert json.loads(written.read_text()) == document
+    assert written.parent.name == machine.slug(document["machine"])
+
+
+def test_without_transformers_its_rows_are_left_out_and_this_is_said(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(models, "installed", lambda package: None)
+    monkeypatch.setattr(machine, "installed", lambda package: None)
+    document = suite.run_suite("train", rounds=1, device=CPU, command="puna bench train")
+    assert [row["provider"] for row in document["rows"]] == ["puna"]
+    assert "its rows are left out" in capsys.readouterr().out
+
+
+def test_nothing_is_timed_when_losses_differ():
+    steps = {"puna": lambda: 2.0, "other": lambda: 2.001}
+    with pytest.raises(RuntimeError, match="nothing was timed: other trains to other losses"):
+        train.verify(steps)
+
+
+def test_nothing_is_timed_when_a_loss_is_not_a_number():
+    with pytest.raises(RuntimeError, match="nothing was timed"):
+        train.verify({"puna": lambda: 2.0, "other": lambda: float("nan")})
+
+
+def test_nothing_is_timed_when_tokens_differ(tiny, tmp_path):
+    opened = open_models("tiny", tmp_path / "model", CPU)
+    prompts = torch.tensor([[5, 6, 7, 8]])
+    ours = generate.puna_answer(opened, prompts)()
+    wrong = [[*ours[0][:3], (ours[0][3] + 1) % TINY.vocab_size, *ours[0][4:]]]
+    assert generate.verify(opened, prompts, {"puna": ours, "other": ours})["other"] == 0
+    with pytest.raises(RuntimeError, match=r"other wrote token .* \(place 3, logits"):
+        generate.verify(opened, prompts, {"puna": ours, "other": wrong})
+
+
+def test_a_near_tie_is_no_mistake(tiny, tmp_path):
+    opened = open_models("tiny", tmp_path / "model", CPU)
+    head = opened.puna.lm_head.weight
+    prompts = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        best = generate.puna_answer(opened, prompts)()[0][0]
+        twin = (best + 1) % TINY.vocab_size
+        head[twin] = head[best]  # two tokens with the same logit
+    ours = generate.puna_answer(opened, prompts)()
+    first = ours[0][0]
+    theirs = [[twin if first == best else best, *ours[0][1:]]]
+    errors = generate.verify(opened, prompts, {"puna": ours, "other": theirs})
+    assert errors == {"puna": 0.0, "other": 1.0}
+
+
+@pytest.mark.parametrize("shape", ["15m", "demo", "70b"])
+def test_multiplied_parameters(shape):
+    config = SIZES[shape]
+    norms = (2 * config.n_layers + 1) * config.dim
+    embedding = config.vocab_size * config.dim
+    assert multiplied_parameters(config) == parameter_count(config) - norms - embedding
+
+
+def test_rounds_are_interleaved():
+    calls: list[str] = []
+    work = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    found = timing.interleaved(work, rounds=3, device=CPU)
+    # One unmeasured round, then three; every other one backwards.
+    assert "".join(calls) == "ba" + "ab" + "ba" + "ab"
+    assert set(found) == {"a", "b"}
+
+
+def test_summary_of_seconds():
+    assert timing.summarise([4.0]) == timing.Timing(4.0, 4.0, 4.0)
+    assert timing.summarise([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == timing.Timing(3.5, 2.0, 5.0)
+
+
+def test_peak_memory_is_what_one_call_needs():
+    size = 64_000_000
+    peak = timing.peak_mb(lambda: torch.ones(size // 4).sum(), CPU)
+    if peak is None:
+        pytest.skip("this system does not tell a process its peak memory")
+    assert size / 1e6 * 0.9 < peak < size / 1e6 * 1.5
+
+
+def test_slug_names_a_folder():
+    card = {"processor": "AMD EPYC 9R14 (96-Core)", "threads": 2}
+    assert machine.slug(card) == "amd-epyc-9r14-96-core-2-threads"
+
+
+def test_settings_that_cannot_be_measured():
+    with pytest.raises(ValueError, match="measure at least one"):
+        measure(BenchConfig(rounds=0), "all")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="use --device cpu"):
+            measure(BenchConfig(device="cuda"), "all")
