@@ -43,6 +43,16 @@ STAGES: dict[str, list[str]] = {
         "--prompts {0}/prompts.jsonl --held-out {0}/prompts.jsonl --iterations 10 --batch 8 "
         "--minibatch 4 --max-new-tokens 6 --micro-batch-tokens 64 --held-out-count 5"
     ).split(),
+    # 11 prompts in chunks of 5: in the last chunk a rank has none
+    "rejection": (
+        "--policy {0}/lm --helpfulness {0}/helpfulness --safety {0}/safety --samples 3 --chunk 5 "
+        "--prompts {0}/eleven.jsonl --max-new-tokens 6 --batch 2 --micro-batch 1 --epochs 3 "
+        "--row-tokens 40"
+    ).split(),
+    "gatt": (
+        "--model {0}/lm --dialogues {0}/ghosts.jsonl --mix {0}/mix.jsonl --samples 2 "
+        "--max-new-tokens 6 --batch 2 --micro-batch 1 --epochs 3 --targets 2"
+    ).split(),
 }
 TIMED = ("second", "tok/s", "per_second")
 
@@ -73,14 +83,23 @@ def write(path: Path, rows: Iterator[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@torch.no_grad()
+def end_often(model: Transformer, eos_id: int) -> None:
+    """Let an untrained model draw EOS about every fourth time: one channel is always on."""
+    model.model.embed_tokens.weight[:, 0] = 4.0
+    model.lm_head.weight[:, 0] = 0.0
+    model.lm_head.weight[eos_id, 0] = 1.2
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny files of every kind, a tokenizer and three models."""
     folder = tmp_path_factory.mktemp("inputs")
     draw = random.Random(0)
     write(folder / "text.jsonl", ({"text": sentence(draw)} for _ in range(300)))
-    dialogues = ([message("user", draw), message("assistant", draw)] for _ in range(60))
-    write(folder / "dialogues.jsonl", ({"messages": d} for d in dialogues))
+    for name, count in (("dialogues", 60), ("mix", 8)):
+        dialogues = ([message("user", draw), message("assistant", draw)] for _ in range(count))
+        write(folder / f"{name}.jsonl", ({"messages": d} for d in dialogues))
     write(
         folder / "preferences.jsonl",
         (
@@ -96,12 +115,20 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     prompts = ({"messages": [message("user", draw)], "safety": i % 3 == 0} for i in range(20))
     write(folder / "prompts.jsonl", prompts)
+    eleven = ({"messages": [message("user", draw)]} for _ in range(11))
+    write(folder / "eleven.jsonl", eleven)
+    ghosts = (
+        {"turns": [sentence(draw) for _ in range(3)], "instruction": "bark"} for _ in "1234567"
+    )
+    write(folder / "ghosts.jsonl", ghosts)
     tokenizer = folder / "tokenizer.model"
     train_tokenizer([" ".join(WORDS)] * 20, tokenizer, vocab_size=300)
     config = ModelConfig(36, 2, 6, 3, 50, Tokenizer(tokenizer).vocab_size, context=96)
     for seed, name in enumerate(("lm", "helpfulness", "safety")):
         model = Transformer(config, "lm" if name == "lm" else "score")
         model.init_weights(seed)
+        if name == "lm":
+            end_often(model, Tokenizer(tokenizer).eos_id)
         save_model(folder / name, model, tokenizer)
     return folder
 
