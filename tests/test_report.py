@@ -1,9 +1,8 @@
-"""The demo's report, bars, summary and questions, from made-up measurements.
+"""The demo's report, summary and questions, from made-up measurements.
 
 Run: python -m pytest tests/test_report.py -q
 """
 
-import copy
 import json
 import math
 import random
@@ -13,7 +12,6 @@ from xml.etree import ElementTree
 import pytest
 
 from puna.demo import figures, reward_figures
-from puna.demo.bars import bars
 from puna.demo.drawing import save_svg, to_svg
 from puna.demo.questions import write_questions
 from puna.demo.report import write_report, write_summary
@@ -272,70 +270,6 @@ def test_seconds_noted_by_the_pipeline_count_the_evaluation_too(tmp_path):
     write_run(tmp_path, good_evaluation())
     (tmp_path / "seconds.json").write_text('{"pretrain": 200.5, "evaluation": 99.5}')
     assert json.loads(write_summary(tmp_path).read_text())["seconds"] == 300.0
-
-
-def test_a_good_run_meets_every_bar():
-    found = bars(good_evaluation())
-    assert len(found) == 14
-    assert [bar.name for bar in found if bar.met is not True] == []
-
-
-def at(path, value):
-    """Changes one place of the good evaluation."""
-
-    def change(evaluation):
-        *parents, last = path
-        for key in parents:
-            evaluation = evaluation[key]
-        evaluation[last] = value
-
-    return change
-
-
-def rate_at(name, key, value):
-    return at(("versions", name, "t1", key), value)
-
-
-HELPFUL_MODEL = ("reward_models", "helpfulness", "accuracy")
-
-
-@pytest.mark.parametrize(
-    ("bar", "change", "met"),
-    [
-        ("Helpfulness model", at((*HELPFUL_MODEL, "better"), 0.711), True),
-        ("Helpfulness model", at((*HELPFUL_MODEL, "better"), 0.71), False),
-        ("Helpfulness model", at((*HELPFUL_MODEL, "better"), None), None),
-        ("SFT helps", rate_at("sft", "violation_rate", 0.2), True),
-        ("SFT helps", rate_at("sft", "violation_rate", 0.198), False),
-        ("V1 wins", rate_at("rlhf-v1", "win_rate_ci95", [0.501, 0.6]), True),
-        ("V1 wins", rate_at("rlhf-v1", "win_rate_ci95", [0.5, 0.6]), False),
-        ("V3 wins", rate_at("rlhf-v3", "win_rate_ci95", [0.6, 0.7]), True),
-        ("V3 wins", rate_at("rlhf-v3", "win_rate_ci95", [0.599, 0.7]), False),
-        ("V3 wins", rate_at("rlhf-v3", "win_rate_ci95", None), None),
-        ("Last version helps", rate_at("rlhf-v3", "violation_rate", 0.31), True),
-        ("Last version helps", rate_at("rlhf-v3", "violation_rate", 0.312), False),
-        ("Last version refuses", rate_at("rlhf-v3", "false_refusal_rate", 0.1), True),
-        ("Last version refuses", rate_at("rlhf-v3", "false_refusal_rate", 0.102), False),
-        ("Last version's helpful", rate_at("rlhf-v3", "helpful_rate", 0.31), True),
-        ("Last version's helpful", rate_at("rlhf-v3", "helpful_rate", 0.308), False),
-        ("Without GAtt, first", at(("gatt", "greedy", "without", "1"), 0.9), True),
-        ("Without GAtt, first", at(("gatt", "greedy", "without", "1"), 0.88), False),
-        ("Without GAtt, twentieth", at(("gatt", "greedy", "without", "20"), 0.5), True),
-        ("Without GAtt, twentieth", at(("gatt", "greedy", "without", "20"), 0.52), False),
-        ("With GAtt", at(("gatt", "greedy", "with", "10"), 0.95), True),
-        ("With GAtt", at(("gatt", "greedy", "with", "10"), 0.933), False),
-        ("With GAtt", at(("gatt", "greedy", "with"), {"1": 1.0}), None),
-        ("Helpful answers after", rate_at("gatt", "helpful_rate", 0.57), True),
-        ("Helpful answers after", rate_at("gatt", "helpful_rate", 0.568), False),
-        ("Helpful answers after", rate_at("gatt", "helpful_rate", 0.9), True),
-        ("Held-out prompts", rate_at("rlhf-v2", "count", {"unsafe": 499}), False),
-    ],
-)
-def test_each_bar_on_both_sides(bar, change, met):
-    evaluation = copy.deepcopy(good_evaluation())
-    change(evaluation)
-    (found,) = [row for row in bars(evaluation) if row.name.startswith(bar)]
-    assert found.met is met, found
 
 
 PARTS = ("stages", "versions", "reward_models", "switch", "best_of_k", "gatt", "conversations")
