@@ -74,9 +74,10 @@ class Experience(NamedTuple):
 def score_answers(models: Models, rollout: Rollout, tagged: Tensor, settings: Settings) -> Scores:
     """Both reward models on each answer, and Eq. 4's switch; tagged (S,) bool."""
     sequences = rollout.sequences
-    limits = {"max_tokens": settings.max_tokens, "all_max": settings.all_max}
-    helpfulness = score(models.helpfulness, sequences, **limits)
-    safety = score(models.safety, sequences, **limits)
+    helpfulness, safety = (
+        score(model, sequences, max_tokens=settings.max_tokens, all_max=settings.all_max)
+        for model in (models.helpfulness, models.safety)
+    )
     combined = combine(helpfulness, safety, tagged.to(safety.device))
     settled = settle_unfinished(
         combined.raw, rollout.finished, settings.unfinished, settings.unfinished_penalty
@@ -88,11 +89,15 @@ def make_experience(
     models: Models, rollout: Rollout, scores: Scores, settings: Settings
 ) -> Experience:
     """Reference, values, rewards, advantages: each network looks at the answers once."""
-    limits = {"max_tokens": settings.max_tokens, "all_max": settings.all_max}
+    max_tokens, all_max = settings.max_tokens, settings.all_max
     ref_logprobs, _ = answer_logprobs(
-        models.reference, rollout, temperature=settings.temperature, **limits
+        models.reference,
+        rollout,
+        temperature=settings.temperature,
+        max_tokens=max_tokens,
+        all_max=all_max,
     )
-    values = answer_values(models.critic, rollout, **limits)
+    values = answer_values(models.critic, rollout, max_tokens=max_tokens, all_max=all_max)
     answers = torch.ones_like(rollout.finished)
     if settings.unfinished == "mask":
         answers = rollout.finished

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -93,8 +94,8 @@ def run(config: RejectionConfig) -> Path:
     selected = folder.path / "selected.jsonl"
     if not parallel.broadcast(selected.exists()):
         select(config, folder, tokenizer, selected)
-    model = load_start(folder, student, device=loop.device_of(config))
-    row_tokens = config.row_tokens or model.config.context
+    model = load_start(folder, student, head="lm", device=loop.device_of(config))
+    row_tokens = language.row_length(config.row_tokens, model.config.context)
     rows = pack(tokenizer, read_samples(selected), row_tokens)
     language.say(rows.skipped)
     steps = language.epoch_steps(len(rows), config.epochs, config.batch)
@@ -113,6 +114,12 @@ def pack(tokenizer: Tokenizer, selected: Sequence[Sample], row_tokens: int) -> P
     return PackedRows(sequences, row_tokens, vocab_size=tokenizer.vocab_size)
 
 
+class Verdict(NamedTuple):
+    score: float  # the one that Eq. 4's switch lets through, raw
+    helpfulness: float
+    safety: float
+
+
 class Judges:
     """Both reward models, and Eq. 4's switch between them."""
 
@@ -121,20 +128,16 @@ class Judges:
         self.helpfulness = frozen(config.helpfulness, "score", config)
         self.safety = frozen(config.safety, "score", config)
 
-    def scores(
-        self, sequences: Sequence[list[int]], risky: Sequence[bool]
-    ) -> list[dict[str, float]]:
-        """{"score", "helpfulness", "safety"} of each dialogue (ids); the same number of calls
-        on every rank."""
-        both = [
+    def scores(self, sequences: Sequence[list[int]], risky: Sequence[bool]) -> list[Verdict]:
+        """What each dialogue (ids) is worth; the same number of calls on every rank."""
+        helpfulness, safety = (
             score(model, sequences, max_tokens=self.max_tokens, all_max=parallel.all_max)
             for model in (self.helpfulness, self.safety)
-        ]
-        tagged = torch.tensor(list(risky), dtype=torch.bool, device=both[0].device)
-        raw = combine(*both, tagged).raw
-        columns = (raw.tolist(), both[0].tolist(), both[1].tolist())
-        names = ("score", "helpfulness", "safety")
-        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        )
+        tagged = torch.tensor(list(risky), dtype=torch.bool, device=safety.device)
+        raw = combine(helpfulness, safety, tagged).raw
+        columns = (raw.tolist(), helpfulness.tolist(), safety.tolist())
+        return [Verdict(*row) for row in zip(*columns, strict=True)]
 
 
 def frozen(path: Path, head: str, config: RejectionConfig) -> Transformer:
@@ -249,7 +252,9 @@ def sample_chunk(
             round=config.round,
             prompt=number,
             sample=k,
-            **scores[row],
+            score=scores[row].score,
+            helpfulness=scores[row].helpfulness,
+            safety=scores[row].safety,
         )
         for row, (number, k) in enumerate(rows)
     ]
@@ -299,10 +304,13 @@ def score_pool(
                 kept.append(sample)
                 sequences.append(sequence)
     scores = judges.scores(sequences, [sample["risky"] for sample in kept])
-    return [Sample(**{**sample, **new}) for sample, new in zip(kept, scores, strict=True)]
+    for sample, verdict in zip(kept, scores, strict=True):
+        sample["score"] = verdict.score
+        sample["helpfulness"], sample["safety"] = verdict.helpfulness, verdict.safety
+    return kept
 
 
-def summary(fresh: list[Sample], kept: list[Sample], samples: int) -> dict:
+def summary(fresh: list[Sample], kept: list[Sample], samples: int) -> dict[str, Any]:
     """What selection.json says: Fig. 7's curve and where the kept answers come from."""
     rows = torch.tensor([sample["score"] for sample in fresh]).view(-1, samples)
     return {
