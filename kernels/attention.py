@@ -24,17 +24,15 @@ def attention(
     """Causal attention: (B, T, H, D) from q (B, T, H, D), k and v (B, T, K, D).
 
     `scale` defaults to D^-1/2. Raises ValueError for head counts that do not divide, shapes
-    that differ, or cuts that do not cover B*T.
+    that differ, or cuts that do not cover B*T row by row.
     """
     _check(q, k, v)
     if cu_seqlens is None:
         return _rows(q, k, v, scale)
-    cuts = cu_seqlens.tolist()
-    tokens = q.shape[0] * q.shape[1]
-    if len(cuts) < 2 or cuts[0] != 0 or cuts[-1] != tokens:
-        raise ValueError(
-            f"cu_seqlens must run from 0 to {tokens} (B*T), got {cuts[:1]}..{cuts[-1:]}"
-        )
+    cuts, tokens = cu_seqlens.tolist(), q.shape[0] * q.shape[1]
+    _check_cuts(cuts, q.shape[0], q.shape[1])
+    if tokens == 0:
+        return _rows(q, k, v, scale)
     flat_q, flat_k, flat_v = (x.reshape(tokens, *x.shape[2:]) for x in (q, k, v))
     return _segments(flat_q, flat_k, flat_v, cuts, scale).view(q.shape)
 
@@ -47,6 +45,21 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads")
+
+
+def _check_cuts(cuts: list[int], batch: int, row: int) -> None:
+    if len(cuts) < 2 or cuts[0] != 0 or cuts[-1] != batch * row:
+        raise ValueError(
+            f"cu_seqlens must run from 0 to {batch * row} (B*T), got {cuts[:1]}..{cuts[-1:]}"
+        )
+    if any(a > b for a, b in zip(cuts, cuts[1:], strict=False)):
+        raise ValueError("cu_seqlens must not fall")
+    missing = set(range(0, batch * row, row)).difference(cuts) if row else ()
+    if missing:
+        raise ValueError(
+            f"a sequence spans rows: cu_seqlens has no cut at {min(missing)}, where a row of "
+            f"{row} tokens begins"
+        )
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

@@ -24,8 +24,11 @@ def gae(
             f"{tuple(lengths.shape)} do not fit (S, T), (S, T), (S,)"
         )
     steps = rewards.shape[1]
-    if len(lengths) and int(lengths.max()) > steps:
-        raise ValueError(f"a length of {int(lengths.max())} exceeds the {steps} steps given")
+    if len(lengths) and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
+        raise ValueError(
+            f"lengths run from {int(lengths.min())} to {int(lengths.max())}; "
+            f"{steps} steps are given"
+        )
     real = torch.arange(steps, device=rewards.device) < lengths[:, None]
     rewards = rewards.masked_fill(~real, 0.0)
     values = values.masked_fill(~real, 0.0)

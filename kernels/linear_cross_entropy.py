@@ -10,6 +10,7 @@ matrix products in all); with "none" the backward forms the logits again (four).
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = 1 << 22  # logits held at once: 16 MB in fp32
 
@@ -28,34 +29,47 @@ def linear_cross_entropy(
 
     `weights` (...,) scales each token's loss; zero and `ignore_index` drop it. "mean" divides
     by the sum of the weights (0 if all are dropped), "sum" does not, "none" returns (...,).
+    The weights are constants: no gradient flows to them.
     fp32 result (fp64 for fp64 inputs). Raises ValueError for shapes or labels that do not fit.
     """
-    if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[-1]:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets "
-            f"{tuple(targets.shape)} do not fit (..., C), (V, C), (...)"
-        )
+    _check_shapes(hidden, weight, targets)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'")
     flat, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     scale = torch.ones_like(labels, dtype=wide)
     if weights is not None:
-        scale = weights.reshape(-1).to(wide)
+        if weights.shape != targets.shape:
+            raise ValueError(
+                f"weights are {tuple(weights.shape)}, targets {tuple(targets.shape)}: not equal"
+            )
+        scale = weights.detach().reshape(-1).to(wide)
     scale = scale.masked_fill(labels == ignore_index, 0.0)
     rows = scale.nonzero().squeeze(-1)
     kept, labels, scale = flat.index_select(0, rows), labels[rows], scale[rows]
-    if labels.device.type == "cpu" and len(rows):
+    _check_labels(labels, weight)
+    if reduction == "none":
+        losses = _PerToken.apply(kept, weight, labels, z_loss) * scale
+        return losses.new_zeros(targets.numel()).index_copy(0, rows, losses).view(targets.shape)
+    total = _Summed.apply(kept, weight, labels, scale, z_loss, torch.is_grad_enabled())
+    return total / scale.sum().clamp_min(torch.finfo(wide).tiny) if reduction == "mean" else total
+
+
+def _check_shapes(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+    if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets "
+            f"{tuple(targets.shape)} do not fit (..., C), (V, C), (...)"
+        )
+
+
+def _check_labels(labels: Tensor, weight: Tensor) -> None:
+    if labels.device.type == "cpu" and len(labels):  # elsewhere it would wait for the device
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= weight.shape[0]:
             raise ValueError(
                 f"targets run from {low} to {high}, the head has {weight.shape[0]} rows"
             )
-    if reduction == "none":
-        losses = _PerToken.apply(kept, weight, labels, z_loss) * scale
-        return losses.new_zeros(targets.numel()).index_copy(0, rows, losses).view(targets.shape)
-    total = _Summed.apply(kept, weight, labels, scale, z_loss)
-    return total / scale.sum().clamp_min(torch.finfo(wide).tiny) if reduction == "mean" else total
 
 
 def _chunks(rows: int, vocabulary: int) -> list[slice]:
@@ -90,34 +104,30 @@ class _Summed(torch.autograd.Function):
     """Weighted sum of the losses; gradients are formed in the forward pass."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, scale, z_loss):
-        wants = hidden.requires_grad or weight.requires_grad
-        d_hidden = torch.empty_like(hidden) if wants else None
-        d_weight = torch.zeros_like(weight, dtype=scale.dtype) if wants else None
+    def forward(ctx, hidden, weight, labels, scale, z_loss, differentiate):
+        wants = [differentiate and needed for needed in ctx.needs_input_grad[:2]]
+        d_hidden = torch.empty_like(hidden) if wants[0] else None
+        d_weight = torch.zeros_like(weight, dtype=scale.dtype) if wants[1] else None
         total = scale.new_zeros(())
         for rows in _chunks(len(labels), weight.shape[0]):
             losses, probs, norm = _chunk_loss(hidden[rows], weight, labels[rows], z_loss)
             total += losses @ scale[rows]
-            if wants:
+            if any(wants):
                 grad = _chunk_grad(probs, norm, labels[rows], scale[rows], z_loss)
-                grad = grad.to(hidden.dtype)
-                d_hidden[rows] = grad @ weight
-                _accumulate(d_weight, grad, hidden[rows])
-        if wants:
-            ctx.save_for_backward(d_hidden, d_weight)
-        ctx.weight_dtype = weight.dtype
+                _propagate(grad, hidden, weight, rows, d_hidden, d_weight)
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.dtypes = hidden.dtype, weight.dtype
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream):
-        d_hidden, d_weight = ctx.saved_tensors
-        return (
-            d_hidden * upstream.to(d_hidden.dtype),
-            (d_weight * upstream).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
+        grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        d_hidden, d_weight = (
+            None if grad is None else (grad.to(upstream.dtype) * upstream).to(dtype)
+            for grad, dtype in grads
         )
+        return d_hidden, d_weight, None, None, None, None
 
 
 class _PerToken(torch.autograd.Function):
@@ -134,22 +144,38 @@ class _PerToken(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream):
         hidden, weight, labels = ctx.saved_tensors
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=upstream.dtype)
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = (
+            torch.zeros_like(weight, dtype=upstream.dtype) if ctx.needs_input_grad[1] else None
+        )
         for rows in _chunks(len(labels), weight.shape[0]):
             _, probs, norm = _chunk_loss(hidden[rows], weight, labels[rows], ctx.z_loss)
             grad = _chunk_grad(probs, norm, labels[rows], upstream[rows], ctx.z_loss)
-            grad = grad.to(hidden.dtype)
-            d_hidden[rows] = grad @ weight
-            _accumulate(d_weight, grad, hidden[rows])
-        return d_hidden, d_weight.to(weight.dtype), None, None
+            _propagate(grad, hidden, weight, rows, d_hidden, d_weight)
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None
 
 
-def _accumulate(d_weight: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """d_weight += grad^T hidden, summed over chunks in fp32 whatever the operands are."""
+def _propagate(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    rows: slice,
+    d_hidden: Tensor | None,
+    d_weight: Tensor | None,
+) -> None:
+    """From one chunk's d loss / d logits: fill `d_hidden[rows]`, add to `d_weight`.
+
+    The weight's gradient is summed over chunks in fp32 whatever the operands are.
+    """
+    grad = grad.to(hidden.dtype)
+    if d_hidden is not None:
+        d_hidden[rows] = grad @ weight
+    if d_weight is None:
+        return
     if grad.dtype == d_weight.dtype:
-        d_weight.addmm_(grad.T, hidden)
+        d_weight.addmm_(grad.T, hidden[rows])
     else:
-        d_weight += grad.T @ hidden
+        d_weight += grad.T @ hidden[rows]

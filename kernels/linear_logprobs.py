@@ -10,8 +10,9 @@ loss, which stay plain PyTorch above it.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .linear_cross_entropy import _accumulate, _chunks
+from .linear_cross_entropy import _check_labels, _check_shapes, _chunks, _propagate
 
 
 def linear_logprobs(
@@ -22,20 +23,11 @@ def linear_logprobs(
     Gradients flow to `hidden` and `weight` from both outputs. Raises ValueError for shapes,
     labels or a temperature that do not fit.
     """
-    if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[-1]:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets "
-            f"{tuple(targets.shape)} do not fit (..., C), (V, C), (...)"
-        )
+    _check_shapes(hidden, weight, targets)
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}, it must be above 0")
     labels = targets.reshape(-1)
-    if labels.device.type == "cpu" and len(labels):
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= weight.shape[0]:
-            raise ValueError(
-                f"targets run from {low} to {high}, the head has {weight.shape[0]} rows"
-            )
+    _check_labels(labels, weight)
     flat = hidden.reshape(-1, hidden.shape[-1])
     logprobs, entropy = _LogProbs.apply(flat, weight, labels, temperature)
     return logprobs.view(targets.shape), entropy.view(targets.shape)
@@ -66,17 +58,18 @@ class _LogProbs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_logprobs, d_entropy):
         hidden, weight, labels, entropy = ctx.saved_tensors
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=entropy.dtype)
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = (
+            torch.zeros_like(weight, dtype=entropy.dtype) if ctx.needs_input_grad[1] else None
+        )
         for rows in _chunks(len(labels), weight.shape[0]):
             logp, probs = _distribution(hidden[rows], weight, ctx.temperature)
             # d logp_y / d logits = onehot - p;  d entropy / d logits = -p (logp + entropy)
             grad = logp.add_(entropy[rows, None]).mul_(-d_entropy[rows, None])
             grad.sub_(d_logprobs[rows, None]).mul_(probs)
             grad.scatter_add_(1, labels[rows, None], d_logprobs[rows, None].to(grad.dtype))
-            grad = grad.div_(ctx.temperature).to(hidden.dtype)
-            d_hidden[rows] = grad @ weight
-            _accumulate(d_weight, grad, hidden[rows])
-        return d_hidden, d_weight.to(weight.dtype), None, None
+            _propagate(grad.div_(ctx.temperature), hidden, weight, rows, d_hidden, d_weight)
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None

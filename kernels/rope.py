@@ -16,8 +16,10 @@ def rope_tables(
     """cos and sin of every angle: two (positions, head_dim/2) fp32 tensors.
 
     The angles are formed in fp64 and rounded once: in fp32 the angle of position 4095 would
-    carry an error of 2e-4.
+    carry an error of 2e-4. Raises ValueError for an odd head size.
     """
+    if head_dim % 2:
+        raise ValueError(f"head size {head_dim} must be even: RoPE rotates pairs")
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
     frequencies = theta**-exponents
     index = torch.arange(positions, dtype=torch.float64, device=device)
@@ -37,7 +39,7 @@ def rope(
     """Rotate `q` (B, T, H, D) and `k` (B, T, K, D) by their positions (B, T).
 
     `cos`, `sin`: (P, D/2) tables; positions default to 0..T-1. Returns new q and k, same
-    shapes and dtypes. Raises ValueError for tables that do not fit.
+    shapes and dtypes. Raises ValueError for tables or positions that do not fit.
     """
     if cos.shape[-1] * 2 != q.shape[-1] or q.shape[-1] != k.shape[-1]:
         raise ValueError(
@@ -48,6 +50,10 @@ def rope(
             raise ValueError(f"{q.shape[1]} positions, but the tables hold {cos.shape[0]}")
         cos, sin = cos[: q.shape[1]], sin[: q.shape[1]]
     else:
+        if positions.shape != q.shape[:2]:
+            raise ValueError(
+                f"positions have shape {tuple(positions.shape)}, expected {tuple(q.shape[:2])}"
+            )
         cos, sin = cos[positions], sin[positions]
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (..., T, 1, D/2): one angle for all heads
     return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)

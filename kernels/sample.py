@@ -44,8 +44,12 @@ def sample(
 
     Log-probs are fp32, of the tempered but untruncated distribution. temperature 0 is greedy
     (its log-probs are those at temperature 1). top_k 0 and top_p 1 switch truncation off.
-    Raises ValueError for settings outside their range.
+    Raises ValueError for shapes that do not fit and settings outside their range.
     """
+    if logits.dim() != 2 or seeds.shape != logits.shape[:1]:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} and seeds {tuple(seeds.shape)} do not fit (B, V), (B,)"
+        )
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
             f"temperature {temperature} must be >= 0, top_k {top_k} >= 0, top_p {top_p} in (0, 1]"

@@ -1,0 +1,125 @@
+"""What several test files share: the environment, memory full of NaN, the error criterion, tiny
+models and files, the folder of real inputs."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+# Before torch is imported: bf16 matmuls crash on processors that name AMX and do not have it.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
+
+
+@pytest.fixture(scope="module")
+def poisoned_empty():
+    """Memory that nobody wrote is NaN: a kernel that reads it before writing is found out."""
+
+    def poisoned(make):
+        @torch.no_grad()
+        def filled(*args, **kwargs):
+            made = make(*args, **kwargs)
+            return made.fill_(torch.nan) if made.is_floating_point() else made
+
+        return filled
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+            patch.setattr(owner, name, poisoned(getattr(owner, name)))
+        yield
+
+
+@pytest.fixture(scope="session")
+def no_worse_than_torch():
+    """Call with (ours, PyTorch's in the same dtype, exact fp64), each a tuple of tensors.
+
+    Our largest error may be twice PyTorch's own, and one unit in the last place more.
+    """
+
+    def check(ours, peers, exact):
+        for mine, peer, truth in zip(ours, peers, exact, strict=True):
+            assert mine.isfinite().all()
+            truth = truth.double()
+            peer_error = (peer.double() - truth).abs().max()
+            allowed = 2 * peer_error + torch.finfo(mine.dtype).eps * truth.abs()
+            assert ((mine.double() - truth).abs() - allowed).max() <= 0
+
+    return check
+
+
+WORDS = "red blue green cup tree lamp moon fish sing give nine why how where big old new cat".split()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with a tokenizer, files of every kind, and models that train in a second: `lm`
+    and the reward models `helpfulness` and `safety` are random, `chat` answers and stops."""
+    from puna.core.checkpoint import save_model
+    from puna.core.config import ModelConfig
+    from puna.core.model import Transformer
+    from puna.core.tokenizer import train_tokenizer
+    from puna.trainers import sft
+
+    root = tmp_path_factory.mktemp("tiny")
+    draw = random.Random(0)
+
+    def words(most=5):
+        return " ".join(draw.choice(WORDS) for _ in range(draw.randint(1, most)))
+
+    def messages(turns, answered):
+        roles = ["user", "assistant"] * turns
+        ending = [] if answered else [{"role": "user", "content": words()}]
+        return [{"role": role, "content": words(3)} for role in roles] + ending
+
+    def write(name, rows):
+        (root / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write("text.jsonl", [{"text": words(30)} for _ in range(120)])
+    write("dialogues.jsonl", [{"messages": messages(1 + i % 3, True)} for i in range(48)])
+    ratings = ["significantly_better", "better", "slightly_better", "negligibly_better"]
+    labels = ["chosen_safe", "both_safe", "both_unsafe"]
+    write(
+        "preferences.jsonl",
+        [
+            {"messages": messages(i % 2, False), "chosen": f"{words()} red", "rejected": words(),
+             "rating": ratings[i % 4], "safety": labels[i % 3]}
+            for i in range(48)
+        ],
+    )  # fmt: skip
+    prompts = [{"messages": messages(0, False), "safety": i % 3 == 0} for i in range(16)]
+    write("prompts.jsonl", prompts)
+    ghosts = [{"turns": [words(2) for _ in range(2 + i % 3)], "instruction": f"always {words(2)}",
+               "short": f"be {words(1)}"} for i in range(8)]  # fmt: skip
+    write("ghosts.jsonl", ghosts)
+    texts = [words(9) for _ in range(300)] + ["[INST] <<SYS>> always be <</SYS>> [/INST]"] * 30
+    tokenizer = train_tokenizer(texts, root / "tokenizer.model", vocab_size=330)
+    shape = ModelConfig(24, 2, 2, 1, 36, vocab_size=tokenizer.vocab_size, context=256)
+    for seed, name in enumerate(("lm", "helpfulness", "safety")):
+        model = Transformer(shape, "lm" if name == "lm" else "score")
+        model.init_weights(seed)
+        save_model(root / name, model, root / "tokenizer.model")
+    trained = sft.run(
+        sft.SFTConfig(
+            model=root / "lm", data=[root / "dialogues.jsonl"], out=root / "chat-run",
+            epochs=30, batch=4, lr=1e-2, held_out=0.0, device="cpu", save_every=10_000,
+        )
+    )  # fmt: skip
+    trained.rename(root / "chat")
+    return root
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of real inputs; skips where it is absent."""
+    given = os.environ.get("PUNA_SHARED")
+    folder = Path(given) if given else Path(__file__).parents[1].parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"real inputs are not at {folder}; set PUNA_SHARED")
+    return folder
