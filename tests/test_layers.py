@@ -1,6 +1,7 @@
 """The walls of the house: who may import whom, how long a file may be, what the README shows."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -26,11 +27,17 @@ MAY_IMPORT = {
 ROOMS = [room for room in MAY_IMPORT if (ROOT / room).is_dir()]
 
 
+@functools.cache
 def tracked(*patterns: str) -> list[Path]:
     """Files that git knows or would add, so that stray build outputs are not judged."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return [path for line in listed.splitlines() if (path := ROOT / line).is_file()]
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def sources(room: str) -> list[Path]:
@@ -56,7 +63,7 @@ def resolve(path: Path, node: ast.ImportFrom) -> str:
 def imported(path: Path, *, everywhere: bool = True) -> set[str]:
     """Absolute names of the modules that a file imports; with `everywhere=False` only those at
     module level, outside `if TYPE_CHECKING`: the ones that run when the file is imported."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path)
     nodes = ast.walk(tree) if everywhere else run_at_import(tree.body)
     names: set[str] = set()
     for node in nodes:
@@ -136,7 +143,7 @@ def test_relative_imports_only_in_kernels():
         for room in ROOMS
         if room != "kernels"
         for path in sources(room)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.ImportFrom) and node.level
     }
     assert not relative, f"write puna.<room>: {sorted(relative)}"
@@ -188,7 +195,7 @@ def test_nothing_runs_at_import():
         f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
         for room in ROOMS
         for path in sources(room)
-        for node in run_at_import(ast.parse(path.read_text(encoding="utf-8")).body)
+        for node in run_at_import(parsed(path).body)
         if isinstance(node, (ast.Expr, ast.Assign, ast.AnnAssign))
         and not isinstance(node.value, ast.Constant)
         and "__main__" not in ast.unparse(node)
@@ -204,7 +211,7 @@ def test_inits_are_one_docstring():
         for room in ROOMS
         if room != "kernels"
         for path in tracked(f"{room}/__init__.py", f"{room}/**/__init__.py")
-        if len(ast.parse(path.read_text(encoding="utf-8")).body) != 1
+        if len(parsed(path).body) != 1
     ]
     assert not long, long
 
