@@ -88,12 +88,14 @@ def write_report(folder: Path) -> Path:
     evaluation = load_evaluation(folder)
     seconds = total_seconds(folder, evaluation)
     result = captions.headline(evaluation, duration(seconds) if seconds else None)
+    shown = bars(evaluation)
     body = [
         page.heading("Puna: the whole of Llama 2, small", 1),
         page.paragraph(result, "headline"),
         page.paragraph(_terms(evaluation), "lead"),
         page.heading("What had to be shown"),
-        page.verdicts(bars(evaluation)),
+        page.paragraph(f"{sum(bar.met is True for bar in shown)} of {len(shown)} are met."),
+        page.verdicts(shown),
         page.heading("Versions"),
         _versions(evaluation),
         page.heading("Figures"),

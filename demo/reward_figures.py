@@ -50,7 +50,7 @@ def reward_accuracy(evaluation: Evaluation) -> Figure | None:
         ax.plot(range(4), PAPER_ACCURACY[model], "D", color=PAPER, markeredgecolor=INK, ms=4)
         ax.axhline(0.5, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
         ax.set_xticks([0, 1, 2, 3, 4.35], [*RATING_NAMES, "all"], fontsize=7.5, color=INK)
-        drawing.share_axis(ax, top=1.12)
+        drawing.share_axis(ax)
     drawing.name_axes(axes[0], y="pairs ordered right")
     figure.text(
         0.99,
@@ -108,19 +108,12 @@ def reward_rounds(evaluation: Evaluation) -> Figure | None:
             before, after = row.get("before"), row.get("after")
             if before is not None and after is not None:
                 ax.plot([x, x], [before, after], color=COLOURS[model], lw=1.5)
+            ends = []
             for value, face in ((before, PAPER), (after, COLOURS[model])):
                 if value is not None:
                     ax.plot(x, value, "o", ms=6, color=face, markeredgecolor=COLOURS[model])
-                    drawing.note(
-                        ax,
-                        x,
-                        value,
-                        f"{value:.0%}",
-                        COLOURS[model],
-                        va="center",
-                        xytext=(7, 0),
-                        textcoords="offset points",
-                    )
+                    ends.append((x, value, f"{value:.0%}", COLOURS[model]))
+            drawing.line_labels(ax, ends, gap=0.085)
         drawing.categories(ax, [f"round {row['round']}" for row in rounds])
         ax.set_xlim(-0.5, max(len(rounds), 1) - 0.3)
         ax.axhline(0.5, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
@@ -183,21 +176,9 @@ def switch_branches(evaluation: Evaluation) -> Figure | None:
 def _bar(ax: Axes, x: float, share: float, count: int, colour: str) -> None:
     """A bar with its value and the 95% interval of `count` trials (none where 0)."""
     ax.bar(x, share, width=0.72, color=colour, alpha=0.85, linewidth=0)
-    top = share
     if count:
-        low, top = wilson(share, count)
-        ax.plot([x, x], [low, top], color=INK, linewidth=1)
-    drawing.note(
-        ax,
-        x,
-        top,
-        f"{100 * share:.0f}",
-        INK,
-        ha="center",
-        va="bottom",
-        xytext=(0, 2),
-        textcoords="offset points",
-    )
+        ax.plot([x, x], wilson(share, count), color=INK, linewidth=1)
+    drawing.note(ax, x, 0.03, f"{100 * share:.0f}", PAPER, ha="center", va="bottom")
 
 
 def _ridges(ax: Axes, scores: list[np.ndarray], colour: str) -> None:

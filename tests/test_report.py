@@ -227,6 +227,7 @@ def test_report_shows_every_figure_and_the_headline(page):
     text = " ".join(page.text)
     assert "win 81% of comparisons with the fine-tuned model's" in text
     assert "8% of unsafe requests instead of 62%" in text
+    assert "14 of 14 are met." in text
     assert "puna chat --model" in text and "gatt/model" in text
 
 
