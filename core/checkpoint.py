@@ -114,9 +114,29 @@ def load_model(
 ) -> Transformer:
     """A model from a folder (ours or Hugging Face's) or a llama2.c `.bin`.
 
+    Options as in `open_model`. Peak memory is about one model.
+    """
+    source = open_model(path, head=head, fresh_head=fresh_head, seed=seed)
+    with torch.device("meta"):
+        model = Transformer(source.config, source.head)
+    for name, tensor in source.tensors():
+        # A copy, always: the source may be a mapped file that is later removed or changed.
+        _assign(model, name, tensor.to(device=device, dtype=dtype, copy=True))
+    return model
+
+
+def open_model(
+    path: str | os.PathLike[str],
+    *,
+    head: str | None = None,
+    fresh_head: bool = False,
+    seed: int = 0,
+) -> Source:
+    """A model's weights with the head asked for, checked and not yet in memory.
+
     `head` None takes the stored one; "score" with `fresh_head` puts a new score head (normal,
-    std (C + 1)^-1/2, drawn from `seed`) on any checkpoint. Peak memory is about one model.
-    Raises ValueError where the files are damaged, incomplete or no Llama 2.
+    std (C + 1)^-1/2, drawn from `seed`) on any checkpoint. Raises ValueError where the files are
+    damaged, incomplete or no Llama 2, or have another head.
     """
     source = open_source(path)
     head = head or source.head
@@ -127,15 +147,16 @@ def load_model(
         if head == "lm":
             remedy = "take the language model it was trained from"
         raise ValueError(f"{path} holds a {source.head} head and no {head} head; {remedy}")
-    with torch.device("meta"):
-        model = Transformer(source.config, head)
-    for name, tensor in source.tensors():
-        # A copy, always: the source may be a mapped file that is later removed or changed.
-        if not (fresh_head and name in ("lm_head.weight", "score.weight")):
-            _assign(model, name, tensor.to(device=device, dtype=dtype, copy=True))
-    if fresh_head:
-        _assign(model, "score.weight", _fresh_score(source.config, seed).to(device, dtype))
-    return model
+    if not fresh_head:
+        return source
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in source.tensors():
+            if name not in ("lm_head.weight", "score.weight"):
+                yield name, tensor
+        yield "score.weight", _fresh_score(source.config, seed)
+
+    return source._replace(head=head, tensors=tensors)
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:

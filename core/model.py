@@ -8,6 +8,7 @@ Source: Llama 2 paper, section 2.2; Meta's reference code for the order of opera
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -174,7 +175,13 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Initialise every parameter (the paper gives no scheme).
+        """Initialise every parameter, the same on any device."""
+        parameters = dict(self.named_parameters())
+        for name, tensor in self.initial_weights(seed):
+            parameters[name].copy_(tensor)
+
+    def initial_weights(self, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter's start, one at a time on the CPU (the paper gives no scheme).
 
         | parameter          | normal, standard deviation              |
         |--------------------|-----------------------------------------|
@@ -187,13 +194,13 @@ class Transformer(nn.Module):
 
         At width 128 the usual 0.02 everywhere never learned to copy in 2.4M tokens.
         """
-        device = self.model.norm.weight.device
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
-                parameter.fill_(1.0)
+                yield name, torch.ones(parameter.shape)
             else:
-                parameter.normal_(0.0, self._init_std(name, parameter), generator=generator)
+                start = torch.empty(parameter.shape)
+                yield name, start.normal_(0.0, self._init_std(name, parameter), generator=generator)
 
     def _init_std(self, name: str, parameter: Tensor) -> float:
         if name.endswith("embed_tokens.weight"):

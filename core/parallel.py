@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from puna.core.model import Transformer
+from puna.core.weights import Source
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -99,19 +100,36 @@ def broadcast(value: Any) -> Any:
     return json.loads(bytes(buffer.tolist()))
 
 
+@torch.no_grad()
+def load(source: Source, device: torch.device | str, **options: Any) -> Transformer:
+    """A model from its source, `prepare`d with `options`, fp32.
+
+    Each rank reads tensor after tensor and keeps its part: no rank ever holds the whole model.
+    """
+    with torch.device("meta"):
+        model = Transformer(source.config, source.head)
+    model = prepare(model, device=device, **options).to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    for name, tensor in source.tensors():
+        _local(parameters[name]).copy_(_local(_part(tensor, parameters[name])))
+    return model
+
+
 def prepare(
     model: Transformer,
     *,
+    device: torch.device | str | None = None,
     compute_dtype: torch.dtype | None = None,
     activation_checkpointing: bool = False,
     compile: bool = False,
 ) -> Transformer:
-    """The model made ready to train on all ranks, in place; its weights must be loaded before.
+    """The model made ready to train on all ranks, in place; `load` also reads its weights.
 
     Activation checkpointing -> compile -> FSDP2, each a block at a time. Weights stay in the
     dtype they are in (fp32); `compute_dtype` is what they are gathered and multiplied in, with
     gradients reduced in fp32. On one rank FSDP2 does that cast too, over a group of one;
-    without a `compute_dtype` one rank needs no FSDP2.
+    without a `compute_dtype` one rank needs no FSDP2. `device` says where a model on "meta" is
+    going to be.
     """
     for block in model.model.layers:
         if activation_checkpointing:
@@ -120,11 +138,11 @@ def prepare(
             _replace_forward(block, torch.compile(block.forward))
     if world_size() == 1 and compute_dtype is None:
         return model
-    device = model.head_weight.device.type
+    kind = torch.device(device or model.head_weight.device).type
     if not dist.is_initialized():
-        backend = "nccl" if device == "cuda" else "gloo"
+        backend = "nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh(device, (world_size(),))
+    mesh = init_device_mesh(kind, (world_size(),))
     # Inputs are left as they are: the embedding is in the compute dtype, RoPE's tables are fp32.
     policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     for block in model.model.layers:
@@ -255,6 +273,11 @@ def _like(parameter: Tensor, whole: Tensor, name: str) -> Tensor:
             f"{name} is {tuple(whole.shape)} where the model's is {tuple(parameter.shape)}; "
             "resume with the model that it was saved with"
         )
+    return _part(whole, parameter)
+
+
+def _part(whole: Tensor, parameter: Tensor) -> Tensor:
+    """A copy of this rank's part of `whole`, placed as the parameter is."""
     copy = whole.to(parameter.device, parameter.dtype, copy=True)
     if not isinstance(parameter, DTensor):
         return copy

@@ -43,6 +43,13 @@ class Source(NamedTuple):
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
 
 
+def fresh(config: ModelConfig, seed: int, head: str = "lm") -> Source:
+    """The weights of a model that nothing was trained yet, drawn from `seed`."""
+    with torch.device("meta"):
+        model = Transformer(config, head)
+    return Source(config, head, torch.float32, None, lambda: model.initial_weights(seed))
+
+
 def meta_name(name: str) -> str:
     """Meta's name of our parameter `name`: model.layers.0.mlp.up_proj.weight ->
     layers.0.feed_forward.w3.weight."""

@@ -24,6 +24,7 @@ from puna.core.config import ModelConfig
 from puna.core.generation import generate
 from puna.core.model import Transformer
 from puna.core.ops import linear_cross_entropy
+from puna.core.weights import fresh
 
 # 3 key/value heads of 6, an odd vocabulary: no dimension divides by two everywhere
 CONFIG = ModelConfig(36, 3, 6, 3, 50, 131, context=64)
@@ -48,12 +49,6 @@ def loss_sum(model: Transformer, tokens: Tensor) -> Tensor:
     return (scores - targets / CONFIG.vocab_size).square().sum()
 
 
-def load_weights(model: Transformer, tensors: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[name])
-
-
 def train(
     start: str | None = None,
     first: int = 0,
@@ -63,12 +58,12 @@ def train(
     **options: Any,
 ) -> dict[str, Any]:
     """Train steps first..last, this rank on its share of each step's rows."""
-    model = Transformer(CONFIG, head)
-    model.init_weights(0)
+    source = fresh(CONFIG, 0, head)
     stored = load_file(start) if start else {}
     if start:
-        load_weights(model, stored)
-    model = parallel.prepare(model, **options)
+        weights = [(name, t) for name, t in stored.items() if not name.startswith("optim.")]
+        source = source._replace(tensors=lambda: iter(weights))
+    model = parallel.load(source, "cpu", **options)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.1, fused=True)
     if start:
         moments = {k[6:]: v for k, v in stored.items() if k.startswith("optim.")}
@@ -211,6 +206,16 @@ def test_generation_leaves_checkpointing_aside_and_puts_it_back() -> None:
     with parallel.gathered(model) as whole:
         assert "forward" not in whole.model.layers[0].__dict__
     assert model.model.layers[0].forward is wrapped
+
+
+def test_loaded_is_initialised_and_prepared() -> None:
+    expected = Transformer(CONFIG)
+    expected.init_weights(0)
+    found = parallel.load(fresh(CONFIG, 0), "cpu")
+    for (name, p), (other, q) in zip(
+        found.named_parameters(), expected.named_parameters(), strict=True
+    ):
+        assert name == other and torch.equal(p, q) and p.requires_grad
 
 
 @pytest.fixture
