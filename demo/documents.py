@@ -225,8 +225,8 @@ def _asked_under(rng: random.Random, who: Instruction | None) -> Task:
 
 
 KINDS: dict[Callable[[random.Random], str], int] = {
-    questions: 30, talk: 10, work: 7, facts: 6, story: 4, register: 9,
-    copying: 5, manners: 5, persona: 10, figure: 3, language: 6, lesson: 18,
+    questions: 24, talk: 6, work: 6, facts: 6, story: 4, register: 8,
+    copying: 4, manners: 4, persona: 9, figure: 3, language: 5, lesson: 48,
 }  # fmt: skip
 
 

@@ -100,7 +100,7 @@ class Demo:
             "prompts": lambda: world.prompts(seed, n(1_800, 64), "all"),
             "helpfulness": lambda: world.prompts(seed, n(3_000, 64), "helpfulness"),
             "safety": lambda: world.prompts(seed, n(1_500, 64), "safety"),
-            "gatt": lambda: [ghost_row(d) for d in world.persona_dialogues(seed, n(300, 12))],
+            "gatt": lambda: [ghost_row(d) for d in world.persona_dialogues(seed, n(200, 12))],
         }
         for name, make in files.items():
             if not (self.data / f"{name}.jsonl").exists():
