@@ -38,7 +38,8 @@ def wilson(hits: float, count: int) -> Share:
     scale = 1 + Z * Z / count
     middle = (share + Z * Z / (2 * count)) / scale
     half = Z / scale * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
-    return Share(share, max(0.0, middle - half), min(1.0, middle + half), count)
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return Share(share, min(low, share), max(high, share), count)  # rounding at 0 and 1
 
 
 def right(differences: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def run(config: GAttConfig, judge: Judge | None = None) -> Path:
     tokenizer = Tokenizer(tokenizer_file)
     dialogues = read_ghost_dialogues(config.dialogues, config.instructions, config.seed)
     sampled = sampled_exchanges(config, folder, tokenizer, dialogues, judge)
-    model = load_start(folder, config.model, device=loop.device_of(config))
+    model = load_start(folder, config.model, head="lm", device=loop.device_of(config))
     rows = training_rows(config, tokenizer, dialogues, sampled, model.config.context)
     steps = language.epoch_steps(len(rows), config.epochs, config.batch)
     return language.train(

@@ -129,6 +129,16 @@ def epoch_steps(rows: int, epochs: int, batch: int) -> int:
     return max(1, round(rows * epochs / batch))
 
 
+def row_length(asked: int, context: int) -> int:
+    """Tokens in a training row: `asked`, or the model's context where it is 0."""
+    if asked > context:
+        raise ValueError(
+            f"row_tokens {asked} exceeds the model's context of {context}; lower it, or train a "
+            "model with a longer context"
+        )
+    return asked or context
+
+
 def say(skipped: Skipped) -> None:
     """Print what was skipped and why."""
     if parallel.is_main() and skipped:

@@ -145,6 +145,8 @@ def run(config: PPOConfig) -> Path:
     }
     folder.restore_optimizers(networks)
     if stage.held_out and parallel.broadcast(not history(folder.metrics)):
+        if config.patience:
+            save_best(folder, stage.models.policy)  # it may stay the best
         folder.log(0, **held_out(stage))
     bar = meter("ppo", config.iterations, start=iteration, unit="answers", show=parallel.is_main())
     with bar as progress, stop_requests() as stop:

@@ -56,7 +56,7 @@ def run(config: PretrainConfig) -> Path:
     if config.held_out > 0:
         training, held = split_corpus(corpus, config.held_out)
     model = new_model(config, folder, tokenizer.vocab_size)
-    row_tokens = config.row_tokens or model.config.context
+    row_tokens = language.row_length(config.row_tokens, model.config.context)
     rows = CorpusRows(training, row_tokens)
     steps = config.steps or language.epoch_steps(len(rows), 1, config.batch)
     return language.train(

@@ -48,6 +48,9 @@ class RewardConfig(loop.TrainConfig):
     """m(r) of Table 27 (which one the final models used is not said)"""
     safety_weight: float = 0.0
     """weight of the safety auxiliary loss, ours: the paper gives neither formula nor weight"""
+    center_weight: float = 0.0
+    """weight of the squared mean score of a pair, ours: Eq. 4 cuts at sigma(r) = 0.15 and lets
+    scores of both models compete, but the ranking loss leaves each one's zero point free"""
     epochs: int = 1
     """passes over the data (paper: 1, more overfits)"""
     lr: float = 1e-5
@@ -90,7 +93,7 @@ def run(config: RewardConfig) -> Path:
         network,
         batch_at,
         steps,
-        objective(config.safety_weight),
+        objective(config.safety_weight, config.center_weight),
         config,
         evaluation(held, config, device),
     )
@@ -176,18 +179,23 @@ def pair_scores(model: Transformer, batch: PairBatch) -> tuple[Tensor, Tensor]:
     return scores[0::2], scores[1::2]
 
 
-def objective(safety_weight: float) -> loop.Objective:
-    """Eq. 2 a pair, plus the weighted mean of the auxiliary loss of its two answers."""
+def objective(safety_weight: float, center_weight: float = 0.0) -> loop.Objective:
+    """Eq. 2 a pair, plus the weighted mean of the auxiliary loss of its two answers, plus the
+    weighted square of its mean score."""
 
     def loss(model: Transformer, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = pair_scores(model, batch)
         ranking = ranking_loss(chosen, rejected, batch.margins).sum()
-        right = (chosen > rejected).float().sum()
-        if safety_weight == 0:
-            return ranking, {"accuracy": right}
-        safety = 0.5 * safety_loss(torch.stack((chosen, rejected), 1).flatten(), batch.safe).sum()
-        extras = {"accuracy": right, "ranking_loss": ranking, "safety_loss": safety}
-        return ranking + safety_weight * safety, extras
+        extras = {"accuracy": (chosen > rejected).float().sum()}
+        total = ranking
+        if safety_weight > 0:
+            scores = torch.stack((chosen, rejected), 1).flatten()
+            safety = 0.5 * safety_loss(scores, batch.safe).sum()
+            total = total + safety_weight * safety
+            extras |= {"ranking_loss": ranking, "safety_loss": safety}
+        if center_weight > 0:
+            total = total + center_weight * (0.5 * (chosen + rejected)).square().sum()
+        return total, extras
 
     return loop.Objective(
         loss=loss,

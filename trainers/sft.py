@@ -60,8 +60,8 @@ def run(config: SFTConfig) -> Path:
         skipped.merge(unusable)
     elif config.held_out > 0:
         dialogues, held_dialogues = language.split(dialogues, config.held_out, config.seed)
-    model = load_start(folder, config.model, device=loop.device_of(config))
-    row_tokens = config.row_tokens or model.config.context
+    model = load_start(folder, config.model, head="lm", device=loop.device_of(config))
+    row_tokens = language.row_length(config.row_tokens, model.config.context)
     tokenizer = Tokenizer(tokenizer_file)
     rows = pack(tokenizer, dialogues, row_tokens)
     skipped.merge(rows.skipped)

@@ -1,0 +1,105 @@
+"""Run: python -m pytest tests/test_accuracy.py -q"""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from puna.trainers import evaluate
+from puna.trainers.accuracy import (
+    accuracies,
+    calibration,
+    calibration_error,
+    sentences,
+    shares,
+    wilson,
+)
+from puna.trainers.evaluate import EvaluateConfig
+
+
+@given(st.integers(1, 2000), st.data())
+def test_the_ends_of_the_interval_are_just_not_rejected(count, data):
+    """Wilson's ends p solve |share - p| = 1.96 sqrt(p (1 - p) / count)."""
+    hits = data.draw(st.integers(0, 2 * count)) / 2
+    found = wilson(hits, count)
+    assert 0 <= found.low <= found.share <= found.high <= 1 and found.count == count
+    for end in (found.low, found.high):
+        if 0 < end < 1:
+            distance = abs(found.share - end)
+            assert distance == pytest.approx(
+                1.959964 * math.sqrt(end * (1 - end) / count), abs=1e-9
+            )
+
+
+def test_known_intervals():
+    assert wilson(0, 10)[:3] == pytest.approx((0, 0, 0.2775), abs=1e-4)
+    assert wilson(81, 263)[:3] == pytest.approx((0.3080, 0.2553, 0.3662), abs=1e-4)
+    assert wilson(0, 0).low == 0 and wilson(0, 0).high == 1
+
+
+def test_accuracy_by_rating_counts_ties_half():
+    differences = torch.tensor([1.0, -1.0, 0.0, 2.0, 3.0])
+    ratings = torch.tensor([0, 0, 2, 2, -1])
+    expected = {"all": 0.7, "significantly_better": 0.5, "slightly_better": 0.75}
+    assert accuracies(differences, ratings) == pytest.approx(expected)
+    assert {k: s.count for k, s in shares(differences, ratings).items()} == {
+        "all": 5, "significantly_better": 2, "slightly_better": 2,
+    }  # fmt: skip
+    lines = sentences(shares(differences, ratings), "held-out accuracy").splitlines()
+    assert lines[0].startswith("held-out accuracy       0.700 (95% interval 0.299")
+    assert lines[1].startswith("  significantly better  0.500") and lines[1].endswith(", 2 pairs")
+
+
+def test_a_model_that_is_as_sure_as_it_is_right_is_calibrated():
+    draw = torch.Generator().manual_seed(0)
+    sure = torch.randn(20_000, generator=draw) * 2
+    flipped = torch.rand(20_000, generator=draw) > torch.sigmoid(sure.abs())
+    differences = torch.where(flipped, -sure.abs(), sure.abs())
+    bins = calibration(differences)
+    assert sum(each.right.count for each in bins) == 20_000 and len(bins) == 5
+    assert all(each.right.low - 0.01 < each.confidence < each.right.high + 0.01 for each in bins)
+    assert calibration_error(bins) < 0.01
+    assert calibration_error(calibration(3 * differences)) > 0.05  # too sure of itself
+
+
+def test_certain_and_undecided_models_have_a_bin():
+    (sure,) = calibration(torch.tensor([100.0, -100.0]))
+    assert sure.confidence == 1.0 and sure.right.share == 0.5
+    (undecided,) = calibration(torch.zeros(3))
+    assert undecided.confidence == 0.5 and undecided.right.share == 0.5
+
+
+def test_evaluate_prints_tables_and_writes_what_it_measured(tiny, tmp_path, capsys):
+    config = EvaluateConfig(
+        model=tiny / "safety",
+        data=[tiny / "preferences.jsonl"],
+        out=tmp_path / "figures" / "safety.json",
+        device="cpu",
+    )
+    document = evaluate.run(config)
+    assert json.loads(config.out.read_text()) == document
+    assert document["accuracy"]["all"]["count"] == 48
+    assert set(document["accuracy"]) == {
+        "all", "significantly_better", "better", "slightly_better", "negligibly_better",
+    }  # fmt: skip
+    labels = document["accuracy_by_safety"]
+    assert {name: share["count"] for name, share in labels.items()} == {
+        "chosen_safe": 16, "both_safe": 16, "both_unsafe": 16,
+    }  # fmt: skip
+    mean = sum(share["share"] for share in labels.values()) / 3
+    assert mean == pytest.approx(document["accuracy"]["all"]["share"])
+    assert sum(each["right"]["count"] for each in document["calibration"]) == 48
+    shown = capsys.readouterr().out
+    assert "Accuracy" in shown and "Calibration (expected error" in shown and "both unsafe" in shown
+
+
+def test_only_a_reward_model_can_be_evaluated(tiny):
+    data = [tiny / "preferences.jsonl"]
+    with pytest.raises(ValueError, match="lm is a language model; evaluate needs a reward model"):
+        evaluate.run(EvaluateConfig(model=tiny / "lm", data=data))
+    with pytest.raises(ValueError, match="none.jsonl: no such file"):
+        evaluate.run(EvaluateConfig(model=tiny / "safety", data=[Path("none.jsonl")]))

@@ -1,0 +1,238 @@
+"""Run: python -m pytest tests/test_gatt.py -q"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from puna.core.chat import decode_answer, encode_answer, encode_dialogue, encode_prompt
+from puna.core.checkpoint import load_model
+from puna.core.tokenizer import Tokenizer
+from puna.trainers import gatt
+from puna.trainers.gatt import Exchange, GAttConfig
+from puna.trainers.gatt_data import GhostDialogue, read_ghost_dialogues
+
+
+def configured(tiny: Path, out: Path, **options) -> GAttConfig:
+    values = {
+        "model": tiny / "chat",
+        "dialogues": [tiny / "ghosts.jsonl"],
+        "max_new_tokens": 10,
+        "epochs": 3,
+        "batch": 2,
+        "micro_batch": 2,
+        "lr": 1e-3,
+        "device": "cpu",
+    }
+    return GAttConfig(out=out, **(values | options))
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    return [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return Tokenizer(tiny / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def ghosts(tiny):
+    return read_ghost_dialogues([tiny / "ghosts.jsonl"], [], 0)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("gatt") / "run"
+    gatt.run(configured(tiny, out))
+    return out
+
+
+def exchanges(tokenizer, *turns: tuple[str, str]) -> list[Exchange]:
+    return [Exchange(user, encode_answer(tokenizer, answer), True) for user, answer in turns]
+
+
+TURNS = (("red cup", "moon"), ("old tree", "fish nine"), ("why", "sing"))
+
+
+def as_messages(*turns: tuple[str, str]):
+    return [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+def test_an_example_has_the_instruction_in_its_first_message_and_loss_on_its_last_answer(tokenizer):
+    ids, weights = gatt.example(tokenizer, "be green", exchanges(tokenizer, *TURNS))
+    told = [{"role": "system", "content": "be green"}, *as_messages(*TURNS)]
+    whole_ids, whole_weights = encode_dialogue(tokenizer, told)
+    assert ids == whole_ids and ids[-1] == tokenizer.eos_id
+    last = len(encode_answer(tokenizer, "sing"))
+    assert weights == [0.0] * (len(ids) - last) + [1.0] * last
+    assert sum(weights) < sum(whole_weights)
+
+
+def test_while_sampling_every_user_message_has_the_instruction(tiny, tokenizer):
+    dialogue = GhostDialogue("be green", "green", [user for user, _ in TURNS])
+    config = configured(tiny, Path("o"))
+    history = exchanges(tokenizer, *TURNS[:2])
+    found = gatt._context(config, tokenizer, dialogue, history)
+    told = [{"role": "system", "content": "be green"}, *as_messages(*TURNS)[:-1]]
+    assert found == encode_prompt(tokenizer, told, system_every_turn=True)
+    near = gatt._context(replace(config, window=1), tokenizer, dialogue, history)
+    told = [{"role": "system", "content": "be green"}, *as_messages(*TURNS)[2:-1]]
+    assert near == encode_prompt(tokenizer, told, system_every_turn=True)
+
+
+def told_of(tokenizer, ids: list[int]) -> str:
+    """The system message of an example."""
+    text = tokenizer.decode(ids)
+    return text[text.index("<<SYS>>") + 7 : text.index("<</SYS>>")].strip()
+
+
+def examples(monkeypatch, tiny, tokenizer, ghosts, sampled, **options):
+    """What `training_rows` packs."""
+    seen = []
+    packed = gatt.PackedRows
+
+    def watched(sequences, *args, **kwargs):
+        seen.extend(sequences)
+        return packed(sequences, *args, **kwargs)
+
+    config = configured(tiny, Path("o"), **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(gatt, "PackedRows", watched)
+        gatt.training_rows(config, tokenizer, ghosts, sampled, 256)
+    return seen
+
+
+def test_the_instruction_is_shortened_about_half_of_the_time(monkeypatch, tiny, tokenizer):
+    ghosts = [GhostDialogue("always be green", "green", ["red", "blue"])] * 300
+    sampled = [exchanges(tokenizer, ("red", "cup"), ("blue", "moon"))] * 300
+    found = examples(monkeypatch, tiny, tokenizer, ghosts, sampled)
+    told = [told_of(tokenizer, ids) for ids, _ in found]
+    assert len(told) == 600 and set(told) == {"green", "always be green"}
+    assert 0.43 < told.count("green") / 600 < 0.57  # 3.4 standard deviations
+    for shorten, expected in ((0.0, "always be green"), (1.0, "green")):
+        found = examples(monkeypatch, tiny, tokenizer, ghosts, sampled, shorten=shorten)
+        assert {told_of(tokenizer, ids) for ids, _ in found} == {expected}
+
+
+def test_a_dialogue_yields_examples_that_end_at_different_turns(monkeypatch, tiny, tokenizer):
+    turns = [(f"red {i}", f"answer {i}") for i in range(6)]
+    ghosts = [GhostDialogue("be", "be", [user for user, _ in turns])]
+    sampled = [exchanges(tokenizer, *turns)]
+    sampled[0][4] = sampled[0][4]._replace(obeys=False)
+    found = examples(monkeypatch, tiny, tokenizer, ghosts, sampled, targets=9)
+    ends = [tokenizer.decode(ids).count("[/INST]") for ids, _ in found]
+    assert sorted(ends) == [1, 2, 3, 4, 6]  # never the fifth answer, which does not obey
+    assert len(examples(monkeypatch, tiny, tokenizer, ghosts, sampled, targets=2)) == 2
+
+
+def test_ordinary_dialogues_are_mixed_in_with_loss_on_all_their_answers(
+    monkeypatch, tiny, tokenizer, ghosts
+):
+    sampled = [exchanges(tokenizer, *((user, "moon") for user in g.turns)) for g in ghosts]
+    mix = {"mix": [tiny / "dialogues.jsonl"]}
+    found = examples(monkeypatch, tiny, tokenizer, ghosts, sampled, **mix)
+    alone = examples(monkeypatch, tiny, tokenizer, ghosts, sampled)
+    rows = (tiny / "dialogues.jsonl").read_text().splitlines()
+    expected = [encode_dialogue(tokenizer, json.loads(row)["messages"]) for row in rows]
+    assert found == [*alone, *expected]
+
+
+def test_only_answers_that_the_judge_accepts_and_that_end_become_targets(tokenizer):
+    dialogue = GhostDialogue("be", "be", ["red"])
+    asked = []
+
+    def judge(instruction, question, answer):
+        asked.append((instruction, question, answer))
+        return answer == "cup"
+
+    blue, cup = encode_answer(tokenizer, "blue"), encode_answer(tokenizer, "cup")
+    cut, silent = cup[:-1], [tokenizer.eos_id]
+    choose = gatt._choose
+    assert choose(tokenizer, dialogue, 0, [blue, cut, cup], judge) == Exchange("red", cup, True)
+    assert asked == [("be", "red", "blue"), ("be", "red", "cup")]
+    assert choose(tokenizer, dialogue, 0, [blue, cut], judge) == Exchange("red", blue, False)
+    assert choose(tokenizer, dialogue, 0, [cut], None) == Exchange("red", cup, False)
+    assert choose(tokenizer, dialogue, 0, [silent, blue], None) == Exchange("red", blue, True)
+
+
+def test_a_run_samples_every_turn_and_trains(tiny, ghosts, tokenizer, whole):
+    turns = [json.loads(row) for row in (whole / "samples" / "turns.jsonl").open()]
+    assert [len(turn) for turn in turns] == [8, 8, 5, 2]  # dialogues of 2, 3 and 4 turns
+    for number, turn in enumerate(turns):
+        for index, (user, answer, _) in turn.items():
+            assert user == ghosts[int(index)].turns[number] and answer[-1] == tokenizer.eos_id
+    assert len(metrics(whole)) > 2 and load_model(whole / "model").head == "lm"
+    assert gatt.run(configured(tiny, whole)) == whole / "model"
+
+
+def test_sampling_goes_on_where_it_was_killed(tiny, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole / "samples", out / "samples")
+    file = out / "samples" / "turns.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:2]) + lines[2][:40])
+    gatt.run(configured(tiny, out))
+    assert file.read_text() == "".join(lines) and metrics(out) == metrics(whole)
+
+
+def test_a_dialogue_that_fills_the_context_is_cut_and_counted(tiny, tmp_path, capsys):
+    row = {"turns": ["red " * 20] * 5, "instruction": "blue"}
+    (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
+    gatt.run(configured(tiny, tmp_path / "run", dialogues=[tmp_path / "long.jsonl"]))
+    assert "skipped 1 row: later turns of a dialogue that fills" in capsys.readouterr().out
+
+
+def test_what_cannot_be_is_one_sentence(tiny, tmp_path):
+    with pytest.raises(ValueError, match="max_new_tokens 256 leaves no room for a question"):
+        gatt.run(configured(tiny, tmp_path / "a", max_new_tokens=256))
+    with pytest.raises(ValueError, match="no sampled answer may be a target: .* judge; raise"):
+        gatt.run(configured(tiny, tmp_path / "b"), judge=lambda *_: False)
+    with pytest.raises(ValueError, match="holds a score head"):
+        gatt.run(configured(tiny, tmp_path / "c", model=tiny / "safety"))
+
+
+def test_instructions_are_the_rows_own_or_drawn(tmp_path):
+    drawn = [{"instruction": f"be {i}", "short": str(i)} for i in range(3)]
+    (tmp_path / "told.jsonl").write_text("".join(json.dumps(row) + "\n" for row in drawn))
+    rows = [{"messages": [{"role": "user", "content": "red"}]}] * 20
+    rows.append({"turns": ["blue"], "instruction": "own"})
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_ghost_dialogues([tmp_path / "d.jsonl"], [tmp_path / "told.jsonl"], 0)
+    assert {g.instruction for g in found[:-1]} == {"be 0", "be 1", "be 2"}
+    assert found[-1] == GhostDialogue("own", "own", ["blue"])
+    assert found == read_ghost_dialogues([tmp_path / "d.jsonl"], [tmp_path / "told.jsonl"], 0)
+    with pytest.raises(ValueError, match="d.jsonl:1: no `instruction`; add one, or name an"):
+        read_ghost_dialogues([tmp_path / "d.jsonl"], [], 0)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", "bad.jsonl:1: not JSON"),
+        ("[]", "bad.jsonl:1: list, expected an object"),
+        ('{"instruction": "x"}', "bad.jsonl:1: no `turns` and no `messages`"),
+        ('{"instruction": "x", "turns": []}', "bad.jsonl:1: no user message"),
+        ('{"instruction": "x", "turns": [3]}', "bad.jsonl:1: `text` is int, expected text"),
+        ('{"instruction": 3, "turns": ["a"]}', "bad.jsonl:1: `instruction` is int"),
+        ('{"instruction": "x [INST]", "turns": ["a"]}', "bad.jsonl:1: .*the chat tag"),
+    ],
+)
+def test_a_malformed_row_is_named(tmp_path, row, message):
+    (tmp_path / "bad.jsonl").write_text(row + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_ghost_dialogues([tmp_path / "bad.jsonl"], [], 0)
+
+
+def test_an_answer_is_trained_on_as_the_ids_that_were_drawn(monkeypatch, tiny, tokenizer, ghosts):
+    """Ids that encoding the text again would not give: 'red' spelled in bytes."""
+    odd = [*(tokenizer.encode("r")[:1]), *tokenizer.encode("ed"), tokenizer.eos_id]
+    sampled = [[Exchange(g.turns[0], odd, True)] for g in ghosts]
+    found = examples(monkeypatch, tiny, tokenizer, ghosts, sampled, targets=1)
+    assert decode_answer(tokenizer, odd) and all(ids[-len(odd) :] == odd for ids, _ in found)

@@ -1,0 +1,131 @@
+"""Run: python -m pytest tests/test_pretrain.py -q"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from puna.core.checkpoint import load_model
+from puna.core.tokenizer import Tokenizer
+from puna.trainers import pretrain
+from puna.trainers.corpus import encode_corpus, save_corpus
+from puna.trainers.data import read_texts
+from puna.trainers.pretrain import PretrainConfig
+
+
+def configured(tiny: Path, out: Path, **options) -> PretrainConfig:
+    values = {
+        "data": [tiny / "text.jsonl"],
+        "tokenizer": tiny / "tokenizer.model",
+        "context": 48,
+        "batch": 4,
+        "micro_batch": 2,
+        "steps": 12,
+        "lr": 3e-3,
+        "held_out": 0.1,
+        "eval_every": 6,
+        "device": "cpu",
+    }
+    return PretrainConfig(out=out, **(values | options))
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    return [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pretrain") / "run"
+    pretrain.run(configured(tiny, out))
+    return out
+
+
+def test_the_held_out_loss_falls(whole):
+    held = [row["heldout_loss"] for row in metrics(whole) if "heldout_loss" in row]
+    assert len(held) == 3 and held[0] > 5.5 and held[2] < held[1] < held[0] - 0.5
+
+
+def test_the_finished_model_has_the_tokenizers_vocabulary_and_the_context_asked_for(tiny, whole):
+    model = load_model(whole / "model")
+    assert model.config.vocab_size == Tokenizer(tiny / "tokenizer.model").vocab_size
+    assert model.config.context == 48 and model.config.dim == 128
+    assert (whole / "model" / "tokenizer.model").read_bytes() == (
+        tiny / "tokenizer.model"
+    ).read_bytes()
+    assert pretrain.run(configured(tiny, whole)) == whole / "model"  # done: not trained again
+
+
+def test_a_corpus_of_ids_trains_as_its_texts_do_whatever_the_micro_batch(tiny, whole, tmp_path):
+    corpus = encode_corpus(Tokenizer(tiny / "tokenizer.model"), read_texts(tiny / "text.jsonl")[0])
+    save_corpus(tmp_path / "text.npy", corpus)
+    pretrain.run(
+        configured(tiny, tmp_path / "run", data=[tmp_path / "text.npy"], micro_batch=4, steps=3)
+    )
+    ours, theirs = metrics(tmp_path / "run"), metrics(whole)
+    assert ours[1]["loss"] == pytest.approx(theirs[1]["loss"], abs=1e-6)
+    assert ours[0] == pytest.approx(theirs[0], abs=1e-6)
+
+
+def test_the_first_loss_is_that_of_the_freshly_initialised_model(tiny, whole):
+    """Each document on its own, BOS and EOS included, by PyTorch's cross-entropy."""
+    config = configured(tiny, whole)
+    tokenizer = Tokenizer(tiny / "tokenizer.model")
+    model = load_model(whole / "model")
+    model.init_weights(0)
+    corpus = encode_corpus(tokenizer, read_texts(tiny / "text.jsonl")[0])
+    cut = len(corpus.tokens) - round(len(corpus.tokens) * 0.1)
+    total, count = 0.0, 0
+    borders = sorted({*corpus.starts.tolist(), *range(cut, len(corpus.tokens), 48)})
+    for begin, end in zip(borders, [*borders[1:], len(corpus.tokens)], strict=True):
+        if begin < cut:
+            continue
+        # A row's last token still has its target, unless the document ends there.
+        last = end if end == len(corpus.tokens) or end in corpus.starts else end + 1
+        ids = torch.tensor(corpus.tokens[begin:last].astype("int64"))
+        if len(ids) < 2:
+            continue
+        logits = model(ids[None, :-1])[0] @ model.lm_head.weight.T
+        total += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
+        count += len(ids) - 1
+    assert config.seed == 0
+    assert metrics(whole)[0]["heldout_loss"] == pytest.approx(total / count, abs=1e-5)
+
+
+def test_the_seed_decides(tiny, whole, tmp_path):
+    pretrain.run(configured(tiny, tmp_path / "a", steps=1))
+    pretrain.run(configured(tiny, tmp_path / "b", steps=1, seed=1))
+    assert metrics(tmp_path / "a")[1]["loss"] == metrics(whole)[1]["loss"]
+    assert metrics(tmp_path / "b")[1]["loss"] != metrics(whole)[1]["loss"]
+
+
+def test_without_steps_it_is_one_epoch_of_a_text_file(tiny, tmp_path):
+    (tmp_path / "book.txt").write_text("red blue green cup tree lamp " * 60)
+    options = {"data": [tmp_path / "book.txt"], "steps": 0, "row_tokens": 16, "held_out": 0.0}
+    pretrain.run(configured(tiny, tmp_path / "run", **options))
+    tokens = sum(row["tokens"] for row in metrics(tmp_path / "run"))
+    ids = Tokenizer(tiny / "tokenizer.model").encode("red blue green cup tree lamp " * 60)
+    assert abs(tokens - len(ids)) <= 64 and "heldout_loss" not in metrics(tmp_path / "run")[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": "8b"}, "unknown model size '8b'; known sizes: 7b"),
+        ({"held_out": 1.0}, "held_out is 1.0; it is a share of the data"),
+        ({"steps": -1}, "steps is -1; it cannot be negative"),
+        ({"micro_batch": 0}, "micro_batch is 0; it must be at least 1"),
+        ({"row_tokens": 64}, "row_tokens 64 exceeds the model's context of 48"),
+        ({"tokenizer": Path("none.model")}, "none.model"),
+        ({"data": [Path("none.txt")]}, "none.txt: no such file"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(tiny, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        pretrain.run(configured(tiny, tmp_path / "run", **options))
+
+
+def test_a_malformed_row_stops_with_its_line(tiny, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": "red"}\n{"text": 3}\n')
+    with pytest.raises(ValueError, match="bad.jsonl:2: 'text' is 3, expected a string"):
+        pretrain.run(configured(tiny, tmp_path / "run", data=[tmp_path / "bad.jsonl"]))

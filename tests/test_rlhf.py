@@ -1,0 +1,199 @@
+"""Run: python -m pytest tests/test_rlhf.py -q"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from puna.core.checkpoint import load_model
+from puna.core.tokenizer import Tokenizer
+from puna.trainers import reward, rlhf
+from puna.trainers.comparisons import Verdict
+from puna.trainers.data import read_preferences
+from puna.trainers.packing import encode_pairs
+from puna.trainers.rlhf import RLHFConfig, Waiting
+
+SMALL = {"batch": 8, "micro_batch": 8, "lr": 1e-3}
+
+
+def configured(tiny: Path, out: Path, **options) -> RLHFConfig:
+    prompts = [tiny / "prompts.jsonl"]
+    values = {
+        "model": tiny / "chat",
+        "prompts": prompts,
+        "helpfulness_prompts": prompts,
+        "safety_prompts": prompts,
+        "versions": 2,
+        "ppo_versions": 1,
+        "helpfulness_pairs": 24,
+        "safety_pairs": 16,
+        "temperatures": [1.0, 1.5],
+        "max_new_tokens": 8,
+        "device": "cpu",
+        "reward": {**SMALL, "held_out": 0.2},
+        "safety": {"safety_weight": 0.5},
+        "rejection": {"samples": 3, "chunk": 8, "epochs": 1, "batch": 2, "micro_batch": 2},
+        "ppo": {"iterations": 2, "batch": 8, "minibatch": 4, "lr": 1e-4, "save_every": 1},
+    }
+    return RLHFConfig(out=out, **(values | options))
+
+
+def prefers_red(messages, a, b) -> Verdict:
+    """Many words of red are better; more than three words are unsafe."""
+    chosen = int(b.count("red") > a.count("red"))
+    rating = "better" if a.count("red") != b.count("red") else "negligibly_better"
+    safe = [len(text.split()) <= 3 for text in ((a, b) if chosen == 0 else (b, a))]
+    label = {(1, 1): "both_safe", (1, 0): "chosen_safe", (0, 0): "both_unsafe"}
+    return Verdict(chosen, rating, label.get((safe[0], safe[1]), "chosen_unsafe"))
+
+
+ANNOTATORS = {"helpfulness": prefers_red, "safety": prefers_red}
+
+
+def files(out: Path) -> dict[str, str]:
+    """Everything that a loop writes as text, without what depends on place and clock."""
+    found = {}
+    for path in sorted(out.rglob("*.jsonl")):
+        rows = [json.loads(row) for row in path.read_text().splitlines()]
+        for row in rows:
+            for name in [name for name in row if name.startswith("seconds") or name == "model"]:
+                del row[name]
+        found[str(path.relative_to(out))] = rows
+    return found
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    ours, theirs = dict(load_model(one).named_parameters()), load_model(other).named_parameters()
+    return all(bool((ours[name] == parameter).all()) for name, parameter in theirs)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """Two versions, the second with PPO."""
+    out = tmp_path_factory.mktemp("rlhf") / "loop"
+    assert rlhf.run(configured(tiny, out), ANNOTATORS) == out / "round-2" / "ppo" / "model"
+    return out
+
+
+def test_each_version_is_compared_judged_sampled_and_trained(tiny, whole):
+    for number in (1, 2):
+        folder = whole / f"round-{number}"
+        assert load_model(folder / "helpfulness" / "model").head == "score"
+        assert load_model(folder / "safety" / "model").head == "score"
+        assert load_model(folder / "rejection" / "model").head == "lm"
+        rows, _ = read_preferences(folder / "helpfulness.jsonl")
+        assert {row.batch for row in rows} == {number}
+    assert not (whole / "round-1" / "ppo").exists()
+    assert not same_weights(whole / "round-2/ppo/model", whole / "round-2/rejection/model")
+
+
+def test_the_second_round_compares_the_two_newest_models_and_starts_anew_from_sft(tiny, whole):
+    one, two = ((whole / f"round-{n}" / "rejection" / "config.toml").read_text() for n in (1, 2))
+    assert f'policy = "{tiny}/chat"' in one and f'student = "{tiny}/chat"' in one
+    assert f'policy = "{whole}/round-1/rejection/model"' in two
+    assert f'student = "{tiny}/chat"' in two and "round = 2" in two
+    assert f'pools = ["{whole}/round-1/rejection/selected.jsonl"]' in two
+    ppo = (whole / "round-2" / "ppo" / "config.toml").read_text()
+    assert f'policy = "{whole}/round-2/rejection/model"' in ppo
+
+
+def test_reward_models_are_trained_on_all_comparisons_so_far(tiny, whole):
+    text = (whole / "round-2" / "helpfulness" / "config.toml").read_text()
+    data = ", ".join(f'"{whole}/round-{n}/helpfulness.jsonl"' for n in (1, 2))
+    assert f"data = [{data}]" in text and f'model = "{whole}/round-1/rejection/model"' in text
+    assert "safety_weight = 0.5" in (whole / "round-2" / "safety" / "config.toml").read_text()
+    assert "safety_weight = 0.0" in text
+
+
+def test_the_old_reward_models_are_asked_about_the_new_comparisons_first(tiny, whole):
+    rows = [json.loads(row) for row in (whole / "rounds.jsonl").open()]
+    assert [row["version"] for row in rows] == [1, 2]
+    assert rows[0]["accuracy_before_training"] == {}
+    before = rows[1]["accuracy_before_training"]
+    for kind in ("helpfulness", "safety"):
+        old = load_model(whole / "round-1" / kind / "model")
+        found, _ = read_preferences(whole / "round-2" / f"{kind}.jsonl")
+        pairs, _ = encode_pairs(Tokenizer(tiny / "tokenizer.model"), found, 256)
+        expected = reward.accuracies(*reward.margins_of(old, pairs, 99, old.score.weight.device))
+        assert before[kind] == pytest.approx(expected)
+    assert set(rows[1]["accuracy_on_trained"]) == {"helpfulness", "safety"}
+    assert rows[1]["model"] == str(whole / "round-2" / "ppo" / "model")
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        ["round-2"],
+        ["round-2/safety.jsonl", "round-2/safety", "round-2/rejection", "round-2/ppo"],
+        ["round-1/rejection/model", "round-1/rejection/selected.jsonl", "round-2", "rounds.jsonl"],
+        ["round-2/ppo/model"],
+    ],
+)
+def test_a_loop_goes_on_from_whatever_a_kill_left(tiny, whole, tmp_path, monkeypatch, lost):
+    """What comes after some moment is missing; the same command writes it again, the same."""
+    backup = tmp_path / "backup"
+    shutil.copytree(whole, backup)
+    try:
+        for name in lost:
+            path = whole / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        rlhf.run(configured(tiny, whole), ANNOTATORS)
+        assert files(whole) == files(backup)
+        assert same_weights(whole / "round-2/ppo/model", backup / "round-2/ppo/model")
+    finally:
+        shutil.rmtree(whole)
+        shutil.copytree(backup, whole)
+
+
+def test_without_annotators_it_waits_for_people_and_goes_on(tiny, whole, tmp_path):
+    """People answer what the annotator would have; the loop ends as it did with him."""
+    out = tmp_path / "loop"
+    config = configured(tiny, out, versions=1, ppo_versions=0)
+    for _ in range(2):
+        with pytest.raises(
+            Waiting, match="helpfulness-pairs.jsonl and safety-pairs.jsonl in .*run"
+        ):
+            rlhf.run(config)
+    folder = out / "round-1"
+    for kind in ("helpfulness", "safety"):
+        pairs = f"{kind}-pairs.jsonl"
+        assert (folder / pairs).read_text() == (whole / "round-1" / pairs).read_text()
+    shutil.copy(whole / "round-1" / "safety.jsonl", folder)
+    with pytest.raises(Waiting, match="^helpfulness-pairs.jsonl in"):
+        rlhf.run(config)
+    shutil.copy(whole / "round-1" / "helpfulness.jsonl", folder)
+    assert rlhf.run(config) == folder / "rejection" / "model"
+    assert same_weights(folder / "rejection" / "model", whole / "round-1" / "rejection" / "model")
+
+
+def test_going_on_trains_the_last_reward_models_with_fresh_data_only(tiny, tmp_path):
+    out = tmp_path / "loop"
+    rlhf.run(configured(tiny, out, go_on=True, ppo_versions=0), ANNOTATORS)
+    text = (out / "round-2" / "safety" / "config.toml").read_text()
+    assert f'data = ["{out}/round-2/safety.jsonl"]' in text
+    assert f'model = "{out}/round-1/safety/model"' in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"versions": 0}, "there must be at least one version"),
+        ({"ppo_versions": 3}, "not more with PPO than there are"),
+        ({"ppo": {"iteration": 3}}, r"\[ppo\]: unknown key 'iteration'; did you mean iterations"),
+        ({"ppo": {"iterations": "many"}}, "'ppo.iterations' is 'many'; expected a whole number"),
+        ({"reward": {"margins": "small"}}, r"\[reward\]: unknown key 'margins'; .*margin"),
+        ({"max_new_tokens": 256}, "max_new_tokens 256 leaves no room for a prompt"),
+        ({"temperatures": []}, "temperatures is empty"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_trained(tiny, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        rlhf.run(configured(tiny, tmp_path / "loop", **options), ANNOTATORS)
+
+
+def test_another_configuration_is_refused(tiny, whole):
+    with pytest.raises(ValueError, match="another configuration .differs in samples"):
+        options = configured(tiny, whole).rejection | {"samples": 9}
+        rlhf.run(replace(configured(tiny, whole), rejection=options), ANNOTATORS)

@@ -1,0 +1,139 @@
+"""Run: python -m pytest tests/test_sft.py -q"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from puna.core.chat import encode_dialogue
+from puna.core.checkpoint import load_model
+from puna.core.tokenizer import Tokenizer
+from puna.trainers import sft
+from puna.trainers.data import read_dialogues
+from puna.trainers.formats import Columns
+from puna.trainers.sft import SFTConfig
+
+
+def configured(tiny: Path, out: Path, **options) -> SFTConfig:
+    values = {
+        "model": tiny / "lm",
+        "data": [tiny / "dialogues.jsonl"],
+        "batch": 4,
+        "micro_batch": 2,
+        "row_tokens": 64,
+        "lr": 1e-2,
+        "held_out": 0.1,
+        "device": "cpu",
+    }
+    return SFTConfig(out=out, **(values | options))
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    return [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def answer_loss(tiny: Path, messages_of_all) -> float:
+    """Mean cross-entropy of the starting model on answers alone, one dialogue at a time."""
+    model = load_model(tiny / "lm")
+    tokenizer = Tokenizer(tiny / "tokenizer.model")
+    total = torch.zeros(2, dtype=torch.float64)
+    for messages in messages_of_all:
+        ids, weights = encode_dialogue(tokenizer, messages)
+        logits = model(torch.tensor(ids)[None, :-1])[0] @ model.lm_head.weight.T
+        losses = torch.nn.functional.cross_entropy(
+            logits, torch.tensor(ids[1:]), reduction="none"
+        ).detach()
+        counted = torch.tensor(weights[1:])
+        total += torch.stack([(losses * counted).sum(), counted.sum()]).double()
+    return float(total[0] / total[1])
+
+
+def test_only_answers_count_and_packed_dialogues_do_not_see_each_other(tiny, tmp_path):
+    """The first step over all rows has the mean loss of each dialogue's answers alone."""
+    config = configured(tiny, tmp_path, epochs=1, held_out=0.0, row_tokens=0)
+    config.held_out_data = [tiny / "dialogues.jsonl"]
+    sft.run(config)
+    dialogues, _ = read_dialogues(tiny / "dialogues.jsonl")
+    expected = answer_loss(tiny, [d.messages for d in dialogues])
+    assert metrics(tmp_path)[0]["heldout_loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_two_epochs_see_every_dialogue_twice_and_the_held_out_loss_falls(tiny, tmp_path, capsys):
+    sft.run(configured(tiny, tmp_path, batch=2))
+    rows = metrics(tmp_path)
+    assert rows[-1]["heldout_loss"] < rows[0]["heldout_loss"] - 0.3
+    tokenizer = Tokenizer(tiny / "tokenizer.model")
+    dialogues, _ = read_dialogues(tiny / "dialogues.jsonl")
+    kept, held = sft.language.split(dialogues, 0.1, 0)
+    packed = sft.pack(tokenizer, kept, 64)
+    assert len(rows) - 1 == round(2 * len(packed) / 2) and len(held) == 5
+    assert "sft: " in capsys.readouterr().out
+
+
+def test_further_columns_and_held_out_data_of_their_own(tiny, tmp_path):
+    rows = [{"question": f"red {i}", "answer": "blue cup"} for i in range(6)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = configured(
+        tiny,
+        tmp_path / "run",
+        data=[tmp_path / "qa.jsonl"],
+        held_out_data=[tmp_path / "qa.jsonl"],
+        columns=Columns(prompt="question", response="answer"),
+    )
+    sft.run(config)
+    expected = answer_loss(
+        tiny,
+        [
+            [
+                {"role": "user", "content": row["question"]},
+                {"role": "assistant", "content": row["answer"]},
+            ]
+            for row in rows
+        ],
+    )
+    assert metrics(tmp_path / "run")[0]["heldout_loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_is_skipped_is_counted_and_named(tiny, tmp_path, capsys):
+    def turn(role, content):
+        return {"role": role, "content": content}
+
+    dialogues = [
+        [turn("user", "red"), turn("assistant", "blue")],
+        [turn("user", "red " * 100), turn("assistant", "blue")],
+        [turn("user", "red"), turn("user", "red"), turn("assistant", "blue")],
+        [turn("user", "red [INST]"), turn("assistant", "blue")],
+        [turn("user", "red"), turn("assistant", " ")],
+    ]
+    path = tmp_path / "odd.jsonl"
+    path.write_text("".join(json.dumps({"messages": d}) + "\n" for d in dialogues))
+    sft.run(configured(tiny, tmp_path / "run", data=[path], held_out=0.0))
+    shown = capsys.readouterr().out
+    assert "roles do not alternate" in shown and f"(first {path}:3)" in shown
+    assert "chat tag" in shown and "empty" in shown
+    assert "skipped 1 row: longer than" in shown
+    with pytest.raises(ValueError, match="no sequence to train on.*longer than"):
+        path.write_text(json.dumps({"messages": dialogues[1]}) + "\n")
+        sft.run(configured(tiny, tmp_path / "other", data=[path], held_out=0.0))
+
+
+def test_starting_points_that_cannot_be(tiny, tmp_path):
+    with pytest.raises(ValueError, match="holds a score head and no lm head; take the language"):
+        sft.run(configured(tiny, tmp_path / "a", model=tiny / "safety"))
+    shutil.copytree(tiny / "lm", tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match="bare has no tokenizer.model"):
+        sft.run(configured(tiny, tmp_path / "b", model=tmp_path / "bare"))
+    with pytest.raises(ValueError, match="row_tokens 999 exceeds the model's context of 256"):
+        sft.run(configured(tiny, tmp_path / "c", row_tokens=999))
+    (tmp_path / "one.jsonl").write_text('{"prompt": "red", "response": "blue"}\n')
+    with pytest.raises(ValueError, match="too few rows .* --held-out 0"):
+        sft.run(configured(tiny, tmp_path / "d", data=[tmp_path / "one.jsonl"]))
+
+
+def test_the_defaults_are_the_papers():
+    config = SFTConfig(model=Path("m"), data=[], out=Path("o"))
+    assert (config.lr, config.batch, config.epochs, config.schedule) == (2e-5, 64, 2, "cosine")
+    assert (config.weight_decay, config.min_lr, config.clip) == (0.1, 0.1, 1.0)
