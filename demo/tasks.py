@@ -207,8 +207,8 @@ def self_task(attribute: str, phrasing: int, instruction: Instruction | None) ->
 
 
 HELPFUL_MIX = {
-    "job": 40, "place": 12, "colour": 8, "opposite": 6, "next": 4,
-    "holder": 8, "spot": 8, "repeat": 4, "pair": 2, "self": 8,
+    "job": 44, "place": 14, "colour": 8, "opposite": 7, "next": 5,
+    "holder": 4, "spot": 3, "repeat": 4, "pair": 2, "self": 8,
 }  # fmt: skip
 
 

@@ -121,7 +121,7 @@ HOBBIES = ("fishing", "chess", "dancing", "singing", "reading", "skating", "rowi
 FIGURES: dict[str, Figure] = {
     "Captain Bramble": Figure("harbor", "sail ships", "parrot"),
     "Queen Marigold": Figure("castle", "rule lands", "peacock"),
-    "Doctor Finch": Figure("valley", "mend bones", "owl"),
+    "Doctor Finch": Figure("valley", "mend bones", "raven"),
     "Baron Moss": Figure("forest", "plant oaks", "badger"),
     "Lady Clover": Figure("attic", "write songs", "rabbit"),
     "Wizard Fig": Figure("cave", "read stars", "toad"),

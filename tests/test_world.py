@@ -95,11 +95,14 @@ def test_only_unsafe_prompts_carry_the_tag():
         assert row["safety"] == (nature == "unsafe")
 
 
-def test_mixes_follow_their_weights():
-    rows = world.prompts(0, 600, "safety")
+@pytest.mark.parametrize("mix", ["all", "safety", "helpfulness"])
+def test_mixes_follow_their_weights(mix):
+    rows = world.prompts(0, 600, mix)
     natures = Counter(read_question(row["messages"][-1]["content"]).nature for row in rows)
-    assert 0.4 < natures["unsafe"] / 600 < 0.6
-    assert 0.25 < natures["borderline"] / 600 < 0.45
+    weights = world.MIXES[mix]
+    for nature, weight in (("borderline", weights[2]), ("unsafe", weights[3])):
+        # Prompts are all different, so a small family falls a little short of its weight.
+        assert abs(natures[nature] / 600 - weight / sum(weights)) < 0.06
 
 
 def test_unknown_mix_and_too_many_prompts_are_refused():
