@@ -6,6 +6,8 @@ The paper names the sizes but not their dimensions; those are in Meta's `params.
 
 from dataclasses import dataclass
 
+SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "context")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -22,7 +24,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size"):
+        for name in SHAPE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.dim % self.n_heads:

@@ -1,0 +1,187 @@
+"""Run: python -m pytest tests/test_generation.py -q"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from puna.core.config import ModelConfig
+from puna.core.generation import generate, stream
+from puna.core.model import Transformer
+from puna.core.ops import linear_logprobs
+
+CONFIG = ModelConfig(32, 2, 4, 2, 48, vocab_size=23, context=40)
+EOS = 2
+PROMPTS = [[1, 5, 6], [1], [1, 5, 6, 7, 8, 9, 10, 3], [4, 11], [1, 7, 7, 9, 12], [1, 13]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    made = Transformer(CONFIG)
+    made.init_weights(0)
+    with torch.no_grad():
+        made.lm_head.weight.mul_(15)  # far from uniform, and from ties
+    return made
+
+
+def run(model, prompts=PROMPTS, **options):
+    settings = {"max_new_tokens": 12, "eos_id": EOS, "temperature": 0.9}
+    return generate(model, prompts, **{**settings, **options})
+
+
+def same(found, expected):
+    """Tokens and endings equal, log-probs to 1e-5: CPU matmuls are not bitwise batch-invariant."""
+    assert [c.tokens for c in found] == [c.tokens for c in expected]
+    assert [c.finished for c in found] == [c.finished for c in expected]
+    for a, b in zip(found, expected, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+
+
+@torch.no_grad()
+def without_cache(model, prompt, new, eos_id=EOS):
+    """Greedy, running the whole text again for every token."""
+    text = list(prompt)
+    while len(text) < len(prompt) + new and len(text) < CONFIG.context:
+        text.append(int(model.logits(model(torch.tensor([text]))[0, -1]).argmax()))
+        if text[-1] == eos_id:
+            break
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("eos_id", [EOS, None])
+def test_greedy_with_the_cache_as_without(model, eos_id):
+    found = run(model, temperature=0.0, eos_id=eos_id)
+    expected = [without_cache(model, prompt, 12, eos_id) for prompt in PROMPTS]
+    assert [c.tokens for c in found] == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.7}, {"temperature": 0.0}])
+def test_in_a_batch_as_alone(model, options):
+    together = run(model, **options)
+    alone = [run(model, [p], prompt_ids=[i], **options)[0] for i, p in enumerate(PROMPTS)]
+    same(together, alone)
+
+
+@settings(max_examples=10)
+@given(order=st.permutations(range(len(PROMPTS))), batch_size=st.integers(1, 7))
+def test_draws_do_not_depend_on_order_or_batch_size(order, batch_size):
+    made = Transformer(CONFIG)
+    made.init_weights(0)
+    with torch.no_grad():
+        made.lm_head.weight.mul_(15)
+    expected = run(made)
+    found = run(made, [PROMPTS[i] for i in order], prompt_ids=list(order), batch_size=batch_size)
+    same(found, [expected[i] for i in order])
+
+
+def test_seed_round_prompt_and_sample_each_change_the_draw(model):
+    prompt = [[1, 5, 6]]
+    variants = [
+        run(model, prompt),
+        run(model, prompt, seed=1),
+        run(model, prompt, round_index=1),
+        run(model, prompt, prompt_ids=[1]),
+        run(model, prompt, sample_ids=[1]),
+    ]
+    assert len({tuple(v[0].tokens) for v in variants}) == 5
+    same(run(model, prompt), variants[0])
+
+
+def test_logprobs_are_those_of_a_second_pass(model):
+    """linear_logprobs over prompt and answer, as PPO forms them."""
+    for options in ({}, {"top_k": 4, "top_p": 0.8}):
+        for prompt, done in zip(PROMPTS, run(model, **options), strict=True):
+            text = torch.tensor([prompt + done.tokens])
+            hidden = model(text)[:, len(prompt) - 1 : -1]
+            answer = text[:, len(prompt) :]
+            again, _ = linear_logprobs(hidden, model.head_weight, answer, temperature=0.9)
+            assert done.logprobs == pytest.approx(again[0].tolist(), abs=1e-5)
+
+
+def test_greedy_logprobs_are_those_of_temperature_one(model):
+    done = run(model, [[1, 5]], temperature=0.0)[0]
+    text = torch.tensor([[1, 5, *done.tokens]])
+    again, _ = linear_logprobs(model(text)[:, 1:-1], model.head_weight, text[:, 2:])
+    assert done.logprobs == pytest.approx(again[0].tolist(), abs=1e-5)
+
+
+def test_eos_ends_an_answer_and_is_part_of_it(model):
+    answers = run(model, PROMPTS * 6, prompt_ids=list(range(36)))
+    endings = {c.finished for c in answers}
+    assert endings == {True, False}  # the case is met
+    for done in answers:
+        assert len(done.tokens) == len(done.logprobs) <= 12
+        assert EOS not in done.tokens[:-1]
+        assert done.finished == (done.tokens[-1] == EOS)
+        assert done.finished or len(done.tokens) == 12
+        assert all(p <= 0 for p in done.logprobs)
+
+
+def test_without_an_eos_nothing_finishes(model):
+    for done in run(model, eos_id=None):
+        assert len(done.tokens) == 12 and not done.finished
+
+
+def test_an_answer_ends_with_the_context(model):
+    prompts = [[1] * 39, [1] * 35, [1] * 3]
+    lengths = [len(c.tokens) for c in run(model, prompts, max_new_tokens=99, eos_id=None)]
+    assert lengths == [1, 5, 37]
+    done = run(model, [[1] * 30], max_new_tokens=99, eos_id=None, temperature=0.0)[0]
+    assert done.tokens == without_cache(model, [1] * 30, 99, None)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_p": 0.5, "seed": 4}])
+def test_stream_is_generate(model, options):
+    for prompt in PROMPTS:
+        settings = {"max_new_tokens": 12, "eos_id": EOS, **options}
+        assert (
+            list(stream(model, prompt, **settings))
+            == generate(model, [prompt], **settings)[0].tokens
+        )
+
+
+def test_stream_gives_each_token_as_it_is_drawn(model):
+    passes = []
+    handle = model.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        tokens = stream(model, [1, 5], max_new_tokens=5, eos_id=None)
+        for drawn in range(1, 4):
+            next(tokens)
+            assert len(passes) == drawn
+    finally:
+        handle.remove()
+
+
+def test_nothing_to_do(model):
+    assert run(model, []) == []
+    for done in run(model, max_new_tokens=0):
+        assert done.tokens == [] and done.logprobs == [] and not done.finished
+    assert list(stream(model, [1], max_new_tokens=0, eos_id=None)) == []
+
+
+def test_the_model_still_trains_afterwards():
+    made = Transformer(CONFIG)
+    made.init_weights(0)
+    run(made)
+    made(torch.tensor([[1, 2, 3]]), torch.tensor([[0, 1, 2]])).sum().backward()
+
+
+def test_bad_input(model):
+    cases = [
+        ({"prompts": [[1], []]}, "prompt 1 has 0 tokens"),
+        ({"prompts": [[1] * 40]}, "prompt 0 has 40 tokens; .* context of 40"),
+        ({"prompts": [[1, 23]]}, "prompt 0 holds token 23; the model knows 0 to 22"),
+        ({"prompts": [[-1]]}, "prompt 0 holds token -1"),
+        ({"prompt_ids": [1]}, "1 prompt_ids for 6 prompts"),
+        ({"sample_ids": [0] * 7}, "7 sample_ids for 6 prompts"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1; it must be at least 0"),
+        ({"temperature": -0.1}, "temperature -0.1 must be >= 0"),
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            run(model, **options)
+    with pytest.raises(ValueError, match="prompt 0 has 0 tokens"):
+        list(stream(model, [], max_new_tokens=3, eos_id=None))
+    with pytest.raises(ValueError, match="a model with an 'lm' head"):
+        run(Transformer(CONFIG, head="score"))

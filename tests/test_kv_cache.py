@@ -1,0 +1,70 @@
+"""Run: python -m pytest tests/test_kv_cache.py -q"""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from puna.core.config import ModelConfig
+from puna.core.kv_cache import KVCache
+
+CONFIG = ModelConfig(16, 3, 4, 2, 24, vocab_size=11)
+B, SLOTS, K, D = 4, 7, 2, 4
+
+
+def filled():
+    """Each number says where it was written: layer * 1000 + row * 100 + slot; values negated."""
+    cache = KVCache(CONFIG, B, SLOTS)
+    for layer in range(3):
+        rows = torch.arange(B)[:, None] * 100.0 + torch.arange(5)
+        keys = (layer * 1000 + rows)[..., None, None].expand(B, 5, K, D)
+        cache.fill(layer, keys, -keys)
+    cache.lengths = torch.tensor([5, 2, 3, 1])
+    return cache
+
+
+def test_starts_empty_and_finite():
+    cache = KVCache(CONFIG, B, SLOTS, dtype=torch.bfloat16)
+    assert cache.k.shape == cache.v.shape == (3, B, SLOTS, K, D)
+    assert cache.k.dtype == cache.v.dtype == torch.bfloat16
+    assert (cache.k == 0).all() and (cache.v == 0).all() and (cache.lengths == 0).all()
+    assert cache.slots == SLOTS
+
+
+def test_fill_writes_the_first_slots_of_its_layer():
+    cache = filled()
+    for layer in range(3):
+        for row in range(B):
+            for slot in range(SLOTS):
+                expected = layer * 1000 + row * 100 + slot if slot < 5 else 0
+                assert (cache.k[layer, row, slot] == expected).all()
+                assert (cache.v[layer, row, slot] == -expected).all()
+
+
+def test_append_writes_at_each_rows_length():
+    cache = filled()
+    before = cache.k.clone()
+    keys = torch.arange(B).float()[:, None, None, None].expand(B, 1, K, D) + 0.5
+    k, v = cache.append(1, keys, keys + 10)
+    assert k.shape == v.shape == (B, 6, K, D)  # up to the longest row's new token
+    for row, length in enumerate([5, 2, 3, 1]):
+        assert (k[row, length] == row + 0.5).all() and (v[row, length] == row + 10.5).all()
+        assert torch.equal(k[row, :length], before[1, row, :length])
+    assert torch.equal(cache.k[0], before[0]) and torch.equal(cache.k[2], before[2])
+    assert cache.lengths.tolist() == [5, 2, 3, 1]  # moved on by the caller, once a step
+
+
+@given(st.lists(st.integers(0, B - 1), unique=True, min_size=1))
+def test_keep(rows):
+    cache = filled()
+    k, v, lengths = cache.k.clone(), cache.v.clone(), cache.lengths.clone()
+    kept = torch.tensor(rows)
+    cache.keep(kept)
+    assert torch.equal(cache.k, k[:, kept]) and torch.equal(cache.v, v[:, kept])
+    assert torch.equal(cache.lengths, lengths[kept])
+    cache.append(0, torch.ones(len(rows), 1, K, D), torch.ones(len(rows), 1, K, D))
+
+
+def test_too_many_tokens():
+    with pytest.raises(ValueError, match="8 tokens do not fit a cache of 7 slots"):
+        KVCache(CONFIG, B, SLOTS).fill(0, torch.zeros(B, 8, K, D), torch.zeros(B, 8, K, D))
