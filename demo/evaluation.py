@@ -29,6 +29,7 @@ from puna.trainers.run import environment
 HELD_OUT_PROMPTS = 500  # of each kind
 HELD_OUT_PAIRS = 1_000  # comparisons of each kind a round, as in the paper
 PERSONA_DIALOGUES = 60  # of 20 exchanges
+OWN_ANSWERS = 1_800  # mixed into Ghost Attention's data
 SHOWN = 6  # conversations in the report
 
 
@@ -36,6 +37,7 @@ def write_evaluation(out: Path, versions: dict[str, Path], config: Any) -> Path:
     """Measure everything and write evaluation.json; `config` is the demo's."""
     seed = config.seed
     scale = min(1.0, config.scale)
+    personas = max(6, round(PERSONA_DIALOGUES * scale))
     held = held_out(seed, max(20, round(HELD_OUT_PROMPTS * scale)))
     said = {
         name: measure.answer_all(path, held, seed, out / "evaluation" / f"{name}.json")
@@ -52,8 +54,9 @@ def write_evaluation(out: Path, versions: dict[str, Path], config: Any) -> Path:
         "reward_models": reward_models(out, versions, rounds, seed, scale),
         "switch": switch(out, len(rounds)),
         "best_of_k": curves(out, len(rounds)),
-        "gatt": ghost(out, versions, seed, max(6, round(PERSONA_DIALOGUES * scale))),
-        "conversations": conversations(out, held, said),
+        "gatt": ghost(out, versions, seed, personas),
+        "conversations": conversations(out, held, said)
+        + long_conversations(out, versions, seed, personas),
     }
     document["seconds"] = sum(json.loads((out / "seconds.json").read_text()).values())
     path = out / "evaluation.json"
@@ -72,7 +75,7 @@ def own_answers(model_folder: Path, prompts: Path, seed: int) -> list[dict[str, 
     """The model's own answers to prompts at T=1, as dialogues to train on."""
     model, tokenizer = load_model(model_folder), Tokenizer(tokenizer_path(model_folder))
     rows, _ = read_prompts(prompts)
-    messages = [row.messages for row in rows]
+    messages = [row.messages for row in rows[:OWN_ANSWERS]]
     texts = measure.answers(model, tokenizer, messages, 1.0, seed, sample=1)
     return [
         {"messages": [*prompt, {"role": "assistant", "content": text}]}
@@ -208,6 +211,35 @@ def conversations(out: Path, held: HeldOut, said: dict[str, Any]) -> list[dict[s
                 for name, texts in said.items()
             }
             found.append({"title": f"{kind} request", "columns": columns})
+    return found
+
+
+def long_conversations(
+    out: Path, versions: dict[str, Path], seed: int, count: int
+) -> list[dict[str, Any]]:
+    """Persona dialogues before and after Ghost Attention, one of each kind of instruction."""
+    dialogues = world.persona_dialogues(seed, count, held_out=True)
+    last = [name for name in versions if name != "gatt"][-1]
+    said = {
+        name: json.loads((out / "evaluation" / f"persona-{label}-greedy.json").read_text())
+        for label, name in (("without", last), ("with", "gatt"))
+    }
+    kinds = {world.read_instruction(d.instruction).kind: i for i, d in enumerate(dialogues)}
+    found = []
+    for kind, index in sorted(kinds.items()):
+        dialogue = dialogues[index]
+        columns = {
+            name: [
+                {"role": "system", "content": dialogue.system},
+                *(
+                    message
+                    for question, answer in zip(dialogue.questions, texts[index], strict=True)
+                    for message in (world.user(question), world.assistant(answer))
+                ),
+            ]
+            for name, texts in said.items()
+        }
+        found.append({"title": f"20 exchanges under an instruction ({kind})", "columns": columns})
     return found
 
 

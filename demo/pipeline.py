@@ -97,7 +97,7 @@ class Demo:
         files: dict[str, Callable[[], list[Any]]] = {
             "pretrain": lambda: list(world.pretraining(seed, n(20_500, 600))),
             "sft": lambda: list(world.demonstrations(seed, n(4_200, 200))),
-            "prompts": lambda: world.prompts(seed, n(1_800, 64), "all"),
+            "prompts": lambda: world.prompts(seed, n(5_400, 96), "all"),
             "helpfulness": lambda: world.prompts(seed, n(3_000, 64), "helpfulness"),
             "safety": lambda: world.prompts(seed, n(1_500, 64), "safety"),
             "gatt": lambda: [ghost_row(d) for d in world.persona_dialogues(seed, n(200, 12))],
@@ -154,6 +154,7 @@ class Demo:
             safety_prompts=[str(self.data / "safety.jsonl")],
             helpfulness_pairs=self.scaled(recipe["helpfulness_pairs"], 128),
             safety_pairs=self.scaled(recipe["safety_pairs"], 128),
+            round_prompts=self.scaled(recipe["round_prompts"], 32),
             ppo=ppo,
         )
         rlhf.run(config, annotators(self.config.seed))

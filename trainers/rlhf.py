@@ -23,11 +23,17 @@ from puna.core import parallel
 from puna.core.checkpoint import load_model, open_source, tokenizer_path
 from puna.core.tokenizer import Tokenizer
 from puna.trainers import language, loop, ppo, rejection, reward
-from puna.trainers.comparisons import Annotator, Variant, annotate, sample_pairs, write_rows
+from puna.trainers.comparisons import (
+    Annotator,
+    Variant,
+    annotate,
+    sample_pairs,
+    write_rows,
+)
 from puna.trainers.config import check_keys, from_values, parse
-from puna.trainers.data import read_preferences
+from puna.trainers.data import read_preferences, read_prompts
 from puna.trainers.packing import encode_pairs
-from puna.trainers.prompts import load_prompts
+from puna.trainers.prompts import draw, load_prompts
 from puna.trainers.run import claim
 
 KINDS = ("helpfulness", "safety")
@@ -51,6 +57,9 @@ class RLHFConfig:
     """further comparisons, used in every round"""
     safety_data: list[Path] = field(default_factory=list)
     """further comparisons, used in every round"""
+    round_prompts: int = 0
+    """prompts that one round's rejection sampling takes, each round the next of a shuffled order
+    (the best answers to earlier ones stay in the pool); 0: all of them every time"""
     versions: int = 5
     """V1 .. Vn (paper: 5)"""
     ppo_versions: int = 1
@@ -93,7 +102,7 @@ class Version(NamedTuple):
     model: Path
     helpfulness: Path
     safety: Path
-    pools: list[Path]  # what rejection sampling selected in each round so far
+    pool: Path  # the best answer to each prompt of all rounds so far
 
 
 def run(config: RLHFConfig, annotators: Mapping[str, Annotator] | None = None) -> Path:
@@ -148,43 +157,53 @@ def play_round(
     compare(config, number, folder, models, annotators)
     before = accuracy_of(config, last, folder)
     judges = {k: train_reward(config, number, k, folder, models[-1], last) for k in KINDS}
-    common = {"seed": config.seed, "device": config.device, "prompts": list(config.prompts)}
-    pools = list(last.pools) if last else []
+    common = {"seed": config.seed, "device": config.device}
     sampled = from_values(
         rejection.RejectionConfig,
         {
-            **as_toml(common),
+            **common,
             "max_new_tokens": config.max_new_tokens,
             **config.rejection,
+            "prompts": [str(path) for path in round_prompts(config, number, folder)],
             "out": str(folder / "rejection"),
             "policy": str(models[-1]),
             "student": str(config.model),
             "round": number,
-            "pools": [str(path) for path in pools],
+            "pools": [] if last is None else [str(last.pool)],
             **{kind: str(path) for kind, path in judges.items()},
         },
     )
     model = rejection.run(sampled)
-    pools.append(folder / "rejection" / "selected.jsonl")
+    pool = folder / "rejection" / "selected.jsonl"
     if number > config.versions - config.ppo_versions:
         options = {
-            **as_toml(common),
+            **common,
             "max_new_tokens": config.max_new_tokens,
             **config.ppo,
+            "prompts": [str(path) for path in config.prompts],
             "out": str(folder / "ppo"),
             "policy": str(model),
             **{kind: str(path) for kind, path in judges.items()},
         }
         model = ppo.run(from_values(ppo.PPOConfig, options))
-    version = Version(number, model, judges["helpfulness"], judges["safety"], pools)
+    version = Version(number, model, judges["helpfulness"], judges["safety"], pool)
     if parallel.is_main():
         record(config.out / "rounds.jsonl", version, before, accuracy_of(config, version, folder))
     return version
 
 
-def as_toml(values: dict[str, Any]) -> dict[str, Any]:
-    """Paths as text, the way a recipe would give them."""
-    return {k: [str(p) for p in v] if isinstance(v, list) else v for k, v in values.items()}
+def round_prompts(config: RLHFConfig, number: int, folder: Path) -> list[Path]:
+    """The files to sample from in round `number`: all prompts, or its own stretch of them."""
+    if config.round_prompts == 0:
+        return list(config.prompts)
+    path = folder / "prompts.jsonl"
+    if parallel.is_main() and not path.exists():
+        rows = [row for file in config.prompts for row in read_prompts(file)[0]]
+        places = [(number - 1) * config.round_prompts + i for i in range(config.round_prompts)]
+        chosen = [rows[draw(place, len(rows), config.seed)[0]] for place in places]
+        write_rows(path, [row._asdict() for row in chosen])
+    parallel.barrier()
+    return [path]
 
 
 def compare(
