@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puna.core.checkpoint import load_model
+from puna.core.checkpoint import load_model, open_model
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
+from puna.core.weights import fresh
 from puna.trainers import loop
 from puna.trainers.language import OBJECTIVE, prepared
 from puna.trainers.loop import TrainConfig
@@ -51,11 +52,8 @@ def configured(out: Path, **options) -> TrainConfig:
 
 def train(config: TrainConfig, batch_at=batches, objective=OBJECTIVE, evaluate=None) -> Path:
     run = Run(config.out, config, tokenizer=None)
-    model = Transformer(SHAPE)
-    model.init_weights(1)
-    if run.latest() is not None:
-        model = load_model(run.latest())
-    network = prepared(model, config)
+    source = fresh(SHAPE, 1) if run.latest() is None else open_model(run.latest())
+    network = prepared(source, config)
     return loop.fit("test", run, network, batch_at, STEPS, objective, config, evaluate)
 
 

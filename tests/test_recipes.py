@@ -23,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from puna.core import parallel
 from puna.core.config import parameter_count, size
 from puna.core.model import Transformer
-from puna.core.weights import parameter_shapes
+from puna.core.weights import fresh, parameter_shapes
 from puna.trainers import language, loop, ppo, ppo_step, reward
 from puna.trainers.config import from_values, load_recipe
 from puna.trainers.losses import MARGINS
@@ -200,7 +200,7 @@ def ppo_pass(config: Any, model: Transformer) -> None:
 def three_steps(name: str, head: str, config: Any, step: Any) -> dict[str, torch.Size]:
     """Build, shard and train a fake model of this size; returns this rank's shapes."""
     shape = dataclasses.replace(size(name), n_layers=2)
-    model = loop.prepare(Transformer(shape, head), config)
+    model = loop.load(fresh(shape, 0, head), config)
     optimizer = loop.make_optimizer(model, config)
     before = {name: parameter.shape for name, parameter in model.named_parameters()}
     for number in range(3):

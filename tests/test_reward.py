@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from puna.core import parallel
 from puna.core.checkpoint import load_model
 from puna.core.tokenizer import Tokenizer
 from puna.trainers import reward
@@ -47,7 +48,7 @@ def pairs(tiny):
 
 def started(tiny: Path, out: Path, **options):
     config = configured(tiny, out, **options)
-    return reward.start_model(config, Run(config.out, config, tokenizer=None))
+    return parallel.load(reward.start_model(config, Run(config.out, config, tokenizer=None)), "cpu")
 
 
 def test_a_chat_model_gets_a_small_fresh_head_and_keeps_the_rest(tiny, tmp_path):

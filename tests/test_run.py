@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from puna.core import parallel
 from puna.core.checkpoint import load_model
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
 from puna.trainers.config import load_recipe
 from puna.trainers.formats import Columns
-from puna.trainers.run import Run, Trained, environment, load_start
+from puna.trainers.run import Run, Trained, environment, open_start
 
 
 @dataclass(kw_only=True)
@@ -49,7 +50,10 @@ def test_a_new_folder_says_what_was_asked_and_on_what_machine(tmp_path):
 
 
 def test_a_folder_of_another_configuration_is_refused_naming_the_keys(tmp_path):
-    opened(tmp_path, lr=0.5)
+    opened(tmp_path)
+    opened(tmp_path, lr=0.5)  # nothing was done in it: it may still become another run
+    assert load_recipe(Config, tmp_path / "config.toml")["lr"] == 0.5
+    opened(tmp_path, lr=0.5).log(1, loss=1.0)
     opened(tmp_path, lr=0.5)
     with pytest.raises(ValueError, match=r"differs in lr\); give another --out, or remove"):
         opened(tmp_path)
@@ -92,7 +96,7 @@ def test_a_checkpoint_holds_every_network_and_its_optimizer(tmp_path):
     assert run.latest() == tmp_path / "checkpoints" / "step-000007"
     start = tmp_path / "nowhere"
     loaded = {
-        "model": load_start(run, start, fresh_head=True),
+        "model": parallel.load(open_start(run, start, fresh_head=True), "cpu"),
         "critic": load_model(run.weights(start, "critic")),
     }
     trained = {

@@ -32,7 +32,7 @@ from puna.trainers.formats import Columns
 from puna.trainers.gatt_data import GhostDialogue, read_ghost_dialogues
 from puna.trainers.packing import PackedRows
 from puna.trainers.progress import meter
-from puna.trainers.run import Run, load_start
+from puna.trainers.run import Run, open_start
 from puna.trainers.sft import load_dialogues
 
 Judge = Callable[[str, str, str], bool]  # (instruction, question, answer) -> does it obey
@@ -92,11 +92,11 @@ def run(config: GAttConfig, judge: Judge | None = None) -> Path:
     tokenizer = Tokenizer(tokenizer_file)
     dialogues = read_ghost_dialogues(config.dialogues, config.instructions, config.seed)
     sampled = sampled_exchanges(config, folder, tokenizer, dialogues, judge)
-    model = load_start(folder, config.model, head="lm", device=loop.device_of(config))
-    rows = training_rows(config, tokenizer, dialogues, sampled, model.config.context)
+    source = open_start(folder, config.model, head="lm")
+    rows = training_rows(config, tokenizer, dialogues, sampled, source.config.context)
     steps = language.epoch_steps(len(rows), config.epochs, config.batch)
     return language.train(
-        "gatt", folder, model, rows, steps, config.batch, config.micro_batch, config
+        "gatt", folder, source, rows, steps, config.batch, config.micro_batch, config
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from puna.core import parallel
 from puna.core.model import Transformer
 from puna.core.ops import linear_cross_entropy
+from puna.core.weights import Source
 from puna.trainers import loop
 from puna.trainers.data import Skipped
 from puna.trainers.packing import LMBatch, step_rows
@@ -95,7 +96,7 @@ def held_out(
 def train(
     title: str,
     run: Run,
-    model: Transformer,
+    source: Source,
     rows: Rows,
     steps: int,
     batch: int,
@@ -103,9 +104,9 @@ def train(
     config: loop.TrainConfig,
     held: Rows | None = None,
 ) -> Path:
-    """Fit `model` to `rows`; returns the finished model's folder."""
+    """Fit the model of `source` to `rows`; returns the finished model's folder."""
     device = loop.device_of(config)
-    network = prepared(model, config)
+    network = prepared(source, config)
     return loop.fit(
         title,
         run,
@@ -118,9 +119,9 @@ def train(
     )
 
 
-def prepared(model: Transformer, config: loop.TrainConfig) -> Trained:
+def prepared(source: Source, config: loop.TrainConfig) -> Trained:
     """The model, sharded and so on as configured, with its optimizer."""
-    model = loop.prepare(model, config)
+    model = loop.load(source, config)
     return Trained(model, loop.make_optimizer(model, config))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from puna.core import parallel
 from puna.core.model import Transformer
+from puna.core.weights import Source
 from puna.trainers.interrupts import stop_requests
 from puna.trainers.progress import meter
 from puna.trainers.run import Run, Trained
@@ -103,10 +104,12 @@ def device_of_name(name: str) -> torch.device:
     return torch.device(name)
 
 
-def prepare(model: Transformer, config: TrainConfig) -> Transformer:
-    """Checkpointing, compilation and sharding as configured, applied from outside."""
-    return parallel.prepare(
-        model,
+def load(source: Source, config: TrainConfig) -> Transformer:
+    """The model on the device asked for; checkpointing, compilation and sharding as configured,
+    applied from outside."""
+    return parallel.load(
+        source,
+        device_of(config),
         compute_dtype=torch.bfloat16 if config.dtype == "bf16" else None,
         activation_checkpointing=config.activation_checkpointing,
         compile=config.compile,

@@ -22,7 +22,7 @@ import torch
 
 from puna.core import parallel
 from puna.core.chat import decode_answer
-from puna.core.checkpoint import load_model
+from puna.core.checkpoint import open_model
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
 from puna.trainers import loop
@@ -204,14 +204,13 @@ def check(config: PPOConfig) -> None:
 
 def open_stage(config: PPOConfig, folder: Run, tokenizer: Tokenizer) -> Stage:
     """Load the five networks and the prompts."""
-    device = loop.device_of(config)
     start = config.policy if config.critic == "policy" else config.helpfulness
     critic_options: dict[str, Any] = {"head": "score"}
     if folder.latest() is None:
         critic_options |= {"fresh_head": True, "seed": config.seed}
 
     def opened(path: Path, **options: Any) -> Transformer:
-        return loop.prepare(load_model(path, device=device, **options), config)
+        return loop.load(open_model(path, **options), config)
 
     def frozen(path: Path, head: str) -> Transformer:
         return opened(path, head=head).requires_grad_(False)

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from puna.core import parallel
 from puna.core.config import size
-from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
+from puna.core.weights import Source, fresh
 from puna.trainers import language, loop
 from puna.trainers.config import parse
 from puna.trainers.corpus import Corpus, encode_corpus, open_corpus, split_corpus
 from puna.trainers.data import Skipped, read_texts
 from puna.trainers.packing import CorpusRows
-from puna.trainers.run import Run, load_start
+from puna.trainers.run import Run, open_start
 
 
 @dataclass(kw_only=True)
@@ -55,14 +55,14 @@ def run(config: PretrainConfig) -> Path:
     training, held = corpus, None
     if config.held_out > 0:
         training, held = split_corpus(corpus, config.held_out)
-    model = new_model(config, folder, tokenizer.vocab_size)
-    row_tokens = language.row_length(config.row_tokens, model.config.context)
+    source = new_model(config, folder, tokenizer.vocab_size)
+    row_tokens = language.row_length(config.row_tokens, source.config.context)
     rows = CorpusRows(training, row_tokens)
     steps = config.steps or language.epoch_steps(len(rows), 1, config.batch)
     return language.train(
         "pretrain",
         folder,
-        model,
+        source,
         rows,
         steps,
         config.batch,
@@ -72,17 +72,14 @@ def run(config: PretrainConfig) -> Path:
     )
 
 
-def new_model(config: PretrainConfig, folder: Run, vocab_size: int) -> Transformer:
-    """A freshly initialised model, or that of the run's newest checkpoint."""
-    device = loop.device_of(config)
+def new_model(config: PretrainConfig, folder: Run, vocab_size: int) -> Source:
+    """A freshly initialised model's weights, or that of the run's newest checkpoint."""
     if folder.latest() is not None:
-        return load_start(folder, config.out, device=device)
+        return open_start(folder, config.out)
     shape = replace(size(config.size), vocab_size=vocab_size)
     if config.context:
         shape = replace(shape, context=config.context)
-    model = Transformer(shape).to(device)
-    model.init_weights(config.seed)
-    return model
+    return fresh(shape, config.seed)
 
 
 def load_corpus(config: PretrainConfig, tokenizer: Tokenizer) -> Corpus:

@@ -22,21 +22,23 @@ from typing import Any, NamedTuple
 import torch
 
 from puna.core import parallel
-from puna.core.chat import decode_answer, encode_prompt
-from puna.core.checkpoint import load_model
+from puna.core.chat import decode_answer, encode_dialogue, encode_prompt
+from puna.core.checkpoint import open_model
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
 from puna.trainers import language, loop
 from puna.trainers.best_of import Sample, best_of, read_samples, reward_curve, write_samples
 from puna.trainers.config import parse
 from puna.trainers.data import Skipped
+from puna.trainers.formats import Columns, Dialogue
 from puna.trainers.interrupts import stop_requests
 from puna.trainers.packing import PackedRows
 from puna.trainers.progress import meter
 from puna.trainers.prompts import EncodedPrompt, common_tokenizer, load_prompts
 from puna.trainers.rewards import combine, score
 from puna.trainers.rollout import collect
-from puna.trainers.run import Run, load_start
+from puna.trainers.run import Run, open_start
+from puna.trainers.sft import load_dialogues
 
 
 @dataclass(kw_only=True)
@@ -56,6 +58,9 @@ class RejectionConfig(loop.TrainConfig):
     others), or the base or SFT model to start a version anew; left out: the policy itself"""
     pools: list[Path] = field(default_factory=list)
     """selected.jsonl of earlier rounds (paper: of all of them, from V4 on)"""
+    mix: list[Path] = field(default_factory=list)
+    """demonstrations to train on besides: of skills that the reward models cannot judge and that
+    a version would otherwise forget"""
     round: int = 1
     """number of this RLHF version; part of the random numbers"""
     samples: int = 20
@@ -94,19 +99,26 @@ def run(config: RejectionConfig) -> Path:
     selected = folder.path / "selected.jsonl"
     if not parallel.broadcast(selected.exists()):
         select(config, folder, tokenizer, selected)
-    model = load_start(folder, student, head="lm", device=loop.device_of(config))
-    row_tokens = language.row_length(config.row_tokens, model.config.context)
-    rows = pack(tokenizer, read_samples(selected), row_tokens)
-    language.say(rows.skipped)
+    source = open_start(folder, student, head="lm")
+    row_tokens = language.row_length(config.row_tokens, source.config.context)
+    mixed, skipped = load_dialogues(config.mix, Columns())
+    rows = pack(tokenizer, read_samples(selected), row_tokens, mixed)
+    skipped.merge(rows.skipped)
+    language.say(skipped)
     steps = language.epoch_steps(len(rows), config.epochs, config.batch)
     return language.train(
-        "rejection", folder, model, rows, steps, config.batch, config.micro_batch, config
+        "rejection", folder, source, rows, steps, config.batch, config.micro_batch, config
     )
 
 
-def pack(tokenizer: Tokenizer, selected: Sequence[Sample], row_tokens: int) -> PackedRows:
-    """The selected answers in rows, loss on the answer's tokens alone."""
-    sequences = []
+def pack(
+    tokenizer: Tokenizer,
+    selected: Sequence[Sample],
+    row_tokens: int,
+    mixed: Sequence[Dialogue] = (),
+) -> PackedRows:
+    """The selected answers, loss on the answer's tokens alone, and `mixed` dialogues, in rows."""
+    sequences = [encode_dialogue(tokenizer, dialogue.messages) for dialogue in mixed]
     for sample in selected:
         prompt = encode_prompt(tokenizer, sample["messages"])
         weights = [0.0] * len(prompt) + [1.0] * len(sample["tokens"])
@@ -142,8 +154,7 @@ class Judges:
 
 def frozen(path: Path, head: str, config: RejectionConfig) -> Transformer:
     """A model to look with, not to train."""
-    model = load_model(path, head=head, device=loop.device_of(config))
-    return loop.prepare(model, config).requires_grad_(False)
+    return loop.load(open_model(path, head=head), config).requires_grad_(False)
 
 
 def select(config: RejectionConfig, folder: Run, tokenizer: Tokenizer, selected: Path) -> None:

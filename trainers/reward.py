@@ -17,6 +17,7 @@ from puna.core import parallel
 from puna.core.checkpoint import open_source, tokenizer_path
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
+from puna.core.weights import Source
 from puna.trainers import language, loop
 from puna.trainers.accuracy import accuracies, sentences, shares
 from puna.trainers.config import parse
@@ -24,7 +25,7 @@ from puna.trainers.data import Skipped, read_preferences
 from puna.trainers.formats import Columns, Preference, Ratings
 from puna.trainers.losses import MARGINS, ranking_loss, safety_loss
 from puna.trainers.packing import Pair, PairBatch, encode_pairs, pair_batch, step_rows
-from puna.trainers.run import Run, load_start
+from puna.trainers.run import Run, open_start
 
 
 @dataclass(kw_only=True)
@@ -73,8 +74,8 @@ def run(config: RewardConfig) -> Path:
     folder = Run(config.out, config, tokenizer=tokenizer_file)
     if folder.done:
         return folder.final
-    model = start_model(config, folder)
-    pairs, held = load_pairs(config, Tokenizer(tokenizer_file), model.config.context)
+    source = start_model(config, folder)
+    pairs, held = load_pairs(config, Tokenizer(tokenizer_file), source.config.context)
     batch = largest_batch(config.batch, len(pairs))
     steps = language.epoch_steps(len(pairs), config.epochs, batch)
     if config.warmup_steps == 0:
@@ -86,7 +87,7 @@ def run(config: RewardConfig) -> Path:
         mine = [pairs[i] for i in language.share(step_rows(len(pairs), batch, config.seed, step))]
         return list(micro_batches(mine, config.micro_batch, margins, device))
 
-    network = language.prepared(model, config)
+    network = language.prepared(source, config)
     final = loop.fit(
         "reward",
         folder,
@@ -116,18 +117,10 @@ def largest_batch(asked: int, pairs: int) -> int:
     return pairs // ranks * ranks
 
 
-def start_model(config: RewardConfig, folder: Run) -> Transformer:
+def start_model(config: RewardConfig, folder: Run) -> Source:
     """The chat model with a fresh score head, or the reward model given to go on with."""
-    device = loop.device_of(config)
     is_score = open_source(folder.weights(config.model)).head == "score"
-    return load_start(
-        folder,
-        config.model,
-        head="score",
-        fresh_head=not is_score,
-        seed=config.seed,
-        device=device,
-    )
+    return open_start(folder, config.model, head="score", fresh_head=not is_score, seed=config.seed)
 
 
 def load_pairs(

@@ -22,8 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from puna.core import parallel
-from puna.core.checkpoint import atomic_folder, load_model, write_tensors
+from puna.core.checkpoint import atomic_folder, open_model, write_tensors
 from puna.core.model import Transformer
+from puna.core.weights import Source
 from puna.trainers.config import to_toml
 
 
@@ -156,23 +157,31 @@ class Run:
 def claim(path: Path, config: Any) -> None:
     """Make `path` the folder of this configuration: config.toml and environment.json in it.
 
-    Raises ValueError where it already belongs to another one, naming the keys that differ.
+    Raises ValueError where something of another one was done in it, naming the keys that differ.
     """
     recorded, toml = path / "config.toml", to_toml(config)
     if recorded.exists():
         before, now = recorded.read_text(encoding="utf-8").splitlines(), toml.splitlines()
         changed = sorted({line.split(" =")[0] for line in set(before) ^ set(now)})
-        if changed:
+        if not changed:
+            return
+        if not is_untouched(path):
             raise ValueError(
                 f"{path} holds a run with another configuration (differs in "
                 f"{', '.join(changed)}); give another --out, or remove the folder"
             )
-        return
     path.mkdir(parents=True, exist_ok=True)
     (path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
     partial = recorded.with_suffix(".partial")
     partial.write_text(toml, encoding="utf-8")
     partial.replace(recorded)
+
+
+def is_untouched(path: Path) -> bool:
+    """Whether a run's folder holds nothing but what `claim` and `Run` put there: a run that ended
+    over a mistake in its options can be started again with the right ones."""
+    ours = {"config.toml", "environment.json"}
+    return all(p.name in ours or (p.is_dir() and not any(p.iterdir())) for p in path.iterdir())
 
 
 def write_model(folder: Path, model: Transformer, tokenizer: Path | None) -> None:
@@ -238,9 +247,9 @@ def _commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-def load_start(run: Run, start: Path, **options: Any) -> Transformer:
-    """The model to train: the newest checkpoint's weights, else those of `start`."""
+def open_start(run: Run, start: Path, **options: Any) -> Source:
+    """The weights to go on from: the newest checkpoint's, else those of `start`."""
     checkpoint = run.latest()
     if checkpoint is not None:
         options.pop("fresh_head", None)
-    return load_model(run.weights(start), **options)
+    return open_model(run.weights(start), **options)

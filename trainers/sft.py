@@ -17,7 +17,7 @@ from puna.trainers.config import parse
 from puna.trainers.data import Skipped, read_dialogues
 from puna.trainers.formats import Columns, Dialogue
 from puna.trainers.packing import PackedRows
-from puna.trainers.run import Run, load_start
+from puna.trainers.run import Run, open_start
 
 
 @dataclass(kw_only=True)
@@ -60,8 +60,8 @@ def run(config: SFTConfig) -> Path:
         skipped.merge(unusable)
     elif config.held_out > 0:
         dialogues, held_dialogues = language.split(dialogues, config.held_out, config.seed)
-    model = load_start(folder, config.model, head="lm", device=loop.device_of(config))
-    row_tokens = language.row_length(config.row_tokens, model.config.context)
+    source = open_start(folder, config.model, head="lm")
+    row_tokens = language.row_length(config.row_tokens, source.config.context)
     tokenizer = Tokenizer(tokenizer_file)
     rows = pack(tokenizer, dialogues, row_tokens)
     skipped.merge(rows.skipped)
@@ -69,7 +69,7 @@ def run(config: SFTConfig) -> Path:
     return language.train(
         "sft",
         folder,
-        model,
+        source,
         rows,
         language.epoch_steps(len(rows), config.epochs, config.batch),
         config.batch,
