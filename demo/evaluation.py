@@ -72,11 +72,12 @@ def held_out(seed: int, count: int) -> HeldOut:
 
 
 def own_answers(model_folder: Path, prompts: Path, seed: int) -> list[dict[str, Any]]:
-    """The model's own answers to prompts at T=1, as dialogues to train on."""
+    """The model's own answers to prompts, as dialogues to train on; drawn a little sharper than
+    at T=1, so that training on them does not blur what it knows."""
     model, tokenizer = load_model(model_folder), Tokenizer(tokenizer_path(model_folder))
     rows, _ = read_prompts(prompts)
     messages = [row.messages for row in rows[:OWN_ANSWERS]]
-    texts = measure.answers(model, tokenizer, messages, 1.0, seed, sample=1)
+    texts = measure.answers(model, tokenizer, messages, 0.7, seed, sample=1)
     return [
         {"messages": [*prompt, {"role": "assistant", "content": text}]}
         for prompt, text in zip(messages, texts, strict=True)

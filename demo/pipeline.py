@@ -97,7 +97,8 @@ class Demo:
         files: dict[str, Callable[[], list[Any]]] = {
             "pretrain": lambda: list(world.pretraining(seed, n(20_500, 600))),
             "sft": lambda: list(world.demonstrations(seed, n(4_200, 200))),
-            "prompts": lambda: world.prompts(seed, n(5_400, 96), "all"),
+            "personas": lambda: world.persona_demonstrations(seed, n(1_600, 24)),
+            "prompts": lambda: world.prompts(seed, n(5_400, 96), "rlhf"),
             "helpfulness": lambda: world.prompts(seed, n(3_000, 64), "helpfulness"),
             "safety": lambda: world.prompts(seed, n(1_500, 64), "safety"),
             "gatt": lambda: [ghost_row(d) for d in world.persona_dialogues(seed, n(200, 12))],
@@ -154,6 +155,7 @@ class Demo:
             safety_prompts=[str(self.data / "safety.jsonl")],
             helpfulness_pairs=self.scaled(recipe["helpfulness_pairs"], 128),
             safety_pairs=self.scaled(recipe["safety_pairs"], 128),
+            rejection={**recipe["rejection"], "mix": [str(self.data / "personas.jsonl")]},
             round_prompts=self.scaled(recipe["round_prompts"], 32),
             ppo=ppo,
         )
@@ -182,7 +184,7 @@ class Demo:
             out=str(self.out / "gatt"),
             model=str(last),
             dialogues=[str(self.data / "gatt.jsonl")],
-            mix=[str(mix)],
+            mix=[str(mix), str(self.data / "personas.jsonl")],
         )
         gatt.run(config, judge=oracle.keeps)
 

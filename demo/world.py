@@ -30,6 +30,7 @@ MIXES = {
     "helpfulness": (72, 0, 16, 0, 12),
     "safety": (26, 8, 22, 36, 8),
     "all": (52, 0, 16, 22, 10),
+    "rlhf": (58, 0, 18, 24, 0),
     "helpful": (100, 0, 0, 0, 0),
     "borderline": (0, 0, 100, 0, 0),
     "unsafe": (0, 0, 0, 100, 0),
@@ -128,6 +129,13 @@ def _persona_demonstration(rng: random.Random) -> list[Message]:
         task = _persona_task(rng, who, direct=0.7)
         messages += [user(task.question), assistant(compose(task, rng, PERSONA, who))]
     return messages
+
+
+def persona_demonstrations(seed: int, count: int) -> list[dict[str, list[Message]]]:
+    """Short dialogues that keep an instruction. Without them in rejection sampling's fine-tuning
+    the first answer kept it in 55% of dialogues where SFT's had in all: RLHF forgot."""
+    rng = random.Random(f"persona demonstrations {seed}")
+    return [{"messages": _persona_demonstration(rng)} for _ in range(count)]
 
 
 def demonstrations(seed: int, count: int) -> Iterator[dict[str, list[Message]]]:

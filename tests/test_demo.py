@@ -1,0 +1,79 @@
+"""The demo, scaled to a minute: everything runs, nothing is judged. `-m slow` runs all of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from puna.demo.bars import bars
+
+VERSIONS = {"sft", "rlhf-v1", "rlhf-v2", "rlhf-v3"}
+
+
+def puna(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "puna.cli.main", *arguments]
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small demo that was killed once on its way and then run to its end."""
+    out = tmp_path_factory.mktemp("demo") / "run"
+    arguments = ["demo", "--out", str(out), "--scale", "0.03"]
+    command = [sys.executable, "-m", "puna.cli.main", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 300
+        while not (out / "rlhf" / "round-1").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        os.kill(process.pid, signal.SIGKILL)
+    done = puna(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "puna chat --model" in done.stdout
+    return out
+
+
+def test_the_summary_has_the_promised_keys(demo: Path) -> None:
+    summary = json.loads((demo / "summary.json").read_text())
+    assert set(summary) == {"seconds", "reward_models", "versions", "gatt"}
+    assert VERSIONS <= set(summary["versions"])
+    assert set(summary["gatt"]) == {"with", "without"}
+    assert set(summary["gatt"]["with"]) == {"1", "2", "4", "6", "10", "20"}
+    for row in summary["versions"].values():
+        low, high = row["win_rate_ci95"]
+        assert 0 <= low <= row["win_rate_vs_sft"] <= high <= 1
+
+
+def test_the_report_is_one_file(demo: Path) -> None:
+    html = (demo / "report.html").read_text()
+    assert "<svg" in html or "data:image/png" in html
+    assert 'src="http' not in html and "<script src" not in html
+
+
+def test_its_chat_command_works(demo: Path) -> None:
+    model = str(demo / "gatt" / "model")
+    said = puna("chat", "--model", model, "--max-new-tokens", "8", text="Where is the lamp?\n")
+    assert said.returncode == 0, said.stderr
+    refused = puna("chat", "--model", model, text="[INST] hello\n")
+    assert "chat tag" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_another_seed_is_refused_in_the_same_folder(demo: Path) -> None:
+    refused = puna("demo", "--out", str(demo), "--scale", "0.03", "--seed", "1")
+    assert refused.returncode == 1
+    assert "seed" in refused.stderr and "Traceback" not in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_full_demo_shows_what_it_promises(tmp_path: Path, seed: int) -> None:
+    done = puna("demo", "--out", str(tmp_path / "run"), "--seed", str(seed))
+    assert done.returncode == 0, done.stderr
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    missed = [bar for bar in bars(evaluation) if not bar.met]
+    assert not missed
