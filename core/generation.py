@@ -11,6 +11,8 @@ from puna.core.kv_cache import KVCache
 from puna.core.model import Transformer
 from puna.core.sampling import row_keys, step_seeds
 
+KEEP_ABOVE = 0.75  # finished rows are dropped when no more than this share of the batch goes on
+
 
 class Completion(NamedTuple):
     tokens: list[int]  # the answer's ids, EOS included where it was drawn
@@ -118,7 +120,11 @@ def _row_numbers(name: str, given: list[int] | None, default: list[int]) -> Tens
 
 
 class _Batch:
-    """One batch of prompts being continued; rows that finish are dropped from the cache."""
+    """One batch of prompts being continued.
+
+    Rows that finish stay in the cache, and are computed for nothing, until a quarter of it is
+    theirs: dropping them copies the cache, which costs a row as much as several tokens.
+    """
 
     def __init__(
         self, model: Transformer, prompts: list[list[int]], keys: Tensor, max_new_tokens: int
@@ -175,21 +181,26 @@ class _Batch:
             yield
             if not alive:
                 return
-            if len(alive) < len(rows):
+            if len(alive) <= KEEP_ABOVE * len(rows):
                 kept = torch.tensor(alive, device=self.device)
                 rows = [rows[slot] for slot in alive]
                 keys, drawn = keys[kept], drawn[kept]
                 cache.keep(kept)
+                alive = list(range(len(rows)))
             hidden = self.model(drawn[:, None], cache.lengths[:, None], cache=cache)[:, 0]
-            cache.lengths += 1
+            moved = torch.zeros(len(rows), dtype=torch.int64)
+            moved[alive] = 1  # a finished row writes to the same slot again and again
+            cache.lengths = cache.lengths + moved.to(self.device)
             step += 1
 
     def _record(
         self, rows: list[int], drawn: list[int], logprobs: list[float], eos_id: int | None
     ) -> list[int]:
-        """Note one token a row; returns the slots (not rows) that go on."""
+        """Note one token for each unfinished row; returns the slots (not rows) that go on."""
         alive = []
         for slot, i in enumerate(rows):
+            if self.finished[i] or len(self.tokens[i]) == self.limits[i]:
+                continue
             self.tokens[i].append(drawn[slot])
             self.logprobs[i].append(logprobs[slot])
             self.finished[i] = drawn[slot] == eos_id

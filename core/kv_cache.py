@@ -1,4 +1,8 @@
-"""The key/value cache: keys and values of every token seen, (L, B, T, K, D)."""
+"""The key/value cache: keys and values of every token seen, (L, B, T, K, D).
+
+In memory one head's tokens lie side by side, (L, B, K, T, D): attention reads each head from end
+to end, and on a CPU stepping over the other heads' tokens costs up to four times as much.
+"""
 
 import torch
 from torch import Tensor
@@ -18,15 +22,37 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
-        shape = (config.n_layers, batch, slots, config.n_kv_heads, config.head_dim)
+        shape = (config.n_layers, batch, config.n_kv_heads, slots, config.head_dim)
         # Zeros, not empty: NaN left in memory would survive a masked softmax as 0 * NaN.
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self._k = torch.zeros(shape, device=device, dtype=dtype)
+        self._v = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
 
     @property
+    def k(self) -> Tensor:
+        """Keys (L, B, T, K, D)."""
+        return self._k.transpose(2, 3)
+
+    @property
+    def v(self) -> Tensor:
+        """Values (L, B, T, K, D)."""
+        return self._v.transpose(2, 3)
+
+    @property
     def slots(self) -> int:
-        return self.k.shape[2]
+        return self._k.shape[3]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens that each row holds, (B,) int64; the model's caller moves them on."""
+        return self._lengths
+
+    @lengths.setter
+    def lengths(self, lengths: Tensor) -> None:
+        self._lengths = lengths
+        # Read once a step, not once a layer: on a GPU this waits for the device.
+        bounds = lengths.aminmax() if lengths.numel() else (0, 0)
+        self._shortest, self._longest = (int(bound) for bound in bounds)
 
     def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the first tokens of every row: k and v (B, T, K, D)."""
@@ -37,14 +63,18 @@ class KVCache:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write one token a row (B, 1, K, D) at its length; returns the layer's caches, cut to
-        the longest row. `lengths` itself is moved on once a step, by the model's caller."""
-        rows = torch.arange(k.shape[0], device=k.device)
-        self.k[layer, rows, self.lengths] = k[:, 0]
-        self.v[layer, rows, self.lengths] = v[:, 0]
-        longest = int(self.lengths.max()) + 1
-        return self.k[layer, :, :longest], self.v[layer, :, :longest]
+        the longest row."""
+        keys, values = self.k[layer], self.v[layer]
+        if self._shortest == self._longest:  # a slice costs less than an index
+            keys[:, self._longest] = k[:, 0]
+            values[:, self._longest] = v[:, 0]
+        else:
+            rows = torch.arange(k.shape[0], device=k.device)
+            keys[rows, self._lengths] = k[:, 0]
+            values[rows, self._lengths] = v[:, 0]
+        return keys[:, : self._longest + 1], values[:, : self._longest + 1]
 
     def keep(self, rows: Tensor) -> None:
         """Take the rows given (B',): to drop finished answers, or to copy a prompt's cache."""
-        self.k, self.v = self.k[:, rows].contiguous(), self.v[:, rows].contiguous()
-        self.lengths = self.lengths[rows]
+        self._k, self._v = self._k[:, rows], self._v[:, rows]
+        self.lengths = self._lengths[rows]

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from puna.core import ops
 from puna.core.config import ModelConfig
@@ -20,9 +21,10 @@ from puna.core.kv_cache import KVCache
 
 
 class Rotary(NamedTuple):
-    cos: Tensor  # (context, D/2) fp32
-    sin: Tensor  # (context, D/2) fp32
-    positions: Tensor | None  # (B, T), None: 0..T-1
+    """The angles of each token: (B, T, D/2) fp32, or the tables (context, D/2) for 0..T-1."""
+
+    cos: Tensor
+    sin: Tensor
 
 
 class RMSNorm(nn.Module):
@@ -57,7 +59,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(batch, tokens, -1, self.head_dim)
         k = self.k_proj(x).view(batch, tokens, -1, self.head_dim)
         v = self.v_proj(x).view(batch, tokens, -1, self.head_dim)
-        q, k = ops.rope(q, k, rotary.cos, rotary.sin, positions=rotary.positions)
+        q, k = ops.rope(q, k, rotary.cos, rotary.sin)
         if cache is not None and tokens == 1:
             k_cache, v_cache = cache.append(self.layer, k, v)
             out = ops.decode_attention(q, k_cache, v_cache, cache.lengths + 1)
@@ -106,6 +108,20 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
 
+def one_row(hidden: Tensor, weight: Tensor) -> Tensor:
+    """One hidden state (..., C) times a large head (V, C), block by block: (..., V).
+
+    The BLAS takes one row for a matrix-vector product and reads the weights at a third of the
+    memory's speed. 32000 x 288, one thread: 1.7 ms for 4.3.
+    """
+    blocks = 32
+    if weight.shape[0] % blocks or weight.numel() < 1 << 21:  # small ones stay in the caches
+        return linear(hidden, weight)
+    column = hidden.reshape(1, -1, 1).expand(blocks, -1, -1)
+    product = torch.bmm(weight.view(blocks, -1, weight.shape[1]), column)
+    return product.view(*hidden.shape[:-1], -1)
+
+
 class Transformer(nn.Module):
     """A Llama with a language-model head (V, C) or a score head (1, C)."""
 
@@ -149,11 +165,13 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head applied to hidden (..., C): (..., V) or (..., 1), fp32."""
-        head = self.lm_head if self.head == "lm" else self.score
-        return head(hidden).float()
+        weight = self.head_weight
+        if hidden.shape[:-1].numel() == 1 and weight.device.type == "cpu":
+            return one_row(hidden, weight).float()
+        return linear(hidden, weight).float()
 
     def _rotary(self, tokens: Tensor, positions: Tensor | None) -> Rotary:
-        """The tables, made on first use, and the positions, checked against the context."""
+        """The angles, from tables made on first use; positions are checked against the context."""
         longest = tokens.shape[1] if positions is None else 0
         if positions is not None and positions.device.type == "cpu" and positions.numel():
             longest = int(positions.max()) + 1  # on a GPU this would wait for the device
@@ -171,7 +189,9 @@ class Transformer(nn.Module):
                     theta=self.config.rope_theta,
                     device=tokens.device,
                 )
-        return Rotary(*self._tables, positions)
+        cos, sin = self._tables
+        # Taken from the tables once, not once a layer.
+        return Rotary(cos, sin) if positions is None else Rotary(cos[positions], sin[positions])
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:

@@ -38,14 +38,21 @@ def rope(
 ) -> tuple[Tensor, Tensor]:
     """Rotate `q` (B, T, H, D) and `k` (B, T, K, D) by their positions (B, T).
 
-    `cos`, `sin`: (P, D/2) tables; positions default to 0..T-1. Returns new q and k, same
-    shapes and dtypes. Raises ValueError for tables or positions that do not fit.
+    `cos`, `sin`: (P, D/2) tables, positions defaulting to 0..T-1; or (B, T, D/2), what the
+    tables hold at each token's position. Returns new q and k, same shapes and dtypes. Raises
+    ValueError for tables or positions that do not fit.
     """
     if cos.shape[-1] * 2 != q.shape[-1] or q.shape[-1] != k.shape[-1]:
         raise ValueError(
             f"tables are for head size {2 * cos.shape[-1]}, q has {q.shape[-1]}, k {k.shape[-1]}"
         )
-    if positions is None:
+    if cos.dim() == 3:
+        if positions is not None or cos.shape[:2] != q.shape[:2]:
+            raise ValueError(
+                f"angles of each token have shape {tuple(cos.shape)}, expected "
+                f"{(*q.shape[:2], q.shape[-1] // 2)} and no positions besides"
+            )
+    elif positions is None:
         if q.shape[1] > cos.shape[0]:
             raise ValueError(f"{q.shape[1]} positions, but the tables hold {cos.shape[0]}")
         cos, sin = cos[: q.shape[1]], sin[: q.shape[1]]
@@ -56,13 +63,15 @@ def rope(
             )
         cos, sin = cos[positions], sin[positions]
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (..., T, 1, D/2): one angle for all heads
-    return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
+    # One rotation of both: at a token a step, what counts is the number of operations.
+    turned = _rotate(torch.cat((q, k), 2), cos, sin, interleaved)
+    return turned[:, :, : q.shape[2]], turned[:, :, q.shape[2] :]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
+    a, b = (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, -1)
+    first, second = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
     if interleaved:
-        a, b = wide[..., 0::2], wide[..., 1::2]
-        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x.dtype)
-    a, b = wide.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+        return torch.stack((first, second), -1).flatten(-2).to(x.dtype)
+    return torch.cat((first, second), -1).to(x.dtype)
