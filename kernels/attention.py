@@ -98,8 +98,8 @@ def _segments(q: Tensor, k: Tensor, v: Tensor, cuts: list[int], scale: float | N
         steps = torch.arange(int(lengths.max()))
         real = (steps < lengths[:, None]).to(q.device)
         tokens = (starts[:, None] + steps).to(q.device)[real]
-        padded = [_Pad.apply(x, tokens, real) for x in (q, k, v)]
-        outputs.append(_Unpad.apply(_rows(*padded, scale), real))
+        rows_q, rows_k, rows_v = (_Pad.apply(x, tokens, real) for x in (q, k, v))
+        outputs.append(_Unpad.apply(_rows(rows_q, rows_k, rows_v, scale), real))
         order.append(tokens)
     inverse = torch.empty(q.shape[0], dtype=torch.int64, device=q.device)
     inverse[torch.cat(order)] = torch.arange(q.shape[0], device=q.device)
