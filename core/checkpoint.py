@@ -196,7 +196,9 @@ def open_source(path: str | os.PathLike[str]) -> Source:
 
 
 def tokenizer_path(path: str | os.PathLike[str]) -> Path:
-    """The tokenizer.model of a model folder; ValueError where it has none."""
+    """The tokenizer.model of a model folder; ValueError where it has none, or there is no model."""
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such model; give a model folder or a llama2.c .bin file")
     file = Path(path) / "tokenizer.model"
     if not file.is_file():
         raise ValueError(f"{path} has no tokenizer.model; name the tokenizer it was trained with")
