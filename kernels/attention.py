@@ -10,6 +10,7 @@ Source: Vaswani et al. 2017; Ainslie et al. 2023 (GQA); Llama 2 paper, section 2
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 
@@ -91,15 +92,17 @@ def _segments(q: Tensor, k: Tensor, v: Tensor, cuts: list[int], scale: float | N
         count = len(cuts) - 1  # equal lengths: a view, nothing to gather
         q, k, v = (x.view(count, -1, *x.shape[1:]) for x in (q, k, v))
         return _rows(q, k, v, scale)
+    bounds = torch.tensor(cuts)
     order, outputs = [], []
     for members in buckets.values():
-        starts = torch.tensor([cuts[s] for s in members])
-        lengths = torch.tensor([cuts[s + 1] - cuts[s] for s in members])
-        steps = torch.arange(int(lengths.max()))
-        real = (steps < lengths[:, None]).to(q.device)
-        tokens = (starts[:, None] + steps).to(q.device)[real]
-        rows_q, rows_k, rows_v = (_Pad.apply(x, tokens, real) for x in (q, k, v))
-        outputs.append(_Unpad.apply(_rows(rows_q, rows_k, rows_v, scale), real))
+        starts, ends = bounds[members], bounds[[s + 1 for s in members]]
+        steps = torch.arange(int((ends - starts).max()))
+        source = torch.minimum(starts[:, None] + steps, ends[:, None] - 1)
+        slots = (starts[:, None] + steps < ends[:, None]).flatten().nonzero().squeeze(1)
+        tokens = source.flatten()[slots]
+        source, slots, tokens = (index.to(q.device) for index in (source, slots, tokens))
+        rows_q, rows_k, rows_v = (_Pad.apply(x, source, slots, tokens) for x in (q, k, v))
+        outputs.append(_Unpad.apply(_rows(rows_q, rows_k, rows_v, scale), slots))
         order.append(tokens)
     inverse = torch.empty(q.shape[0], dtype=torch.int64, device=q.device)
     inverse[torch.cat(order)] = torch.arange(q.shape[0], device=q.device)
@@ -107,36 +110,41 @@ def _segments(q: Tensor, k: Tensor, v: Tensor, cuts: list[int], scale: float | N
 
 
 class _Pad(torch.autograd.Function):
-    """Gather tokens (N, ...) into zero-padded (S, L, ...); each token is used once, so the
-    backward is a gather too (autograd's own would be an atomic scatter-add)."""
+    """x (N, ...) at `source` (S, L): the tokens of each sequence, its last one repeated.
+
+    `slots` are the places in the flattened (S, L) that hold `tokens` for the first time; only
+    from there do gradients come back. Each token is used once, so the backward is a gather too
+    (autograd's own would be an atomic scatter-add).
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens, real)
+    def forward(ctx, x: Tensor, source: Tensor, slots: Tensor, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(slots, tokens)
         ctx.rows = x.shape[0]
-        padded = x.new_zeros(*real.shape, *x.shape[1:])
-        padded[real] = x.index_select(0, tokens)
-        return padded
+        return x.index_select(0, source.flatten()).view(*source.shape, *x.shape[1:])
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        tokens, real = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        slots, tokens = ctx.saved_tensors
         out = grad.new_zeros(ctx.rows, *grad.shape[2:])
-        out[tokens] = grad[real]
-        return out, None, None
+        out.index_copy_(0, tokens, grad.flatten(0, 1).index_select(0, slots))
+        return out, None, None, None
 
 
 class _Unpad(torch.autograd.Function):
-    """The real tokens of (S, L, ...) as (N', ...); the backward pads with zeros."""
+    """The real tokens of (S, L, ...), at `slots`, as (N', ...); the backward pads with zeros."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, real: Tensor) -> Tensor:
-        ctx.save_for_backward(real)
-        return x[real]
+    def forward(ctx, x: Tensor, slots: Tensor) -> Tensor:
+        ctx.save_for_backward(slots)
+        ctx.shape = x.shape
+        return x.flatten(0, 1).index_select(0, slots)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (real,) = ctx.saved_tensors
-        out = grad.new_zeros(*real.shape, *grad.shape[1:])
-        out[real] = grad
+        (slots,) = ctx.saved_tensors
+        out = grad.new_zeros(ctx.shape)
+        out.view(-1, *grad.shape[1:]).index_copy_(0, slots, grad)
         return out, None
