@@ -117,7 +117,7 @@ def one_row(hidden: Tensor, weight: Tensor) -> Tensor:
     blocks = 32
     if weight.shape[0] % blocks or weight.numel() < 1 << 21:  # small ones stay in the caches
         return linear(hidden, weight)
-    column = hidden.reshape(1, -1, 1).expand(blocks, -1, -1)
+    column = hidden.reshape(1, -1).t().expand(blocks, -1, -1)
     product = torch.bmm(weight.view(blocks, -1, weight.shape[1]), column)
     return product.view(*hidden.shape[:-1], -1)
 
