@@ -97,7 +97,23 @@ def broadcast(value: Any) -> Any:
     if is_main():
         buffer.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
     dist.broadcast(buffer, src=0)
-    return json.loads(bytes(buffer.tolist()))
+    return json.loads(buffer.numpy().tobytes())
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value (anything JSON holds), in the order of the ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    text = json.dumps(value).encode()
+    sizes = torch.zeros(world_size(), dtype=torch.int64)
+    sizes[rank()] = len(text)
+    sizes = all_sum(sizes)
+    padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+    padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    pairs = zip(parts, sizes.tolist(), strict=True)
+    return [json.loads(part[:size].numpy().tobytes()) for part, size in pairs]
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -65,15 +66,12 @@ def test_which_variant_is_a_is_drawn_and_both_temperatures_are_used(
 
     def fake(model, prompts, *, temperature, sample_ids, **_):
         used.append(temperature)
-        text = f"{model} {temperature}"
-        ids = tokenizer.encode(text, eos=True)
-        return [comparisons_completion(ids) for _ in prompts]
+        return [tokenizer.encode(f"{model} {temperature}", eos=True) for _ in prompts]
 
-    def comparisons_completion(ids):
-        return type("Completion", (), {"tokens": ids})()
-
-    monkeypatch.setattr(comparisons, "load_model", lambda path, device: path.name)
-    monkeypatch.setattr(comparisons, "generate", fake)
+    monkeypatch.setattr(comparisons, "open_model", lambda path: path.name)
+    monkeypatch.setattr(comparisons.parallel, "load", lambda source, *_, **__: source)
+    monkeypatch.setattr(comparisons.parallel, "gathered", nullcontext)
+    monkeypatch.setattr(comparisons, "sample_everywhere", fake)
     rows = sampled(tiny, tokenizer, prompts, tmp_path / "pairs.jsonl")
     assert len(rows) == 24 and set(used) == {0.8, 1.2}
     first = [row["a"].split()[0] for row in rows]

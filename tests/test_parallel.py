@@ -108,6 +108,7 @@ def run_jobs(path: Path) -> None:
         "sum": parallel.all_sum(torch.tensor([parallel.rank() + 1.0])).tolist(),
         "max": parallel.all_max(7 * parallel.rank()),
         "told": parallel.broadcast({"told": [parallel.rank(), "\u00fc"]}),
+        "gathered": parallel.gather(["x" * parallel.rank(), {"rank": parallel.rank()}]),
     }
     parallel.barrier()
     for name, job in json.loads(path.read_text()).items():
@@ -183,7 +184,9 @@ def test_resume_from_one_rank_to_two_and_back(two: Path, one: dict[str, Any]) ->
 
 def test_sums_and_messages_between_ranks(two: Path) -> None:
     checks = json.loads((two / "checks.json").read_text())
-    assert checks == {"ranks": 2, "sum": [3.0], "max": 7, "told": {"told": [0, "\u00fc"]}}
+    gathered = [["", {"rank": 0}], ["x", {"rank": 1}]]
+    told = {"told": [0, "\u00fc"]}
+    assert checks == {"ranks": 2, "sum": [3.0], "max": 7, "told": told, "gathered": gathered}
 
 
 def test_one_rank_has_no_group() -> None:
@@ -193,6 +196,7 @@ def test_one_rank_has_no_group() -> None:
     value = torch.ones(2)
     assert parallel.all_sum(value) is value
     assert parallel.all_max(3) == 3 and parallel.broadcast({"a": 1}) == {"a": 1}
+    assert parallel.gather("a") == ["a"]
     model = Transformer(CONFIG)
     with parallel.gathered(parallel.prepare(model)) as whole:
         assert whole is model

@@ -10,7 +10,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,14 @@ import pytest
 import torch
 
 from puna.core import parallel
+from puna.core.chat import Message
 from puna.core.checkpoint import load_model, save_model
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer, train_tokenizer
+from puna.trainers import rlhf
+from puna.trainers.comparisons import Verdict
+from puna.trainers.config import parse
 
 WORDS = "red blue green cat dog bird runs sleeps sings why how where big small old new".split()
 RATED = ("significantly_better", "better", "slightly_better", "negligibly_better")
@@ -54,6 +58,22 @@ STAGES: dict[str, list[str]] = {
         "--max-new-tokens 6 --batch 2 --micro-batch 1 --epochs 3 --targets 2"
     ).split(),
 }
+LOOP = """
+out = "{1}"
+model = "{0}/lm"
+prompts = ["{0}/eleven.jsonl"]
+helpfulness_prompts = ["{0}/eleven.jsonl"]
+safety_prompts = ["{0}/prompts.jsonl"]
+versions = 2
+ppo_versions = 1
+helpfulness_pairs = 21
+safety_pairs = 21
+max_new_tokens = 6
+device = "cpu"
+reward = {{ batch = 4, micro_batch = 2, lr = 1e-3 }}
+rejection = {{ samples = 3, batch = 2, micro_batch = 1, lr = 1e-3, row_tokens = 40 }}
+ppo = {{ iterations = 2, batch = 4, minibatch = 2, lr = 1e-3 }}
+"""
 TIMED = ("second", "tok/s", "per_second")
 
 
@@ -66,9 +86,18 @@ def run_stage(stage: str, argv: list[str]) -> None:
     before = sys.argv
     sys.argv = [stage, *argv]
     try:
-        importlib.import_module(f"puna.trainers.{stage}").main()
+        if stage == "rlhf":
+            annotators = {"helpfulness": longer, "safety": longer}
+            rlhf.run(parse(rlhf.RLHFConfig, argv, stage), annotators)
+        else:
+            importlib.import_module(f"puna.trainers.{stage}").main()
     finally:
         sys.argv = before
+
+
+def longer(messages: Sequence[Message], a: str, b: str) -> Verdict:
+    """An annotator who likes long answers."""
+    return Verdict(int(len(b) > len(a)), "better", "both_safe")
 
 
 def sentence(draw: random.Random) -> str:
@@ -138,6 +167,8 @@ def two(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the runs of all stages on two ranks."""
     folder = tmp_path_factory.mktemp("two")
     jobs = {stage: arguments(stage, inputs, folder / stage) for stage in STAGES}
+    jobs["rlhf"] = [str(folder / "rlhf.toml")]
+    (folder / "rlhf.toml").write_text(LOOP.format(inputs, folder / "rlhf"))
     (folder / "stages.json").write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run(
@@ -155,6 +186,14 @@ def metrics(run: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if not any(t in k for t in TIMED)} for row in rows]
 
 
+def assert_same_rows(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert [sorted(row) for row in found] == [sorted(row) for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        for name, value in other.items():
+            close = pytest.approx(value, rel=1e-5, abs=1e-5)
+            assert row[name] == close, f"{name} at step {row['step']}"
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_write_the_metrics_of_one(
     inputs: Path, two: Path, tmp_path: Path, stage: str
@@ -162,14 +201,27 @@ def test_two_ranks_write_the_metrics_of_one(
     run_stage(stage, arguments(stage, inputs, tmp_path / "one"))
     expected, found = metrics(tmp_path / "one"), metrics(two / stage)
     assert len(expected) >= 10
-    assert [sorted(row) for row in found] == [sorted(row) for row in expected]
-    for row, other in zip(found, expected, strict=True):
-        for name, value in other.items():
-            close = pytest.approx(value, rel=1e-5, abs=1e-5)
-            assert row[name] == close, f"{name} at step {row['step']}"
+    assert_same_rows(found, expected)
     one = dict(load_model(tmp_path / "one" / "model").named_parameters())
     for name, parameter in load_model(two / stage / "model").named_parameters():
         torch.testing.assert_close(parameter, one[name], atol=1e-4, rtol=1e-4)
+
+
+def test_two_ranks_go_through_the_versions_as_one(inputs: Path, two: Path, tmp_path: Path) -> None:
+    (tmp_path / "rlhf.toml").write_text(LOOP.format(inputs, tmp_path / "rlhf"))
+    run_stage("rlhf", [str(tmp_path / "rlhf.toml")])
+    one, other = tmp_path / "rlhf", two / "rlhf"
+    runs = sorted(path.parent.relative_to(one) for path in one.rglob("metrics.jsonl"))
+    assert len(runs) == 7  # twice two reward models and rejection sampling; PPO
+    for run in runs:
+        assert_same_rows(metrics(other / run), metrics(one / run))
+    for name in ("helpfulness-pairs.jsonl", "safety-pairs.jsonl", "rejection/selected.jsonl"):
+        assert answers(other / "round-2" / name) == answers(one / "round-2" / name)
+
+
+def answers(path: Path) -> list[list[Any]]:
+    rows = [json.loads(row) for row in path.read_text().splitlines()]
+    return [[row.get(key) for key in ("messages", "a", "b", "answer")] for row in rows]
 
 
 def main(path: Path) -> None:

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from puna.core import parallel
 from puna.core.chat import Message, decode_answer
-from puna.core.checkpoint import load_model
-from puna.core.generation import generate
+from puna.core.checkpoint import open_model
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.prompts import EncodedPrompt, draw
+from puna.trainers.rollout import sample_everywhere
 
 
 class Verdict(NamedTuple):
@@ -49,14 +50,15 @@ def sample_pairs(
     round_index: int,
     device: torch.device,
     batch_size: int = 256,
+    compute_dtype: torch.dtype | None = None,
 ) -> int:
     """Write `count` rows of {"messages", "a", "b"} to `path`, less those whose answers are equal
     or empty (nobody could rank them); returns how many were written. Which variant is a is drawn.
 
     The draws depend on (seed, round_index, prompt, variant) only, so that a repeated call writes
-    the same file.
+    the same file. All ranks take part and rank 0 writes.
     """
-    if path.exists():
+    if parallel.broadcast(path.exists()):
         return len(path.read_text().splitlines())
     places = [draw(position, len(prompts), seed + round_index) for position in range(count)]
     chosen = [prompts[place] for place, _ in places]
@@ -64,24 +66,25 @@ def sample_pairs(
     answers = []
     for number, variant in enumerate(variants):
         which = rng.integers(len(variant.temperatures), size=count)
-        model = load_model(variant.model, device=device)
+        model = parallel.load(open_model(variant.model), device, compute_dtype=compute_dtype)
         texts = [""] * count
-        for index, temperature in enumerate(variant.temperatures):
-            rows = np.flatnonzero(which == index).tolist()
-            completions = generate(
-                model,
-                [chosen[row].ids for row in rows],
-                max_new_tokens=max_new_tokens,
-                eos_id=tokenizer.eos_id,
-                temperature=temperature,
-                seed=seed,
-                round_index=round_index,
-                prompt_ids=rows,
-                sample_ids=[number] * len(rows),
-                batch_size=batch_size,
-            )
-            for row, completion in zip(rows, completions, strict=True):
-                texts[row] = decode_answer(tokenizer, completion.tokens)
+        with parallel.gathered(model) as whole:
+            for index, temperature in enumerate(variant.temperatures):
+                rows = np.flatnonzero(which == index).tolist()
+                drawn = sample_everywhere(
+                    whole,
+                    [chosen[row].ids for row in rows],
+                    max_new_tokens=max_new_tokens,
+                    eos_id=tokenizer.eos_id,
+                    temperature=temperature,
+                    seed=seed,
+                    round_index=round_index,
+                    prompt_ids=rows,
+                    sample_ids=[number] * len(rows),
+                    batch_size=batch_size,
+                )
+                for row, tokens in zip(rows, drawn, strict=True):
+                    texts[row] = decode_answer(tokenizer, tokens)
         answers.append(texts)
     swapped = rng.random(count) < 0.5
     rows_out = []
@@ -89,7 +92,9 @@ def sample_pairs(
         if one and other and one != other:
             a, b = (other, one) if swap else (one, other)
             rows_out.append({"messages": prompt.messages, "a": a, "b": b})
-    write_rows(path, rows_out)
+    if parallel.is_main():
+        write_rows(path, rows_out)
+    parallel.barrier()
     return len(rows_out)
 
 

@@ -22,8 +22,7 @@ import numpy as np
 
 from puna.core import parallel
 from puna.core.chat import Message, decode_answer, encode_dialogue, encode_prompt
-from puna.core.checkpoint import load_model, tokenizer_path
-from puna.core.generation import generate
+from puna.core.checkpoint import open_model, tokenizer_path
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
 from puna.trainers import language, loop
@@ -32,6 +31,7 @@ from puna.trainers.formats import Columns
 from puna.trainers.gatt_data import GhostDialogue, read_ghost_dialogues
 from puna.trainers.packing import PackedRows
 from puna.trainers.progress import meter
+from puna.trainers.rollout import sample_everywhere
 from puna.trainers.run import Run, open_start
 from puna.trainers.sft import load_dialogues
 
@@ -111,11 +111,12 @@ def sampled_exchanges(
     path = folder.path / "samples" / "turns.jsonl"
     if parallel.is_main():
         path.parent.mkdir(exist_ok=True)
-        done = _whole_turns(path)
-        longest = max(len(d.turns) for d in dialogues)
-        if done < longest:
-            model = load_model(config.model, device=loop.device_of(config))
-            _sample(config, model, tokenizer, dialogues, judge, path, done, longest)
+    done = parallel.broadcast(_whole_turns(path) if parallel.is_main() else 0)
+    longest = max(len(d.turns) for d in dialogues)
+    if done < longest:
+        model = loop.load(open_model(config.model, head="lm"), config)
+        with parallel.gathered(model) as whole:
+            _sample(config, whole, tokenizer, dialogues, judge, path, done, longest)
     parallel.barrier()
     return _load_turns(path, dialogues)
 
@@ -138,7 +139,8 @@ def _sample(
             f"max_new_tokens {config.max_new_tokens} leaves no room for a question in the model's "
             f"context of {model.config.context}; lower it"
         )
-    with meter("gatt: sampling", longest, start=done, unit="answers") as progress:
+    show = parallel.is_main()
+    with meter("gatt: sampling", longest, start=done, unit="answers", show=show) as progress:
         for turn in range(done, longest):
             going = [
                 i
@@ -153,7 +155,8 @@ def _sample(
                 i: _choose(tokenizer, dialogues[i], turn, candidates, judge)
                 for i, candidates in zip(going, drawn, strict=True)
             }
-            _append_turn(path, exchanges)
+            if parallel.is_main():
+                _append_turn(path, exchanges)
             for i, exchange in exchanges.items():
                 history[i].append(exchange)
             progress.advance(len(going) * config.samples)
@@ -188,7 +191,7 @@ def _candidates(
 ) -> list[list[list[int]]]:
     """`samples` answers to each prompt; the draw depends on (seed, turn, dialogue, sample)."""
     count = config.samples
-    completions = generate(
+    answers = sample_everywhere(
         model,
         [ids for ids in prompts for _ in range(count)],
         max_new_tokens=config.max_new_tokens,
@@ -200,7 +203,6 @@ def _candidates(
         sample_ids=list(range(count)) * len(going),
         batch_size=config.generation_batch,
     )
-    answers = [completion.tokens for completion in completions]
     return [answers[n * count : (n + 1) * count] for n in range(len(going))]
 
 

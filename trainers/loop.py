@@ -22,6 +22,9 @@ from puna.trainers.interrupts import stop_requests
 from puna.trainers.progress import meter
 from puna.trainers.run import Run, Trained
 
+# what weights are gathered and multiplied in, by the name in a recipe; None: what they are kept in
+DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
+
 
 @dataclass(kw_only=True)
 class TrainConfig:
@@ -110,7 +113,7 @@ def load(source: Source, config: TrainConfig) -> Transformer:
     return parallel.load(
         source,
         device_of(config),
-        compute_dtype=torch.bfloat16 if config.dtype == "bf16" else None,
+        compute_dtype=DTYPES[config.dtype],
         activation_checkpointing=config.activation_checkpointing,
         compile=config.compile,
     )

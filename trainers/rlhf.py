@@ -17,10 +17,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from puna.core import parallel
-from puna.core.checkpoint import load_model, open_source, tokenizer_path
+from puna.core.checkpoint import open_model, open_source, tokenizer_path
 from puna.core.tokenizer import Tokenizer
 from puna.trainers import language, loop, ppo, rejection, reward
 from puna.trainers.comparisons import (
@@ -77,6 +77,8 @@ class RLHFConfig:
     anew from the chat model on all data)"""
     seed: int = 0
     device: str = "auto"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """of the matrix products in what this loop samples and scores itself; each stage has its own"""
     generation_batch: int = 256
     """answers sampled side by side"""
     reward: dict[str, Any] = field(default_factory=dict)
@@ -187,8 +189,9 @@ def play_round(
         }
         model = ppo.run(from_values(ppo.PPOConfig, options))
     version = Version(number, model, judges["helpfulness"], judges["safety"], pool)
+    after = accuracy_of(config, version, folder)
     if parallel.is_main():
-        record(config.out / "rounds.jsonl", version, before, accuracy_of(config, version, folder))
+        record(config.out / "rounds.jsonl", version, before, after)
     return version
 
 
@@ -214,13 +217,12 @@ def compare(
     annotators: Mapping[str, Annotator] | None,
 ) -> None:
     """Sample this round's pairs and have them annotated; raises Waiting where nobody has yet."""
-    if parallel.is_main():
-        for kind in KINDS:
-            pairs, answered = folder / f"{kind}-pairs.jsonl", folder / f"{kind}.jsonl"
-            if not answered.exists():
-                sample_kind(config, number, kind, pairs, models)
-                if annotators:
-                    annotate(pairs, answered, annotators[kind], number)
+    for kind in KINDS:
+        pairs, answered = folder / f"{kind}-pairs.jsonl", folder / f"{kind}.jsonl"
+        if not parallel.broadcast(answered.exists()):
+            sample_kind(config, number, kind, pairs, models)
+            if annotators and parallel.is_main():
+                annotate(pairs, answered, annotators[kind], number)
     parallel.barrier()
     missing = [kind for kind in KINDS if not (folder / f"{kind}.jsonl").exists()]
     if missing:
@@ -257,6 +259,7 @@ def sample_kind(
         round_index=2 * number + KINDS.index(kind),
         device=loop.device_of_name(config.device),
         batch_size=config.generation_batch,
+        compute_dtype=loop.DTYPES[config.dtype],
     )
 
 
@@ -286,11 +289,15 @@ def accuracy_of(
 ) -> dict[str, dict[str, float]]:
     """Accuracy of a version's reward models on a round's comparisons, by kind and rating."""
     found: dict[str, dict[str, float]] = {}
-    if version is None or not parallel.is_main():
+    if version is None:
         return found
     for kind in KINDS:
         path = getattr(version, kind)
-        model = load_model(path, device=loop.device_of_name(config.device))
+        model = parallel.load(
+            open_model(path),
+            loop.device_of_name(config.device),
+            compute_dtype=loop.DTYPES[config.dtype],
+        )
         rows, _ = read_preferences(folder / f"{kind}.jsonl")
         tokenizer = Tokenizer(tokenizer_path(path))
         pairs, _ = encode_pairs(tokenizer, rows, model.config.context)

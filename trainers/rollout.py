@@ -6,7 +6,7 @@ the answer. S answers, T tokens of the longest one, A = sum of the lengths, C mo
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,6 +116,32 @@ def collect(
         pad_answers(drawn, lengths, steps).to(device),
         torch.tensor([c.finished for c in completions], dtype=torch.bool).to(device),
     )
+
+
+def sample_everywhere(
+    whole: Transformer,
+    prompts: Sequence[list[int]],
+    *,
+    prompt_ids: Sequence[int],
+    sample_ids: Sequence[int],
+    **options: Any,
+) -> list[list[int]]:
+    """The ids of an answer to each prompt, on every rank: each draws its share of them.
+
+    `whole` is a gathered model; prompts and options are the same on all ranks, and the answers
+    do not depend on how many there are.
+    """
+    ranks = parallel.world_size()
+    mine = range(parallel.rank(), len(prompts), ranks)
+    completions = generate(
+        whole,
+        [prompts[i] for i in mine],
+        prompt_ids=[prompt_ids[i] for i in mine],
+        sample_ids=[sample_ids[i] for i in mine],
+        **options,
+    )
+    parts = parallel.gather([completion.tokens for completion in completions])
+    return [parts[i % ranks][i // ranks] for i in range(len(prompts))]
 
 
 def answer_states(
