@@ -121,9 +121,7 @@ def test_rows_of_different_lengths_in_one_cache():
 
 def test_beyond_the_context():
     model = make()
-    with pytest.raises(
-        ValueError, match="21 tokens exceeds the model's context of 20"
-    ):
+    with pytest.raises(ValueError, match="21 tokens exceeds the model's context of 20"):
         model(random_tokens(1, 21))
     positions = torch.tensor([[0, 1, 20]])
     with pytest.raises(ValueError, match="a sequence of 21 tokens exceeds"):
@@ -151,6 +149,17 @@ def test_score_head():
     assert "lm_head.weight" not in model.state_dict()
     with pytest.raises(ValueError, match="expected 'lm' or 'score'"):
         Transformer(GQA, head="value")
+
+
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (1, 1, 48), (2, 48)])
+def test_a_large_head_for_one_row_as_for_many(shape):
+    model = Transformer(ModelConfig(48, 1, 2, 2, 16, vocab_size=32 * 1400))
+    torch.manual_seed(0)
+    hidden = torch.randn(shape)
+    logits = model.logits(hidden)
+    assert logits.shape == (*shape[:-1], 32 * 1400) and logits.dtype == torch.float32
+    exact = hidden.double() @ model.head_weight.double().T
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("head", ["lm", "score"])

@@ -149,6 +149,20 @@ def test_strided_inputs():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_angles_taken_from_the_tables_beforehand():
+    """(B, T, D/2): what a model does once instead of in every layer."""
+    q, k = torch.randn(2, 4, 3, 8), torch.randn(2, 4, 1, 8)
+    cos, sin = rope_tables(9, 8)
+    positions = torch.tensor([[0, 1, 0, 7], [8, 3, 3, 0]])
+    found = rope(q, k, cos[positions], sin[positions])
+    expected = rope(q, k, cos, sin, positions=positions)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    with pytest.raises(ValueError, match="angles of each token have shape"):
+        rope(q, k, cos[positions], sin[positions], positions=positions)
+    with pytest.raises(ValueError, match="angles of each token have shape"):
+        rope(q, k, cos[positions[:1]], sin[positions[:1]])
+
+
 def test_bad_input():
     q, k = torch.randn(1, 4, 2, 8), torch.randn(1, 4, 1, 8)
     cos, sin = rope_tables(4, 8)
