@@ -22,7 +22,10 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, cast: str = "llama
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected {tuple(x.shape[-1:])}")
     if cast not in ("llama", "hf"):
         raise ValueError(f"cast is {cast!r}, expected 'llama' or 'hf'")
-    y = _RMSNorm.apply(x, weight, eps)
+    if torch.is_grad_enabled():
+        y = _RMSNorm.apply(x, weight, eps)
+    else:  # an autograd.Function costs a decoding step as much as the norm itself
+        y = _normalise(x, weight, eps)[0]
     return y.to(x.dtype) if cast == "llama" else y
 
 
@@ -36,6 +39,13 @@ def add_rms_norm(
     return rms_norm(summed, weight, eps=eps, cast=cast), summed
 
 
+def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(y in the promoted dtype, 1 / rms(x) (..., 1) in at least fp32)."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale).to(x.dtype) * weight, scale
+
+
 class _RMSNorm(torch.autograd.Function):
     """With n = x / rms(x) and g = dy * w: dx = (g - n * mean(g * n)) / rms(x), dw = sum(dy * n).
 
@@ -45,10 +55,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        y, scale = _normalise(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).to(x.dtype) * weight
+        return y
 
     @staticmethod
     @once_differentiable
