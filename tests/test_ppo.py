@@ -258,7 +258,17 @@ def test_early_stopping_takes_the_best_model(world, tmp_path, monkeypatch):
     )
     final = load_model(ppo.run(config)).state_dict()
     assert [row["step"] for row in metrics(config.out)] == [0, 1, 2, 3]
-    assert len(saved) == 1 and all(torch.equal(final[name], saved[0][name]) for name in final)
+    assert len(saved) == 2  # the first model, and the one after the first iteration
+    assert all(torch.equal(final[name], saved[1][name]) for name in final)
+
+
+def test_where_nothing_is_better_the_first_model_stays(world, tmp_path, monkeypatch):
+    rewards = iter([3.0, 2.0, 1.0, 1.5])
+    monkeypatch.setattr(ppo, "held_out", lambda stage: {"heldout_reward": next(rewards)})
+    held = [world / "held_out.jsonl"]
+    config = configured(world, tmp_path / "run", held_out=held, patience=3, eval_every=1)
+    final, first = (load_model(p).state_dict() for p in (ppo.run(config), world / "policy"))
+    assert all(torch.equal(final[name], first[name]) for name in first)
 
 
 def test_stopping_rules():
