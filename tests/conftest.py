@@ -54,7 +54,9 @@ def no_worse_than_torch():
     return check
 
 
-WORDS = "red blue green cup tree lamp moon fish sing give nine why how where big old new cat".split()
+WORDS = (
+    "red blue green cup tree lamp moon fish sing give nine why how where big old new cat".split()
+)
 
 
 @pytest.fixture(scope="session")

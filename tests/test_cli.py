@@ -216,7 +216,8 @@ def test_fine_tuning_on_dolly(shared, stories, tmp_path):
     ],
 )
 def test_reward_models_on_comparisons_of_people(shared, stories, tmp_path, capsys, recipe, file):
-    data = beginning(shared / "preferences" / file, tmp_path / file, 20 if recipe != "tulu1" else 40)
+    rows = 40 if recipe == "tulu1" else 20
+    data = beginning(shared / "preferences" / file, tmp_path / file, rows)
     out = tmp_path / "run"
     flags = f"--model {stories} --data {data} --out {out} --epochs 4 --batch 4 --lr 5e-3"
     assert main(f"reward examples/{recipe}.toml {flags}".split()) == 0
