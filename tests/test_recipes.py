@@ -45,6 +45,7 @@ CLASSES = {
     "rlhf": "RLHFConfig",
 }
 EXAMPLES = {"shakespeare": "pretrain", "dolly": "sft", "hh": "reward", "tulu1": "reward"}
+EXAMPLES = {"shakespeare": "pretrain", "dolly": "sft", "hh": "reward", "tulu1": "reward"}
 ADAMW = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-5, "weight_decay": 0.1, "clip": 1.0}
 PAPER: dict[str, dict[str, Any]] = {
     "pretrain": {
@@ -90,7 +91,8 @@ PARAMETERS = (6_738_415_616, 13_015_864_320, 33_743_970_304, 68_976_648_192)
 
 def config_of(recipe: str) -> Any:
     """The recipe with its stage's Config; ValueError for a key that it does not have."""
-    stage = Path(recipe).stem.split("_")[0]
+    stem = Path(recipe).stem.split("_")[0]
+    stage = EXAMPLES.get(stem, stem)  # examples are called after their data
     stage = EXAMPLES.get(stage, stage)
     cls = getattr(importlib.import_module(f"puna.trainers.{stage}"), CLASSES[stage])
     return from_values(cls, load_recipe(cls, ROOT / recipe))
