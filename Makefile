@@ -20,7 +20,7 @@ demo: $(READY)
 # One process a core with one thread each: faster than one process with all threads.
 test: export OMP_NUM_THREADS = 1
 test: $(READY)
-	$(BIN)/pytest -n auto --maxprocesses 8
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-gpu: $(READY)
 	$(BIN)/pytest -m gpu
