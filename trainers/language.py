@@ -19,6 +19,8 @@ from puna.trainers.packing import LMBatch, step_rows
 from puna.trainers.run import Run, Trained
 
 Item = TypeVar("Item")
+Indices = TypeVar("Indices", list[int], np.ndarray)
+Item = TypeVar("Item")
 
 
 class Rows(Protocol):
@@ -45,7 +47,7 @@ OBJECTIVE = loop.Objective(
 )
 
 
-def share(indices: Sequence[Item]) -> Sequence[Item]:
+def share(indices: Indices) -> Indices:
     """This rank's equal part of a global batch; ValueError where it cannot be equal."""
     size, left = divmod(len(indices), parallel.world_size())
     if left:
