@@ -16,7 +16,7 @@ MATMUL_SIDE = 1024
 
 def card(device: torch.device) -> dict[str, object]:
     """Processor, memory, threads, versions, commit: JSON values, `unknown` where not told."""
-    described = {
+    described: dict[str, object] = {
         "device": str(device),
         "processor": _processor(),
         "cores": os.cpu_count(),

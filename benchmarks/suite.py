@@ -42,7 +42,7 @@ def run_suite(
         if what in ("train", "all"):
             found += bench_train(models, rounds)
     console.print(rows_table(found))
-    document = {"machine": card, "command": command, "rows": found}
+    document: dict[str, object] = {"machine": card, "command": command, "rows": found}
     if save:
         console.print(f"written to {write_document(document, what)}")
     print(json.dumps(document))

@@ -59,9 +59,9 @@ def peak_mb(call: Callable[[], object], device: torch.device) -> float | None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        held = torch.cuda.memory_allocated(device)
         _seconds(call, device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+        return (torch.cuda.max_memory_allocated(device) - held) / 1e6
     if not _give_back_freed_memory():
         return None
     before = _status_mb("VmRSS")

@@ -26,7 +26,7 @@ def test_the_ends_of_the_interval_are_just_not_rejected(count, data):
     """Wilson's ends p solve |share - p| = 1.96 sqrt(p (1 - p) / count)."""
     hits = data.draw(st.integers(0, 2 * count)) / 2
     found = wilson(hits, count)
-    assert 0 <= found.low <= found.share <= found.high <= 1 and found.count == count
+    assert 0 <= found.low <= found.share <= found.high <= 1 and found.pairs == count
     for end in (found.low, found.high):
         if 0 < end < 1:
             distance = abs(found.share - end)
@@ -46,7 +46,7 @@ def test_accuracy_by_rating_counts_ties_half():
     ratings = torch.tensor([0, 0, 2, 2, -1])
     expected = {"all": 0.7, "significantly_better": 0.5, "slightly_better": 0.75}
     assert accuracies(differences, ratings) == pytest.approx(expected)
-    assert {k: s.count for k, s in shares(differences, ratings).items()} == {
+    assert {k: s.pairs for k, s in shares(differences, ratings).items()} == {
         "all": 5, "significantly_better": 2, "slightly_better": 2,
     }  # fmt: skip
     lines = sentences(shares(differences, ratings), "held-out accuracy").splitlines()
@@ -60,7 +60,7 @@ def test_a_model_that_is_as_sure_as_it_is_right_is_calibrated():
     flipped = torch.rand(20_000, generator=draw) > torch.sigmoid(sure.abs())
     differences = torch.where(flipped, -sure.abs(), sure.abs())
     bins = calibration(differences)
-    assert sum(each.right.count for each in bins) == 20_000 and len(bins) == 5
+    assert sum(each.right.pairs for each in bins) == 20_000 and len(bins) == 5
     assert all(each.right.low - 0.01 < each.confidence < each.right.high + 0.01 for each in bins)
     assert calibration_error(bins) < 0.01
     assert calibration_error(calibration(3 * differences)) > 0.05  # too sure of itself

@@ -24,7 +24,7 @@ class Share(NamedTuple):
     share: float
     low: float
     high: float
-    count: int
+    pairs: int
 
     def __str__(self) -> str:
         return f"{self.share:.3f} (95% interval {self.low:.3f} to {self.high:.3f})"
@@ -71,7 +71,7 @@ def sentences(found: Mapping[str, Share], what: str) -> str:
     names = {name: what if name == "all" else f"  {name.replace('_', ' ')}" for name in found}
     width = max(map(len, names.values()))
     return "\n".join(
-        f"{names[name]:<{width}}  {share}, {share.count} pairs" for name, share in found.items()
+        f"{names[name]:<{width}}  {share}, {share.pairs} pairs" for name, share in found.items()
     )
 
 
@@ -102,5 +102,5 @@ def calibration(differences: Tensor) -> list[Bin]:
 
 def calibration_error(bins: list[Bin]) -> float:
     """Mean distance between confidence and share right, over pairs (expected calibration error)."""
-    total = sum(each.right.count for each in bins)
-    return sum(each.right.count * abs(each.confidence - each.right.share) for each in bins) / total
+    total = sum(each.right.pairs for each in bins)
+    return sum(each.right.pairs * abs(each.confidence - each.right.share) for each in bins) / total

@@ -106,4 +106,4 @@ def show(shares: dict[str, Share], bins: list[Bin]) -> None:
 
 
 def _cells(share: Share) -> tuple[str, str, str]:
-    return f"{share.share:.3f}", f"{share.low:.3f} to {share.high:.3f}", str(share.count)
+    return f"{share.share:.3f}", f"{share.low:.3f} to {share.high:.3f}", str(share.pairs)

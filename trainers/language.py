@@ -18,7 +18,6 @@ from puna.trainers.data import Skipped
 from puna.trainers.packing import LMBatch, step_rows
 from puna.trainers.run import Run, Trained
 
-Item = TypeVar("Item")
 Indices = TypeVar("Indices", list[int], np.ndarray)
 Item = TypeVar("Item")
 
