@@ -82,17 +82,17 @@ def test_evaluate_prints_tables_and_writes_what_it_measured(tiny, tmp_path, caps
     )
     document = evaluate.run(config)
     assert json.loads(config.out.read_text()) == document
-    assert document["accuracy"]["all"]["count"] == 48
+    assert document["accuracy"]["all"]["pairs"] == 48
     assert set(document["accuracy"]) == {
         "all", "significantly_better", "better", "slightly_better", "negligibly_better",
     }  # fmt: skip
     labels = document["accuracy_by_safety"]
-    assert {name: share["count"] for name, share in labels.items()} == {
+    assert {name: share["pairs"] for name, share in labels.items()} == {
         "chosen_safe": 16, "both_safe": 16, "both_unsafe": 16,
     }  # fmt: skip
     mean = sum(share["share"] for share in labels.values()) / 3
     assert mean == pytest.approx(document["accuracy"]["all"]["share"])
-    assert sum(each["right"]["count"] for each in document["calibration"]) == 48
+    assert sum(each["right"]["pairs"] for each in document["calibration"]) == 48
     shown = capsys.readouterr().out
     assert "Accuracy" in shown and "Calibration (expected error" in shown and "both unsafe" in shown
 

@@ -194,7 +194,7 @@ def test_what_cannot_be_is_one_sentence(tiny, tmp_path):
         gatt.run(configured(tiny, tmp_path / "a", max_new_tokens=256))
     with pytest.raises(ValueError, match="no sampled answer may be a target: .* judge; raise"):
         gatt.run(configured(tiny, tmp_path / "b"), judge=lambda *_: False)
-    with pytest.raises(ValueError, match="with an 'lm' head"):
+    with pytest.raises(ValueError, match="holds a score head"):
         gatt.run(configured(tiny, tmp_path / "c", model=tiny / "safety"))
 
 
