@@ -1,6 +1,7 @@
-"""The operations of a Llama, one file each; this folder needs torch only and can be copied."""
+"""The operations of a Llama, one file each; the folder needs torch and triton."""
 
 from .attention import attention as attention
+from .backend import use_backend as use_backend
 from .decode_attention import decode_attention as decode_attention
 from .gae import gae as gae
 from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy

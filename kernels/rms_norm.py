@@ -4,6 +4,8 @@
 Casting order: "llama" (Meta's code) casts the normalised value back before the weight is
 applied; "hf" does the same but returns the promoted dtype of weight and input, so an fp32
 weight gives an fp32 result.
+
+With n = x / rms(x) and g = dy * weight:  dx = (g - n * mean(g * n)) / rms(x),  dw = sum(dy * n).
 Source: Zhang & Sennrich 2019; Llama 2 paper, section 2.2.
 """
 
@@ -11,22 +13,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .backend import cast as to
+from .backend import choose, jit, on_device, registered, tl, triton
+
+WIDEST = 32768  # one row is held in registers
+# Rows a program takes in the backward: its share of the weight's gradient is summed in registers.
+BACKWARD_PROGRAMS = 512
+
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, cast: str = "llama") -> Tensor:
     """Normalise the last dimension of `x` (..., C) and scale by `weight` (C,).
 
     Returns (..., C) in x's dtype (`cast="llama"`) or the promoted dtype (`cast="hf"`).
-    Raises ValueError where the shapes or `cast` do not fit.
+    Raises ValueError where the shapes, devices or `cast` do not fit.
     """
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected {tuple(x.shape[-1:])}")
-    if cast not in ("llama", "hf"):
-        raise ValueError(f"cast is {cast!r}, expected 'llama' or 'hf'")
-    if torch.is_grad_enabled():
-        y = _RMSNorm.apply(x, weight, eps)
-    else:  # an autograd.Function costs a decoding step as much as the norm itself
-        y = _normalise(x, weight, eps)[0]
-    return y.to(x.dtype) if cast == "llama" else y
+    _check(x, weight, cast)
+    if choose(x) == "triton":
+        return _TritonRMSNorm.apply(x, None, weight, eps, cast == "llama")[0]
+    return _reference(x, weight, eps, cast)
 
 
 def add_rms_norm(
@@ -35,8 +39,32 @@ def add_rms_norm(
     """`residual + x`, and its norm: returns (y, new residual), both (..., C)."""
     if x.shape != residual.shape:
         raise ValueError(f"x is {tuple(x.shape)}, residual {tuple(residual.shape)}: not equal")
+    _check(x, weight, cast)
+    if choose(x) == "triton":
+        y, summed = _TritonRMSNorm.apply(x, residual, weight, eps, cast == "llama")
+        return y, summed
     summed = residual + x
-    return rms_norm(summed, weight, eps=eps, cast=cast), summed
+    return _reference(summed, weight, eps, cast), summed
+
+
+def _check(x: Tensor, weight: Tensor, cast: str) -> None:
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected {tuple(x.shape[-1:])}")
+    if weight.device != x.device:
+        raise ValueError(f"weight is on {weight.device}, x on {x.device}: not the same device")
+    if cast not in ("llama", "hf"):
+        raise ValueError(f"cast is {cast!r}, expected 'llama' or 'hf'")
+
+
+# Reference
+
+
+def _reference(x: Tensor, weight: Tensor, eps: float, cast: str) -> Tensor:
+    if torch.is_grad_enabled():
+        y = _RMSNorm.apply(x, weight, eps)
+    else:  # an autograd.Function costs a decoding step as much as the norm itself
+        y = _normalise(x, weight, eps)[0]
+    return y.to(x.dtype) if cast == "llama" else y
 
 
 def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -47,11 +75,8 @@ def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """With n = x / rms(x) and g = dy * w: dx = (g - n * mean(g * n)) / rms(x), dw = sum(dy * n).
-
-    By hand, because autograd's way through square, mean, rsqrt and two products took 2 to 4
-    times as long (2048 x 288 and 4096 x 192, fp32, one thread of a CPU).
-    """
+    """By hand, because autograd's way through square, mean, rsqrt and two products took 2 to 4
+    times as long (2048 x 288 and 4096 x 192, fp32, one thread of a CPU)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -70,3 +95,179 @@ class _RMSNorm(torch.autograd.Function):
         inner = (both @ wide_weight).div_(x.shape[-1]).unsqueeze(-1)
         d_x = (upstream * wide_weight).addcmul_(normed, inner, value=-1).mul_(scale)
         return d_x.to(x.dtype), d_weight, None
+
+
+# Triton
+
+
+@jit
+def rms_norm_forward_kernel(
+    # pointers
+    X, RESIDUAL, WEIGHT, SUM, Y, SCALE,
+    # sizes
+    n_rows, width, eps,
+    # strides of a row
+    x_stride, residual_stride,
+    # compile-time settings
+    ADD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.arange(0, BLOCK)
+    inside = (rows < n_rows)[:, None] & (columns < width)[None, :]
+    x = tl.load(X + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0)
+    if ADD:
+        r = tl.load(
+            RESIDUAL + rows[:, None] * residual_stride + columns[None, :], mask=inside, other=0.0
+        )
+        x = to(x.to(tl.float32) + r.to(tl.float32), SUM.dtype.element_ty)
+        tl.store(SUM + rows[:, None] * width + columns[None, :], x, mask=inside)
+    wide = x.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(wide * wide, 1) / width + eps)
+    weight = tl.load(WEIGHT + columns, mask=columns < width, other=0.0).to(tl.float32)
+    normed = to(wide * scale[:, None], x.dtype).to(tl.float32)
+    y = to(normed * weight[None, :], Y.dtype.element_ty)
+    tl.store(Y + rows[:, None] * width + columns[None, :], y, mask=inside)
+    tl.store(SCALE + rows, scale, mask=rows < n_rows)
+
+
+@jit
+def rms_norm_backward_kernel(
+    # pointers
+    X, WEIGHT, SCALE, D_Y, D_SUM, D_X, D_WEIGHT,
+    # sizes
+    n_rows, width, tiles_each,
+    # strides of a row
+    x_stride, d_y_stride, d_sum_stride,
+    # compile-time settings
+    ADD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program takes `tiles_each` tiles of rows and writes its part of dw: (programs, C)."""
+    program = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    weight = tl.load(WEIGHT + columns, mask=columns < width, other=0.0).to(tl.float32)
+    d_weight = tl.zeros((BLOCK,), tl.float32)
+    for tile in range(tiles_each):
+        rows = (program * tiles_each + tile) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        inside = (rows < n_rows)[:, None] & (columns < width)[None, :]
+        x = tl.load(X + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0)
+        d_y = tl.load(D_Y + rows[:, None] * d_y_stride + columns[None, :], mask=inside, other=0.0)
+        scale = tl.load(SCALE + rows, mask=rows < n_rows, other=0.0)[:, None]
+        normed = x.to(tl.float32) * scale
+        d_y = d_y.to(tl.float32)
+        d_weight += tl.sum(d_y * normed, 0)
+        d_y *= weight[None, :]
+        inner = tl.sum(d_y * normed, 1) / width
+        d_x = (d_y - normed * inner[:, None]) * scale
+        if ADD:
+            d_sum = tl.load(
+                D_SUM + rows[:, None] * d_sum_stride + columns[None, :], mask=inside, other=0.0
+            )
+            d_x += d_sum.to(tl.float32)
+        d_x = to(d_x, D_X.dtype.element_ty)
+        tl.store(D_X + rows[:, None] * width + columns[None, :], d_x, mask=inside)
+    tl.store(D_WEIGHT + program * width + columns, d_weight, mask=columns < width)
+
+
+def tile(width: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of a tile: whole rows, at least 2048 elements to a program.
+
+    Raises ValueError past the widest row that fits the registers.
+    """
+    if width > WIDEST:
+        raise ValueError(f"rows are {width} wide; the triton back end takes up to {WIDEST}")
+    block = triton.next_power_of_2(max(width, 1))
+    rows = max(1, 2048 // block)
+    return rows, block, min(16, max(4, block * rows // 512))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, C) with neighbouring columns next to each other: a view wherever one exists."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 and flat.stride(0) > 0 else flat.contiguous()
+
+
+def _forward_fake(x, residual, weight, eps, to_input):
+    summed_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    y_dtype = summed_dtype if to_input else torch.promote_types(summed_dtype, weight.dtype)
+    summed = x.new_empty((0,) if residual is None else x.shape, dtype=summed_dtype)
+    scale = x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=y_dtype), summed, scale
+
+
+@registered(_forward_fake)
+def rms_norm_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, to_input: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y (..., C), residual + x or nothing, 1 / rms (N,) fp32)."""
+    y, summed, scale = _forward_fake(x, residual, weight, eps, to_input)
+    block_rows, block, warps = tile(x.shape[-1])
+    flat = _rows(x)
+    other = flat if residual is None else _rows(residual)
+    if flat.numel():
+        with on_device(x):
+            rms_norm_forward_kernel[(triton.cdiv(flat.shape[0], block_rows),)](
+                # pointers
+                flat, other, weight.contiguous(), summed, y, scale,
+                # sizes
+                flat.shape[0], flat.shape[1], eps,
+                # strides
+                flat.stride(0), other.stride(0),
+                # settings
+                ADD=residual is not None, BLOCK_ROWS=block_rows, BLOCK=block, num_warps=warps,
+            )  # fmt: skip
+    return y, summed, scale
+
+
+def _backward_fake(x, weight, scale, d_y, d_sum):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+@registered(_backward_fake)
+def rms_norm_backward(
+    x: Tensor, weight: Tensor, scale: Tensor, d_y: Tensor, d_sum: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(dx (..., C), dweight (C,)); `d_sum` is what else flows into x and is added to dx."""
+    block_rows, block, warps = tile(x.shape[-1])
+    flat, d_flat = _rows(x), _rows(d_y)
+    d_other = d_flat if d_sum is None else _rows(d_sum)
+    d_x = x.new_empty(x.shape)
+    if flat.numel() == 0:
+        return d_x, torch.zeros_like(weight)
+    tiles = triton.cdiv(flat.shape[0], block_rows)
+    each = triton.cdiv(tiles, BACKWARD_PROGRAMS)
+    programs = triton.cdiv(tiles, each)
+    parts = torch.empty(programs, flat.shape[1], dtype=torch.float32, device=x.device)
+    with on_device(x):
+        rms_norm_backward_kernel[(programs,)](
+            # pointers
+            flat, weight.contiguous(), scale, d_flat, d_other, d_x, parts,
+            # sizes
+            flat.shape[0], flat.shape[1], each,
+            # strides
+            flat.stride(0), d_flat.stride(0), d_other.stride(0),
+            # settings
+            ADD=d_sum is not None, BLOCK_ROWS=block_rows, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    return d_x, parts.sum(0).to(weight.dtype)
+
+
+class _TritonRMSNorm(torch.autograd.Function):
+    """(y, residual + x); without a residual the second is empty."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps, to_input):
+        y, summed, scale = rms_norm_forward(x, residual, weight, eps, to_input)
+        ctx.added = residual is not None
+        ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+        ctx.save_for_backward(summed if ctx.added else x, weight, scale)
+        if not ctx.added:
+            ctx.mark_non_differentiable(summed)
+        return y, summed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y, d_sum):
+        x, weight, scale = ctx.saved_tensors
+        d_x, d_weight = rms_norm_backward(x, weight, scale, d_y, d_sum if ctx.added else None)
+        d_residual = d_x.to(ctx.dtypes[1]) if ctx.added else None
+        return d_x.to(ctx.dtypes[0]), d_residual, d_weight, None, None

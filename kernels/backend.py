@@ -1,0 +1,155 @@
+"""Which implementation an operation runs: the PyTorch reference, Triton, or flash-attn.
+
+Chosen per tensor: Triton for fp32, fp16 and bf16 on a GPU (CUDA or ROCm), the reference for
+everything else. `use_backend(name)` forces one; what is forced and cannot run is an error.
+
+Triton kernels are registered as operators, so that torch.compile, fake tensors and selective
+activation checkpointing see one opaque operation (`torch.ops.<namespace>.<name>`). Plain eager
+calls go past the registration, which costs some 10 us a call.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no wheel for this platform: the reference remains
+    triton, tl = None, SimpleNamespace(constexpr=None)
+
+__all__ = [
+    "INTERPRETED", "cast", "choose", "debug", "forced", "jit", "on_device", "processors", "registered",
+    "tl", "triton", "use_backend",
+]  # fmt: skip
+
+BACKENDS = {"auto", "reference", "triton", "flash_attn"}
+# The interpreter (TRITON_INTERPRET=1 before triton is imported) runs kernels on CPU tensors. Its
+# bf16 products are wrong: tl.dot's operands are upcast where this is set, and only there.
+_interpreted = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = tl.constexpr(_interpreted) if triton else None
+# Two copies of this folder in one process must not register the same names.
+NAMESPACE = __package__.replace(".", "_")
+
+_forced = "auto"
+
+
+class use_backend:
+    """Forces a back end for every operation that has it: "reference", "triton" or "flash_attn".
+
+    `with use_backend("reference"): ...` for a block, `use_backend("reference")` for good, "auto"
+    to choose per tensor again. An operation without the forced back end (flash-attn is for
+    attention alone) chooses as usual. Raises ValueError for an unknown name.
+    """
+
+    def __init__(self, name: str):
+        global _forced
+        if name not in BACKENDS:
+            raise ValueError(f"back end is {name!r}, expected one of {sorted(BACKENDS)}")
+        self.before, _forced = _forced, name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        global _forced
+        _forced = self.before
+
+
+def forced() -> str:
+    """The back end asked for, or "auto"."""
+    return _forced
+
+
+def choose(tensor: Tensor) -> str:
+    """"reference" or "triton" for an operation on this tensor.
+
+    Raises ValueError where Triton is forced and cannot take the tensor.
+    """
+    if _forced == "reference" or (_forced != "triton" and not tensor.is_cuda):
+        return "reference"
+    why = _why_not_triton(tensor)
+    if _forced == "triton" and why:
+        raise ValueError(f"the triton back end is forced, but {why}")
+    return "reference" if why else "triton"
+
+
+def _why_not_triton(tensor: Tensor) -> str | None:
+    if triton is None:
+        return "triton is not installed"
+    if not tensor.is_cuda and not (_interpreted and tensor.device.type == "cpu"):
+        return (
+            f"the tensor is on {tensor.device}: move it to a GPU, or set TRITON_INTERPRET=1 "
+            "before Python starts to run kernels on the CPU, slowly"
+        )
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"its dtype is {tensor.dtype}: use float32, float16 or bfloat16"
+    return None
+
+
+def debug() -> bool:
+    """PUNA_DEBUG=1: also check what only the device can see, at the price of waiting for it."""
+    return os.environ.get("PUNA_DEBUG") == "1"
+
+
+@functools.lru_cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def processors(tensor: Tensor) -> int:
+    """Multiprocessors of the tensor's GPU, to size grids; 132 (an H100's) where there is none."""
+    return _processors(tensor.device) if tensor.is_cuda else 132
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Launches go to the current GPU: make it the tensor's."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+def jit(kernel: Callable) -> Any:
+    """`triton.jit`, or the bare function where triton is missing (and nothing will launch it)."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+@jit
+def cast(x, dtype: tl.constexpr):
+    """x in fp32 to `dtype`, to the nearest (the interpreter truncates towards zero in bf16)."""
+    if INTERPRETED:
+        if dtype == tl.bfloat16:
+            bits = x.to(tl.uint32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+            x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+def registered(fake: Callable) -> Callable[[Callable], Callable]:
+    """Registers a launcher (tensors and numbers in, new tensors out) under its own name.
+
+    `fake` has the same signature and returns empty tensors of the right shapes and dtypes.
+    """
+
+    def decorate(launch: Callable) -> Callable:
+        name = f"{NAMESPACE}::{launch.__name__.strip('_')}"
+        operator = torch.library.custom_op(name, launch, mutates_args=())
+        operator.register_fake(fake)
+
+        @functools.wraps(launch)
+        def call(*args: Any) -> Any:
+            if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+                return operator(*args)
+            return launch(*args)
+
+        call.operator = operator  # type: ignore[attr-defined]
+        return call
+
+    return decorate
