@@ -26,8 +26,8 @@ except ImportError:  # no wheel for this platform: the reference remains
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 __all__ = [
-    "INTERPRETED", "cast", "choose", "debug", "forced", "jit", "on_device", "processors", "registered",
-    "tl", "triton", "use_backend",
+    "INTERPRETED", "as_rows", "cast", "choose", "debug", "forced", "jit", "on_device", "processors",
+    "registered", "tl", "triton", "use_backend", "visible",
 ]  # fmt: skip
 
 BACKENDS = {"auto", "reference", "triton", "flash_attn"}
@@ -68,14 +68,17 @@ def forced() -> str:
     return _forced
 
 
-def choose(tensor: Tensor) -> str:
-    """"reference" or "triton" for an operation on this tensor.
+def choose(*tensors: Tensor, unless: str | None = None) -> str:
+    """Which of "reference" and "triton" takes these tensors, all on the first one's device.
 
-    Raises ValueError where Triton is forced and cannot take the tensor.
+    `unless` is what else keeps the operation from Triton. Raises ValueError where Triton is
+    forced and cannot take them.
     """
-    if _forced == "reference" or (_forced != "triton" and not tensor.is_cuda):
+    if _forced == "reference" or (_forced != "triton" and not tensors[0].is_cuda):
         return "reference"
-    why = _why_not_triton(tensor)
+    why = unless
+    for tensor in tensors:
+        why = why or _why_not_triton(tensor)
     if _forced == "triton" and why:
         raise ValueError(f"the triton back end is forced, but {why}")
     return "reference" if why else "triton"
@@ -99,6 +102,19 @@ def debug() -> bool:
     return os.environ.get("PUNA_DEBUG") == "1"
 
 
+def visible(tensor: Tensor) -> bool:
+    """Whether values may be checked: on the CPU or under PUNA_DEBUG=1, never while tracing."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return False
+    return tensor.device.type == "cpu" or (debug() and not tensor.is_meta)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(N, C) with neighbouring columns next to each other: a view wherever one exists."""
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
 @functools.lru_cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -116,9 +132,11 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def jit(kernel: Callable) -> Any:
+def jit(kernel: Callable | None = None, **options: Any) -> Any:
     """`triton.jit`, or the bare function where triton is missing (and nothing will launch it)."""
-    return kernel if triton is None else triton.jit(kernel)
+    if kernel is None:
+        return functools.partial(jit, **options)
+    return kernel if triton is None else triton.jit(kernel, **options)
 
 
 @jit

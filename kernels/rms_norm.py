@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .backend import as_rows, choose, jit, on_device, processors, registered, tl, triton
 from .backend import cast as to
-from .backend import choose, jit, on_device, registered, tl, triton
 
-WIDEST = 32768  # one row is held in registers
-# Rows a program takes in the backward: its share of the weight's gradient is summed in registers.
-BACKWARD_PROGRAMS = 512
+# One row is held in registers. Up to 8192 (Llama 2 70B) nothing spills; at 16384 a few registers
+# of the backward do.
+WIDEST = 16384
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, cast: str = "llama") -> Tensor:
@@ -28,8 +28,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, cast: str = "llama
     Raises ValueError where the shapes, devices or `cast` do not fit.
     """
     _check(x, weight, cast)
-    if choose(x) == "triton":
-        return _TritonRMSNorm.apply(x, None, weight, eps, cast == "llama")[0]
+    if choose(x, weight, unless=_too_wide(x)) == "triton":
+        return _triton(x, None, weight, eps, cast)[0]
     return _reference(x, weight, eps, cast)
 
 
@@ -37,23 +37,30 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-5, cast: str = "llama"
 ) -> tuple[Tensor, Tensor]:
     """`residual + x`, and its norm: returns (y, new residual), both (..., C)."""
-    if x.shape != residual.shape:
-        raise ValueError(f"x is {tuple(x.shape)}, residual {tuple(residual.shape)}: not equal")
+    if x.shape != residual.shape or x.device != residual.device:
+        raise ValueError(
+            f"x is {tuple(x.shape)} on {x.device}, residual {tuple(residual.shape)} on "
+            f"{residual.device}: not equal"
+        )
     _check(x, weight, cast)
-    if choose(x) == "triton":
-        y, summed = _TritonRMSNorm.apply(x, residual, weight, eps, cast == "llama")
-        return y, summed
+    if choose(x, residual, weight, unless=_too_wide(x)) == "triton":
+        return _triton(x, residual, weight, eps, cast)
     summed = residual + x
     return _reference(summed, weight, eps, cast), summed
 
 
 def _check(x: Tensor, weight: Tensor, cast: str) -> None:
-    if weight.shape != x.shape[-1:]:
+    if weight.shape != x.shape[-1:] or not x.dim():
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected {tuple(x.shape[-1:])}")
     if weight.device != x.device:
         raise ValueError(f"weight is on {weight.device}, x on {x.device}: not the same device")
     if cast not in ("llama", "hf"):
         raise ValueError(f"cast is {cast!r}, expected 'llama' or 'hf'")
+
+
+def _too_wide(x: Tensor) -> str | None:
+    wide = x.shape[-1] > WIDEST
+    return f"rows are {x.shape[-1]} wide: it takes up to {WIDEST}" if wide else None
 
 
 # Reference
@@ -100,7 +107,7 @@ class _RMSNorm(torch.autograd.Function):
 # Triton
 
 
-@jit
+@jit(do_not_specialize=["n_rows"])
 def rms_norm_forward_kernel(
     # pointers
     X, RESIDUAL, WEIGHT, SUM, Y, SCALE,
@@ -122,7 +129,7 @@ def rms_norm_forward_kernel(
         x = to(x.to(tl.float32) + r.to(tl.float32), SUM.dtype.element_ty)
         tl.store(SUM + rows[:, None] * width + columns[None, :], x, mask=inside)
     wide = x.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(wide * wide, 1) / width + eps)
+    scale = 1.0 / tl.sqrt(tl.sum(wide * wide, 1) / width + tl.cast(eps, tl.float32))
     weight = tl.load(WEIGHT + columns, mask=columns < width, other=0.0).to(tl.float32)
     normed = to(wide * scale[:, None], x.dtype).to(tl.float32)
     y = to(normed * weight[None, :], Y.dtype.element_ty)
@@ -130,7 +137,7 @@ def rms_norm_forward_kernel(
     tl.store(SCALE + rows, scale, mask=rows < n_rows)
 
 
-@jit
+@jit(do_not_specialize=["n_rows", "tiles_each"])
 def rms_norm_backward_kernel(
     # pointers
     X, WEIGHT, SCALE, D_Y, D_SUM, D_X, D_WEIGHT,
@@ -169,21 +176,10 @@ def rms_norm_backward_kernel(
 
 
 def tile(width: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a tile: whole rows, at least 2048 elements to a program.
-
-    Raises ValueError past the widest row that fits the registers.
-    """
-    if width > WIDEST:
-        raise ValueError(f"rows are {width} wide; the triton back end takes up to {WIDEST}")
+    """(rows, columns, warps) of a tile: whole rows, at least 2048 elements."""
     block = triton.next_power_of_2(max(width, 1))
-    rows = max(1, 2048 // block)
-    return rows, block, min(16, max(4, block * rows // 512))
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(N, C) with neighbouring columns next to each other: a view wherever one exists."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(-1) == 1 and flat.stride(0) > 0 else flat.contiguous()
+    n_rows = max(1, 2048 // block)
+    return n_rows, block, min(16, max(4, block * n_rows // 512))
 
 
 def _forward_fake(x, residual, weight, eps, to_input):
@@ -201,15 +197,15 @@ def rms_norm_forward(
     """(y (..., C), residual + x or nothing, 1 / rms (N,) fp32)."""
     y, summed, scale = _forward_fake(x, residual, weight, eps, to_input)
     block_rows, block, warps = tile(x.shape[-1])
-    flat = _rows(x)
-    other = flat if residual is None else _rows(residual)
+    flat = as_rows(x)
+    other = flat if residual is None else as_rows(residual)
     if flat.numel():
         with on_device(x):
             rms_norm_forward_kernel[(triton.cdiv(flat.shape[0], block_rows),)](
                 # pointers
                 flat, other, weight.contiguous(), summed, y, scale,
                 # sizes
-                flat.shape[0], flat.shape[1], eps,
+                flat.shape[0], flat.shape[1], float(eps),
                 # strides
                 flat.stride(0), other.stride(0),
                 # settings
@@ -228,13 +224,14 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """(dx (..., C), dweight (C,)); `d_sum` is what else flows into x and is added to dx."""
     block_rows, block, warps = tile(x.shape[-1])
-    flat, d_flat = _rows(x), _rows(d_y)
-    d_other = d_flat if d_sum is None else _rows(d_sum)
+    flat, d_flat = as_rows(x), as_rows(d_y)
+    d_other = d_flat if d_sum is None else as_rows(d_sum)
     d_x = x.new_empty(x.shape)
     if flat.numel() == 0:
         return d_x, torch.zeros_like(weight)
+    # Three programs fit a multiprocessor, and each keeps its share of dw in registers.
     tiles = triton.cdiv(flat.shape[0], block_rows)
-    each = triton.cdiv(tiles, BACKWARD_PROGRAMS)
+    each = triton.cdiv(tiles, 3 * processors(x))
     programs = triton.cdiv(tiles, each)
     parts = torch.empty(programs, flat.shape[1], dtype=torch.float32, device=x.device)
     with on_device(x):
@@ -260,6 +257,7 @@ class _TritonRMSNorm(torch.autograd.Function):
         ctx.added = residual is not None
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype
         ctx.save_for_backward(summed if ctx.added else x, weight, scale)
+        ctx.set_materialize_grads(False)
         if not ctx.added:
             ctx.mark_non_differentiable(summed)
         return y, summed
@@ -268,6 +266,16 @@ class _TritonRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_y, d_sum):
         x, weight, scale = ctx.saved_tensors
-        d_x, d_weight = rms_norm_backward(x, weight, scale, d_y, d_sum if ctx.added else None)
+        if d_y is None:
+            d_y = torch.zeros_like(x)
+        d_x, d_weight = rms_norm_backward(x, weight, scale, d_y, d_sum)
         d_residual = d_x.to(ctx.dtypes[1]) if ctx.added else None
         return d_x.to(ctx.dtypes[0]), d_residual, d_weight, None, None
+
+
+def _triton(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, cast: str
+) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled():
+        return _TritonRMSNorm.apply(x, residual, weight, eps, cast == "llama")
+    return rms_norm_forward(x, residual, weight, eps, cast == "llama")[:2]
