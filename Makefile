@@ -35,9 +35,9 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/puna bench
 
-$(READY): pyproject.toml setup.py
+$(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install --upgrade pip "setuptools>=77" "pybind11>=2.12" wheel
 	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -c 'from importlib.metadata import version as v; print("torch==" + v("torch"))' \
 		> .venv/torch.txt

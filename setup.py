@@ -1,10 +1,29 @@
-"""The package map: each room at the root is a subpackage of `puna` (the rest is in pyproject)."""
+"""The package map and the extension: what pyproject cannot say.
 
+Each room at the root is a subpackage of `puna`. Without a C++ compiler the installation goes on
+and the extension is missing: Puna then says so once and works without it.
+"""
+
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
 ROOMS = ("kernels", "core", "trainers", "demo", "cli", "recipes", "benchmarks")
 
+# No -march: the instruction set is chosen when the program runs, so one wheel serves all machines.
+native = Pybind11Extension(
+    "puna.core._C",
+    sorted(str(path) for path in Path("csrc").glob("*.cpp")),
+    depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+    cxx_std=17,
+    extra_compile_args=["-O3", "-ffp-contract=fast", "-fopenmp", "-Wno-psabi"],
+    extra_link_args=["-fopenmp"],
+    optional=True,
+)
+
 setup(
+    ext_modules=[native],
     packages=[f"puna.{room}" for room in ROOMS],
     package_dir={f"puna.{room}": room for room in ROOMS},
     package_data={

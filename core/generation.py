@@ -6,26 +6,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from puna.core import ops
-from puna.core.kv_cache import KVCache
+from puna.core import slots
 from puna.core.model import Transformer
-from puna.core.sampling import row_keys, step_seeds
-
-KEEP_ABOVE = 0.75  # finished rows are dropped when no more than this share of the batch goes on
+from puna.core.native import Engine, engine_for
+from puna.core.sampling import Sampler, row_keys
+from puna.core.static_batch import Batch
 
 
 class Completion(NamedTuple):
     tokens: list[int]  # the answer's ids, EOS included where it was drawn
     logprobs: list[float]  # one a token: tempered, untruncated, fp32
     finished: bool  # False: cut off by max_new_tokens or the context
-
-
-class Sampler(NamedTuple):
-    """How to draw: temperature 0 is greedy, top_k 0 and top_p 1 are off."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
 
 
 @torch.inference_mode()
@@ -47,28 +38,23 @@ def generate(
     """Continue each prompt (a list of ids) until EOS, `max_new_tokens` or the context's end.
 
     `prompt_ids` and `sample_ids` name the rows for the counter-based draw (default: 0, 1, ...
-    and 0). Results come in the order of `prompts`. Raises ValueError for an empty prompt or one
-    that fills the context, for ids the model does not know, and for settings that do not fit.
+    and 0); `batch_size` is how many are continued at once. Results come in the order of
+    `prompts`. An fp32 model on the CPU runs on the native engine, which puts the next prompt in
+    the place of an answer that ends. Raises ValueError for an empty prompt or one that fills the
+    context, for ids the model does not know, and for settings that do not fit.
     """
     _check(model, prompts, max_new_tokens)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    device = model.head_weight.device
     ids = _row_numbers("prompt_ids", prompt_ids, list(range(len(prompts))))
     samples = _row_numbers("sample_ids", sample_ids, [0] * len(prompts))
-    keys = row_keys(seed, round_index, ids, samples).to(device)
-    results: list[Completion | None] = [None] * len(prompts)
-    # Prompts of similar length share a batch: less padding.
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    keys = row_keys(seed, round_index, ids, samples)
+    limits = _limits(model, prompts, max_new_tokens)
     sampler = Sampler(temperature, top_k, top_p)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = _Batch(model, [prompts[r] for r in rows], keys[rows], max_new_tokens)
-        for _ in batch.steps(sampler, eos_id):
-            pass
-        for row, completion in zip(rows, batch.completions(), strict=True):
-            results[row] = completion
-    return [completion for completion in results if completion is not None]
+    engine = engine_for(model)
+    if engine is not None:
+        return _by_slots(engine, prompts, keys, limits, sampler, eos_id, batch_size)
+    return _by_batches(model, prompts, keys, limits, sampler, eos_id, batch_size)
 
 
 @torch.inference_mode()
@@ -87,10 +73,69 @@ def stream(
     """The ids of `generate(model, [prompt], ...)`, each as soon as it is drawn."""
     _check(model, [prompt], max_new_tokens)
     first = torch.zeros(1, dtype=torch.int64)
-    keys = row_keys(seed, round_index, first, first).to(model.head_weight.device)
-    batch = _Batch(model, [prompt], keys, max_new_tokens)
-    for _ in batch.steps(Sampler(temperature, top_k, top_p), eos_id):
+    keys = row_keys(seed, round_index, first, first)
+    limits = _limits(model, [prompt], max_new_tokens)
+    sampler = Sampler(temperature, top_k, top_p)
+    engine = engine_for(model)
+    if engine is not None:
+        for drawn in slots.decode(engine, [prompt], keys, limits, sampler, eos_id, 1):
+            yield int(drawn.tokens)
+        return
+    batch = Batch(model, [prompt], keys.to(model.head_weight.device), limits)
+    for _ in batch.steps(sampler, eos_id):
         yield batch.tokens[0][-1]
+
+
+def _by_slots(
+    engine: Engine,
+    prompts: list[list[int]],
+    keys: Tensor,
+    limits: list[int],
+    sampler: Sampler,
+    eos_id: int | None,
+    batch_size: int,
+) -> list[Completion]:
+    shape = len(prompts), max(limits, default=0)
+    tokens, logprobs = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
+    lengths = torch.zeros(len(prompts), dtype=torch.int64)
+    for drawn in slots.decode(engine, prompts, keys, limits, sampler, eos_id, batch_size):
+        tokens[drawn.prompts, drawn.counts] = drawn.tokens
+        logprobs[drawn.prompts, drawn.counts] = drawn.logprobs
+        lengths[drawn.prompts] = drawn.counts + 1
+    completions = []
+    for ids, scores, length in zip(
+        tokens.tolist(), logprobs.tolist(), lengths.tolist(), strict=True
+    ):
+        ended = length > 0 and ids[length - 1] == eos_id
+        completions.append(Completion(ids[:length], scores[:length], ended))
+    return completions
+
+
+def _by_batches(
+    model: Transformer,
+    prompts: list[list[int]],
+    keys: Tensor,
+    limits: list[int],
+    sampler: Sampler,
+    eos_id: int | None,
+    batch_size: int,
+) -> list[Completion]:
+    keys = keys.to(model.head_weight.device)
+    results: dict[int, Completion] = {}
+    # Prompts of similar length share a batch: less padding.
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = Batch(model, [prompts[r] for r in rows], keys[rows], [limits[r] for r in rows])
+        for _ in batch.steps(sampler, eos_id):
+            pass
+        for row, *found in zip(rows, batch.tokens, batch.logprobs, batch.finished, strict=True):
+            results[row] = Completion(*found)
+    return [results[row] for row in range(len(prompts))]
+
+
+def _limits(model: Transformer, prompts: list[list[int]], max_new_tokens: int) -> list[int]:
+    return [min(max_new_tokens, model.config.context - len(prompt)) for prompt in prompts]
 
 
 def _check(model: Transformer, prompts: list[list[int]], max_new_tokens: int) -> None:
@@ -117,93 +162,3 @@ def _row_numbers(name: str, given: list[int] | None, default: list[int]) -> Tens
     if given is not None and len(given) != len(default):
         raise ValueError(f"{len(given)} {name} for {len(default)} prompts")
     return torch.tensor(default if given is None else given, dtype=torch.int64)
-
-
-class _Batch:
-    """One batch of prompts being continued.
-
-    Rows that finish stay in the cache, and are computed for nothing, until a quarter of it is
-    theirs: dropping them copies the cache, which costs a row as much as several tokens.
-    """
-
-    def __init__(
-        self, model: Transformer, prompts: list[list[int]], keys: Tensor, max_new_tokens: int
-    ):
-        self.model = model
-        self.device = model.head_weight.device
-        self.lengths = [len(prompt) for prompt in prompts]
-        context = model.config.context
-        self.limits = [min(max_new_tokens, context - n) for n in self.lengths]
-        self.keys = keys
-        self.prompts = prompts
-        self.tokens: list[list[int]] = [[] for _ in prompts]
-        self.logprobs: list[list[float]] = [[] for _ in prompts]
-        self.finished = [False] * len(prompts)
-
-    def completions(self) -> list[Completion]:
-        parts = zip(self.tokens, self.logprobs, self.finished, strict=True)
-        return [Completion(*each) for each in parts]
-
-    def _prefill(self, rows: list[int]) -> tuple[KVCache, Tensor]:
-        """Run the prompts, padded on the right; returns the cache and each last hidden state.
-
-        A prompt that stands in several rows (K samples of it) is run once and copied.
-        """
-        first = dict.fromkeys(tuple(self.prompts[i]) for i in rows)
-        place = {prompt: slot for slot, prompt in enumerate(first)}
-        longest = max(map(len, first))
-        slots = max(self.lengths[i] + self.limits[i] for i in rows)
-        tokens = torch.zeros(len(first), longest, dtype=torch.int64)
-        for slot, prompt in enumerate(first):
-            tokens[slot, : len(prompt)] = torch.tensor(prompt)
-        dtype = self.model.head_weight.dtype
-        cache = KVCache(self.model.config, len(first), slots, device=self.device, dtype=dtype)
-        hidden = self.model(tokens.to(self.device), cache=cache)
-        copies = torch.tensor([place[tuple(self.prompts[i])] for i in rows], device=self.device)
-        if len(first) < len(rows):
-            cache.keep(copies)
-        cache.lengths = torch.tensor([self.lengths[i] for i in rows], device=self.device)
-        return cache, hidden[copies, cache.lengths - 1]
-
-    def steps(self, sampler: Sampler, eos_id: int | None) -> Iterator[None]:
-        """Draw one token for every unfinished row at each step."""
-        rows = [i for i, limit in enumerate(self.limits) if limit > 0]
-        if not rows:
-            return
-        cache, hidden = self._prefill(rows)
-        keys = self.keys[rows]
-        step = 0
-        while True:
-            drawn, logprobs = ops.sample(
-                self.model.logits(hidden), seeds=step_seeds(keys, step), **sampler._asdict()
-            )
-            alive = self._record(rows, drawn.tolist(), logprobs.tolist(), eos_id)
-            yield
-            if not alive:
-                return
-            if len(alive) <= KEEP_ABOVE * len(rows):
-                kept = torch.tensor(alive, device=self.device)
-                rows = [rows[slot] for slot in alive]
-                keys, drawn = keys[kept], drawn[kept]
-                cache.keep(kept)
-                alive = list(range(len(rows)))
-            hidden = self.model(drawn[:, None], cache.lengths[:, None], cache=cache)[:, 0]
-            moved = torch.zeros(len(rows), dtype=torch.int64)
-            moved[alive] = 1  # a finished row writes to the same slot again and again
-            cache.lengths = cache.lengths + moved.to(self.device)
-            step += 1
-
-    def _record(
-        self, rows: list[int], drawn: list[int], logprobs: list[float], eos_id: int | None
-    ) -> list[int]:
-        """Note one token for each unfinished row; returns the slots (not rows) that go on."""
-        alive = []
-        for slot, i in enumerate(rows):
-            if self.finished[i] or len(self.tokens[i]) == self.limits[i]:
-                continue
-            self.tokens[i].append(drawn[slot])
-            self.logprobs[i].append(logprobs[slot])
-            self.finished[i] = drawn[slot] == eos_id
-            if not self.finished[i] and len(self.tokens[i]) < self.limits[i]:
-                alive.append(slot)
-        return alive

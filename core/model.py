@@ -180,18 +180,22 @@ class Transformer(nn.Module):
                 f"a sequence of {longest} tokens exceeds the model's context of "
                 f"{self.config.context}; shorten it"
             )
-        if self._tables is None or self._tables[0].device != tokens.device:
+        cos, sin = self.rope_tables(tokens.device)
+        # Taken from the tables once, not once a layer.
+        return Rotary(cos, sin) if positions is None else Rotary(cos[positions], sin[positions])
+
+    def rope_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin (context, D/2) fp32 on `device`, made on first use."""
+        if self._tables is None or self._tables[0].device != device:
             # Made for good: a table from inside `generate` could not be trained through later.
             with torch.inference_mode(False):
                 self._tables = ops.rope_tables(
                     self.config.context,
                     self.config.head_dim,
                     theta=self.config.rope_theta,
-                    device=tokens.device,
+                    device=device,
                 )
-        cos, sin = self._tables
-        # Taken from the tables once, not once a layer.
-        return Rotary(cos, sin) if positions is None else Rotary(cos[positions], sin[positions])
+        return self._tables
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:

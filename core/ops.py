@@ -1,4 +1,7 @@
-"""The operations as the engine uses them: what `kernels` offers, under one import."""
+"""The operations as the engine uses them: what `kernels` offers, under one import.
+
+`use_backend` also takes "native" here: generation on `puna.core._C` (see native.py), or an error.
+"""
 
 from puna.kernels import add_rms_norm as add_rms_norm
 from puna.kernels import attention as attention
@@ -11,4 +14,9 @@ from puna.kernels import rope as rope
 from puna.kernels import rope_tables as rope_tables
 from puna.kernels import sample as sample
 from puna.kernels import swiglu as swiglu
+from puna.kernels import use_backend as use_backend
+from puna.kernels.backend import BACKENDS
+from puna.kernels.backend import forced as forced
 from puna.kernels.sample import mix64 as mix64
+
+BACKENDS.add("native")

@@ -4,10 +4,20 @@ The draw for token t of sample k of prompt i in round r is a hash of (seed, r, i
 what is sampled does not depend on batch size, order, or how many processes share the work.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from puna.core import ops
+
+
+class Sampler(NamedTuple):
+    """How to draw: temperature 0 is greedy, top_k 0 and top_p 1 are off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 def row_keys(seed: int, round_index: int, prompts: Tensor, samples: Tensor) -> Tensor:

@@ -5,14 +5,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from puna.core import native
 from puna.core.config import ModelConfig
 from puna.core.generation import generate, stream
 from puna.core.model import Transformer
-from puna.core.ops import linear_logprobs
+from puna.core.ops import linear_logprobs, use_backend
 
 CONFIG = ModelConfig(32, 2, 4, 2, 48, vocab_size=23, context=40)
 EOS = 2
 PROMPTS = [[1, 5, 6], [1], [1, 5, 6, 7, 8, 9, 10, 3], [4, 11], [1, 7, 7, 9, 12], [1, 13]]
+
+
+@pytest.fixture(scope="module", autouse=True, params=["reference", "native"])
+def backend(request):
+    """Everything here holds for PyTorch and for the native engine."""
+    if request.param == "native" and native.extension() is None:
+        pytest.skip("the native engine is not built")
+    with use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +150,16 @@ def test_stream_is_generate(model, options):
         )
 
 
-def test_stream_gives_each_token_as_it_is_drawn(model):
+def test_stream_gives_each_token_as_it_is_drawn(model, backend, monkeypatch):
     passes = []
     handle = model.register_forward_hook(lambda *_: passes.append(1))
+    forward = native.Engine.forward
+
+    def counted(*args, **options):
+        passes.extend([1] if options else [])  # with seeds: a step; without: the prompt
+        return forward(*args, **options)
+
+    monkeypatch.setattr(native.Engine, "forward", counted)
     try:
         tokens = stream(model, [1, 5], max_new_tokens=5, eos_id=None)
         for drawn in range(1, 4):

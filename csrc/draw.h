@@ -1,0 +1,61 @@
+// One token from a row of logits: the draw of kernels/sample.py without truncation.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "simd.h"
+
+namespace PUNA_ISA {
+
+// SplitMix64's step; the top 53 bits are a number in [0, 1).
+inline double uniform(int64_t seed) {
+  uint64_t x = static_cast<uint64_t>(seed) + 0x9E3779B97F4A7C15ull;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+  x ^= x >> 31;
+  return static_cast<double>(x >> 11) * 0x1.0p-53;
+}
+
+// The first token whose cumulative weight exceeds u * total, or the last that has any weight.
+inline int64_t invert(const float* weights, int64_t count, double target) {
+  double cumulative = 0.0;
+  int64_t last = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (weights[i] <= 0.0f) continue;
+    cumulative += weights[i];
+    last = i;
+    if (cumulative > target) break;
+  }
+  return last;
+}
+
+// Writes exp(logit - max) over `logits`. Log-probs are of the tempered distribution; at
+// temperature 0, greedy, of the one at temperature 1.
+inline void draw_token(float* logits, int64_t vocab, float temperature, int64_t seed,
+                       int64_t* token, float* logprob) {
+  const float factor = temperature > 0.0f ? 1.0f / temperature : 1.0f;
+  int64_t best = 0;
+  for (int64_t i = 1; i < vocab; ++i)
+    if (logits[i] > logits[best]) best = i;
+  const float top = logits[best];
+  const float of_best = 0.0f;
+  double total = 0.0;
+  int64_t i = 0;
+  for (; i + W <= vocab; i += W) {
+    const vec e = exp((load(logits + i) - top) * factor);
+    store(logits + i, e);
+    total += sum(e);
+  }
+  for (; i < vocab; ++i) total += logits[i] = std::exp((logits[i] - top) * factor);
+  int64_t chosen = best;
+  float score = of_best;
+  if (temperature > 0.0f) {
+    chosen = invert(logits, vocab, uniform(seed) * total);
+    score = std::log(logits[chosen]);
+  }
+  *token = chosen;
+  *logprob = std::fmin(score - static_cast<float>(std::log(total)), 0.0f);
+}
+
+}  // namespace PUNA_ISA

@@ -1,0 +1,64 @@
+// A Llama's forward pass for decoding on a CPU, in fp32.
+//
+// A call takes any number of tokens, each with its cache row and its position: one token of many
+// rows (decoding), many tokens of a few rows (prompts), or both. A token's result depends on its
+// row alone, to the last bit: every product sums in the same order whatever stands beside it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace puna {
+
+struct Shape {
+  int64_t layers, dim, heads, kv_heads, head_dim, ffn, vocab, context;
+  float eps;
+};
+
+// Projections are (out, in), row-major, as PyTorch's Linear holds them.
+struct LayerWeights {
+  const float *q, *k, *v, *o, *gate, *up, *down, *attention_norm, *ffn_norm;
+};
+
+struct Weights {
+  const float *embedding, *head, *norm;  // (V, C), (V, C), (C)
+  const float *cos, *sin;                // (context, D / 2)
+  std::vector<LayerWeights> layers;
+};
+
+// Tokens of one row stand in the order of their positions, next to each other.
+struct Batch {
+  int64_t count;
+  const int64_t *tokens, *rows, *positions;
+  int64_t wanted_count;
+  const int64_t* wanted;  // which of the tokens get logits
+  float* logits;          // (wanted_count, V)
+};
+
+// How the drawn tokens come from the logits: see kernels/sample.py.
+struct Draw {
+  float temperature;      // 0: greedy
+  const int64_t* seeds;   // (wanted_count)
+  int64_t* tokens;        // (wanted_count)
+  float* logprobs;        // (wanted_count)
+};
+
+class Engine {
+ public:
+  virtual ~Engine() = default;
+  // Room for `rows` rows of `slots` tokens; what the rows held is lost.
+  virtual void reserve(int64_t rows, int64_t slots) = 0;
+  virtual void forward(const Batch& batch, const Draw* draw, int threads) = 0;
+  // The first `length` tokens of row `from` become row `to`'s.
+  virtual void copy_row(int64_t from, int64_t to, int64_t length) = 0;
+  virtual int64_t rows() const = 0;
+  virtual int64_t slots() const = 0;
+};
+
+// Narrow instruction sets can serve what wide ones cannot: the head size is cut into whole vectors.
+std::unique_ptr<Engine> make_engine_avx512(const Shape&, const Weights&);
+std::unique_ptr<Engine> make_engine_avx2(const Shape&, const Weights&);
+std::unique_ptr<Engine> make_engine_base(const Shape&, const Weights&);
+
+}  // namespace puna

@@ -1,0 +1,11 @@
+#if defined(__x86_64__)
+#include "standard.h"
+#pragma GCC target("avx2,fma")
+#define PUNA_ISA avx2
+#define PUNA_WIDTH 8
+#include "engine_impl.h"
+
+std::unique_ptr<puna::Engine> puna::make_engine_avx2(const Shape& s, const Weights& w) {
+  return std::make_unique<avx2::Llama>(s, w);
+}
+#endif

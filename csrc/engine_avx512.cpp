@@ -1,0 +1,11 @@
+#if defined(__x86_64__)
+#include "standard.h"
+#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")
+#define PUNA_ISA avx512
+#define PUNA_WIDTH 16
+#include "engine_impl.h"
+
+std::unique_ptr<puna::Engine> puna::make_engine_avx512(const Shape& s, const Weights& w) {
+  return std::make_unique<avx512::Llama>(s, w);
+}
+#endif

@@ -1,0 +1,8 @@
+#include "standard.h"
+#define PUNA_ISA base
+#define PUNA_WIDTH 4
+#include "engine_impl.h"
+
+std::unique_ptr<puna::Engine> puna::make_engine_base(const Shape& s, const Weights& w) {
+  return std::make_unique<base::Llama>(s, w);
+}

@@ -1,0 +1,97 @@
+// puna.core._C: pointers in, nothing checked here (core/native.py checks, and keeps them alive).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <unistd.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "engine.h"
+
+namespace py = pybind11;
+using Address = std::uintptr_t;
+
+namespace {
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
+    found.push_back("avx512");
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back("avx2");
+#endif
+  found.push_back("base");
+  return found;
+}
+
+std::unique_ptr<puna::Engine> make_engine(const std::string& isa, const py::dict& shape,
+                                          const py::dict& weights, const py::list& layers) {
+  const auto size = [&](const char* name) { return shape[name].cast<int64_t>(); };
+  const puna::Shape s{size("layers"),   size("dim"), size("heads"), size("kv_heads"),
+                      size("head_dim"), size("ffn"), size("vocab"), size("context"),
+                      shape["eps"].cast<float>()};
+  const auto tensor = [](const py::dict& from, const char* name) {
+    return at<const float>(from[name].cast<Address>());
+  };
+  puna::Weights w{tensor(weights, "embedding"), tensor(weights, "head"), tensor(weights, "norm"),
+                  tensor(weights, "cos"),       tensor(weights, "sin"),  {}};
+  for (const auto& item : layers) {
+    const auto one = item.cast<py::dict>();
+    w.layers.push_back({tensor(one, "q"), tensor(one, "k"), tensor(one, "v"), tensor(one, "o"),
+                        tensor(one, "gate"), tensor(one, "up"), tensor(one, "down"),
+                        tensor(one, "attention_norm"), tensor(one, "ffn_norm")});
+  }
+  bool known = false;
+  for (const auto& name : instruction_sets()) known |= name == isa;
+  if (!known) throw std::invalid_argument("this machine has no " + isa);
+#if defined(__x86_64__)
+  if (isa == "avx512") return puna::make_engine_avx512(s, w);
+  if (isa == "avx2") return puna::make_engine_avx2(s, w);
+#endif
+  return puna::make_engine_base(s, w);
+}
+
+// A forked child has none of the threads that OpenMP waits for: there, one thread does it all.
+int usable_threads(int threads) {
+  static pid_t first_parallel = 0;
+  if (threads < 1) throw std::invalid_argument("threads must be at least 1");
+  if (threads > 1 && !first_parallel) first_parallel = getpid();
+  return first_parallel && first_parallel != getpid() ? 1 : threads;
+}
+
+void forward(puna::Engine& engine, int64_t count, Address tokens, Address rows, Address positions,
+             int64_t wanted_count, Address wanted, Address logits, float temperature, Address seeds,
+             Address drawn, Address logprobs, int threads) {
+  const puna::Batch batch{count,
+                          at<const int64_t>(tokens),
+                          at<const int64_t>(rows),
+                          at<const int64_t>(positions),
+                          wanted_count,
+                          at<const int64_t>(wanted),
+                          at<float>(logits)};
+  const puna::Draw draw{temperature, at<const int64_t>(seeds), at<int64_t>(drawn),
+                        at<float>(logprobs)};
+  threads = usable_threads(threads);
+  py::gil_scoped_release released;
+  engine.forward(batch, drawn ? &draw : nullptr, threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("instruction_sets", &instruction_sets, "What this machine can run, best first.");
+  m.def("make_engine", &make_engine);
+  py::class_<puna::Engine>(m, "Engine")
+      .def("reserve", &puna::Engine::reserve)
+      .def("copy_row", &puna::Engine::copy_row)
+      .def("forward", &forward)
+      .def_property_readonly("rows", &puna::Engine::rows)
+      .def_property_readonly("slots", &puna::Engine::slots);
+}

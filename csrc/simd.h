@@ -1,0 +1,61 @@
+// One vector type for the instruction set that this translation unit is compiled for, by GCC's and
+// clang's vector extensions: the same source gives AVX-512, AVX2, SSE2 or NEON code.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace PUNA_ISA {
+
+constexpr int W = PUNA_WIDTH;  // floats a vector
+
+typedef float vec __attribute__((vector_size(W * 4)));
+typedef int32_t ivec __attribute__((vector_size(W * 4)));
+
+inline vec load(const float* p) {
+  vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline vec all(float x) { return x - vec{}; }  // every lane: x (and no negative zero lost)
+
+inline vec select(ivec where, vec yes, vec no) {
+  return (vec)(((ivec)yes & where) | ((ivec)no & ~where));
+}
+
+inline vec max(vec a, vec b) { return select(a > b, a, b); }
+inline vec min(vec a, vec b) { return select(a < b, a, b); }
+
+inline float sum(vec v) {
+  float total = 0.0f;
+  for (int i = 0; i < W; ++i) total += v[i];
+  return total;
+}
+
+inline float largest(vec v) {
+  float found = v[0];
+  for (int i = 1; i < W; ++i) found = v[i] > found ? v[i] : found;
+  return found;
+}
+
+// e^x to about 2 units in the last place, for x up to 88; below -87.3 it stays at 1e-38.
+inline vec exp(vec x) {
+  x = max(min(x, all(88.0f)), all(-87.3f));
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  const vec n = (x * 1.44269504f + magic) - magic;
+  const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  vec y = all(1.9875691e-4f);
+  y = y * r + 1.3981999e-3f;
+  y = y * r + 8.3334519e-3f;
+  y = y * r + 4.1665796e-2f;
+  y = y * r + 1.6666665e-1f;
+  y = y * r + 5.0000001e-1f;
+  y = y * (r * r) + r + 1.0f;
+  const ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
+  return y * (vec)power;
+}
+
+}  // namespace PUNA_ISA

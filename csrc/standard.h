@@ -1,0 +1,17 @@
+// All that the engine takes from the standard library, to be included before the line that names
+// an instruction set: an inline function defined after it would be compiled for that set, and the
+// linker, which keeps one copy of each, might hand it to the code for older machines.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <vector>
+
+#include "engine.h"
+#include "threads.h"

@@ -1,0 +1,233 @@
+"""Run: python -m pytest tests/test_native.py -q"""
+
+import json
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from puna.core.config import ModelConfig
+from puna.core.generation import _by_slots, generate
+from puna.core.model import Transformer
+from puna.core.native import Engine, engine_for, extension, instruction_sets
+from puna.core.ops import use_backend
+from puna.core.sampling import Sampler
+
+pytestmark = pytest.mark.skipif(extension() is None, reason="the native engine is not built")
+
+SHAPES = [
+    ModelConfig(64, 2, 4, 2, 176, vocab_size=97, context=96),  # odd vocabulary: a cut panel
+    ModelConfig(24, 3, 3, 3, 40, vocab_size=33, context=40),  # heads of 8, no whole AVX-512 panel
+    ModelConfig(48, 1, 12, 4, 64, vocab_size=130, context=64),  # heads of 4
+    ModelConfig(128, 1, 1, 1, 20, vocab_size=64, context=140),  # one head of 128
+]
+
+
+def build(config, seed=0):
+    model = Transformer(config)
+    model.init_weights(seed)
+    return model
+
+
+def exact(model, tokens):
+    """Logits after the last of `tokens` (a list), by PyTorch in fp64."""
+    wide = Transformer(model.config).double()
+    wide.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    with torch.no_grad(), use_backend("reference"):
+        return wide.head_weight @ wide(torch.tensor([tokens]))[0, -1]
+
+
+def feed(engine, sequences, starts=None):
+    """Append each sequence to its own row; the logits after each."""
+    starts = starts or [0] * len(sequences)
+    lengths = torch.tensor([len(s) for s in sequences])
+    spans = zip(sequences, starts, strict=True)
+    return engine.forward(
+        torch.tensor([t for s in sequences for t in s]),
+        torch.arange(len(sequences)).repeat_interleave(lengths),
+        torch.cat([torch.arange(a, a + len(s)) for s, a in spans]),
+        lengths.cumsum(0) - 1,
+    ).logits
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["avx512", "avx2", "base"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_against_fp64(config, name, threads):
+    if name not in instruction_sets(config.head_dim):
+        pytest.skip(f"no {name} for heads of {config.head_dim} on this machine")
+    model = build(config)
+    torch.manual_seed(1)
+    sequences = [torch.randint(config.vocab_size, (n,)).tolist() for n in (1, 30, 2, 17, 9)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        engine = Engine(model, name)
+        engine.reserve(5, 32)
+        found = feed(engine, sequences)
+        again = feed(engine, [[3]] * 5, [len(s) for s in sequences])
+    finally:
+        torch.set_num_threads(before)
+    for row, sequence in enumerate(sequences):
+        torch.testing.assert_close(found[row].double(), exact(model, sequence), rtol=0, atol=1e-5)
+        truth = exact(model, [*sequence, 3])
+        torch.testing.assert_close(again[row].double(), truth, rtol=0, atol=1e-5)
+
+
+@settings(max_examples=30)
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=40), seed=st.integers(0, 99))
+def test_a_row_does_not_depend_on_its_neighbours(lengths, seed):
+    """To the last bit, fed alone or with others, in one call or token by token."""
+    model = build(SHAPES[0])
+    torch.manual_seed(seed)
+    sequences = [torch.randint(97, (n,)).tolist() for n in lengths]
+    engine = Engine(model)
+    engine.reserve(len(lengths), 20)
+    together = feed(engine, sequences)
+    engine.reserve(1, 20)
+    alone = feed(engine, sequences[:1])
+    assert torch.equal(alone[0], together[0])
+    for position, token in enumerate(sequences[-1]):
+        last = feed(engine, [[token]], [position])
+    assert torch.equal(last[0], together[-1])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_tokens_are_those_of_the_reference(temperature):
+    """The same numbers of the same seeds; a draw can differ only next to a boundary."""
+    model = build(SHAPES[0], seed=3)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30)  # distributions with something to choose
+    prompts = [[1, 5 + i, 7] for i in range(40)]
+    options = dict(max_new_tokens=20, eos_id=2, temperature=temperature, seed=4)
+    with use_backend("native"):
+        native = generate(model, prompts, **options)
+    with use_backend("reference"):
+        reference = generate(model, prompts, **options)
+    same = [a.tokens == b.tokens for a, b in zip(native, reference, strict=True)]
+    assert sum(same) >= 39
+    for a, b in zip(native, reference, strict=True):
+        if a.tokens == b.tokens:
+            assert a.finished == b.finished
+            torch.testing.assert_close(
+                torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=2e-5
+            )
+
+
+@settings(max_examples=25)
+@given(
+    slots=st.integers(1, 9),
+    copies=st.integers(1, 4),
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=9),
+    limit=st.integers(0, 12),
+)
+def test_refilled_slots_change_nothing(slots, copies, lengths, limit):
+    """Prompts of many lengths, some several times, through few slots: as each one alone."""
+    model = build(SHAPES[0], seed=5)
+    torch.manual_seed(len(lengths))
+    prompts = [torch.randint(97, (n,)).tolist() for n in lengths for _ in range(copies)]
+    names = dict(
+        prompt_ids=[i // copies for i in range(len(prompts))],
+        sample_ids=[i % copies for i in range(len(prompts))],
+    )
+    options = dict(max_new_tokens=limit, eos_id=11, seed=2)
+    with use_backend("native"):
+        found = generate(model, prompts, batch_size=slots, **names, **options)
+        for i, prompt in enumerate(prompts):
+            place = {key: [value[i]] for key, value in names.items()}
+            assert found[i] == generate(model, [prompt], **place, **options)[0]
+
+
+def test_the_packed_copy_follows_the_weights():
+    model = build(SHAPES[0])
+    engine = engine_for(model)
+    assert engine is engine_for(model)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    changed = engine_for(model)
+    assert changed is not engine
+    changed.reserve(1, 8)
+    torch.testing.assert_close(
+        feed(changed, [[1, 2, 3]])[0].double(), exact(model, [1, 2, 3]), rtol=0, atol=1e-5
+    )
+
+
+def test_what_the_engine_does_not_take():
+    half = build(SHAPES[0]).bfloat16()
+    assert engine_for(half) is None
+    with use_backend("native"), pytest.raises(ValueError, match="bfloat16 on cpu, not float32"):
+        engine_for(half)
+    odd = build(ModelConfig(12, 1, 2, 2, 8, vocab_size=9, context=8))  # heads of 6
+    assert engine_for(odd) is None
+    with use_backend("native"), pytest.raises(ValueError, match="its head size is 6"):
+        engine_for(odd)
+    with use_backend("reference"):
+        assert engine_for(build(SHAPES[0])) is None
+    with pytest.raises(ValueError, match="instruction set is 'sse9'"):
+        Engine(build(SHAPES[0]), "sse9")
+
+
+def test_bad_input():
+    engine = Engine(build(SHAPES[0]))
+    with pytest.raises(ValueError, match="at least 1 row, and 1 to 96 slots"):
+        engine.reserve(0, 8)
+    with pytest.raises(ValueError, match="1 to 96 slots"):
+        engine.reserve(1, 97)
+    engine.reserve(2, 8)
+    one = torch.zeros(1, dtype=torch.int64)
+    good = dict(tokens=one, rows=one, positions=one, wanted=one)
+    engine.forward(**good)
+    cases = [
+        ("tokens", one + 97, "tokens run from 97 to 97; expected 0 to 96"),
+        ("tokens", one - 1, "tokens run from -1"),
+        ("rows", one + 2, "rows run from 2 to 2; expected 0 to 1"),
+        ("positions", one + 8, "positions run from 8 to 8; expected 0 to 7"),
+        ("wanted", one + 1, "wanted run from 1 to 1; expected 0 to 0"),
+        ("rows", one.int(), r"rows is torch.int32 \(1,\)"),
+        ("rows", torch.zeros(2, dtype=torch.int64), r"rows is torch.int64 \(2,\)"),
+        ("positions", torch.zeros(2, 2, dtype=torch.int64)[:, 0], "positions is torch.int64"),
+        ("seeds", torch.zeros(4, dtype=torch.int64)[::2][:1].int(), "seeds is torch.int32"),
+    ]
+    for name, value, message in cases:
+        with pytest.raises(ValueError, match=message):
+            engine.forward(**{**good, name: value})
+    with pytest.raises(ValueError, match="temperature nan must be >= 0"):
+        engine.forward(**good, seeds=one, temperature=float("nan"))
+    empty = torch.zeros(0, dtype=torch.int64)
+    with pytest.raises(ValueError, match="no tokens, but some are wanted"):
+        engine.forward(empty, empty, empty, one)
+    with pytest.raises(ValueError, match="cannot copy 9 tokens"):
+        engine.copy_row(0, 1, 9)
+
+
+def test_a_fork_does_not_hang():
+    """OpenMP's threads do not survive a fork: the child works on one."""
+    model = build(SHAPES[0])
+    options = dict(max_new_tokens=5, eos_id=None, temperature=0.0)
+    prompts = [[1 + i] for i in range(40)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with use_backend("native"):
+            expected = [c.tokens for c in generate(model, prompts, **options)]
+            read, write = os.pipe()
+            child = os.fork()
+            if not child:
+                found = [c.tokens for c in slots_alone(model, prompts)]
+                os.write(write, json.dumps(found).encode())
+                os._exit(0)
+            os.close(write)
+            with os.fdopen(read) as pipe:
+                assert json.load(pipe) == expected
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+def slots_alone(model, prompts):
+    """Greedy answers by the native engine; torch's own parallel regions would hang in a fork."""
+    keys = torch.zeros(len(prompts), dtype=torch.int64)
+    engine, sampler = engine_for(model), Sampler(0.0)
+    return _by_slots(engine, prompts, keys, [5] * len(prompts), sampler, None, 256)
