@@ -1,5 +1,6 @@
 """`puna generate`: continue prompts, or answer them in the chat format."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def run(config: GenerateConfig) -> str:
     for piece in stream_text(tokenizer, (i for i in drawn if i != tokenizer.eos_id)):
         print(piece, end="", flush=True)
         pieces.append(piece)
-    print()
+    if sys.stdout.isatty():  # a file or a pipe gets the text and nothing else
+        print()
     return "".join(pieces)
 
 

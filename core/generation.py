@@ -95,13 +95,15 @@ def _by_slots(
     eos_id: int | None,
     batch_size: int,
 ) -> list[Completion]:
+    steps = list(slots.decode(engine, prompts, keys, limits, sampler, eos_id, batch_size))
     shape = len(prompts), max(limits, default=0)
     tokens, logprobs = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
     lengths = torch.zeros(len(prompts), dtype=torch.int64)
-    for drawn in slots.decode(engine, prompts, keys, limits, sampler, eos_id, batch_size):
+    if steps:
+        drawn = slots.Drawn(*(torch.cat(parts) for parts in zip(*steps, strict=True)))
         tokens[drawn.prompts, drawn.counts] = drawn.tokens
         logprobs[drawn.prompts, drawn.counts] = drawn.logprobs
-        lengths[drawn.prompts] = drawn.counts + 1
+        lengths = torch.bincount(drawn.prompts, minlength=len(prompts))
     completions = []
     for ids, scores, length in zip(
         tokens.tolist(), logprobs.tolist(), lengths.tolist(), strict=True

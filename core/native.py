@@ -108,8 +108,10 @@ class Engine:
         Raises ValueError for tensors that are not CPU int64, contiguous and of fitting lengths,
         for ids the model does not know and for places outside the cache.
         """
-        self._check(tokens, rows, positions, wanted)
         count = wanted.numel()
+        for name, tensor in (("tokens", tokens), ("rows", rows), ("positions", positions)):
+            _check_vector(name, tensor, tokens.numel())
+        _check_vector("wanted", wanted, count)
         logits = torch.empty(count, self.config.vocab_size)
         drawn = logprobs = None
         if seeds is not None:
@@ -124,20 +126,6 @@ class Engine:
             torch.get_num_threads(),
         )  # fmt: skip
         return Step(logits if drawn is None else None, drawn, logprobs)
-
-    def _check(self, tokens: Tensor, rows: Tensor, positions: Tensor, wanted: Tensor) -> None:
-        count = tokens.numel()
-        for name, tensor in (("tokens", tokens), ("rows", rows), ("positions", positions)):
-            _check_vector(name, tensor, count)
-        _check_vector("wanted", wanted, wanted.numel())
-        if count == 0:
-            if wanted.numel():
-                raise ValueError("no tokens, but some are wanted")
-            return
-        _check_range("tokens", tokens, self.config.vocab_size)
-        _check_range("rows", rows, self._native.rows)
-        _check_range("positions", positions, self._native.slots)
-        _check_range("wanted", wanted, count)
 
 
 WIDTHS = {"avx512": 16, "avx2": 8, "base": 4}  # floats a vector
@@ -248,10 +236,3 @@ def _check_vector(name: str, tensor: Tensor, count: int) -> None:
             f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; expected a "
             f"contiguous int64 ({count},) on the CPU"
         )
-
-
-def _check_range(name: str, tensor: Tensor, limit: int) -> None:
-    if tensor.numel():
-        low, high = (int(bound) for bound in tensor.aminmax())
-        if low < 0 or high >= limit:
-            raise ValueError(f"{name} run from {low} to {high}; expected 0 to {limit - 1}")

@@ -56,6 +56,7 @@ def decode(
     slots = min(slots, len(order))
     engine.reserve(slots, max(len(prompts[i]) + limits[i] for i in order))
     most = torch.tensor(limits)
+    seeds = step_seeds(keys[:, None], torch.arange(max(limits)))
     waiting = iter(order)
     free = list(range(slots))
     holds: list[int | None] = [None] * slots  # whose prompt is in each: the first with that text
@@ -67,7 +68,7 @@ def decode(
             active = _join(active, _admit(engine, prompts, first, arriving, holds))
         if not len(active.slots):
             return
-        tokens, logprobs = _step(engine, active, keys, sampler)
+        tokens, logprobs = _step(engine, active, seeds[active.prompts, active.counts], sampler)
         yield Drawn(active.prompts, active.counts, tokens, logprobs)
         counts = active.counts + 1
         active = active._replace(positions=active.positions + 1, counts=counts, tokens=tokens)
@@ -120,9 +121,10 @@ def _admit(
     return _Active(*(column.contiguous() for column in numbers.unbind(1)))
 
 
-def _step(engine: Engine, active: _Active, keys: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
+def _step(
+    engine: Engine, active: _Active, seeds: Tensor, sampler: Sampler
+) -> tuple[Tensor, Tensor]:
     """(tokens, logprobs), both (A,), drawn after feeding each slot its token."""
-    seeds = step_seeds(keys[active.prompts], active.counts)
     everyone = torch.arange(len(active.slots))
     fed = active.tokens, active.slots, active.positions, everyone
     if sampler.top_k == 0 and sampler.top_p == 1.0:

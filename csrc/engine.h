@@ -52,6 +52,7 @@ class Engine {
   virtual void forward(const Batch& batch, const Draw* draw, int threads) = 0;
   // The first `length` tokens of row `from` become row `to`'s.
   virtual void copy_row(int64_t from, int64_t to, int64_t length) = 0;
+  virtual int64_t vocab() const = 0;
   virtual int64_t rows() const = 0;
   virtual int64_t slots() const = 0;
 };

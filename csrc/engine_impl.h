@@ -79,6 +79,7 @@ class Llama final : public puna::Engine {
   }
 
   void reserve(int64_t rows, int64_t slots) override { cache_.reserve(rows, slots); }
+  int64_t vocab() const override { return s_.vocab; }
   int64_t rows() const override { return cache_.rows(); }
   int64_t slots() const override { return cache_.slots(); }
   void copy_row(int64_t from, int64_t to, int64_t length) override {

@@ -1,4 +1,5 @@
-// puna.core._C: pointers in, nothing checked here (core/native.py checks, and keeps them alive).
+// puna.core._C: addresses in. core/native.py checks dtypes, shapes and lifetimes; what the numbers
+// themselves may be is checked here, where it costs nothing.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <unistd.h>
@@ -66,6 +67,13 @@ int usable_threads(int threads) {
   return first_parallel && first_parallel != getpid() ? 1 : threads;
 }
 
+void check_range(const char* name, const int64_t* values, int64_t count, int64_t limit) {
+  for (int64_t i = 0; i < count; ++i)
+    if (values[i] < 0 || values[i] >= limit)
+      throw std::invalid_argument(std::string(name) + " holds " + std::to_string(values[i]) +
+                                  "; expected 0 to " + std::to_string(limit - 1));
+}
+
 void forward(puna::Engine& engine, int64_t count, Address tokens, Address rows, Address positions,
              int64_t wanted_count, Address wanted, Address logits, float temperature, Address seeds,
              Address drawn, Address logprobs, int threads) {
@@ -78,6 +86,10 @@ void forward(puna::Engine& engine, int64_t count, Address tokens, Address rows, 
                           at<float>(logits)};
   const puna::Draw draw{temperature, at<const int64_t>(seeds), at<int64_t>(drawn),
                         at<float>(logprobs)};
+  check_range("tokens", batch.tokens, count, engine.vocab());
+  check_range("rows", batch.rows, count, engine.rows());
+  check_range("positions", batch.positions, count, engine.slots());
+  check_range("wanted", batch.wanted, wanted_count, count);
   threads = usable_threads(threads);
   py::gil_scoped_release released;
   engine.forward(batch, drawn ? &draw : nullptr, threads);

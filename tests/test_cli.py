@@ -75,7 +75,7 @@ def test_the_golden_text(shared):
         "generate", "--model", folder / "stories260K.bin", "--tokenizer", folder / "tok512.model",
         "--prompt", "", "--temperature", 0, "--max-new-tokens", 200,
     )  # fmt: skip
-    assert result.stdout.strip() == (folder / "expected_temp0_n200.txt").read_text().strip()
+    assert result.stdout == (folder / "expected_temp0_n200.txt").read_text()
     assert result.returncode == 0 and result.stderr == ""
 
 

@@ -180,11 +180,11 @@ def test_bad_input():
     good = dict(tokens=one, rows=one, positions=one, wanted=one)
     engine.forward(**good)
     cases = [
-        ("tokens", one + 97, "tokens run from 97 to 97; expected 0 to 96"),
-        ("tokens", one - 1, "tokens run from -1"),
-        ("rows", one + 2, "rows run from 2 to 2; expected 0 to 1"),
-        ("positions", one + 8, "positions run from 8 to 8; expected 0 to 7"),
-        ("wanted", one + 1, "wanted run from 1 to 1; expected 0 to 0"),
+        ("tokens", one + 97, "tokens holds 97; expected 0 to 96"),
+        ("tokens", one - 1, "tokens holds -1"),
+        ("rows", one + 2, "rows holds 2; expected 0 to 1"),
+        ("positions", one + 8, "positions holds 8; expected 0 to 7"),
+        ("wanted", one + 1, "wanted holds 1; expected 0 to 0"),
         ("rows", one.int(), r"rows is torch.int32 \(1,\)"),
         ("rows", torch.zeros(2, dtype=torch.int64), r"rows is torch.int64 \(2,\)"),
         ("positions", torch.zeros(2, 2, dtype=torch.int64)[:, 0], "positions is torch.int64"),
@@ -196,7 +196,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="temperature nan must be >= 0"):
         engine.forward(**good, seeds=one, temperature=float("nan"))
     empty = torch.zeros(0, dtype=torch.int64)
-    with pytest.raises(ValueError, match="no tokens, but some are wanted"):
+    with pytest.raises(ValueError, match="wanted holds 0; expected 0 to -1"):
         engine.forward(empty, empty, empty, one)
     with pytest.raises(ValueError, match="cannot copy 9 tokens"):
         engine.copy_row(0, 1, 9)
