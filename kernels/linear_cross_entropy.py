@@ -6,13 +6,22 @@ hidden (N, C), weight (V, C), targets (N,). Rows without loss are dropped before
 The rest is done a chunk of rows at a time: the chunk's logits are formed, reduced and
 thrown away. With a scalar reduction the gradients are formed in the forward pass (three
 matrix products in all); with "none" the backward forms the logits again (four).
+
+On a GPU, which rows have a loss is asked once a call (`nonzero` waits for the device): the price
+of not multiplying the others. Triton's "none", evaluation, and fp16, whose gradients could
+overflow before the upstream gradient has scaled them, go through `linear_softmax`.
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 1 << 22  # logits held at once: 16 MB in fp32
+from .backend import cast as to
+from .backend import choose, debug, jit, on_device, registered, tl, triton
+from .linear_softmax import LinearSoftmax, add_product, kept, near, slices, softmax_gradients
+
+CHUNK_ELEMENTS = 1 << 23  # logits held at once: 32 MB in fp32
+CHUNK_BYTES = 192 << 20  # logits held at once by the Triton back end
 
 
 def linear_cross_entropy(
@@ -45,13 +54,17 @@ def linear_cross_entropy(
             )
         scale = weights.detach().reshape(-1).to(wide)
     scale = scale.masked_fill(labels == ignore_index, 0.0)
+    if choose(hidden) == "triton":
+        return _triton(flat, weight, labels, scale, reduction, z_loss).view(
+            targets.shape if reduction == "none" else ()
+        )
     rows = scale.nonzero().squeeze(-1)
-    kept, labels, scale = flat.index_select(0, rows), labels[rows], scale[rows]
+    few, labels, scale = flat.index_select(0, rows), labels[rows], scale[rows]
     _check_labels(labels, weight)
     if reduction == "none":
-        losses = _PerToken.apply(kept, weight, labels, z_loss) * scale
+        losses = _PerToken.apply(few, weight, labels, z_loss) * scale
         return losses.new_zeros(targets.numel()).index_copy(0, rows, losses).view(targets.shape)
-    total = _Summed.apply(kept, weight, labels, scale, z_loss, torch.is_grad_enabled())
+    total = _Summed.apply(few, weight, labels, scale, z_loss, torch.is_grad_enabled())
     return total / scale.sum().clamp_min(torch.finfo(wide).tiny) if reduction == "mean" else total
 
 
@@ -61,10 +74,16 @@ def _check_shapes(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets "
             f"{tuple(targets.shape)} do not fit (..., C), (V, C), (...)"
         )
+    for name, other in (("weight", weight), ("targets", targets)):
+        if other.device != hidden.device:
+            raise ValueError(f"{name} is on {other.device}, hidden on {hidden.device}: not equal")
+    if weight.dtype != hidden.dtype:
+        raise ValueError(f"weight is {weight.dtype}, hidden {hidden.dtype}: not the same dtype")
 
 
 def _check_labels(labels: Tensor, weight: Tensor) -> None:
-    if labels.device.type == "cpu" and len(labels):  # elsewhere it would wait for the device
+    seen = labels.device.type == "cpu" or debug()  # elsewhere it would wait for the device
+    if seen and not torch.compiler.is_compiling() and len(labels):
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= weight.shape[0]:
             raise ValueError(
@@ -179,3 +198,207 @@ def _propagate(
         d_weight.addmm_(grad.T, hidden[rows])
     else:
         d_weight += grad.T @ hidden[rows]
+
+
+# Triton
+
+
+@jit
+def cross_entropy_kernel(
+    # pointers
+    LOGITS, LABELS, SCALE, LOSS, LSE,
+    # sizes
+    vocabulary, padded, z_loss,
+    # compile-time settings
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row's loss and logsumexp; its gradient is written over its logits.
+
+    Rows are `padded` columns apart, so that every load is aligned; the padding holds anything.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits = LOGITS + row * padded
+    label, scale = tl.load(LABELS + row), tl.load(SCALE + row)
+    largest = tl.full((BLOCK,), -3.0e38, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    target = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z = tl.load(logits + columns, mask=columns < padded, other=0.0).to(tl.float32)
+        target += tl.where(columns == label, z, 0.0)
+        z = tl.where(columns < vocabulary, z, -float("inf"))
+        new = tl.maximum(largest, z)
+        total = total * tl.exp(largest - new) + tl.exp(z - new)
+        largest = new
+    top = tl.max(largest, 0)
+    lse = top + tl.log(tl.sum(total * tl.exp(largest - top), 0))
+    loss = lse - tl.sum(target, 0)
+    loss = tl.where(loss < 0.0, 0.0, loss)  # only by rounding
+    loss = tl.where((label >= 0) & (label < vocabulary), loss, float("nan"))
+    tl.store(LOSS + row, (loss + z_loss * lse * lse) * scale)
+    tl.store(LSE + row, lse)
+    a = scale * (1.0 + 2.0 * z_loss * lse) + 0.0 * loss  # a label outside is NaN here too
+    for start in range(0, vocabulary, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z = tl.load(logits + columns, mask=columns < padded, other=0.0).to(tl.float32)
+        d_z = tl.exp(z - lse) * a - tl.where(columns == label, scale, 0.0)
+        tl.store(logits + columns, to(d_z, LOGITS.dtype.element_ty), mask=columns < padded)
+
+
+@jit
+def scale_kernel(
+    # pointers
+    X, FACTOR,
+    # sizes
+    size,
+    # compile-time settings
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x *= factor, in place; nothing is read or written where the factor is 1."""
+    factor = tl.load(FACTOR).to(tl.float32)
+    if factor != 1.0:
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(X + place, mask=place < size).to(tl.float32)
+        tl.store(X + place, to(x * factor, X.dtype.element_ty), mask=place < size)
+
+
+def _triton(
+    hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, reduction: str, z_loss: float
+) -> Tensor:
+    """(N,) or (); `scale` is zero where a row has no loss."""
+    found = scale.nonzero().squeeze(-1)
+    _check_labels(labels[found], weight)
+    # Under torch.compile the number of rows is unknown, and so is whether it is all of them.
+    everything = not torch.compiler.is_compiling() and len(found) == len(scale)
+    rows = None if everything else found
+    learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if reduction == "none" or not learns or hidden.dtype == torch.float16:
+        logp, lse, _ = LinearSoftmax.apply(hidden, weight, labels, rows, 1.0, False)
+        losses = (z_loss * lse.square() - logp if z_loss else -logp) * scale
+        if reduction == "none":
+            return losses
+        total = losses.sum()
+    else:
+        total = _TritonSummed.apply(hidden, weight, labels, scale, rows, z_loss)
+    tiny = torch.finfo(torch.float32).tiny
+    return total / scale.sum().clamp_min(tiny) if reduction == "mean" else total
+
+
+def _summed_fake(hidden, weight, labels, scale, rows, z_loss, wants_hidden, wants_weight):
+    d_hidden = hidden.new_empty(hidden.shape if wants_hidden else (0,))
+    d_weight = weight.new_empty(weight.shape if wants_weight else (0,))
+    return scale.new_empty(()), d_hidden, d_weight
+
+
+@registered(_summed_fake)
+def linear_cross_entropy_summed(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    rows: Tensor | None,
+    z_loss: float,
+    wants_hidden: bool,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(weighted sum of the losses () fp32, d_hidden (N, C), d_weight (V, C)), empty if unwanted.
+
+    dW is summed over the chunks in fp32. That would take twice the memory of a 16-bit gradient;
+    so while there are several chunks, half of its rows are summed in all of its memory, and the
+    other half is formed afterwards, a slice of the vocabulary at a time over all rows, from
+    logits computed again: half a product more, and no memory.
+    """
+    _, d_hidden, d_weight = _summed_fake(
+        hidden, weight, labels, scale, rows, z_loss, wants_hidden, wants_weight
+    )
+    vocabulary, width = weight.shape
+    n_rows = len(hidden) if rows is None else len(rows)
+    if rows is not None:
+        d_hidden.zero_()
+    if n_rows == 0:
+        return scale.new_zeros(()), d_hidden.zero_(), d_weight.zero_()
+    weight, labels, scale = near(weight), kept(labels, rows), kept(scale, rows).contiguous()
+    losses, lse = torch.empty(2, n_rows, dtype=torch.float32, device=hidden.device)
+    padded = -(-vocabulary // 64) * 64
+    chunks = slices(n_rows, padded * hidden.element_size(), CHUNK_BYTES, 128)
+    held = torch.empty(chunks[0][1], padded, dtype=hidden.dtype, device=hidden.device)
+    halved = wants_weight and len(chunks) > 1 and weight.dtype != torch.float32
+    first, summed = vocabulary, d_weight
+    if halved:
+        first = vocabulary // 2
+        summed = d_weight.view(-1)[: 2 * first * width].view(torch.float32).view(first, width)
+    for start, stop in chunks:
+        which = slice(start, stop) if rows is None else rows[start:stop]
+        few = hidden[which] if rows is None else hidden.index_select(0, which)
+        logits = held[: stop - start, :vocabulary]
+        torch.mm(few, weight.T, out=logits)
+        with on_device(hidden):
+            cross_entropy_kernel[(stop - start,)](
+                # pointers
+                logits, labels[start:stop], scale[start:stop], losses[start:stop], lse[start:stop],
+                # sizes
+                vocabulary, padded, z_loss,
+                # settings
+                BLOCK=min(4096, triton.next_power_of_2(vocabulary)), num_warps=8,
+            )  # fmt: skip
+        if wants_hidden and rows is None:
+            torch.mm(logits, weight, out=d_hidden[which])
+        elif wants_hidden:
+            d_hidden.index_copy_(0, which, logits @ weight)
+        if wants_weight:
+            add_product(summed, logits[:, :first].T, few, start == 0)
+    if halved:
+        del held, logits
+        d_weight[:first] = summed.to(weight.dtype)  # a copy before it lands where it came from
+        factors = scale * (1 + 2 * z_loss * lse), None, -scale
+        few = near(kept(hidden, rows))
+        softmax_gradients(few, weight, labels, lse, factors, 1.0, first, None, d_weight)
+    return losses.sum(), d_hidden, d_weight
+
+
+class _TritonSummed(torch.autograd.Function):
+    """The weighted sum of the losses; gradients are formed in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, scale, rows, z_loss):
+        wants = ctx.needs_input_grad[:2]
+        total, *grads = linear_cross_entropy_summed(
+            hidden, weight, labels, scale, rows, z_loss, *wants
+        )
+        ctx.z_loss, ctx.formed = z_loss, None
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(*grads)
+        else:
+            # Not saved: the backward scales them in place and gives them away, so that a second
+            # copy of dW is never held. Should there be a second backward, they are formed again.
+            ctx.formed = grads
+            ctx.save_for_backward(hidden, weight, labels, scale, rows)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        wants = ctx.needs_input_grad[:2]
+        if torch.compiler.is_compiling():
+            grads = [(grad * upstream).to(grad.dtype) for grad in ctx.saved_tensors]
+        else:
+            grads, ctx.formed = ctx.formed, None
+            if grads is None:
+                _, *grads = linear_cross_entropy_summed(*ctx.saved_tensors, ctx.z_loss, *wants)
+            for grad in grads:
+                _scale(grad, upstream)
+        asked = (grad if want else None for grad, want in zip(grads, wants, strict=True))
+        return *asked, None, None, None, None
+
+
+def _scale(x: Tensor, factor: Tensor) -> None:
+    if x.numel():
+        with on_device(x):
+            scale_kernel[(triton.cdiv(x.numel(), 4096),)](
+                # pointers
+                x, factor,
+                # sizes
+                x.numel(),
+                # settings
+                BLOCK=4096, num_warps=8,
+            )  # fmt: skip

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .backend import choose
 from .linear_cross_entropy import _check_labels, _check_shapes, _chunks, _propagate
+from .linear_softmax import LinearSoftmax
 
 
 def linear_logprobs(
@@ -29,7 +31,10 @@ def linear_logprobs(
     labels = targets.reshape(-1)
     _check_labels(labels, weight)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    logprobs, entropy = _LogProbs.apply(flat, weight, labels, temperature)
+    if choose(hidden) == "triton":
+        logprobs, _, entropy = LinearSoftmax.apply(flat, weight, labels, None, temperature, True)
+    else:
+        logprobs, entropy = _LogProbs.apply(flat, weight, labels, temperature)
     return logprobs.view(targets.shape), entropy.view(targets.shape)
 
 
