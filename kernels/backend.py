@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 try:
@@ -26,8 +27,8 @@ except ImportError:  # no wheel for this platform: the reference remains
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 __all__ = [
-    "INTERPRETED", "as_rows", "cast", "choose", "debug", "forced", "jit", "on_device", "processors",
-    "registered", "tl", "triton", "use_backend", "visible",
+    "INTERPRETED", "as_rows", "cast", "choose", "debug", "differentiable", "forced", "jit",
+    "on_device", "processors", "registered", "tl", "triton", "use_backend", "visible",
 ]  # fmt: skip
 
 BACKENDS = {"auto", "reference", "triton", "flash_attn"}
@@ -104,7 +105,7 @@ def debug() -> bool:
 
 def visible(tensor: Tensor) -> bool:
     """Whether values may be checked: on the CPU or under PUNA_DEBUG=1, never while tracing."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    if _traced():
         return False
     return tensor.device.type == "cpu" or (debug() and not tensor.is_meta)
 
@@ -150,6 +151,11 @@ def cast(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
+def _traced() -> bool:
+    """Something other than plain eager execution wants to see one operation."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
 def registered(fake: Callable) -> Callable[[Callable], Callable]:
     """Registers a launcher (tensors and numbers in, new tensors out) under its own name.
 
@@ -163,7 +169,7 @@ def registered(fake: Callable) -> Callable[[Callable], Callable]:
 
         @functools.wraps(launch)
         def call(*args: Any) -> Any:
-            if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+            if _traced():
                 return operator(*args)
             return launch(*args)
 
@@ -171,3 +177,31 @@ def registered(fake: Callable) -> Callable[[Callable], Callable]:
         return call
 
     return decorate
+
+
+def differentiable(launch: Callable, save: Callable, backward: Callable) -> Callable:
+    """The registered `launch` with a derivative: call it as `launch` is called.
+
+    `save(ctx, inputs, output)` keeps what `backward(ctx, *upstream)` needs. In plain eager they
+    make an autograd.Function. While tracing, the operator itself carries the derivative: inside
+    torch.compile's graphs an autograd.Function refuses the same tensor twice, and fails on some
+    sizes that change.
+    """
+    once = once_differentiable(backward)
+    launch.operator.register_autograd(once, setup_context=save)  # type: ignore[attr-defined]
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):  # with `save` apart, apply() would cost 25 us more
+            output = launch(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+    Differentiable.backward = staticmethod(once)
+
+    def call(*args: Any) -> Any:
+        if _traced():
+            return launch.operator(*args)  # type: ignore[attr-defined]
+        return Differentiable.apply(*args) if torch.is_grad_enabled() else launch(*args)
+
+    return call

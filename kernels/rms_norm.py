@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backend import as_rows, choose, jit, on_device, processors, registered, tl, triton
+from .backend import (
+    as_rows,
+    choose,
+    differentiable,
+    jit,
+    on_device,
+    processors,
+    registered,
+    tl,
+    triton,
+)
 from .backend import cast as to
 
 # One row is held in registers. Up to 8192 (Llama 2 70B) nothing spills; at 16384 a few registers
@@ -29,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, cast: str = "llama
     """
     _check(x, weight, cast)
     if choose(x, weight, unless=_too_wide(x)) == "triton":
-        return _triton(x, None, weight, eps, cast)[0]
+        return _triton(x, None, weight, eps, cast == "llama")[0]
     return _reference(x, weight, eps, cast)
 
 
@@ -44,7 +54,7 @@ def add_rms_norm(
         )
     _check(x, weight, cast)
     if choose(x, residual, weight, unless=_too_wide(x)) == "triton":
-        return _triton(x, residual, weight, eps, cast)
+        return _triton(x, residual, weight, eps, cast == "llama")[:2]
     summed = residual + x
     return _reference(summed, weight, eps, cast), summed
 
@@ -248,34 +258,23 @@ def rms_norm_backward(
     return d_x, parts.sum(0).to(weight.dtype)
 
 
-class _TritonRMSNorm(torch.autograd.Function):
-    """(y, residual + x); without a residual the second is empty."""
-
-    @staticmethod
-    def forward(ctx, x, residual, weight, eps, to_input):
-        y, summed, scale = rms_norm_forward(x, residual, weight, eps, to_input)
-        ctx.added = residual is not None
-        ctx.dtypes = x.dtype, None if residual is None else residual.dtype
-        ctx.save_for_backward(summed if ctx.added else x, weight, scale)
-        ctx.set_materialize_grads(False)
-        if not ctx.added:
-            ctx.mark_non_differentiable(summed)
-        return y, summed
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_y, d_sum):
-        x, weight, scale = ctx.saved_tensors
-        if d_y is None:
-            d_y = torch.zeros_like(x)
-        d_x, d_weight = rms_norm_backward(x, weight, scale, d_y, d_sum)
-        d_residual = d_x.to(ctx.dtypes[1]) if ctx.added else None
-        return d_x.to(ctx.dtypes[0]), d_residual, d_weight, None, None
+def _save(ctx, inputs, output):
+    (x, residual, weight, _, _), (_, summed, scale) = inputs, output
+    ctx.added = residual is not None
+    ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+    ctx.save_for_backward(summed if ctx.added else x, weight, scale)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*((scale,) if ctx.added else (summed, scale)))
 
 
-def _triton(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, cast: str
-) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled():
-        return _TritonRMSNorm.apply(x, residual, weight, eps, cast == "llama")
-    return rms_norm_forward(x, residual, weight, eps, cast == "llama")[:2]
+def _backward(ctx, d_y, d_sum, _):
+    x, weight, scale = ctx.saved_tensors
+    if d_y is None:
+        d_y = torch.zeros_like(x)
+    # A compiled graph may bring zeros of its shape for the empty sum.
+    d_x, d_weight = rms_norm_backward(x, weight, scale, d_y, d_sum if ctx.added else None)
+    d_residual = d_x.to(ctx.dtypes[1]) if ctx.added else None
+    return d_x.to(ctx.dtypes[0]), d_residual, d_weight, None, None
+
+
+_triton = differentiable(rms_norm_forward, _save, _backward)

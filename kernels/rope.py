@@ -10,10 +10,9 @@ Source: Su et al. 2021; Llama 2 paper, section 2.2.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backend import cast as to
-from .backend import choose, jit, on_device, registered, tl, triton, visible
+from .backend import choose, differentiable, jit, on_device, registered, tl, triton, visible
 
 
 def rope_tables(
@@ -51,9 +50,7 @@ def rope(
     """
     _check(q, k, cos, sin, positions)
     if choose(q, k, cos, sin) == "triton":
-        if torch.is_grad_enabled():
-            return _TritonRope.apply(q, k, cos, sin, positions, interleaved)
-        return rope_turn(q, k, cos, sin, positions, interleaved, False)
+        return _triton(q, k, cos, sin, positions, interleaved, False)
     if positions is not None:
         cos, sin = cos[positions], sin[positions]
     elif cos.dim() == 2:
@@ -261,20 +258,14 @@ def rope_turn(
     return q_out, k_out
 
 
-class _TritonRope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, cos, sin, positions, interleaved):
-        ctx.save_for_backward(cos, sin, positions)
-        ctx.interleaved = interleaved
-        return rope_turn(q, k, cos, sin, positions, interleaved, False)
+def _save(ctx, inputs, output):
+    _, _, cos, sin, positions, ctx.interleaved, ctx.conjugate = inputs
+    ctx.save_for_backward(cos, sin, positions)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_q, d_k):
-        return (
-            *rope_turn(d_q, d_k, *ctx.saved_tensors, ctx.interleaved, True),
-            None,
-            None,
-            None,
-            None,
-        )
+
+def _backward(ctx, d_q, d_k):
+    turned = rope_turn(d_q, d_k, *ctx.saved_tensors, ctx.interleaved, not ctx.conjugate)
+    return *turned, None, None, None, None, None
+
+
+_triton = differentiable(rope_turn, _save, _backward)

@@ -7,10 +7,9 @@ Source: Shazeer 2020; Llama 2 paper, section 2.2.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
-from .backend import as_rows, choose, jit, on_device, registered, tl, triton
+from .backend import as_rows, choose, differentiable, jit, on_device, registered, tl, triton
 from .backend import cast as to
 
 
@@ -26,9 +25,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
             "not equal"
         )
     if choose(gate, up) == "triton":
-        return (
-            _TritonSwiGLU.apply(gate, up) if torch.is_grad_enabled() else swiglu_forward(gate, up)
-        )
+        return _triton(gate, up)
     return _reference(gate, up)
 
 
@@ -160,13 +157,12 @@ def swiglu_backward(gate: Tensor, up: Tensor, d_y: Tensor) -> tuple[Tensor, Tens
     return d_gate, d_up
 
 
-class _TritonSwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return swiglu_forward(gate, up)
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_y):
-        return swiglu_backward(*ctx.saved_tensors, d_y)
+
+def _backward(ctx, d_y):
+    return swiglu_backward(*ctx.saved_tensors, d_y)
+
+
+_triton = differentiable(swiglu_forward, _save, _backward)
