@@ -7,6 +7,7 @@
 #include "draw.h"
 #include "engine.h"
 #include "matrix.h"
+#include "pace.h"
 #include "threads.h"
 
 namespace PUNA_ISA {
@@ -88,20 +89,31 @@ class Llama final : public puna::Engine {
 
   void forward(const Batch& batch, const Draw* draw, int threads) override {
     if (batch.count == 0) return;
+    if (threads == 1) return run(batch, draw, 1);
+    int size = 0;  // batches of similar size share their experience
+    while (size < 31 && (batch.count >> (size + 1))) ++size;
+    puna::Pace& pace = paces_[size];
+    const double began = puna::now();
+    run(batch, draw, pace.all() ? threads : 1);
+    pace.took(puna::now() - began);
+  }
+
+ private:
+  void run(const Batch& batch, const Draw* draw, int threads) {
     make_room(batch, threads);
     const std::vector<int64_t> cuts = cut_at_rows(batch, threads);
     const bool apart = !cuts.empty();  // each thread its own rows, or all of them some columns each
     puna::parallel(threads, [&](int part, int parts) {
       if (apart) {
         for (int each = part; each < threads; each += parts)  // OpenMP may grant fewer threads
-          run_blocks(batch, cuts[each], cuts[each + 1], Team{0, 1}, own_[each]);
+          run_blocks(batch, cuts[each], cuts[each + 1], Team{0, 1, nullptr}, own_[each]);
       } else {
-        run_blocks(batch, 0, batch.count, Team{part, parts}, own_[0]);
+        run_blocks(batch, 0, batch.count, Team{part, parts, &barrier_}, own_[0]);
       }
-      puna::barrier();
+      barrier_.wait(parts);
       apply_head(batch, share(head_.panels, part, parts));
       if (draw) {
-        puna::barrier();
+        barrier_.wait(parts);
         const Range rows = share(batch.wanted_count, part, parts);
         for (int64_t i = rows.begin; i < rows.end; ++i)
           draw_token(batch.logits + i * s_.vocab, s_.vocab, draw->temperature, draw->seeds[i],
@@ -110,12 +122,12 @@ class Llama final : public puna::Engine {
     });
   }
 
- private:
   // Who shares a block's columns: thread `part` of `parts`.
   struct Team {
     int part, parts;
+    puna::Barrier* barrier;
     void wait() const {
-      if (parts > 1) puna::barrier();
+      if (barrier) barrier->wait(parts);
     }
   };
 
@@ -291,6 +303,8 @@ class Llama final : public puna::Engine {
   std::vector<float> final_norm_;
   Cache cache_;
   Attend attend_;
+  puna::Barrier barrier_;
+  puna::Pace paces_[32];
   std::vector<Activations> own_;
   Buffer stream_, final_;  // the residual stream (N, C); the normed states that get logits
   int64_t room_ = 0, scored_ = 0, stream_size_ = 0, final_size_ = 0;

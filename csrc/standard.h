@@ -14,4 +14,5 @@
 #include <vector>
 
 #include "engine.h"
+#include "pace.h"
 #include "threads.h"
