@@ -142,6 +142,8 @@ def unfit(model: Transformer) -> str | None:
         return f"its weights are {weight.dtype} on {weight.device}, not float32 on the CPU"
     if type(weight.data) is not Tensor and type(weight) is not torch.nn.Parameter:
         return "its weights are sharded"
+    if not all(p.is_contiguous() for p in model.parameters()):
+        return "its weights are not contiguous"
     if not instruction_sets(config.head_dim):
         return f"its head size is {config.head_dim}"
     return None
@@ -158,8 +160,16 @@ def instruction_sets(head_dim: int) -> list[str]:
 
 
 def stamp(model: Transformer) -> tuple[tuple[int, int], ...]:
-    """What changes when a weight is replaced or written to."""
-    return tuple((p.data_ptr(), p._version) for p in model.parameters())
+    """What changes when a weight is replaced or written to.
+
+    Read from the weights themselves (60 MB in 3 ms): fused optimizers and `.data` write to them
+    without a trace in torch's version counters.
+    """
+    module = extension()
+    assert module is not None
+    return tuple(
+        (p.data_ptr(), module.fingerprint(p.data_ptr(), p.numel())) for p in model.parameters()
+    )
 
 
 _engines: "weakref.WeakKeyDictionary[Transformer, Engine]" = weakref.WeakKeyDictionary()

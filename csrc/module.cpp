@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -95,10 +96,31 @@ void forward(puna::Engine& engine, int64_t count, Address tokens, Address rows, 
   engine.forward(batch, drawn ? &draw : nullptr, threads);
 }
 
+// A number that changes when any of `count` floats does: optimizers write to weights unseen by
+// torch's version counters. Eight chains keep up with the memory.
+uint64_t fingerprint(Address address, int64_t count) {
+  constexpr uint64_t prime = 0x9E3779B97F4A7C15ull;
+  const auto* values = at<const uint32_t>(address);
+  uint64_t chains[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16)
+    for (int c = 0; c < 8; ++c) {
+      uint64_t pair;
+      std::memcpy(&pair, values + i + 2 * c, sizeof pair);
+      chains[c] = (chains[c] ^ pair) * prime;
+      chains[c] ^= chains[c] >> 29;  // a product moves nothing downwards
+    }
+  for (; i < count; ++i) chains[i % 8] = (chains[i % 8] ^ values[i]) * prime;
+  uint64_t found = static_cast<uint64_t>(count);
+  for (const uint64_t chain : chains) found = (found ^ chain) * prime ^ (found >> 31);
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &instruction_sets, "What this machine can run, best first.");
+  m.def("fingerprint", &fingerprint);
   m.def("make_engine", &make_engine);
   py::class_<puna::Engine>(m, "Engine")
       .def("reserve", &puna::Engine::reserve)

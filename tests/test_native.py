@@ -140,12 +140,29 @@ def test_refilled_slots_change_nothing(slots, copies, lengths, limit):
             assert found[i] == generate(model, [prompt], **place, **options)[0]
 
 
-def test_the_packed_copy_follows_the_weights():
+def scale(model):
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+
+
+def step(model):
+    """Fused AdamW leaves no trace in torch's version counters."""
+    weight = model.model.layers[0].mlp.down_proj.weight
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[3, 5] = 1.0
+    torch.optim.AdamW([weight], lr=0.5, weight_decay=0.0, fused=True).step()
+
+
+def behind_autograd(model):
+    model.lm_head.weight.data[-1, -1] += 1
+
+
+@pytest.mark.parametrize("change", [scale, step, behind_autograd])
+def test_the_packed_copy_follows_the_weights(change):
     model = build(SHAPES[0])
     engine = engine_for(model)
     assert engine is engine_for(model)
-    with torch.no_grad():
-        model.model.norm.weight.mul_(2)
+    change(model)
     changed = engine_for(model)
     assert changed is not engine
     changed.reserve(1, 8)
