@@ -182,16 +182,16 @@ def rope_kernel(
     batch, token = (program // n_tokens).to(tl.int64), (program % n_tokens).to(tl.int64)
     program = program.to(tl.int64)
     pairs = tl.arange(0, BLOCK_HALF)[None, :]
-    known = pairs < HALF
+    known = HALF
     if GIVEN:
         position = tl.load(POSITIONS + batch * position_batch + token * position_token).to(tl.int64)
         angles = position * angle_token
-        known &= (position >= 0) & (position < n_positions)
+        known = tl.where((position >= 0) & (position < n_positions), HALF, 0)
     else:
         angles = batch * angle_batch + token * angle_token
     # A position outside the tables shows as NaN.
-    cos = tl.load(COS + angles + pairs, mask=known, other=float("nan")).to(tl.float32)
-    sin = tl.load(SIN + angles + pairs, mask=known, other=float("nan")).to(tl.float32)
+    cos = tl.load(COS + angles + pairs, mask=pairs < known, other=float("nan")).to(tl.float32)
+    sin = tl.load(SIN + angles + pairs, mask=pairs < known, other=float("nan")).to(tl.float32)
     if CONJUGATE:
         sin = -sin
     turn_heads(
