@@ -9,6 +9,7 @@
 #include <string>
 
 #include "engine.h"
+#include "losses.h"
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
@@ -96,6 +97,22 @@ void forward(puna::Engine& engine, int64_t count, Address tokens, Address rows, 
   engine.forward(batch, drawn ? &draw : nullptr, threads);
 }
 
+// With its best instructions: nothing here depends on their width but the speed.
+void softmax_loss(int64_t rows, int64_t vocab, Address logits, Address labels, Address scale,
+                  float z_loss, Address losses, int threads) {
+  const puna::SoftmaxLoss work{rows,   vocab, at<float>(logits), at<const int64_t>(labels),
+                               at<const float>(scale), z_loss, at<float>(losses)};
+  check_range("targets", work.labels, rows, vocab);
+  threads = usable_threads(threads);
+  static const std::string best = instruction_sets().front();
+  py::gil_scoped_release released;
+#if defined(__x86_64__)
+  if (best == "avx512") return puna::softmax_loss_avx512(work, threads);
+  if (best == "avx2") return puna::softmax_loss_avx2(work, threads);
+#endif
+  puna::softmax_loss_base(work, threads);
+}
+
 // A number that changes when any of `count` floats does: optimizers write to weights unseen by
 // torch's version counters. Eight chains keep up with the memory.
 uint64_t fingerprint(Address address, int64_t count) {
@@ -121,6 +138,7 @@ uint64_t fingerprint(Address address, int64_t count) {
 PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &instruction_sets, "What this machine can run, best first.");
   m.def("fingerprint", &fingerprint);
+  m.def("softmax_loss", &softmax_loss);
   m.def("make_engine", &make_engine);
   py::class_<puna::Engine>(m, "Engine")
       .def("reserve", &puna::Engine::reserve)

@@ -2,7 +2,10 @@
 #define PUNA_ISA base
 #define PUNA_WIDTH 4
 #include "engine_impl.h"
+#include "losses_impl.h"
 
 std::unique_ptr<puna::Engine> puna::make_engine_base(const Shape& s, const Weights& w) {
   return std::make_unique<base::Llama>(s, w);
 }
+
+void puna::softmax_loss_base(const SoftmaxLoss& a, int threads) { base::softmax_loss(a, threads); }

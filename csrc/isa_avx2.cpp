@@ -4,8 +4,11 @@
 #define PUNA_ISA avx2
 #define PUNA_WIDTH 8
 #include "engine_impl.h"
+#include "losses_impl.h"
 
 std::unique_ptr<puna::Engine> puna::make_engine_avx2(const Shape& s, const Weights& w) {
   return std::make_unique<avx2::Llama>(s, w);
 }
+
+void puna::softmax_loss_avx2(const SoftmaxLoss& a, int threads) { avx2::softmax_loss(a, threads); }
 #endif

@@ -4,8 +4,11 @@
 #define PUNA_ISA avx512
 #define PUNA_WIDTH 16
 #include "engine_impl.h"
+#include "losses_impl.h"
 
 std::unique_ptr<puna::Engine> puna::make_engine_avx512(const Shape& s, const Weights& w) {
   return std::make_unique<avx512::Llama>(s, w);
 }
+
+void puna::softmax_loss_avx512(const SoftmaxLoss& a, int threads) { avx512::softmax_loss(a, threads); }
 #endif
