@@ -27,7 +27,7 @@ from puna.trainers.prompts import load_prompts
 from puna.trainers.run import environment
 
 HELD_OUT_PROMPTS = 500  # of each kind
-HELD_OUT_PAIRS = 1_000  # comparisons of each kind a round, as in the paper
+HELD_OUT_PAIRS = 2_500  # comparisons of each kind a round, before pairs of equal answers go
 PERSONA_DIALOGUES = 60  # of 20 exchanges
 OWN_ANSWERS = 1_800  # mixed into Ghost Attention's data
 SHOWN = 6  # conversations in the report

@@ -99,7 +99,7 @@ class Demo:
             "sft": lambda: list(world.demonstrations(seed, n(4_200, 200))),
             "personas": lambda: world.persona_demonstrations(seed, n(1_600, 24)),
             "prompts": lambda: world.prompts(seed, n(5_400, 96), "rlhf"),
-            "helpfulness": lambda: world.prompts(seed, n(3_000, 64), "helpfulness"),
+            "helpfulness": lambda: world.prompts(seed, n(4_500, 64), "helpfulness"),
             "safety": lambda: world.prompts(seed, n(1_500, 64), "safety"),
             "gatt": lambda: [ghost_row(d) for d in world.persona_dialogues(seed, n(200, 12))],
         }
