@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 try:
@@ -27,8 +26,8 @@ except ImportError:  # no wheel for this platform: the reference remains
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 __all__ = [
-    "INTERPRETED", "as_rows", "cast", "choose", "debug", "differentiable", "forced", "jit",
-    "on_device", "processors", "registered", "tl", "triton", "use_backend", "visible",
+    "INTERPRETED", "as_rows", "cast", "choose", "debug", "differentiable", "first_only", "forced",
+    "jit", "on_device", "processors", "registered", "tl", "triton", "use_backend", "visible",
 ]  # fmt: skip
 
 BACKENDS = {"auto", "reference", "triton", "flash_attn"}
@@ -179,6 +178,37 @@ def registered(fake: Callable) -> Callable[[Callable], Callable]:
     return decorate
 
 
+class _FirstDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradient):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError("this operation has a first derivative only")
+
+
+def first_only(backward: Callable) -> Callable:
+    """An autograd.Function's backward whose gradients refuse to be differentiated.
+
+    PyTorch's once_differentiable lets them pass as constants where the upstream gradient is one.
+    """
+
+    @functools.wraps(backward)
+    def refusing(ctx, *upstream):
+        with torch.no_grad():
+            grads = backward(ctx, *upstream)
+        if not torch.is_grad_enabled():  # it is under create_graph=True alone
+            return grads
+        grads = grads if isinstance(grads, tuple) else (grads,)
+        return tuple(
+            _FirstDerivative.apply(grad.detach().requires_grad_()) if grad is not None else None
+            for grad in grads
+        )
+
+    return refusing
+
+
 def differentiable(launch: Callable, save: Callable, backward: Callable) -> Callable:
     """The registered `launch` with a derivative: call it as `launch` is called.
 
@@ -187,8 +217,8 @@ def differentiable(launch: Callable, save: Callable, backward: Callable) -> Call
     torch.compile's graphs an autograd.Function refuses the same tensor twice, and fails on some
     sizes that change.
     """
-    once = once_differentiable(backward)
-    launch.operator.register_autograd(once, setup_context=save)  # type: ignore[attr-defined]
+    backward = first_only(backward)
+    launch.operator.register_autograd(backward, setup_context=save)  # type: ignore[attr-defined]
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
@@ -197,7 +227,7 @@ def differentiable(launch: Callable, save: Callable, backward: Callable) -> Call
             save(ctx, inputs, output)
             return output
 
-    Differentiable.backward = staticmethod(once)
+    Differentiable.backward = staticmethod(backward)
 
     def call(*args: Any) -> Any:
         if _traced():

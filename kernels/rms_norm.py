@@ -11,12 +11,12 @@ Source: Zhang & Sennrich 2019; Llama 2 paper, section 2.2.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backend import (
     as_rows,
     choose,
     differentiable,
+    first_only,
     jit,
     on_device,
     processors,
@@ -102,7 +102,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         normed, upstream = x * scale, upstream.to(scale.dtype)

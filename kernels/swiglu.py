@@ -24,6 +24,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
             f"gate is {tuple(gate.shape)} on {gate.device}, up {tuple(up.shape)} on {up.device}: "
             "not equal"
         )
+    if not gate.dim():
+        raise ValueError("gate has no dimensions, expected (..., F)")
     if choose(gate, up) == "triton":
         return _triton(gate, up)
     return _reference(gate, up)
