@@ -74,6 +74,10 @@ def _check_shapes(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets "
             f"{tuple(targets.shape)} do not fit (..., C), (V, C), (...)"
         )
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets are {targets.dtype}, expected torch.int64")
+    if len(weight) == 0:
+        raise ValueError("weight has no rows, expected one for each token of the vocabulary")
     for name, other in (("weight", weight), ("targets", targets)):
         if other.device != hidden.device:
             raise ValueError(f"{name} is on {other.device}, hidden on {hidden.device}: not equal")
@@ -206,13 +210,13 @@ def _propagate(
 @jit
 def cross_entropy_kernel(
     # pointers
-    LOGITS, LABELS, SCALE, LOSS, LSE,
+    LOGITS, LABELS, SCALE, LOSS, LARGEST, TOTAL,
     # sizes
     vocabulary, padded, z_loss,
     # compile-time settings
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row's loss and logsumexp; its gradient is written over its logits.
+    """One row's loss and the two parts of its logsumexp; its gradient is written over its logits.
 
     Rows are `padded` columns apart, so that every load is aligned; the padding holds anything.
     """
@@ -231,17 +235,19 @@ def cross_entropy_kernel(
         total = total * tl.exp(largest - new) + tl.exp(z - new)
         largest = new
     top = tl.max(largest, 0)
-    lse = top + tl.log(tl.sum(total * tl.exp(largest - top), 0))
-    loss = lse - tl.sum(target, 0)
+    total = tl.sum(total * tl.exp(largest - top), 0)
+    lse = top + tl.log(total)
+    loss = tl.log(total) - (tl.sum(target, 0) - top)
     loss = tl.where(loss < 0.0, 0.0, loss)  # only by rounding
     loss = tl.where((label >= 0) & (label < vocabulary), loss, float("nan"))
     tl.store(LOSS + row, (loss + z_loss * lse * lse) * scale)
-    tl.store(LSE + row, lse)
+    tl.store(LARGEST + row, top)
+    tl.store(TOTAL + row, total)
     a = scale * (1.0 + 2.0 * z_loss * lse) + 0.0 * loss  # a label outside is NaN here too
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         z = tl.load(logits + columns, mask=columns < padded, other=0.0).to(tl.float32)
-        d_z = tl.exp(z - lse) * a - tl.where(columns == label, scale, 0.0)
+        d_z = tl.exp(z - top) * (a / total) - tl.where(columns == label, scale, 0.0)
         tl.store(logits + columns, to(d_z, LOGITS.dtype.element_ty), mask=columns < padded)
 
 
@@ -318,7 +324,8 @@ def linear_cross_entropy_summed(
     if n_rows == 0:
         return scale.new_zeros(()), d_hidden.zero_(), d_weight.zero_()
     weight, labels, scale = near(weight), kept(labels, rows), kept(scale, rows).contiguous()
-    losses, lse = torch.empty(2, n_rows, dtype=torch.float32, device=hidden.device)
+    losses = torch.empty(n_rows, dtype=torch.float32, device=hidden.device)
+    stats = torch.empty(2, n_rows, dtype=torch.float32, device=hidden.device)
     padded = -(-vocabulary // 64) * 64
     chunks = slices(n_rows, padded * hidden.element_size(), CHUNK_BYTES, 128)
     held = torch.empty(chunks[0][1], padded, dtype=hidden.dtype, device=hidden.device)
@@ -335,7 +342,8 @@ def linear_cross_entropy_summed(
         with on_device(hidden):
             cross_entropy_kernel[(stop - start,)](
                 # pointers
-                logits, labels[start:stop], scale[start:stop], losses[start:stop], lse[start:stop],
+                logits, labels[start:stop], scale[start:stop], losses[start:stop],
+                stats[0, start:stop], stats[1, start:stop],
                 # sizes
                 vocabulary, padded, z_loss,
                 # settings
@@ -350,9 +358,9 @@ def linear_cross_entropy_summed(
     if halved:
         del held, logits
         d_weight[:first] = summed.to(weight.dtype)  # a copy before it lands where it came from
-        factors = scale * (1 + 2 * z_loss * lse), None, -scale
+        factors = scale * (1 + 2 * z_loss * (stats[0] + stats[1].log())), None, -scale
         few = near(kept(hidden, rows))
-        softmax_gradients(few, weight, labels, lse, factors, 1.0, first, None, d_weight)
+        softmax_gradients(few, weight, labels, stats, factors, 1.0, first, None, d_weight)
     return losses.sum(), d_hidden, d_weight
 
 

@@ -119,9 +119,9 @@ def linear_softmax_forward_kernel(
 @jit
 def linear_softmax_join_kernel(
     # pointers
-    PARTS, LABELS, ROWS, LOGP, LSE, ENTROPY_OUT,
+    PARTS, LABELS, ROWS, LOGP, LSE, ENTROPY_OUT, STATS,
     # sizes
-    n_rows, vocabulary, n_splits, plane, log_vocabulary,
+    n_rows, vocabulary, n_splits, plane, log_vocabulary, stats_plane,
     # compile-time settings
     GATHER: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -150,14 +150,18 @@ def linear_softmax_join_kernel(
     if GATHER:
         rows = tl.load(ROWS + place, mask=inside, other=0)
     labels = tl.load(LABELS + rows, mask=inside, other=0)
-    lse = largest + tl.log(total)
-    # Rounding must not make a log-prob positive, or an entropy leave its bounds.
-    logp = tl.where(target > lse, 0.0, target - lse)
+    log_total = tl.log(total)
+    # In this order: next to `largest` the logarithm would be rounded away. And rounding must not
+    # make a log-prob positive, or an entropy leave its bounds.
+    logp = target - largest - log_total
+    logp = tl.where(logp > 0.0, 0.0, logp)
     logp = tl.where((labels >= 0) & (labels < vocabulary), logp, float("nan"))
     tl.store(LOGP + rows, logp, mask=inside)
-    tl.store(LSE + rows, lse, mask=inside)
+    tl.store(LSE + rows, largest + log_total, mask=inside)
+    tl.store(STATS + rows, largest, mask=inside)
+    tl.store(STATS + stats_plane + rows, total, mask=inside)
     if ENTROPY:
-        entropy = tl.log(total) - weighted / total
+        entropy = log_total - weighted / total
         entropy = tl.where(entropy < 0.0, 0.0, entropy)
         entropy = tl.where(entropy > log_vocabulary, log_vocabulary, entropy)
         tl.store(ENTROPY_OUT + rows, entropy, mask=inside)
@@ -166,7 +170,7 @@ def linear_softmax_join_kernel(
 @jit
 def linear_softmax_backward_kernel(
     # pointers
-    HIDDEN, WEIGHT, LABELS, LSE, A, B, C, D_LOGITS,
+    HIDDEN, WEIGHT, LABELS, STATS, A, B, C, D_LOGITS,
     # sizes: columns first..last of the vocabulary
     n_rows, width, vocabulary, first, last, inverse_temperature,
     # strides of a row
@@ -185,18 +189,21 @@ def linear_softmax_backward_kernel(
     w_rows = WEIGHT + tl.minimum(columns, last - 1).to(tl.int64) * weight_stride
     h_rows = HIDDEN + rows * hidden_stride
     z = logits_tile(h_rows, w_rows, width, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
-    z = z * inverse_temperature - tl.load(LSE + rows)[:, None]
+    z = z * inverse_temperature - tl.load(STATS + rows)[:, None]
+    total = tl.load(STATS + n_rows + rows)
     labels = tl.load(LABELS + rows)
-    a = tl.load(A + rows)
-    a = tl.where((labels >= 0) & (labels < vocabulary), a, float("nan"))[:, None]
-    labels = labels.to(tl.int32)
-    c = tl.load(C + rows)[:, None]
+    a = tl.load(A + rows) * inverse_temperature
+    a = tl.where((labels >= 0) & (labels < vocabulary), a, float("nan"))
+    c = tl.load(C + rows) * inverse_temperature
     if ENTROPY:
-        a = a - tl.load(B + rows)[:, None] * z
-    d_z = tl.exp(z) * a + tl.where(columns[None, :] == labels[:, None], c, 0.0)
-    d_z = to(d_z * inverse_temperature, D_LOGITS.dtype.element_ty)
-    out = D_LOGITS + row_tile.to(tl.int64) * BLOCK_M * d_stride + column_tile * BLOCK_N
-    out += tl.arange(0, BLOCK_M)[:, None] * d_stride + tl.arange(0, BLOCK_N)[None, :]
+        b = tl.load(B + rows) * inverse_temperature
+        a += b * tl.log(total)
+        d_z = tl.exp(z) * ((a / total)[:, None] - (b / total)[:, None] * z)
+    else:
+        d_z = tl.exp(z) * (a / total)[:, None]
+    d_z += tl.where(columns[None, :] == labels.to(tl.int32)[:, None], c[:, None], 0.0)
+    d_z = to(d_z, D_LOGITS.dtype.element_ty)
+    out = D_LOGITS + place[:, None] * d_stride + (columns - first)[None, :]
     tl.store(out, d_z, mask=(place < n_rows)[:, None] & (columns < last)[None, :])
 
 
@@ -254,8 +261,9 @@ def kept(x: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _forward_fake(hidden, weight, labels, rows, temperature, entropy):
-    out = [hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2 + entropy)]
-    return (*out, hidden.new_empty(0, dtype=torch.float32))[:3]
+    n_rows = len(hidden)
+    shapes = (n_rows,), (n_rows,), (n_rows if entropy else 0,), (2, n_rows)
+    return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 @registered(_forward_fake)
@@ -266,8 +274,12 @@ def linear_softmax_forward(
     rows: Tensor | None,
     temperature: float,
     entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp (N,), lse (N,), entropy (N,) or nothing), fp32; 0 where `rows` does not name a row."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logp (N,), lse (N,), entropy (N,) or nothing, statistics for the backward (2, N)), fp32.
+
+    The statistics are the largest logit and sum exp(z - largest). `rows` (K,) are the rows to
+    look at (None: all); what is returned for the others is 0.
+    """
     outs = _forward_fake(hidden, weight, labels, rows, temperature, entropy)
     if rows is not None:
         outs = tuple(out.zero_() for out in outs)
@@ -295,7 +307,7 @@ def linear_softmax_forward(
             # pointers
             parts, labels, places, *outs,
             # sizes
-            n_rows, vocabulary, n_splits, n_splits * n_rows, math.log(vocabulary),
+            n_rows, vocabulary, n_splits, n_splits * n_rows, math.log(vocabulary), len(labels),
             # settings
             GATHER=rows is not None, ENTROPY=entropy, BLOCK=128, num_warps=4,
         )  # fmt: skip
@@ -306,7 +318,7 @@ def softmax_gradients(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     factors: tuple[Tensor, Tensor | None, Tensor],
     temperature: float,
     first: int,
@@ -331,7 +343,7 @@ def softmax_gradients(
                 (row_tiles * triton.cdiv(stop - start, settings["BLOCK_N"]),)
             ](
                 # pointers
-                hidden, weight, labels, lse, a, a if b is None else b, c, d_logits,
+                hidden, weight, labels, stats, a, a if b is None else b, c, d_logits,
                 # sizes
                 n_rows, width, len(weight), first + start, first + stop, 1 / temperature,
                 # strides
@@ -347,7 +359,7 @@ def softmax_gradients(
 
 
 def _backward_fake(
-    hidden, weight, labels, rows, lse, a, b, c, temperature, wants_hidden, wants_weight
+    hidden, weight, labels, rows, stats, a, b, c, temperature, wants_hidden, wants_weight
 ):
     d_hidden = hidden.new_empty(hidden.shape if wants_hidden else (0,))
     return d_hidden, weight.new_empty(weight.shape if wants_weight else (0,))
@@ -359,7 +371,7 @@ def linear_softmax_backward(
     weight: Tensor,
     labels: Tensor,
     rows: Tensor | None,
-    lse: Tensor,
+    stats: Tensor,
     a: Tensor,
     b: Tensor | None,
     c: Tensor,
@@ -369,19 +381,20 @@ def linear_softmax_backward(
 ) -> tuple[Tensor, Tensor]:
     """(d_hidden (N, C), d_weight (V, C)), empty where not wanted; a, b, c are (N,)."""
     d_hidden, d_weight = _backward_fake(
-        hidden, weight, labels, rows, lse, a, b, c, temperature, wants_hidden, wants_weight
+        hidden, weight, labels, rows, stats, a, b, c, temperature, wants_hidden, wants_weight
     )
     n_rows = len(hidden) if rows is None else len(rows)
     if n_rows == 0:
         return d_hidden.zero_(), d_weight.zero_()
-    few, labels, lse = near(kept(hidden, rows)), kept(labels, rows), kept(lse, rows)
+    few, labels = near(kept(hidden, rows)), kept(labels, rows)
+    stats = stats if rows is None else stats.index_select(1, rows)
     factors = tuple(x if x is None else kept(x, rows).contiguous() for x in (a, b, c))
     # Slices add up in fp32: d_hidden itself will do only if it is that, and has no gaps.
     summed = d_hidden
     if wants_hidden and (rows is not None or d_hidden.dtype != torch.float32):
         summed = torch.empty(few.shape, dtype=torch.float32, device=few.device)
     softmax_gradients(
-        few, near(weight), labels, lse, factors, temperature, 0,
+        few, near(weight), labels, stats, factors, temperature, 0,
         summed if wants_hidden else None, d_weight if wants_weight else None,
     )  # fmt: skip
     if summed is not d_hidden:
@@ -397,10 +410,10 @@ class LinearSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, rows, temperature, with_entropy):
-        logp, lse, entropy = linear_softmax_forward(
+        logp, lse, entropy, stats = linear_softmax_forward(
             hidden, weight, labels, rows, temperature, with_entropy
         )
-        ctx.save_for_backward(hidden, weight, labels, rows, lse, entropy)
+        ctx.save_for_backward(hidden, weight, labels, rows, entropy, stats)
         ctx.settings = temperature, with_entropy
         ctx.set_materialize_grads(False)
         if not with_entropy:
@@ -410,16 +423,16 @@ class LinearSoftmax(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_logp, d_lse, d_entropy):
-        hidden, weight, labels, rows, lse, entropy = ctx.saved_tensors
+        hidden, weight, labels, rows, entropy, stats = ctx.saved_tensors
         temperature, with_entropy = ctx.settings
-        c = torch.zeros_like(lse) if d_logp is None else d_logp
+        c = torch.zeros_like(stats[0]) if d_logp is None else d_logp
         a = -c if d_lse is None else d_lse - c
         b = d_entropy if with_entropy else None
         if b is not None:
             a = a - b * entropy
         wants = ctx.needs_input_grad[:2]
         d_hidden, d_weight = linear_softmax_backward(
-            hidden, weight, labels, rows, lse, a, b, c, temperature, *wants
+            hidden, weight, labels, rows, stats, a, b, c, temperature, *wants
         )
         grads = d_hidden if wants[0] else None, d_weight if wants[1] else None
         return *grads, None, None, None, None
