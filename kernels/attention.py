@@ -4,7 +4,8 @@
 
 q is (B, T, H, D); k and v are (B, T, K, D), each key/value head serving H/K query heads.
 `cu_seqlens` (S+1,) int32 cuts the flattened B*T tokens into sequences that never span rows;
-attention never crosses a cut.
+attention never crosses a cut. The Triton kernels are in `attention_forward` and
+`attention_backward`.
 Source: Vaswani et al. 2017; Ainslie et al. 2023 (GQA); Llama 2 paper, section 2.2 and A.2.1.
 """
 
@@ -12,6 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
+
+from .attention_backward import attention_backward
+from .attention_forward import WIDEST, attention_forward
+from .backend import choose, differentiable, forced, visible
 
 
 def attention(
@@ -24,10 +29,19 @@ def attention(
 ) -> Tensor:
     """Causal attention: (B, T, H, D) from q (B, T, H, D), k and v (B, T, K, D).
 
-    `scale` defaults to D^-1/2. Raises ValueError for head counts that do not divide, shapes
-    that differ, or cuts that do not cover B*T row by row.
+    `scale` defaults to D^-1/2. On a GPU the cuts are read there, without a wait; tokens past the
+    last cut come out as zeros. Triton takes heads of up to 128; its gradients are deterministic
+    always: nothing is added atomically.
+    Raises ValueError for head counts that do not divide, shapes, dtypes or devices that differ,
+    or cuts that do not cover B*T row by row (on a GPU only with PUNA_DEBUG=1).
     """
-    _check(q, k, v)
+    _check(q, k, v, cu_seqlens)
+    if forced() == "flash_attn":
+        return _flash_attn(q, k, v, cu_seqlens, scale)
+    size = q.shape[3]
+    wide = f"the head size is {size}: it takes up to {WIDEST}" if size > WIDEST else None
+    if choose(q, k, v, unless=wide) == "triton":
+        return _triton(q, k, v, cu_seqlens, scale)
     if cu_seqlens is None:
         return _rows(q, k, v, scale)
     cuts, tokens = cu_seqlens.tolist(), q.shape[0] * q.shape[1]
@@ -38,14 +52,24 @@ def attention(
     return _segments(flat_q, flat_k, flat_v, cuts, scale).view(q.shape)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
     if q.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(
             f"expected q (B, T, H, D) and k, v (B, T, K, D), got {tuple(q.shape)}, "
             f"{tuple(k.shape)}, {tuple(v.shape)}"
         )
-    if q.shape[2] % k.shape[2]:
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: not the same dtype")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v are on {q.device}, {k.device}, {v.device}: not the same")
+    if cu_seqlens is not None and (
+        cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64)
+    ):
+        raise ValueError(
+            f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}, expected (S+1,) of int32"
+        )
 
 
 def _check_cuts(cuts: list[int], batch: int, row: int) -> None:
@@ -61,6 +85,72 @@ def _check_cuts(cuts: list[int], batch: int, row: int) -> None:
             f"a sequence spans rows: cu_seqlens has no cut at {min(missing)}, where a row of "
             f"{row} tokens begins"
         )
+
+
+# Triton, flash-attn
+
+
+def _on_device(q: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+    """The cuts where q is; checked where that costs no wait, or where a wait is asked for."""
+    if cu_seqlens is None:
+        return None
+    if len(cu_seqlens) < 2:
+        raise ValueError(f"cu_seqlens has {len(cu_seqlens)} cuts, expected at least 2")
+    if visible(cu_seqlens):
+        _check_cuts(cu_seqlens.tolist(), q.shape[0], q.shape[1])
+    return cu_seqlens.to(q.device, non_blocking=True)
+
+
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float | None
+) -> Tensor:
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if scale <= 0:  # the kernels scale the largest score, not the smallest
+        q, scale = (-q, -scale) if scale else (q * 0, 1.0)
+    return _launch(q, k, v, _on_device(q, cu_seqlens), scale)[0]
+
+
+def _save(ctx, inputs, output):
+    q, k, v, cu_seqlens, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, d_out, _):
+    gradients = attention_backward(d_out, *ctx.saved_tensors, ctx.scale)
+    return *gradients, None, None
+
+
+_launch = differentiable(attention_forward, _save, _backward)
+
+
+def _flash_attn(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float | None
+) -> Tensor:
+    but = "the flash_attn back end is forced, but"
+    if not q.is_cuda:
+        raise ValueError(f"{but} the tensors are on {q.device}: move them to a GPU")
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"{but} their dtype is {q.dtype}: use float16 or bfloat16")
+    if q.shape[3] > 256:
+        raise ValueError(f"{but} the head size is {q.shape[3]}: it takes up to 256")
+    try:
+        from flash_attn import flash_attn_func, flash_attn_varlen_func
+    except ImportError as error:
+        raise ValueError(f"{but} the package flash_attn cannot be imported: {error}") from error
+    if cu_seqlens is None:
+        return flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
+    cuts = _on_device(q, cu_seqlens).to(torch.int32)
+    # No sequence is longer than a row: the exact maximum would have to be waited for.
+    flat = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    out = flash_attn_varlen_func(
+        *flat, cuts, cuts, q.shape[1], q.shape[1], softmax_scale=scale, causal=True
+    )
+    return out.view(q.shape)
+
+
+# Reference
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
