@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from puna.kernels import linear_logprobs, sample, use_backend
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
-module = importlib.import_module("puna.kernels.linear_cross_entropy")
+summed = importlib.import_module("puna.kernels.linear_cross_entropy_sum")
 core = importlib.import_module("puna.kernels.linear_softmax")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -258,7 +258,7 @@ def test_launchers_run_on_meta_tensors(gather, monkeypatch):
         (core, "linear_softmax_forward_kernel"),
         (core, "linear_softmax_join_kernel"),
         (core, "linear_softmax_backward_kernel"),
-        (module, "cross_entropy_kernel"),
+        (summed, "cross_entropy_kernel"),
     ):
         monkeypatch.setattr(where, name, Recorder())
     monkeypatch.setattr(Recorder, "launches", 0)
@@ -273,7 +273,7 @@ def test_launchers_run_on_meta_tensors(gather, monkeypatch):
     core.linear_softmax_backward.__wrapped__(
         *inputs, rows, stats, scale, scale, scale, 0.8, True, True
     )
-    _, d_hidden, d_weight = module.linear_cross_entropy_summed.__wrapped__(
+    _, d_hidden, d_weight = summed.linear_cross_entropy_summed.__wrapped__(
         *inputs, scale, rows, 0.0, True, True
     )
     assert d_hidden.shape == hidden.shape and d_weight.shape == weight.shape
