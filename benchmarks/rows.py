@@ -22,6 +22,25 @@ class Row(TypedDict):
     peak_mb: float | None  # memory that one call needs over what was held before it
 
 
+class KernelRow(TypedDict):
+    bench: str  # "kernel"
+    operation: str  # a name of puna.kernels
+    direction: str  # "forward" or "forward+backward"
+    shape: str
+    batch: int  # rows, or tokens of attention
+    dtype: str
+    provider: str  # "puna", "torch", "torch-compiled", "liger-kernel" or "sdpa"
+    value: float | None  # the median; None, as p20 to ms, where it was not timed
+    unit: str  # GB/s of what must be moved, or TFLOP/s of the products that must be made
+    p20: float | None
+    p80: float | None
+    limit: float  # measured: of a copy of as many bytes, or of a matrix product
+    ms: float | None
+    error: float | None  # largest over results of (largest error / largest magnitude), to fp64
+    peak_mb: float | None
+    failed: str | None  # why it was not timed
+
+
 @dataclass(frozen=True)
 class Work:
     """What every provider of a group of rows does."""

@@ -1,9 +1,10 @@
 """`puna bench`: Puna's speed beside its peers' on this machine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from puna.benchmarks.kernels import run_kernels
 from puna.benchmarks.suite import run_suite
 
 
@@ -21,8 +22,20 @@ class BenchConfig:
     """also write benchmarks/results/<machine>/<what>.json"""
 
 
+@dataclass(kw_only=True)
+class KernelBenchConfig(BenchConfig):
+    """Verify each operation of kernels/ against fp64, then time it beside PyTorch, torch.compile,
+    liger-kernel and SDPA; what is wrong is not timed, and the exit status says so. Prints a
+    table, and as the last line of stdout one JSON document."""
+
+    rounds: int = 30
+    """times that each provider is timed, in turn; the median is shown"""
+    operations: list[str] = field(default_factory=list)
+    """only these, rms_norm or attention for example; none given: all"""
+
+
 def run(config: BenchConfig) -> None:
-    """All rows. Raises ValueError for settings that cannot be measured."""
+    """Training and generation. Raises ValueError for settings that cannot be measured."""
     measure(config, "all")
 
 
@@ -36,18 +49,39 @@ def generate(config: BenchConfig) -> None:
     measure(config, "generate")
 
 
+def kernels(config: KernelBenchConfig) -> None:
+    """The rows of kernels/. Raises RuntimeError where a provider is wrong."""
+    device = prepare(config)
+    command = f"puna bench kernels --rounds {config.rounds} --device {config.device}"
+    if config.operations:
+        command += f" --operations {' '.join(config.operations)}"
+    run_kernels(
+        rounds=config.rounds,
+        device=device,
+        command=command,
+        only=config.operations,
+        save=config.save,
+    )
+
+
 def measure(config: BenchConfig, what: str) -> None:
+    device = prepare(config)
+    verb = "bench" if what == "all" else f"bench {what}"
+    run_suite(
+        what,
+        rounds=config.rounds,
+        device=device,
+        command=f"puna {verb} --rounds {config.rounds} --device {config.device}",
+        save=config.save,
+    )
+
+
+def prepare(config: BenchConfig) -> torch.device:
+    """The device, with the threads set. ValueError for settings that cannot be measured."""
     if config.rounds < 1:
         raise ValueError(f"rounds is {config.rounds}; measure at least one")
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("device is cuda, but PyTorch finds none here; use --device cpu")
     if config.threads:
         torch.set_num_threads(config.threads)
-    verb = "bench" if what == "all" else f"bench {what}"
-    run_suite(
-        what,
-        rounds=config.rounds,
-        device=torch.device(config.device),
-        command=f"puna {verb} --rounds {config.rounds} --device {config.device}",
-        save=config.save,
-    )
+    return torch.device(config.device)

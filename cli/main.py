@@ -42,6 +42,9 @@ VERBS = {
     "convert": Verb("puna.cli.convert", "ConvertConfig", "between checkpoint formats"),
     "bench": Verb("puna.cli.bench", "BenchConfig", "the benchmark suite"),
     "bench train": Verb("puna.cli.bench", "BenchConfig", "of training only", "train"),
+    "bench kernels": Verb(
+        "puna.cli.bench", "KernelBenchConfig", "of kernels/, verified and timed", "kernels"
+    ),
     "bench generate": Verb("puna.cli.bench", "BenchConfig", "of generation only", "generate"),
 }
 

@@ -1,0 +1,161 @@
+"""`puna bench kernels` on tiny shapes: what it prints, and that it refuses what is wrong."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from puna import kernels
+from puna.benchmarks import kernel_cases, machine, suite
+from puna.benchmarks import kernels as bench
+from puna.cli.main import main
+
+CPU = torch.device("cpu")
+TINY = kernel_cases.Sizes(
+    dtype=torch.float32, rows=16, widths=(24,), sequences=2, tokens=8, heads=((2, 1),),
+    head_dim=8, decoded=3, dim=12, vocabularies=(40,), drawn=4, rollouts=(3, 5),
+)  # fmt: skip
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """The command measures tiny shapes, quickly, and saves to a folder of the test."""
+    monkeypatch.setattr(bench, "CPU", TINY)
+    monkeypatch.setattr(suite, "RESULTS", tmp_path)
+    monkeypatch.setattr(machine, "MATMUL_SIDE", 64)
+    monkeypatch.setattr(bench, "why_not_compiled", lambda device: "not in this test")
+    monkeypatch.setattr(bench, "kernel_clock", lambda device: lambda call: (call(), 1.0)[1])
+    return tmp_path
+
+
+def command(*flags):
+    return main(["bench", "kernels", "--rounds", "2", *flags])
+
+
+def last_line(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_every_operation_is_measured(tiny, capsys):
+    assert command("--save") == 0
+    document = last_line(capsys)
+    public = {name for name in vars(kernels) if callable(getattr(kernels, name))}
+    assert {row["operation"] for row in document["rows"]} == public - {"rope_tables", "use_backend"}
+    for row in document["rows"]:
+        assert row["bench"] == "kernel" and row["failed"] is None and row["peak_mb"] is None
+        assert 0 < row["p20"] <= row["value"] <= row["p80"] and row["limit"] > 0 and row["ms"] > 0
+        assert 0 <= row["error"] < 1e-5
+        assert row["unit"] in ("GB/s", "TFLOP/s")
+    for operation, provider in (("attention", "sdpa"), ("rope", "torch"), ("swiglu", "puna")):
+        directions = {
+            row["direction"]
+            for row in document["rows"]
+            if (row["operation"], row["provider"]) == (operation, provider)
+        }
+        assert directions == {"forward", "forward+backward"}
+    (written,) = tiny.rglob("kernels.json")
+    assert json.loads(written.read_text()) == document
+
+
+def wrong_forward(gate, up):
+    return kernels.swiglu(gate, up) * (1 + 1e-5)
+
+
+def wrong_backward(gate, up):
+    y = kernels.swiglu(gate, up)
+    return y + 1e-5 * (gate - gate.detach())  # the value is right, its derivative is not
+
+
+def broken(gate, up):
+    raise ZeroDivisionError("of course")
+
+
+def not_a_number(gate, up):
+    return kernels.swiglu(gate, up).where(gate != gate.max(), torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "refused", "said"),
+    [
+        (wrong_forward, 2, "off fp64"),
+        (wrong_backward, 1, "off fp64"),
+        (broken, 2, "ZeroDivisionError: of course"),
+        (not_a_number, 2, "not finite"),
+    ],
+)
+def test_a_wrong_kernel_is_refused(tiny, capsys, monkeypatch, kernel, refused, said):
+    make = kernel_cases.swiglu
+    monkeypatch.setattr(
+        kernel_cases,
+        "swiglu",
+        lambda *args: replace(make(*args), ours=lambda gate, up: (kernel(gate, up),)),
+    )
+    assert command("--operations", "swiglu", "rms_norm") == 1
+    captured = capsys.readouterr()
+    assert captured.err == "puna bench kernels: wrong, and not timed: swiglu\n"
+    rows = json.loads(captured.out.splitlines()[-1])["rows"]
+    failed = [row for row in rows if row["failed"]]
+    assert len(failed) == refused
+    for row in failed:
+        assert (row["operation"], row["provider"]) == ("swiglu", "puna")
+        assert said in row["failed"] and row["value"] is row["ms"] is row["p20"] is None
+    assert {row["provider"] for row in rows if not row["failed"]} == {"puna", "torch"}
+
+
+def test_a_wrong_peer_is_not_timed_and_costs_no_exit_status(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(kernel_cases.peers, "sdpa", lambda q, k, v: (2 * q,))
+    assert command("--operations", "attention") == 0
+    captured = capsys.readouterr()
+    rows = json.loads(captured.out.splitlines()[-1])["rows"]
+    failed = [row for row in rows if row["failed"]]
+    assert {row["provider"] for row in failed} == {"sdpa"} and len(failed) == 2
+    assert "not timed: sdpa, attention 2x8 2/1x8 forward: result 0 is " in captured.out
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_a_wrong_draw_is_refused(top_p):
+    case = kernel_cases.sample(TINY, CPU, top_p)
+
+    def shifted(logits, seeds, draws):
+        tokens, _ = case.ours(logits, seeds, draws)
+        tokens = (tokens + (torch.arange(len(tokens)) == 1)) % logits.shape[1]
+        return tokens, torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
+
+    verdicts = bench.verify(case, {"puna": case.ours, "x": shifted}, case.make(), False)
+    assert verdicts["puna"].failed is None
+    assert verdicts["x"].failed and "result 0" in verdicts["x"].failed
+
+
+def test_inputs_written_over_by_one_provider_are_not_anothers():
+    case = kernel_cases.swiglu(TINY, CPU, 24)
+
+    def selfish(gate, up):
+        found = case.ours(gate, up)
+        with torch.no_grad():
+            gate.zero_()
+        return found
+
+    providers = {"x": selfish, "puna": case.ours}
+    assert bench.verify(case, providers, case.make(), False)["puna"].failed is None
+
+
+def test_an_unknown_operation_is_named(tiny, capsys):
+    assert command("--operations", "rms_nrom") == 1
+    assert "no operation is called 'rms_nrom'; there is rms_norm," in capsys.readouterr().err
+
+
+def test_without_a_compiler_its_rows_are_left_out(tiny, capsys):
+    assert command("--operations", "gae") == 0
+    assert "torch.compile does not work here, its rows are left out" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(monkeypatch, capsys):
+
+    monkeypatch.setattr(bench, "GPU", replace(TINY, dtype=torch.bfloat16))
+    assert main(["bench", "kernels", "--rounds", "2", "--device", "cuda"]) == 0
+    document = last_line(capsys)
+    assert {row["dtype"] for row in document["rows"]} == {"bf16", "fp32"}
+    assert all(row["peak_mb"] is not None for row in document["rows"])
