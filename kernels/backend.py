@@ -217,8 +217,8 @@ def differentiable(launch: Callable, save: Callable, backward: Callable) -> Call
     torch.compile's graphs an autograd.Function refuses the same tensor twice, and fails on some
     sizes that change.
     """
-    backward = first_only(backward)
-    launch.operator.register_autograd(backward, setup_context=save)  # type: ignore[attr-defined]
+    derivative = first_only(backward)
+    launch.operator.register_autograd(derivative, setup_context=save)  # type: ignore[attr-defined]
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
@@ -227,7 +227,9 @@ def differentiable(launch: Callable, save: Callable, backward: Callable) -> Call
             save(ctx, inputs, output)
             return output
 
-    Differentiable.backward = staticmethod(backward)
+        @staticmethod
+        def backward(ctx, *upstream):
+            return derivative(ctx, *upstream)
 
     def call(*args: Any) -> Any:
         if _traced():

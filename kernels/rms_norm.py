@@ -271,7 +271,7 @@ def _backward(ctx, d_y, d_sum, _):
     x, weight, scale = ctx.saved_tensors
     if d_y is None:
         d_y = torch.zeros_like(x)
-    # A compiled graph may bring zeros of its shape for the empty sum.
+    # Tracers have handed over zeros, of its shape, for the sum that is not there.
     d_x, d_weight = rms_norm_backward(x, weight, scale, d_y, d_sum if ctx.added else None)
     d_residual = d_x.to(ctx.dtypes[1]) if ctx.added else None
     return d_x.to(ctx.dtypes[0]), d_residual, d_weight, None, None

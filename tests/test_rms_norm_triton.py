@@ -144,12 +144,17 @@ def test_weight_gradient_is_summed_in_fp32_over_many_rows(triton_device, monkeyp
     monkeypatch.setattr(source, "processors", lambda x: 1)
     torch.manual_seed(0)
     x = (drawn(4000, 16) * 1e-2 + 1).bfloat16().to(triton_device)
-    weight = torch.ones(16, device=triton_device, dtype=BF16)
     upstream = torch.ones_like(x)
-    found = run(ours, (x, weight), (upstream,))[2]
-    wide = x.double(), weight.double()
-    exact = run(lambda *a: by_pytorch(*a, "hf"), wide, (upstream.double(),))[2]
-    assert ((found.double() - exact).abs() <= exact.abs() * 2**-8).all()
+    exact = run(
+        lambda *a: by_pytorch(*a, "hf"),
+        (x.double(), torch.ones(16, device=triton_device).double()),
+        (upstream.double(),),
+    )[2]
+    for dtype in (F32, BF16):
+        weight = torch.ones(16, device=triton_device, dtype=dtype)
+        found = run(ours, (x, weight), (upstream,))[2]
+        error = (found.double() - exact).abs() / exact.abs()
+        assert found.dtype == dtype and error.max() <= max(torch.finfo(dtype).eps, 1e-5)
 
 
 def test_gradients_are_the_same_bits_every_time(triton_device):
