@@ -51,6 +51,19 @@ def generate(
     keys = row_keys(seed, round_index, ids, samples)
     limits = _limits(model, prompts, max_new_tokens)
     sampler = Sampler(temperature, top_k, top_p)
+    return complete(model, prompts, keys, limits, sampler, eos_id, batch_size)
+
+
+def complete(
+    model: Transformer,
+    prompts: list[list[int]],
+    keys: Tensor,
+    limits: list[int],
+    sampler: Sampler,
+    eos_id: int | None,
+    batch_size: int,
+) -> list[Completion]:
+    """`generate` with a key (N,) int64 and a limit for each prompt; nothing is checked."""
     engine = engine_for(model)
     if engine is not None:
         return _by_slots(engine, prompts, keys, limits, sampler, eos_id, batch_size)

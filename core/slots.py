@@ -1,10 +1,11 @@
 """Continuous batching on the native engine: a slot whose answer ends takes the next prompt.
 
-Every active slot feeds one token a step, the last of its prompt or the last drawn. All but the
-last token of the prompts that arrive together are run before, as one packed call; a prompt that
-some slot already holds (K samples of it) is copied from there.
+One call a step: every slot at work feeds the token that it drew last, a slot that has just been
+filled its whole prompt. A prompt that some slot already holds (K samples of it) is not run again:
+its keys and values are copied, and the last token alone is fed.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -57,18 +58,21 @@ def decode(
     engine.reserve(slots, max(len(prompts[i]) + limits[i] for i in order))
     most = torch.tensor(limits)
     seeds = step_seeds(keys[:, None], torch.arange(max(limits)))
-    waiting = iter(order)
     free = list(range(slots))
-    holds: list[int | None] = [None] * slots  # whose prompt is in each: the first with that text
+    holds: dict[int, int] = {}  # slot -> whose prompt stands in it: the first with that text
     active = _Active(*(torch.empty(0, dtype=torch.int64) for _ in _Active._fields))
+    waiting = deque(order)
     while True:
-        arriving = [(slot, i) for slot, i in zip(free, waiting, strict=False)]
-        if arriving:
-            free = free[len(arriving) :]
-            active = _join(active, _admit(engine, prompts, first, arriving, holds))
+        new, copied = _admit(engine, prompts, first, waiting, free, holds)
+        active = _join(active, prompts, copied + new)
         if not len(active.slots):
             return
-        tokens, logprobs = _step(engine, active, seeds[active.prompts, active.counts], sampler)
+        tokens, logprobs = _step(
+            engine,
+            *_feed(active, [prompts[i] for _, i in new]),
+            seeds=seeds[active.prompts, active.counts],
+            sampler=sampler,
+        )
         yield Drawn(active.prompts, active.counts, tokens, logprobs)
         counts = active.counts + 1
         active = active._replace(positions=active.positions + 1, counts=counts, tokens=tokens)
@@ -80,57 +84,86 @@ def decode(
             active = _Active(*(part[~done] for part in active))
 
 
-def _join(active: _Active, more: _Active) -> _Active:
-    if not len(active.slots):
-        return more
-    return _Active(*(torch.cat(parts) for parts in zip(active, more, strict=True)))
+Placed = list[tuple[int, int]]  # (slot, prompt number)
 
 
 def _admit(
     engine: Engine,
     prompts: list[list[int]],
     first: dict[int, int],
-    arriving: list[tuple[int, int]],
-    holds: list[int | None],
-) -> _Active:
-    """Put each (slot, prompt number) into the cache, all but its last token."""
-    run: list[tuple[int, list[int]]] = []
-    copies: list[tuple[int, int, int]] = []
-    for slot, _ in arriving:  # what they held is overwritten
-        holds[slot] = None
-    holder = {i: slot for slot, i in enumerate(holds) if i is not None}
-    for slot, i in arriving:
-        source = holder.setdefault(first[i], slot)
-        if source != slot:
-            copies.append((source, slot, len(prompts[i]) - 1))
-        elif len(prompts[i]) > 1:
-            run.append((slot, prompts[i][:-1]))
+    waiting: deque[int],
+    free: list[int],
+    holds: dict[int, int],
+) -> tuple[Placed, Placed]:
+    """Fill free slots: prompts to be run, and prompts copied from where they stand.
+
+    A copy of a prompt that is only now to be run waits for the next step.
+    """
+    new: Placed = []
+    copied: Placed = []
+    running: set[int] = set()
+    while free and waiting and first[waiting[0]] not in running:
+        i = waiting.popleft()
+        slot = free.pop()
+        holds.pop(slot, None)
+        source = next((at for at, held in holds.items() if held == first[i]), None)
+        if source is None:
+            new.append((slot, i))
+            running.add(first[i])
+        else:
+            engine.copy_row(source, slot, len(prompts[i]) - 1)
+            copied.append((slot, i))
         holds[slot] = first[i]
-    if run:
-        sizes = torch.tensor([len(ids) for _, ids in run])
-        engine.forward(
-            torch.tensor([token for _, ids in run for token in ids]),
-            torch.tensor([slot for slot, _ in run]).repeat_interleave(sizes),
-            torch.cat([torch.arange(len(ids)) for _, ids in run]),
-            torch.empty(0, dtype=torch.int64),
-        )
-    for source, slot, length in copies:
-        engine.copy_row(source, slot, length)
-    numbers = torch.tensor([[slot, i, len(prompts[i]) - 1, 0, prompts[i][-1]]
-                            for slot, i in arriving])  # fmt: skip
-    return _Active(*(column.contiguous() for column in numbers.unbind(1)))
+    return new, copied
+
+
+def _join(active: _Active, prompts: list[list[int]], placed: Placed) -> _Active:
+    if not placed:
+        return active
+    rows = [[slot, i, len(prompts[i]) - 1, 0, prompts[i][-1]] for slot, i in placed]
+    more = torch.tensor(rows).unbind(1)
+    return _Active(*(torch.cat(parts) for parts in zip(active, more, strict=True)))
+
+
+def _feed(active: _Active, new: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(tokens, rows, positions, wanted): one token a slot; of the last slots, `new` prompts."""
+    old = len(active.slots) - len(new)
+    if not new:
+        return active.tokens, active.slots, active.positions, torch.arange(old)
+    # By lists: torch's repeat_interleave would be a parallel region, for a handful of numbers.
+    slots = active.slots[old:].tolist()
+    fed = [
+        (token, slot, position)
+        for slot, prompt in zip(slots, new, strict=True)
+        for position, token in enumerate(prompt)
+    ]
+    tokens, rows, positions = torch.tensor(fed).unbind(1)
+    ends = torch.tensor([len(prompt) for prompt in new]).cumsum(0) - 1
+    return (
+        torch.cat((active.tokens[:old], tokens)),
+        torch.cat((active.slots[:old], rows)),
+        torch.cat((active.positions[:old], positions)),
+        torch.cat((torch.arange(old), old + ends)),
+    )
 
 
 def _step(
-    engine: Engine, active: _Active, seeds: Tensor, sampler: Sampler
+    engine: Engine,
+    tokens: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    wanted: Tensor,
+    *,
+    seeds: Tensor,
+    sampler: Sampler,
 ) -> tuple[Tensor, Tensor]:
-    """(tokens, logprobs), both (A,), drawn after feeding each slot its token."""
-    everyone = torch.arange(len(active.slots))
-    fed = active.tokens, active.slots, active.positions, everyone
+    """(tokens, logprobs), both (A,), drawn after feeding."""
     if sampler.top_k == 0 and sampler.top_p == 1.0:
-        step = engine.forward(*fed, seeds=seeds, temperature=sampler.temperature)
+        step = engine.forward(
+            tokens, rows, positions, wanted, seeds=seeds, temperature=sampler.temperature
+        )
         assert step.tokens is not None and step.logprobs is not None
         return step.tokens, step.logprobs
-    logits = engine.forward(*fed).logits
+    logits = engine.forward(tokens, rows, positions, wanted).logits
     assert logits is not None
     return ops.sample(logits, seeds=seeds, **sampler._asdict())

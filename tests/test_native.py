@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import pytest
 import torch
@@ -232,6 +233,7 @@ def test_a_fork_does_not_hang():
             read, write = os.pipe()
             child = os.fork()
             if not child:
+                signal.alarm(60)  # rather killed than waiting for ever
                 found = [c.tokens for c in slots_alone(model, prompts)]
                 os.write(write, json.dumps(found).encode())
                 os._exit(0)

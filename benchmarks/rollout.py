@@ -1,0 +1,67 @@
+"""Rollout speed: many prompts whose answers end at different places, as in RLHF.
+
+Answer lengths are fixed in advance from a geometric distribution, so that every provider writes
+as many tokens. "puna" refills a slot as its answer ends; "puna-static" is generation without the
+native engine, which finishes a batch before it begins the next. Were a step's time the same for
+one row as for many, refilling alone would win `ideal_gain`.
+"""
+
+import torch
+
+from puna.benchmarks.generate import PROMPT, limit
+from puna.benchmarks.models import Models
+from puna.benchmarks.rows import Row, Work, rows
+from puna.benchmarks.timing import interleaved, peak_mb
+from puna.core.generation import complete
+from puna.core.native import extension
+from puna.core.ops import use_backend
+from puna.core.sampling import Sampler, row_keys
+
+PROMPTS, SLOTS, MEAN = 512, 32, 48  # the longest of 32 answers is about four times the mean
+
+
+def answer_lengths(count: int, most: int, seed: int = 0) -> list[int]:
+    """`count` draws from a geometric distribution with mean `MEAN`, cut at `most`."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.empty(count).geometric_(1 / MEAN, generator=generator)
+    return [min(int(length), most) for length in drawn]
+
+
+def ideal_gain(lengths: list[int]) -> float:
+    """Steps of static batches over the steps that full batches would need."""
+    batches = [lengths[i : i + SLOTS] for i in range(0, len(lengths), SLOTS)]
+    return sum(map(max, batches)) * SLOTS / sum(lengths)
+
+
+def bench_rollout(models: Models, rounds: int) -> list[Row]:
+    """Rows of one shape; none on a GPU, or where the native engine is not built."""
+    if models.device.type != "cpu" or extension() is None:
+        return []
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(models.config.vocab_size, (PROMPTS, PROMPT), generator=generator)
+    lengths = answer_lengths(PROMPTS, models.config.context - PROMPT)
+    ids = prompts.tolist()
+    work = {
+        "puna": lambda: sample(models, ids, lengths, "native"),
+        "puna-static": lambda: sample(models, ids, lengths, "reference"),
+    }
+    for name, call in work.items():
+        if call() != lengths:
+            raise RuntimeError(f"nothing was timed: {name} wrote too little; run `make test`")
+    bound = limit(models.config, models.ceilings, SLOTS)
+    return rows(
+        Work("rollout", models.shape, SLOTS, sum(lengths), bound),
+        interleaved(work, rounds, models.device),
+        dict.fromkeys(work, 0.0),
+        {name: peak_mb(call, models.device) for name, call in work.items()},
+    )
+
+
+@torch.inference_mode()
+def sample(models: Models, prompts: list[list[int]], lengths: list[int], backend: str) -> list[int]:
+    """Answers at temperature 1, `SLOTS` at once; returns their lengths."""
+    numbers = torch.arange(len(prompts))
+    keys = row_keys(0, 0, numbers, torch.zeros_like(numbers))
+    with use_backend(backend):
+        found = complete(models.puna, prompts, keys, lengths, Sampler(), None, SLOTS)
+    return [len(completion.tokens) for completion in found]
