@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backend import choose, debug
-from .linear_cross_entropy_sum import TritonSummed
-from .linear_softmax import LinearSoftmax
+from .linear_cross_entropy_sum import summed_cross_entropy
+from .linear_softmax import linear_softmax
 
 CHUNK_ELEMENTS = 1 << 23  # logits held at once: 32 MB in fp32
 
@@ -217,12 +217,13 @@ def _triton(
     rows = None if everything else found
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if reduction == "none" or not learns or hidden.dtype == torch.float16:
-        logp, lse, _ = LinearSoftmax.apply(hidden, weight, labels, rows, 1.0, False)
+        logp, lse, _, _ = linear_softmax(hidden, weight, labels, rows, 1.0, False)
         losses = (z_loss * lse.square() - logp if z_loss else -logp) * scale
         if reduction == "none":
             return losses
         total = losses.sum()
     else:
-        total = TritonSummed.apply(hidden, weight, labels, scale, rows, z_loss)
+        wants = hidden.requires_grad, weight.requires_grad
+        total, *_ = summed_cross_entropy(hidden, weight, labels, scale, rows, z_loss, *wants)
     tiny = torch.finfo(torch.float32).tiny
     return total / scale.sum().clamp_min(tiny) if reduction == "mean" else total

@@ -7,10 +7,9 @@ losses and d loss / d logits, two products give d_hidden's rows and what the chu
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .backend import _traced, differentiable, jit, on_device, registered, tl, triton
 from .backend import cast as to
-from .backend import jit, on_device, registered, tl, triton
 from .linear_softmax import add_product, kept, near, slices, softmax_gradients
 
 CHUNK_BYTES = 192 << 20  # logits held at once
@@ -151,39 +150,36 @@ def linear_cross_entropy_summed(
     return losses.sum(), d_hidden, d_weight
 
 
-class TritonSummed(torch.autograd.Function):
-    """The weighted sum of the losses; gradients are formed in the forward pass."""
+def _save(ctx, inputs, output):
+    hidden, weight, labels, scale, rows, z_loss, *wants = inputs
+    _, *grads = output
+    ctx.mark_non_differentiable(*grads)
+    ctx.settings = z_loss, *wants
+    ctx.traced = _traced()
+    if ctx.traced:
+        ctx.save_for_backward(*grads)
+    else:
+        # Not saved: the backward scales them in place and gives them away, so that a second
+        # copy of dW is never held. Should there be a second backward, they are formed again.
+        ctx.formed = grads
+        ctx.save_for_backward(hidden, weight, labels, scale, rows)
 
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, scale, rows, z_loss):
-        wants = ctx.needs_input_grad[:2]
-        total, *grads = linear_cross_entropy_summed(
-            hidden, weight, labels, scale, rows, z_loss, *wants
-        )
-        ctx.z_loss, ctx.formed = z_loss, None
-        if torch.compiler.is_compiling():
-            ctx.save_for_backward(*grads)
-        else:
-            # Not saved: the backward scales them in place and gives them away, so that a second
-            # copy of dW is never held. Should there be a second backward, they are formed again.
-            ctx.formed = grads
-            ctx.save_for_backward(hidden, weight, labels, scale, rows)
-        return total
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        wants = ctx.needs_input_grad[:2]
-        if torch.compiler.is_compiling():
-            grads = [(grad * upstream).to(grad.dtype) for grad in ctx.saved_tensors]
-        else:
-            grads, ctx.formed = ctx.formed, None
-            if grads is None:
-                _, *grads = linear_cross_entropy_summed(*ctx.saved_tensors, ctx.z_loss, *wants)
-            for grad in grads:
-                _scale(grad, upstream)
-        asked = (grad if want else None for grad, want in zip(grads, wants, strict=True))
-        return *asked, None, None, None, None
+def _backward(ctx, upstream, *_):
+    if ctx.traced:
+        grads = [(grad * upstream).to(grad.dtype) for grad in ctx.saved_tensors]
+    else:
+        grads, ctx.formed = ctx.formed, None
+        if grads is None:
+            _, *grads = linear_cross_entropy_summed(*ctx.saved_tensors, *ctx.settings)
+        for grad in grads:
+            _scale(grad, upstream)
+    asked = (grad if want else None for grad, want in zip(grads, ctx.settings[1:], strict=True))
+    return *asked, None, None, None, None, None, None
+
+
+# (sum, and two gradients that are for the backward alone)
+summed_cross_entropy = differentiable(linear_cross_entropy_summed, _save, _backward)
 
 
 def _scale(x: Tensor, factor: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .backend import choose
 from .linear_cross_entropy import _check_labels, _check_shapes, _chunks, _propagate
-from .linear_softmax import LinearSoftmax
+from .linear_softmax import linear_softmax
 
 
 def linear_logprobs(
@@ -32,7 +32,7 @@ def linear_logprobs(
     _check_labels(labels, weight)
     flat = hidden.reshape(-1, hidden.shape[-1])
     if choose(hidden) == "triton":
-        logprobs, _, entropy = LinearSoftmax.apply(flat, weight, labels, None, temperature, True)
+        logprobs, _, entropy, _ = linear_softmax(flat, weight, labels, None, temperature, True)
     else:
         logprobs, entropy = _LogProbs.apply(flat, weight, labels, temperature)
     return logprobs.view(targets.shape), entropy.view(targets.shape)

@@ -23,9 +23,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .backend import INTERPRETED, jit, on_device, registered, tl, triton
+from .backend import INTERPRETED, differentiable, jit, on_device, registered, tl, triton
 from .backend import cast as to
 
 SLICE_BYTES = 96 << 20  # d z held at once in the backward
@@ -407,34 +406,29 @@ def linear_softmax_backward(
     return d_hidden, d_weight
 
 
-class LinearSoftmax(torch.autograd.Function):
-    """(logp, lse, entropy or nothing), each (N,) fp32, right under any upstream gradients."""
+def _save(ctx, inputs, output):
+    hidden, weight, labels, rows, temperature, _ = inputs
+    _, _, entropy, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+    ctx.temperature = temperature
+    ctx.save_for_backward(hidden, weight, labels, rows, entropy, stats)
 
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, rows, temperature, with_entropy):
-        logp, lse, entropy, stats = linear_softmax_forward(
-            hidden, weight, labels, rows, temperature, with_entropy
-        )
-        ctx.save_for_backward(hidden, weight, labels, rows, entropy, stats)
-        ctx.settings = temperature, with_entropy
-        ctx.set_materialize_grads(False)
-        if not with_entropy:
-            ctx.mark_non_differentiable(entropy)
-        return logp, lse, entropy
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_logp, d_lse, d_entropy):
-        hidden, weight, labels, rows, entropy, stats = ctx.saved_tensors
-        temperature, with_entropy = ctx.settings
-        c = torch.zeros_like(stats[0]) if d_logp is None else d_logp
-        a = -c if d_lse is None else d_lse - c
-        b = d_entropy if with_entropy else None
-        if b is not None:
-            a = a - b * entropy
-        wants = ctx.needs_input_grad[:2]
-        d_hidden, d_weight = linear_softmax_backward(
-            hidden, weight, labels, rows, stats, a, b, c, temperature, *wants
-        )
-        grads = d_hidden if wants[0] else None, d_weight if wants[1] else None
-        return *grads, None, None, None, None
+def _backward(ctx, d_logp, d_lse, d_entropy, _):
+    hidden, weight, labels, rows, entropy, stats = ctx.saved_tensors
+    c = torch.zeros_like(stats[0]) if d_logp is None else d_logp
+    a = -c if d_lse is None else d_lse - c
+    b = d_entropy if entropy.numel() else None
+    if b is not None:
+        a = a - b * entropy
+    wants = ctx.needs_input_grad[:2]
+    grads = linear_softmax_backward(
+        hidden, weight, labels, rows, stats, a, b, c, ctx.temperature, *wants
+    )
+    asked = (grad if want else None for grad, want in zip(grads, wants, strict=True))
+    return *asked, None, None, None, None
+
+
+# (logp, lse, entropy or nothing, statistics): the first three right under any upstream gradients.
+linear_softmax = differentiable(linear_softmax_forward, _save, _backward)

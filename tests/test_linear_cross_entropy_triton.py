@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
-from puna.kernels import linear_cross_entropy, use_backend
+from puna.kernels import linear_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 module = importlib.import_module("puna.kernels.linear_cross_entropy")
@@ -341,16 +341,42 @@ def test_compiled_in_one_graph(triton_device, reduction, dropped):
         assert torch.equal(mine, truth)
 
 
+def test_compiled_once_for_sizes_that_change(triton_device):
+    def function(hidden, weight, targets):
+        losses = linear_cross_entropy(hidden, weight, targets, reduction="none")
+        return linear_cross_entropy(hidden, weight, targets) + losses.square().sum()
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (5, 9, 12):
+        hidden, weight, targets = make(triton_device, rows, 4, 9)
+        targets[rows // 2] = -100
+        found = run(lambda *x, t=targets: compiled(*x, t), hidden, weight)
+        exact = run(lambda *x, t=targets: function(*x, t), hidden, weight)
+        for mine, truth in zip(found, exact, strict=True):
+            torch.testing.assert_close(mine, truth)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_second_derivative_is_refused(triton_device, reduction):
+    hidden, weight, targets = make(triton_device, 6, 4, 9)
+    hidden.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, targets, reduction=reduction).sum()
+    (first,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivative only"):
+        first.square().sum().backward()
+
+
 @pytest.mark.parametrize("gather", [False, True])
 def test_operator(triton_device, gather):
     hidden, weight, targets = make(triton_device, 6, 4, 9)
     rows = torch.tensor([1, 2, 5], device=triton_device) if gather else None
     scale = torch.rand(6, device=triton_device)
-    with use_backend("triton"):
-        torch.library.opcheck(
-            summed.linear_cross_entropy_summed.operator,
-            (hidden, weight, targets, scale, rows, 0.01, True, True),
-        )
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    torch.library.opcheck(
+        summed.linear_cross_entropy_summed.operator,
+        (*leaves, targets, scale, rows, 0.01, True, True),
+    )
 
 
 @pytest.mark.gpu

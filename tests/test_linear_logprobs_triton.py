@@ -231,8 +231,9 @@ def test_operators(triton_device, gather):
     hidden, weight, targets = make(triton_device, 6, 4, 9)
     rows = torch.tensor([1, 2, 5], device=triton_device) if gather else None
     inputs = hidden, weight, targets, rows
-    torch.library.opcheck(core.linear_softmax_forward.operator, (*inputs, 0.8, True))
     *_, stats = core.linear_softmax_forward(*inputs, 0.8, True)
+    leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    torch.library.opcheck(core.linear_softmax_forward.operator, (*leaves, targets, rows, 0.8, True))
     a, b, c = torch.randn(3, 6, device=triton_device)
     torch.library.opcheck(
         core.linear_softmax_backward.operator, (*inputs, stats, a, b, c, 0.8, True, True)
