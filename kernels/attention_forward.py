@@ -150,12 +150,10 @@ def block_d(head_size: int) -> int:
     return max(16, triton.next_power_of_2(head_size))
 
 
-def forward_tile(head_size: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """(queries, keys, warps, stages)."""
-    if dtype == torch.float32:
-        return 64, 32, 4 if head_size <= 64 else 8, 2
-    # A third stage would not fit the shared memory of AMD's and of most GPUs besides A100 and on.
-    return 128, 64, 4 if head_size <= 64 else 8, 2
+def forward_tile(dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """(queries, keys, warps, stages). Narrower heads than 128 want no other tiles, and a third
+    stage would not fit the shared memory of most GPUs."""
+    return (64, 32, 8, 2) if dtype == torch.float32 else (128, 64, 8, 2)
 
 
 def tiles(x: Tensor, cuts: Tensor | None, block: int) -> int:
@@ -185,7 +183,7 @@ def attention_forward(
         return out, lse
     q, k, v = dense(q), dense(k), dense(v)
     batch, row, heads, head_size = q.shape
-    block_m, block_n, warps, stages = forward_tile(head_size, q.dtype)
+    block_m, block_n, warps, stages = forward_tile(q.dtype)
     cuts = None if cu_seqlens is None else cu_seqlens.contiguous()
     with on_device(q):
         attention_forward_kernel[(tiles(q, cuts, block_m) * heads,)](
