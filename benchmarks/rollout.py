@@ -12,8 +12,8 @@ from puna.benchmarks.generate import PROMPT, limit
 from puna.benchmarks.models import Models
 from puna.benchmarks.rows import Row, Work, rows
 from puna.benchmarks.timing import interleaved, peak_mb
+from puna.core.extension import extension
 from puna.core.generation import complete
-from puna.core.native import extension
 from puna.core.ops import use_backend
 from puna.core.sampling import Sampler, row_keys
 

@@ -5,34 +5,15 @@ tensors that it goes on reading are kept alive here. Without the extension, or f
 does not take, `engine_for` returns None and PyTorch does the work.
 """
 
-import functools
-import logging
 import weakref
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from puna.core import ops
+from puna.core.extension import extension
 from puna.core.model import Transformer
-
-log = logging.getLogger("puna")
-
-
-@functools.cache
-def extension() -> ModuleType | None:
-    """The compiled module; None, and a warning once, where it was not built."""
-    try:
-        from puna.core import _C  # type: ignore[attr-defined]
-    except ImportError as error:
-        log.warning(
-            "The native engine is missing (%s); generation on the CPU is slower without it. "
-            "Install Puna again with a C++ compiler at hand.",
-            error,
-        )
-        return None
-    return _C
 
 
 class Step(NamedTuple):

@@ -1,13 +1,13 @@
 """The operations as the engine uses them: what `kernels` offers, under one import.
 
-`use_backend` also takes "native" here: generation on `puna.core._C` (see native.py), or an error.
+`use_backend` also takes "native" here: the operations and the generation of `puna.core._C`.
 """
 
+from puna.core.native_loss import linear_cross_entropy as linear_cross_entropy
 from puna.kernels import add_rms_norm as add_rms_norm
 from puna.kernels import attention as attention
 from puna.kernels import decode_attention as decode_attention
 from puna.kernels import gae as gae
-from puna.kernels import linear_cross_entropy as linear_cross_entropy
 from puna.kernels import linear_logprobs as linear_logprobs
 from puna.kernels import rms_norm as rms_norm
 from puna.kernels import rope as rope

@@ -34,6 +34,13 @@ std::vector<std::string> instruction_sets() {
   return found;
 }
 
+void check_isa(const std::string& isa) {
+  static const std::vector<std::string> found = instruction_sets();
+  for (const auto& name : found)
+    if (name == isa) return;
+  throw std::invalid_argument("this machine has no " + isa);
+}
+
 std::unique_ptr<puna::Engine> make_engine(const std::string& isa, const py::dict& shape,
                                           const py::dict& weights, const py::list& layers) {
   const auto size = [&](const char* name) { return shape[name].cast<int64_t>(); };
@@ -51,9 +58,7 @@ std::unique_ptr<puna::Engine> make_engine(const std::string& isa, const py::dict
                         tensor(one, "gate"), tensor(one, "up"), tensor(one, "down"),
                         tensor(one, "attention_norm"), tensor(one, "ffn_norm")});
   }
-  bool known = false;
-  for (const auto& name : instruction_sets()) known |= name == isa;
-  if (!known) throw std::invalid_argument("this machine has no " + isa);
+  check_isa(isa);
 #if defined(__x86_64__)
   if (isa == "avx512") return puna::make_engine_avx512(s, w);
   if (isa == "avx2") return puna::make_engine_avx2(s, w);
@@ -97,18 +102,17 @@ void forward(puna::Engine& engine, int64_t count, Address tokens, Address rows, 
   engine.forward(batch, drawn ? &draw : nullptr, threads);
 }
 
-// With its best instructions: nothing here depends on their width but the speed.
-void softmax_loss(int64_t rows, int64_t vocab, Address logits, Address labels, Address scale,
-                  float z_loss, Address losses, int threads) {
+void softmax_loss(const std::string& isa, int64_t rows, int64_t vocab, Address logits,
+                  Address labels, Address scale, float z_loss, Address losses, int threads) {
   const puna::SoftmaxLoss work{rows,   vocab, at<float>(logits), at<const int64_t>(labels),
                                at<const float>(scale), z_loss, at<float>(losses)};
+  check_isa(isa);
   check_range("targets", work.labels, rows, vocab);
   threads = usable_threads(threads);
-  static const std::string best = instruction_sets().front();
   py::gil_scoped_release released;
 #if defined(__x86_64__)
-  if (best == "avx512") return puna::softmax_loss_avx512(work, threads);
-  if (best == "avx2") return puna::softmax_loss_avx2(work, threads);
+  if (isa == "avx512") return puna::softmax_loss_avx512(work, threads);
+  if (isa == "avx2") return puna::softmax_loss_avx2(work, threads);
 #endif
   puna::softmax_loss_base(work, threads);
 }

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from puna.core import native
 from puna.core.config import ModelConfig
+from puna.core.extension import extension
 from puna.core.generation import generate, stream
 from puna.core.model import Transformer
 from puna.core.ops import linear_logprobs, use_backend
@@ -19,7 +20,7 @@ PROMPTS = [[1, 5, 6], [1], [1, 5, 6, 7, 8, 9, 10, 3], [4, 11], [1, 7, 7, 9, 12],
 @pytest.fixture(scope="module", autouse=True, params=["reference", "native"])
 def backend(request):
     """Everything here holds for PyTorch and for the native engine."""
-    if request.param == "native" and native.extension() is None:
+    if request.param == "native" and extension() is None:
         pytest.skip("the native engine is not built")
     with use_backend(request.param):
         yield request.param

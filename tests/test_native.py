@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puna.core.config import ModelConfig
+from puna.core.extension import extension
 from puna.core.generation import _by_slots, generate
 from puna.core.model import Transformer
-from puna.core.native import Engine, engine_for, extension, instruction_sets
+from puna.core.native import Engine, engine_for, instruction_sets
 from puna.core.ops import use_backend
 from puna.core.sampling import Sampler
 

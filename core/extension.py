@@ -1,0 +1,24 @@
+"""`puna.core._C`, the compiled extension, or nothing."""
+
+import functools
+import logging
+from types import ModuleType
+
+import torch  # noqa: F401  before the extension: both then share torch's OpenMP
+
+log = logging.getLogger("puna")
+
+
+@functools.cache
+def extension() -> ModuleType | None:
+    """The compiled module; None, and a warning once, where it was not built."""
+    try:
+        from puna.core import _C  # type: ignore[attr-defined]
+    except ImportError as error:
+        log.warning(
+            "The native extension is missing (%s); training and generation on the CPU are slower "
+            "without it. Install Puna again with a C++ compiler at hand.",
+            error,
+        )
+        return None
+    return _C
