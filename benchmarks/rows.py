@@ -8,7 +8,7 @@ from puna.benchmarks.timing import Timing
 
 
 class Row(TypedDict):
-    bench: str  # "train" or "generate"
+    bench: str  # "train", "generate" or "rollout"
     shape: str  # a name of puna.core.config.SIZES
     batch: int
     dtype: str

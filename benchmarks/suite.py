@@ -11,6 +11,7 @@ from rich.table import Table
 from puna.benchmarks import machine
 from puna.benchmarks.generate import BATCHES, bench_generate
 from puna.benchmarks.models import open_models
+from puna.benchmarks.rollout import bench_rollout
 from puna.benchmarks.rows import Row
 from puna.benchmarks.train import bench_train
 
@@ -21,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 def run_suite(
     what: str, *, rounds: int, device: torch.device, command: str, save: bool = False
 ) -> dict[str, object]:
-    """Measure "train", "generate" or "all"; the last line printed is the document's JSON.
+    """Measure "train", "generate", "rollout" or "all"; the last line printed is the document's JSON.
 
     Returns the document {"machine": ..., "command": ..., "rows": [...]}. With `save` it is also
     written to results/<machine>/<what>.json beside this file.
@@ -39,6 +40,8 @@ def run_suite(
         if what in ("generate", "all"):
             for batch in BATCHES:
                 found += bench_generate(models, batch, rounds)
+        if what in ("rollout", "all"):
+            found += bench_rollout(models, rounds)
         if what in ("train", "all"):
             found += bench_train(models, rounds)
     console.print(rows_table(found))

@@ -35,7 +35,7 @@ class KernelBenchConfig(BenchConfig):
 
 
 def run(config: BenchConfig) -> None:
-    """Training and generation. Raises ValueError for settings that cannot be measured."""
+    """Training, generation and rollouts. Raises ValueError for settings that cannot be measured."""
     measure(config, "all")
 
 
@@ -47,6 +47,11 @@ def train(config: BenchConfig) -> None:
 def generate(config: BenchConfig) -> None:
     """The rows of generation."""
     measure(config, "generate")
+
+
+def rollout(config: BenchConfig) -> None:
+    """The rows of sampling answers of different lengths."""
+    measure(config, "rollout")
 
 
 def kernels(config: KernelBenchConfig) -> None:

@@ -46,6 +46,7 @@ VERBS = {
         "puna.cli.bench", "KernelBenchConfig", "of kernels/, verified and timed", "kernels"
     ),
     "bench generate": Verb("puna.cli.bench", "BenchConfig", "of generation only", "generate"),
+    "bench rollout": Verb("puna.cli.bench", "BenchConfig", "of rollouts only", "rollout"),
 }
 
 
