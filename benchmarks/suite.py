@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 def run_suite(
     what: str, *, rounds: int, device: torch.device, command: str, save: bool = False
 ) -> dict[str, object]:
-    """Measure "train", "generate", "rollout" or "all"; the last line printed is the document's JSON.
+    """Measure "train", "generate", "rollout" or "all"; the last line printed is the JSON document.
 
     Returns the document {"machine": ..., "command": ..., "rows": [...]}. With `save` it is also
     written to results/<machine>/<what>.json beside this file.
