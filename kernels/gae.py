@@ -26,7 +26,7 @@ def gae(
     they count as T and 0).
     """
     _check(rewards, values, lengths)
-    compute = gae_scan if choose(rewards) == choose(values) == "triton" else _reference
+    compute = gae_scan if choose(rewards, values) == "triton" else _reference
     return compute(rewards.detach(), values.detach(), lengths, gamma, lam)
 
 
