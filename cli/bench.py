@@ -35,7 +35,7 @@ class KernelBenchConfig(BenchConfig):
 
 
 def run(config: BenchConfig) -> None:
-    """Training, generation and rollouts. Raises ValueError for settings that cannot be measured."""
+    """Training and generation. Raises ValueError for settings that cannot be measured."""
     measure(config, "all")
 
 
@@ -50,7 +50,7 @@ def generate(config: BenchConfig) -> None:
 
 
 def rollout(config: BenchConfig) -> None:
-    """The rows of sampling answers of different lengths."""
+    """The rows of sampling 512 answers of different lengths; takes minutes."""
     measure(config, "rollout")
 
 

@@ -28,7 +28,7 @@ from puna.trainers.run import environment
 
 HELD_OUT_PROMPTS = 500  # of each kind
 HELD_OUT_PAIRS = 2_500  # comparisons of each kind a round, before pairs of equal answers go
-PERSONA_DIALOGUES = 60  # of 20 exchanges
+PERSONA_DIALOGUES = 200  # of 20 exchanges
 OWN_ANSWERS = 1_800  # mixed into Ghost Attention's data
 SHOWN = 6  # conversations in the report
 
