@@ -142,13 +142,15 @@ def test_strided_elements_tables_positions_and_gradients(triton_device):
     positions = torch.randint(12, (5, 4), device=triton_device).T[::2]
     upstream = drawn(2, 5, 3, 1, device=triton_device).expand(2, 5, 3, 8)
     one = torch.tensor(0.3, device=triton_device).expand(2, 5, 3, 8)
-    odd_cos = torch.stack((cos, cos), -1)[..., 0]
-    found = run(lambda q, k: rope(q, k, odd_cos, sin, positions=positions), x, x, (upstream, one))
     dense = [t.contiguous() for t in (x, positions, upstream, one)]
     expected = run(
         lambda q, k: rope(q, k, cos, sin, positions=dense[1]), dense[0], dense[0], dense[2:]
     )
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for odd in (torch.stack((cos, cos), -1)[..., 0], torch.cat((cos, cos), -1)[:, :4]):
+        found = run(
+            lambda q, k, c=odd: rope(q, k, c, sin, positions=positions), x, x, (upstream, one)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_sum_backward(triton_device):
