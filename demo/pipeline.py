@@ -173,7 +173,7 @@ class Demo:
 
     def gatt(self) -> None:
         """On the last version, with answers of its own to ordinary prompts mixed in."""
-        last = list(self.versions().values())[-1]
+        last = [path for name, path in self.versions().items() if name != "gatt"][-1]
         mix = self.data / "gatt-mix.jsonl"
         if not mix.exists():
             rows = evaluation.own_answers(last, self.data / "prompts.jsonl", self.config.seed)

@@ -63,6 +63,16 @@ def test_its_chat_command_works(demo: Path) -> None:
     assert "chat tag" in refused.stderr and "Traceback" not in refused.stderr
 
 
+def test_a_run_that_was_killed_while_it_was_judged_goes_on(demo: Path) -> None:
+    before = json.loads((demo / "evaluation.json").read_text())
+    for lost in ("evaluation.json", "evaluation/persona-with-greedy.json"):
+        (demo / lost).unlink()
+    done = puna("demo", "--out", str(demo), "--scale", "0.03")
+    assert done.returncode == 0, done.stderr
+    after = json.loads((demo / "evaluation.json").read_text())
+    assert after["gatt"] == before["gatt"] and after["versions"] == before["versions"]
+
+
 def test_another_seed_is_refused_in_the_same_folder(demo: Path) -> None:
     refused = puna("demo", "--out", str(demo), "--scale", "0.03", "--seed", "1")
     assert refused.returncode == 1
