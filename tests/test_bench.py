@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from puna.benchmarks import generate, machine, models, suite, timing, train
+from puna.benchmarks import generate, machine, models, readme, rollout, suite, timing, train
 from puna.benchmarks.models import multiplied_parameters, open_models
 from puna.cli.bench import BenchConfig, measure
 from puna.core.config import SIZES, ModelConfig, parameter_count
+from puna.core.extension import extension
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(64, 2, 4, 2, 96, 128, context=64)
@@ -132,3 +133,23 @@ def test_settings_that_cannot_be_measured():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="use --device cpu"):
             measure(BenchConfig(device="cuda"), "all")
+
+
+def test_rollouts_beside_static_batches(tiny, monkeypatch, tmp_path, capsys):
+    if extension() is None:
+        pytest.skip("the native extension is not built")
+    for name, value in (("PROMPTS", 7), ("SLOTS", 3), ("MEAN", 4)):
+        monkeypatch.setattr(rollout, name, value)
+    monkeypatch.setattr(rollout, "PROMPT", 4)
+    rows = rollout.bench_rollout(open_models("tiny", tmp_path, CPU), rounds=1)
+    lengths = rollout.answer_lengths(7, TINY.context - 4)
+    assert [row["provider"] for row in rows] == ["puna", "puna-static"]
+    assert all(row["value"] > 0 and row["batch"] == 3 for row in rows)
+    batches = [lengths[:3], lengths[3:6], lengths[6:]]
+    ideal = sum(max(batch) for batch in batches) * 3 / sum(lengths)
+    assert f"at best win {ideal:.1f} times" in capsys.readouterr().out
+
+
+def test_the_readme_shows_the_committed_results():
+    written = readme.README.read_text(encoding="utf-8")
+    assert readme.page(written) == written
