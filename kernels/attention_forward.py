@@ -164,8 +164,9 @@ def tiles(x: Tensor, cuts: Tensor | None, block: int) -> int:
 
 
 def dense(x: Tensor) -> Tensor:
-    """x with the columns of a head next to each other: itself wherever it is so already."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """x (B, T, ., D) with the columns of a head next to each other, and tokens so near that a
+    tile's offsets fit 32 bits: itself wherever it is so already."""
+    return x if x.stride(-1) == 1 and x.stride(1) < 1 << 24 else x.contiguous()
 
 
 def _forward_fake(q, k, v, cu_seqlens, scale):

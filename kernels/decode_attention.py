@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .attention_forward import LOG2_E, WIDEST, block_d, dense, dot, load_tile
 from .backend import cast as to
-from .backend import choose, jit, on_device, registered, tl, triton, visible
+from .backend import choose, jit, on_device, opaque, registered, tl, triton, visible
 
 SPLIT = 256  # cache entries of one program
 
@@ -39,7 +39,7 @@ def decode_attention(
             _check_lengths(lengths, q.shape[1], k_cache.shape[1])
         scale = q.shape[3] ** -0.5 if scale is None else float(scale)
         return decode_attention_forward(q, k_cache, v_cache, lengths, scale)
-    return _reference(q, k_cache, v_cache, lengths, scale)
+    return decode_attention_reference(q, k_cache, v_cache, lengths, scale)
 
 
 def _not_for_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
@@ -94,9 +94,11 @@ def _check_lengths(lengths: Tensor, queries: int, slots: int) -> tuple[int, int]
 # Reference
 
 
-def _reference(
+@opaque(lambda q, k_cache, v_cache, lengths, scale: q.new_empty(q.shape))
+def decode_attention_reference(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float | None
 ) -> Tensor:
+    """`decode_attention` by PyTorch; the lengths have to be read."""
     batch, queries, heads, head_dim = q.shape
     slots, kv_heads = k_cache.shape[1], k_cache.shape[2]
     group = heads // kv_heads
@@ -156,14 +158,14 @@ def decode_attention_kernel(
     if low >= length and split > 0:
         return
     rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    query, head = rows // group, kv_head * group + rows % group
+    query, head = (rows // group).to(tl.int64), (kv_head * group + rows % group).to(tl.int64)
     real = rows < n_queries * group
     columns = tl.arange(0, BLOCK_D)
     q = tl.load(
         Q + b * q_row + (query * q_token + head * q_head)[:, None] + columns[None, :],
         mask=real[:, None] & (columns < HEAD)[None, :], other=0.0,
     )  # fmt: skip
-    seen = length - n_queries + query + 1  # entries that each row sees
+    seen = length - n_queries + rows // group + 1  # entries that each row sees
     K += b * k_row + kv_head.to(tl.int64) * k_head
     V += b * v_row + kv_head.to(tl.int64) * v_head
     scale = tl.cast(scale, tl.float32)
