@@ -122,7 +122,8 @@ def by_rows(function: Function, rows: int = 512) -> Function:
 def sample(logits: Tensor, draws: Tensor) -> tuple[Tensor, ...]:
     """One token a row from a uniform number a row: (tokens, log-probs)."""
     cumulative = torch.softmax(logits, -1).cumsum(-1)
-    tokens = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
+    sought = draws[:, None].to(logits.dtype) * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, sought, right=True)
     tokens = tokens.clamp_max(logits.shape[1] - 1)
     return tokens[:, 0], torch.log_softmax(logits, -1).gather(1, tokens)[:, 0]
 
@@ -132,7 +133,8 @@ def sample_top_p(logits: Tensor, draws: Tensor, top_p: float) -> tuple[Tensor, .
     ordered, index = torch.softmax(logits, -1).sort(dim=-1, descending=True, stable=True)
     cumulative = ordered.cumsum(-1)
     kept = ordered.masked_fill(cumulative - ordered > top_p, 0).cumsum(-1)
-    place = torch.searchsorted(kept, draws[:, None] * kept[:, -1:], right=True)
+    sought = draws[:, None].to(logits.dtype) * kept[:, -1:]
+    place = torch.searchsorted(kept, sought, right=True)
     tokens = index.gather(1, place.clamp_max(logits.shape[1] - 1))
     return tokens[:, 0], torch.log_softmax(logits, -1).gather(1, tokens)[:, 0]
 

@@ -23,7 +23,7 @@ from puna.core.model import RMSNorm, Transformer
 from puna.core.ops import linear_cross_entropy, linear_logprobs, use_backend
 
 # 3 query heads to a key/value head, sizes that two ranks do not share evenly
-CONFIG = ModelConfig(18, 2, 3, 1, 26, vocab_size=37, context=16)
+CONFIG = ModelConfig(18, 1, 3, 1, 26, vocab_size=37, context=16)
 BACKENDS = ["reference", "triton"]
 NORMS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -43,7 +43,7 @@ def norms(model: Transformer) -> list[RMSNorm]:
 
 def batch() -> Tensor:
     generator = torch.Generator().manual_seed(2)
-    return torch.randint(CONFIG.vocab_size, (4, 8), generator=generator)
+    return torch.randint(CONFIG.vocab_size, (4, 6), generator=generator)
 
 
 def sharded(model: Transformer, norm_dtype: torch.dtype) -> Transformer:
@@ -104,7 +104,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
-    subprocess.run([*command, __file__, str(folder)], check=True, timeout=300, env=environment)
+    subprocess.run([*command, __file__, str(folder)], check=True, timeout=600, env=environment)
     return folder
 
 
@@ -121,8 +121,8 @@ def test_two_ranks_in_mixed_precision_do_what_one_process_does(
     with use_backend("reference"):
         alone, exact = step(plain, batch()), step(fresh().double(), batch())
     assert found["norms saw fp32"] == alone["norms saw fp32"] == (norm == "fp32")
-    assert float(found["loss"]) == pytest.approx(float(alone["loss"]), rel=2e-3)
-    assert float(found["loss"]) == pytest.approx(float(exact["loss"]), rel=5e-3)
+    assert float(found["loss"]) == pytest.approx(float(alone["loss"]), rel=2e-4)
+    assert float(found["loss"]) == pytest.approx(float(exact["loss"]), rel=1e-3)
     for name, _ in fresh().named_parameters():
         assert found[f"dtype of {name}"], "gradients are reduced in fp32"
         truth = exact[name]
