@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .attention_backward import attention_backward
 from .attention_forward import WIDEST, attention_forward
-from .backend import choose, differentiable, forced, visible
+from .backend import choose, differentiable, forced, opaque, visible
 
 
 def attention(
@@ -44,12 +44,7 @@ def attention(
         return _triton(q, k, v, cu_seqlens, scale)
     if cu_seqlens is None:
         return _rows(q, k, v, scale)
-    cuts, tokens = cu_seqlens.tolist(), q.shape[0] * q.shape[1]
-    _check_cuts(cuts, q.shape[0], q.shape[1])
-    if tokens == 0:
-        return _rows(q, k, v, scale)
-    flat_q, flat_k, flat_v = (x.reshape(tokens, *x.shape[2:]) for x in (q, k, v))
-    return _segments(flat_q, flat_k, flat_v, cuts, scale).view(q.shape)
+    return attention_packed_reference(q, k, v, cu_seqlens, scale)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -151,6 +146,19 @@ def _flash_attn(
 
 
 # Reference
+
+
+@opaque(lambda q, k, v, cu_seqlens, scale: q.new_empty(q.shape))
+def attention_packed_reference(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None
+) -> Tensor:
+    """`attention` within the cuts, which have to be read."""
+    cuts, tokens = cu_seqlens.tolist(), q.shape[0] * q.shape[1]
+    _check_cuts(cuts, q.shape[0], q.shape[1])
+    if tokens == 0:
+        return _rows(q, k, v, scale)
+    flat_q, flat_k, flat_v = (x.reshape(tokens, *x.shape[2:]) for x in (q, k, v))
+    return _segments(flat_q, flat_k, flat_v, cuts, scale).view(q.shape)
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

@@ -11,6 +11,7 @@ calls go past the registration, which costs some 10 us a call.
 import functools
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,8 @@ except ImportError:  # no wheel for this platform: the reference remains
 
 __all__ = [
     "INTERPRETED", "as_rows", "cast", "choose", "debug", "differentiable", "first_only", "forced",
-    "jit", "on_device", "processors", "registered", "tl", "triton", "use_backend", "visible",
+    "jit", "on_device", "opaque", "processors", "registered", "tl", "triton", "use_backend",
+    "visible",
 ]  # fmt: skip
 
 BACKENDS = {"auto", "reference", "triton", "flash_attn"}
@@ -237,3 +239,70 @@ def differentiable(launch: Callable, save: Callable, backward: Callable) -> Call
         return Differentiable.apply(*args) if torch.is_grad_enabled() else launch(*args)
 
     return call
+
+
+def opaque(fake: Callable) -> Callable[[Callable], Callable]:
+    """A reference that must see its tensors' values becomes one operator under torch.compile.
+
+    For plain PyTorch functions with one result whose shape `fake` gives. Eager calls are left
+    alone. The operator's derivative runs the function again: right for any function, at the price
+    of a second forward.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        name = f"{NAMESPACE}::{function.__name__.strip('_')}"
+        schema = torch.library.infer_schema(function, mutates_args=())
+        arguments = schema.rpartition(") -> ")[0]
+
+        @torch.library.custom_op(name, mutates_args=(), schema=schema)
+        def operator(*args):
+            with torch.no_grad():
+                # A result must not share an input's memory.
+                return function(*args).clone(memory_format=torch.contiguous_format)
+
+        @torch.library.custom_op(
+            f"{name}_backward", mutates_args=(), schema=f"{arguments}, Tensor upstream) -> Tensor[]"
+        )
+        def again(*args):
+            # On a thread of its own: inside an operator autograd is switched off for this one.
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(_gradients, function, *args).result()
+
+        operator.register_fake(fake)
+        again.register_fake(lambda *args: [x.new_empty(x.shape) for x in args[:-1] if _floating(x)])
+
+        def save(ctx, inputs, output):
+            ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+            ctx.others = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+
+        def backward(ctx, upstream):
+            tensors = iter(ctx.saved_tensors)
+            inputs = [next(tensors) if other is None else other[0] for other in ctx.others]
+            found = iter(again(*inputs, upstream))
+            return tuple(next(found) if _floating(x) else None for x in inputs)
+
+        operator.register_autograd(first_only(backward), setup_context=save)
+
+        @functools.wraps(function)
+        def call(*args: Any) -> Any:
+            return operator(*args) if torch.compiler.is_compiling() else function(*args)
+
+        call.operator = operator  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def _gradients(function: Callable, *args: Any) -> list[Tensor]:
+    """Of every floating-point tensor among a function's arguments; the last one is upstream."""
+    inputs = [x.detach() if isinstance(x, Tensor) else x for x in args[:-1]]
+    wanted = [x.requires_grad_() for x in inputs if _floating(x)]
+    result = function(*inputs)
+    found = torch.autograd.grad(result, wanted, args[-1], allow_unused=True)
+    return [
+        torch.zeros_like(x) if d is None else d.clone() for x, d in zip(wanted, found, strict=True)
+    ]
+
+
+def _floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backend import choose, debug
+from .backend import choose, debug, opaque
 from .linear_cross_entropy_sum import summed_cross_entropy
 from .linear_softmax import linear_softmax
 
@@ -57,14 +57,8 @@ def linear_cross_entropy(
         return _triton(flat, weight, labels, scale, reduction, z_loss).view(
             targets.shape if reduction == "none" else ()
         )
-    rows = scale.nonzero().squeeze(-1)
-    few, labels, scale = flat.index_select(0, rows), labels[rows], scale[rows]
-    _check_labels(labels, weight)
-    if reduction == "none":
-        losses = _PerToken.apply(few, weight, labels, z_loss) * scale
-        return losses.new_zeros(targets.numel()).index_copy(0, rows, losses).view(targets.shape)
-    total = _Summed.apply(few, weight, labels, scale, z_loss, torch.is_grad_enabled())
-    return total / scale.sum().clamp_min(torch.finfo(wide).tiny) if reduction == "mean" else total
+    loss = linear_cross_entropy_reference(flat, weight, labels, scale, reduction, z_loss)
+    return loss.view(targets.shape) if reduction == "none" else loss
 
 
 def _check_shapes(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
@@ -92,6 +86,27 @@ def _check_labels(labels: Tensor, weight: Tensor) -> None:
             raise ValueError(
                 f"targets run from {low} to {high}, the head has {weight.shape[0]} rows"
             )
+
+
+def _no_loss(flat, weight, labels, scale, reduction, z_loss):
+    return scale.new_empty(scale.shape if reduction == "none" else ())
+
+
+@opaque(_no_loss)
+def linear_cross_entropy_reference(
+    flat: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, reduction: str, z_loss: float
+) -> Tensor:
+    """The loss of rows `flat` (N, C), of which those with a weight in `scale` (N,) are kept."""
+    rows = scale.nonzero().squeeze(-1)
+    few, labels, scale = flat.index_select(0, rows), labels[rows], scale[rows]
+    _check_labels(labels, weight)
+    if reduction == "none":
+        losses = _PerToken.apply(few, weight, labels, z_loss) * scale
+        return losses.new_zeros(len(flat)).index_copy(0, rows, losses)
+    total = _Summed.apply(few, weight, labels, scale, z_loss, torch.is_grad_enabled())
+    if reduction == "sum":
+        return total
+    return total / scale.sum().clamp_min(torch.finfo(scale.dtype).tiny)
 
 
 def _chunks(rows: int, vocabulary: int) -> list[slice]:

@@ -1,0 +1,82 @@
+"""torch.compile(fullgraph=True) of the reference path: same values, same gradients, no break.
+
+Run: python -m pytest tests/test_compile.py -q
+"""
+
+import pytest
+import torch
+
+from puna import kernels
+
+
+def leaf(*shape):
+    return torch.randn(*shape, requires_grad=True)
+
+
+def cases():
+    torch.manual_seed(0)
+    x, weight = leaf(2, 8, 16), leaf(16)
+    q, k, v = leaf(2, 8, 4, 8), leaf(2, 8, 2, 8), leaf(2, 8, 2, 8)
+    tables, positions = kernels.rope_tables(16, 8), torch.arange(8).repeat(2, 1)
+    cuts = torch.tensor([0, 3, 8, 16], dtype=torch.int32)
+    hidden, head = leaf(6, 16), leaf(11, 16)
+    labels = torch.tensor([1, 2, -100, 3, 4, 10])
+    cache, lengths = (torch.randn(2, 9, 2, 8), torch.randn(2, 9, 2, 8)), torch.tensor([3, 9])
+    seeds, ends = torch.arange(6), torch.tensor([3, 5])
+    return {
+        "rms_norm": (kernels.rms_norm, (x, weight), {}),
+        "add_rms_norm": (kernels.add_rms_norm, (x, x, weight), {}),
+        "rope": (kernels.rope, (q, k, *tables), {}),
+        "rope with positions": (kernels.rope, (q, k, *tables), {"positions": positions}),
+        "swiglu": (kernels.swiglu, (x, leaf(2, 8, 16)), {}),
+        "attention": (kernels.attention, (q, k, v), {}),
+        "packed attention": (kernels.attention, (q, k, v), {"cu_seqlens": cuts}),
+        "decode_attention": (kernels.decode_attention, (q[:, :1].detach(), *cache, lengths), {}),
+        "linear_cross_entropy": (kernels.linear_cross_entropy, (hidden, head, labels), {}),
+        "a loss a token": (
+            kernels.linear_cross_entropy,
+            (hidden, head, labels),
+            {"reduction": "none", "z_loss": 0.1},
+        ),
+        "linear_logprobs": (kernels.linear_logprobs, (hidden, head, labels.clamp(min=0)), {}),
+        "sample": (kernels.sample, (hidden.detach(),), {"seeds": seeds, "top_k": 3, "top_p": 0.9}),
+        "gae": (kernels.gae, (torch.randn(2, 5), torch.randn(2, 5), ends), {}),
+    }
+
+
+def results(function, arguments, options):
+    """The outputs, and the gradients of a weighted sum of them."""
+    found = function(*arguments, **options)
+    found = found if isinstance(found, tuple) else (found,)
+    leaves = [a for a in arguments if torch.is_tensor(a) and a.requires_grad]
+    total = sum((out * torch.arange(1.0, out.numel() + 1).view(out.shape)).sum() for out in found)
+    gradients = torch.autograd.grad(total, leaves) if leaves else ()
+    return [*(out.detach() for out in found), *gradients]
+
+
+@pytest.mark.parametrize("name", cases())
+def test_one_graph(name):
+    function, arguments, options = cases()[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with kernels.use_backend("reference"):
+        expected = results(function, arguments, options)
+        found = results(compiled, arguments, options)
+    for mine, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["attention_packed", "decode_attention", "linear_cross_entropy"])
+def test_the_operators_of_what_must_see_its_values(name):
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 4, 2, 8, requires_grad=True), torch.randn(1, 4, 1, 8)
+    arguments = {
+        "attention_packed": (q, k, k.clone(), torch.tensor([0, 4]), None),
+        "decode_attention": (q[:, :1].detach(), k, k.clone(), torch.tensor([3]), None),
+        "linear_cross_entropy": (
+            torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True),
+            torch.tensor([0, 4, 2]), torch.tensor([1.0, 0.0, 2.0]), "sum", 0.0,
+        ),
+    }[name]  # fmt: skip
+    operator = getattr(torch.ops.puna_kernels, f"{name}_reference")
+    torch.library.opcheck(operator.default, arguments)
