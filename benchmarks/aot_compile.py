@@ -187,13 +187,16 @@ def _large_tiles(ttir: str) -> set[Place]:
 
 def _loads(text: str) -> Iterator[tuple[Place, int]]:
     """(where in the source, bits a thread) of each load from global memory in the assembly."""
-    files: dict[str, str] = {}
-    place = "", 0, 0
+    named = re.findall(r'^\s*\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]*)"', text, re.M)
+    files = {number: Path(path).name for number, path in named}
+    place, inline, stated = ("", 0, 0), False, False
     for line in text.splitlines():
-        if found := re.match(r'\s*\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]*)"', line):
-            files[found[1]] = Path(found[2]).name
+        if "inline asm" in line:  # of its lines the first has the place, the others a count
+            inline, stated = "begin" in line, False
         elif found := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)\s+(\d+)", line):
-            place = files.get(found[1], ""), int(found[2]), int(found[3])
+            if not stated:
+                place = files.get(found[1], ""), int(found[2]), int(found[3])
+            stated = inline
         elif bits := _bits(line):
             yield place, bits
 

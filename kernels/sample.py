@@ -278,16 +278,17 @@ def sample_draw_kernel(
             x = held[i] if TILES else _load(X, start, width, ROWS, COLUMNS)
             largest = tl.maximum(largest, tl.max(tl.where(x == x, x, float("inf"))))
     total = _mass(X, width, held, -float("inf"), largest, scale, False, False, TILES, ROWS, COLUMNS)
+    # NaN if a logit is NaN or inf
+    norm = tl.log(total.to(tl.float32) * 5.684341886080802e-14) + (largest - largest)
     if GREEDY:
         token, logit = _pick(X, width, held, 0, largest, largest, scale, True, TILES, ROWS, COLUMNS)
     else:
-        bits = _uniform_bits(tl.load(SEEDS + row))
-        threshold = _share(total, bits)
         only = largest
         if TRUNCATED:
             # fp64, as in the reference: the product decides whether an equal is still kept
             share = tl.full((), top_p, tl.int64).to(tl.float64) * 8.673617379884035e-19
-            limit = (total.to(tl.float64) * share).to(tl.int64)
+            limit = tl.where(share < 1.0, (total.to(tl.float64) * share).to(tl.int64), total)
+            threshold = total
             kept = total
             for search in range(3):  # for the k-th logit, the last that top-p keeps, the drawn
                 needed = True
@@ -295,10 +296,10 @@ def sample_draw_kernel(
                     needed = (top_k > 0) & (top_k < width)
                     threshold = tl.full((), top_k, tl.int64) - 1
                 elif search == 1:
-                    needed = (share < 1.0) & (limit < kept)
+                    needed = limit < kept
                     threshold = limit
                 else:
-                    threshold = _share(kept, bits)
+                    threshold = _share(kept, _uniform_bits(tl.load(SEEDS + row)))
                 if needed:
                     only = _find(
                         X, width, held, threshold, largest, scale, search == 0,
@@ -318,13 +319,13 @@ def sample_draw_kernel(
                         kept = tl.minimum(kept, above + ((limit - above) // weight + 1) * weight)
                     else:
                         threshold = (threshold - above) // weight
+        else:
+            threshold = _share(total, _uniform_bits(tl.load(SEEDS + row)))
         token, logit = _pick(
             X, width, held, threshold, only, largest, scale, TRUNCATED, TILES, ROWS, COLUMNS
         )
-    token = tl.minimum(token, width - 1)  # of NaN comes anything, but a token
-    logprob = (logit - largest) * cold - tl.log(total.to(tl.float32) * 5.684341886080802e-14)
-    logprob = tl.where(largest - largest == 0.0, logprob, float("nan"))  # one was NaN or inf
-    tl.store(TOKENS + row, token.to(tl.int64))
+    logprob = (logit - largest) * cold - norm
+    tl.store(TOKENS + row, tl.minimum(token, width - 1).to(tl.int64))  # NaN pick no place
     tl.store(LOGPROBS + row, tl.where(logprob > 0.0, 0.0, logprob))
 
 
@@ -333,9 +334,10 @@ def tiles(width: int) -> tuple[int, int, int, int]:
 
     No tile is held where the registers cannot take the row: then each pass loads it.
     """
+    if width > WIDEST_HELD:
+        return 0, LARGEST_TILE // 512, 256, 8
     block = min(LARGEST_TILE, triton.next_power_of_2(max(width, 256)))
-    held = triton.cdiv(width, block) if width <= WIDEST_HELD else 0
-    return held, block // 256, 256, min(16, max(4, block // 512))
+    return triton.cdiv(width, block), block // 256, 256, min(16, max(4, block // 512))
 
 
 # Bits of an fp32 that tell values of a narrower type apart
