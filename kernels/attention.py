@@ -9,6 +9,8 @@ attention never crosses a cut. The Triton kernels are in `attention_forward` and
 Source: Vaswani et al. 2017; Ainslie et al. 2023 (GQA); Llama 2 paper, section 2.2 and A.2.1.
 """
 
+from importlib import import_module
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -131,15 +133,16 @@ def _flash_attn(
     if q.shape[3] > 256:
         raise ValueError(f"{but} the head size is {q.shape[3]}: it takes up to 256")
     try:
-        from flash_attn import flash_attn_func, flash_attn_varlen_func
+        flash_attn = import_module("flash_attn")
     except ImportError as error:
         raise ValueError(f"{but} the package flash_attn cannot be imported: {error}") from error
-    if cu_seqlens is None:
-        return flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
-    cuts = _on_device(q, cu_seqlens).to(torch.int32)
+    cuts = _on_device(q, cu_seqlens)
+    if cuts is None:
+        return flash_attn.flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
+    cuts = cuts.to(torch.int32)
     # No sequence is longer than a row: the exact maximum would have to be waited for.
     flat = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
-    out = flash_attn_varlen_func(
+    out = flash_attn.flash_attn_varlen_func(
         *flat, cuts, cuts, q.shape[1], q.shape[1], softmax_scale=scale, causal=True
     )
     return out.view(q.shape)
