@@ -12,7 +12,7 @@ ROOMS := $(patsubst %/py.typed,%,$(wildcard */py.typed))
 export ONEDNN_MAX_CPU_ISA ?= AVX512_CORE_BF16
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-gpu lint bench
+.PHONY: demo test test-gpu sanitize lint bench
 
 demo: $(READY)
 	$(BIN)/puna demo
@@ -24,6 +24,19 @@ test: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/pytest -m gpu
+
+# The extension under the address and undefined-behaviour sanitizers, in a copy of the rooms. (Its
+# leaks are not looked for: Python's own would hide them.)
+SANITIZED := build/sanitized
+sanitize: $(READY)
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)/puna
+	cp -r $(ROOMS) $(SANITIZED)/puna && rm -f $(SANITIZED)/puna/core/_C*
+	$(CXX) -std=c++17 -O1 -g -fopenmp -fPIC -shared -ffp-contract=fast -Wno-psabi \
+		-fsanitize=address,undefined -fno-sanitize-recover=undefined \
+		$$($(BIN)/python -m pybind11 --includes) csrc/*.cpp -o $(SANITIZED)/puna/core/_C$$($(BIN)/python \
+		-c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/test_native.py tests/test_native_loss.py
 
 # Mypy does not see through an editable install, so it reads the rooms through links.
 lint: $(READY)

@@ -57,18 +57,18 @@ def launches(chosen: list[Case], targets: list[str], peer: bool) -> list[tuple[C
     """What is to be compiled: the launches that each target's settings give, each once."""
     from puna.benchmarks import aot_compile
 
-    softmax = import_module("puna.kernels.linear_softmax")
-    found, asked = [], softmax.architecture
+    sizes: Any = import_module("puna.kernels.linear_tiles")
+    found, asked = [], sizes.architecture
     everything = list(chosen)
     if peer:
         everything += import_module("puna.benchmarks.aot_peers").cases()
     for target in targets:
-        softmax.architecture = lambda device, target=target: target
+        sizes.architecture = lambda device, target=target: target
         try:
             for case in everything:
                 found += [(case, each, target) for each in aot_compile.record(case.run)]
         finally:
-            softmax.architecture = asked
+            sizes.architecture = asked
     return found
 
 

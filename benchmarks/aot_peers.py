@@ -34,7 +34,7 @@ def cases() -> list[Case]:
     def gated(m: Maker, n: int, count: int) -> list[Any]:
         return [m.bf16(n, F) for _ in range(count)]
 
-    known = [
+    known: list[Any] = [
         ("rms_norm", rms_norm.rms_norm_forward,
          lambda m, n: [m.bf16(n, C), m.bf16(C), 1e-5, 0.0, "llama", None]),
         ("rms_norm backward", rms_norm.rms_norm_backward, norm_backward),

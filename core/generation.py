@@ -144,8 +144,9 @@ def _by_batches(
         batch = Batch(model, [prompts[r] for r in rows], keys[rows], [limits[r] for r in rows])
         for _ in batch.steps(sampler, eos_id):
             pass
-        for row, *found in zip(rows, batch.tokens, batch.logprobs, batch.finished, strict=True):
-            results[row] = Completion(*found)
+        for slot, row in enumerate(rows):
+            parts = batch.tokens[slot], batch.logprobs[slot], batch.finished[slot]
+            results[row] = Completion(*parts)
     return [results[row] for row in range(len(prompts))]
 
 

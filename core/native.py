@@ -13,7 +13,7 @@ from torch import Tensor
 
 from puna.core import ops
 from puna.core.extension import extension
-from puna.core.model import Transformer
+from puna.core.model import Block, Transformer
 
 
 class Step(NamedTuple):
@@ -191,6 +191,7 @@ def _description(
     }  # fmt: skip
     layers = []
     for block in decoder.layers:
+        assert isinstance(block, Block)
         attention, mlp = block.self_attn, block.mlp
         layers.append(
             {

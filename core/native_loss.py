@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from puna import kernels
 from puna.core.extension import extension
-from puna.kernels.backend import forced
 
 # Logits held at once, 64 MB. The larger the chunk, the better the BLAS: (2048 x 288) by 32000,
 # 128 rows at a time took 1.6 times as long as 1024 (the softmax's two threads waiting included).
@@ -22,18 +20,12 @@ def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    *,
-    weights: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    z_loss: float = 0.0,
+    weights: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    z_loss: float,
 ) -> Tensor:
-    """As `kernels.linear_cross_entropy`, by the native extension where it can."""
-    if not _fits(hidden, weight, targets, weights, reduction):
-        return kernels.linear_cross_entropy(
-            hidden, weight, targets, weights=weights, ignore_index=ignore_index,
-            reduction=reduction, z_loss=z_loss,
-        )  # fmt: skip
+    """As `kernels.linear_cross_entropy`, for what `fits`."""
     labels = targets.reshape(-1)
     scale = torch.ones(labels.shape) if weights is None else weights.detach().reshape(-1).float()
     scale = scale.masked_fill(labels == ignore_index, 0.0)
@@ -47,7 +39,7 @@ def linear_cross_entropy(
     return total / scale.sum().clamp_min(1e-30) if reduction == "mean" else total
 
 
-def _fits(
+def fits(
     hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, reduction: str
 ) -> bool:
     """Whether the native pass can do it. Mistakes do not fit: the kernels explain them."""
@@ -61,7 +53,6 @@ def _fits(
         and hidden.shape[-1] == weight.shape[-1]
         and (weights is None or weights.shape == targets.shape)
         and reduction in ("mean", "sum")
-        and forced() in ("auto", "native")
         and not torch.compiler.is_compiling()
         and extension() is not None
     )
@@ -79,6 +70,7 @@ class _Summed(torch.autograd.Function):
         if wants_weight and count:
             d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
         native = extension()
+        assert native is not None
         instructions = native.instruction_sets()[0]
         losses = torch.empty(count)
         step = max(1, min(CHUNK_ELEMENTS // vocabulary, count))

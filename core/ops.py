@@ -3,7 +3,10 @@
 `use_backend` also takes "native" here: the operations and the generation of `puna.core._C`.
 """
 
-from puna.core.native_loss import linear_cross_entropy as linear_cross_entropy
+from torch import Tensor
+
+from puna import kernels
+from puna.core import native_loss
 from puna.kernels import add_rms_norm as add_rms_norm
 from puna.kernels import attention as attention
 from puna.kernels import decode_attention as decode_attention
@@ -20,3 +23,25 @@ from puna.kernels.backend import forced as forced
 from puna.kernels.sample import mix64 as mix64
 
 BACKENDS.add("native")
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    weights: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    z_loss: float = 0.0,
+) -> Tensor:
+    """`kernels.linear_cross_entropy`, or the native one for fp32 on the CPU, "mean" and "sum"."""
+    native = forced() in ("auto", "native")
+    if native and native_loss.fits(hidden, weight, targets, weights, reduction):
+        return native_loss.linear_cross_entropy(
+            hidden, weight, targets, weights, ignore_index, reduction, z_loss
+        )
+    return kernels.linear_cross_entropy(
+        hidden, weight, targets, weights=weights, ignore_index=ignore_index,
+        reduction=reduction, z_loss=z_loss,
+    )  # fmt: skip

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .backend import _traced, differentiable, jit, on_device, registered, tl, triton
 from .backend import cast as to
-from .linear_softmax import add_product, kept, near, slices, softmax_gradients
+from .linear_softmax import softmax_gradients
+from .linear_tiles import add_product, kept, near, slices
 
 CHUNK_BYTES = 192 << 20  # logits held at once
 

@@ -18,7 +18,6 @@ products give the slice of dW, and what the slice adds to d_hidden, which is sum
 Source: Milakov & Gimelshein 2018 (online softmax); Wijmans et al. 2024 (losses without logits).
 """
 
-import functools
 import math
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from .backend import INTERPRETED, differentiable, jit, on_device, registered, tl, triton
 from .backend import cast as to
+from .linear_tiles import add_product, kept, near, slices, tiles
 
 SLICE_BYTES = 96 << 20  # d z held at once in the backward
 SPLIT = 4  # tiles of the vocabulary that one program of the forward reduces
@@ -204,60 +204,6 @@ def linear_softmax_backward_kernel(
     d_z = to(d_z, D_LOGITS.dtype.element_ty)
     out = D_LOGITS + place[:, None] * d_stride + (columns - first)[None, :]
     tl.store(out, d_z, mask=(place < n_rows)[:, None] & (columns < last)[None, :])
-
-
-@functools.lru_cache
-def architecture(device: torch.device) -> str:
-    """ "sm_90", "gfx942", ...; an H100's where there is no GPU."""
-    if device.type != "cuda":
-        return "sm_90"
-    if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-
-
-def tiles(x: Tensor) -> dict[str, int]:
-    """Sizes of a tile of logits: by device and dtype alone, so that rows stay what they are."""
-    if x.dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-    tile = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8}
-    known = architecture(x.device)
-    if known.startswith("gfx"):
-        return {**tile, "num_stages": 2}  # 48 of 64 KB of shared memory
-    if known in ("sm_90", "sm_100", "sm_103"):
-        return {**tile, "num_stages": 4}  # 192 of 227 KB; the backward spills a few bytes a tile
-    return {**tile, "BLOCK_N": 128, "num_stages": 3}  # 256 columns would spill on an A100
-
-
-def near(x: Tensor) -> Tensor:
-    """The matrix with neighbouring columns next to each other."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """out = a @ b if `first`, else out += a @ b; summed in fp32 where `out` is."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out) if first else out.addmm_(a, b)
-    elif a.is_cuda and torch.version.hip is None:
-        if first:
-            torch.mm(a, b, out_dtype=out.dtype, out=out)
-        else:
-            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        product = (a @ b) if a.is_cuda else a.to(out.dtype) @ b.to(out.dtype)
-        out.copy_(product) if first else out.add_(product)
-
-
-def slices(length: int, row_bytes: int, limit: int, multiple: int) -> list[tuple[int, int]]:
-    """`length` cut into equal pieces of at most `limit` bytes, in multiples (one at least)."""
-    most = max(multiple, limit // max(row_bytes, 1) // multiple * multiple)
-    pieces = -(-length // most)
-    step = -(-length // max(pieces, 1) // multiple) * multiple
-    return [(start, min(start + step, length)) for start in range(0, length, step or 1)]
-
-
-def kept(x: Tensor, rows: Tensor | None) -> Tensor:
-    return x if rows is None else x.index_select(0, rows)
 
 
 def _forward_fake(hidden, weight, labels, rows, temperature, entropy):

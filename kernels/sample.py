@@ -271,7 +271,7 @@ def sample_draw_kernel(
     X = LOGITS + row * stride
     held = ()
     for i in tl.static_range(TILES):
-        held = held + (_load(X, i * ROWS * COLUMNS, width, ROWS, COLUMNS),)
+        held = held + (_load(X, i * ROWS * COLUMNS, width, ROWS, COLUMNS),)  # type: ignore[assignment]
     largest = tl.full((), -float("inf"), tl.float32)
     for start in range(0, 1 if TILES else width, ROWS * COLUMNS):
         for i in tl.static_range(max(TILES, 1)):
