@@ -12,7 +12,7 @@ ROOMS := $(patsubst %/py.typed,%,$(wildcard */py.typed))
 export ONEDNN_MAX_CPU_ISA ?= AVX512_CORE_BF16
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-gpu sanitize lint bench
+.PHONY: demo test test-gpu sanitize lint aot bench
 
 demo: $(READY)
 	$(BIN)/puna demo
@@ -44,6 +44,10 @@ lint: $(READY)
 	rm -rf build/mypy && mkdir -p build/mypy/puna
 	for room in $(ROOMS); do ln -s ../../../$$room build/mypy/puna/$$room; done
 	$(BIN)/mypy
+
+# What every Triton kernel becomes, without a GPU.
+aot: $(READY)
+	$(BIN)/python -m puna.benchmarks.aot --targets sm_90,gfx942
 
 bench: $(READY)
 	$(BIN)/puna bench

@@ -57,7 +57,7 @@ def launches(chosen: list[Case], targets: list[str], peer: bool) -> list[tuple[C
     """What is to be compiled: the launches that each target's settings give, each once."""
     from puna.benchmarks import aot_compile
 
-    sizes: Any = import_module("puna.kernels.linear_tiles")
+    sizes: Any = import_module("puna.kernels.backend")
     found, asked = [], sizes.architecture
     everything = list(chosen)
     if peer:

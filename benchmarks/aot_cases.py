@@ -39,7 +39,24 @@ BOUND = {
     "gae_scan_kernel": "memory",
 }
 # Why a kernel that memory does not limit may spill: (kernel, target) -> reason.
-SPILLS: dict[tuple[str, str], str] = {}
+SPILLS: dict[tuple[str, str], str] = {
+    (
+        "attention_backward_kv_kernel",
+        "sm_90",
+    ): "8 words at most; smaller tiles would read the queries twice as often",
+    (
+        "attention_backward_kv_kernel",
+        "sm_80",
+    ): "8 words at most; smaller tiles would read the queries twice as often",
+    (
+        "linear_softmax_backward_kernel",
+        "sm_90",
+    ): "10 words at most; a narrower tile would halve the use of what is loaded",
+    (
+        "linear_softmax_backward_kernel",
+        "sm_100",
+    ): "6 words; a narrower tile would halve the use of what is loaded",
+}
 
 
 class Maker:

@@ -127,6 +127,16 @@ def processors(tensor: Tensor) -> int:
     return _processors(tensor.device) if tensor.is_cuda else 132
 
 
+@functools.lru_cache
+def architecture(device: torch.device) -> str:
+    """ "sm_90", "gfx942", ...; an H100's where there is no GPU."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Launches go to the current GPU: make it the tensor's."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():

@@ -1,19 +1,9 @@
 """Sizes of tiles and slices of the linear losses, and the product that adds up in fp32."""
 
-import functools
-
 import torch
 from torch import Tensor
 
-
-@functools.lru_cache
-def architecture(device: torch.device) -> str:
-    """ "sm_90", "gfx942", ...; an H100's where there is no GPU."""
-    if device.type != "cuda":
-        return "sm_90"
-    if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+from . import backend
 
 
 def tiles(x: Tensor) -> dict[str, int]:
@@ -21,7 +11,7 @@ def tiles(x: Tensor) -> dict[str, int]:
     if x.dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
     tile = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8}
-    known = architecture(x.device)
+    known = backend.architecture(x.device)
     if known.startswith("gfx"):
         return {**tile, "num_stages": 2}  # 48 of 64 KB of shared memory
     if known in ("sm_90", "sm_100", "sm_103"):

@@ -11,6 +11,7 @@ Source: Su et al. 2021; Llama 2 paper, section 2.2.
 import torch
 from torch import Tensor
 
+from . import backend
 from .backend import cast as to
 from .backend import choose, differentiable, jit, on_device, registered, tl, triton, visible
 
@@ -240,6 +241,7 @@ def rope_turn(
     if cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     block, block_q, block_k = tile(size, heads, k.shape[2])
+    wide = backend.architecture(q.device).startswith("gfx")  # warps of 64 threads
     with on_device(q):
         rope_kernel[(batch * tokens,)](
             # pointers
@@ -253,7 +255,8 @@ def rope_turn(
             *((0, 0) if positions is None else positions.stride()),
             # settings
             HALF=size // 2, GIVEN=positions is not None, INTERLEAVED=interleaved,
-            CONJUGATE=conjugate, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_HALF=block, num_warps=4,
+            CONJUGATE=conjugate, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_HALF=block,
+            num_warps=2 if wide else 4,
         )  # fmt: skip
     return q_out, k_out
 
