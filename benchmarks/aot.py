@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import tyro
@@ -43,8 +44,9 @@ def faults(row: Row) -> list[str]:
     bound = BOUND.get(row.kernel)
     if bound is None:
         return ["aot_cases.BOUND does not say what limits it"]
-    reason = SPILLS.get((row.kernel, row.target))
-    if facts.spilled and (bound == "memory" or reason is None):
+    newest, older, _ = SPILLS.get((row.kernel, row.target), (0, 0, ""))
+    recent = tuple(map(int, version("triton").split(".")[:2])) >= (3, 9)
+    if facts.spilled > (0 if bound == "memory" else newest if recent else older):
         found.append(f"spills {facts.spilled} bytes a thread")
     if bound == "memory" and facts.narrowest < 128:
         found.append(f"loads {facts.narrowest} bits a thread")
@@ -96,7 +98,8 @@ def compiled(todo: list[tuple[Case, Any, str]]) -> list[Row]:
 
 
 def traffic(chosen: list[Case]) -> dict[str, float]:
-    """Moved / least of the cases that say how many rows to count, from another process."""
+    """Moved / least of the cases that say how many rows to count, from another process: one
+    interprets kernels, another compiles them. What could not be counted is said."""
     names = [case.name for case in chosen if case.counted]
     if not names:
         return {}
@@ -105,16 +108,20 @@ def traffic(chosen: list[Case]) -> dict[str, float]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"counting what is moved failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    for why in {value for value in found.values() if isinstance(value, str)}:
+        cases = ", ".join(name for name, value in found.items() if value == why)
+        print(f"moved/least not counted, the interpreter stopped with {why}: {cases}")
+    return {name: value for name, value in found.items() if not isinstance(value, str)}
 
 
 def table(rows: list[Row], moved: dict[str, float]) -> Table:
-    made = Table(title=f"triton {import_module('triton').__version__}, bf16, Llama 2 7B")
+    made = Table(title=f"triton {version('triton')}, bf16, Llama 2 7B")
     for name in ("case", "kernel", "target"):
         made.add_column(name, no_wrap=name != "case")
     for name in ("registers", "spilled", "shared", "load bits", "tensor cores", "moved/least"):
         made.add_column(name, justify="right")
-    made.add_column("wrong")
+    made.add_column("wrong (or why not)")
     last = ""
     for row in rows:
         cells = ["", "", "", "", ""]
@@ -126,13 +133,14 @@ def table(rows: list[Row], moved: dict[str, float]) -> Table:
                 str(facts.registers), str(facts.spilled), str(facts.shared),
                 "-".join(map(str, widths)), products + (" bf16" if facts.bf16 else ""),
             ]  # fmt: skip
-        ratio = f"{moved[row.case]:.2f}" if row.case in moved and row.case != last else ""
+        ratio = moved.get(row.case) if row.case != last else None
         last = row.case
         wrong = "; ".join(faults(row)) or (row.facts if isinstance(row.facts, str) else "")
-        reason = SPILLS.get((row.kernel, row.target), "")
-        if not wrong and not isinstance(row.facts, str) and row.facts.spilled and row.ours:
-            wrong = f"(spills: {reason})"
-        made.add_row(row.case, row.kernel, row.target, *cells, ratio, wrong)
+        if not wrong and row.ours and row.facts.spilled:
+            wrong = f"({SPILLS[row.kernel, row.target][2]})"
+        made.add_row(
+            row.case, row.kernel, row.target, *cells, f"{ratio:.2f}" if ratio else "", wrong
+        )
     return made
 
 
@@ -167,7 +175,8 @@ def run(
             sys.exit(f"no case begins with {only}.")
     rows = compiled(launches(found, names, peer))
     rows.sort(key=lambda row: not row.ours)
-    Console(width=None if sys.stdout.isatty() else 200).print(table(rows, traffic(found)))
+    moved = traffic(found)
+    Console(width=None if sys.stdout.isatty() else 200).print(table(rows, moved))
     wrong = [f"{r.case}, {r.kernel}, {r.target}: {fault}" for r in rows for fault in faults(r)]
     if not only and chosen is None:
         missing = kernels() - {row.kernel for row in rows}

@@ -1,6 +1,7 @@
 """Bytes that kernels move, counted while Triton's interpreter runs them on the CPU.
 
-python -m puna.benchmarks.aot_traffic   prints {case: moved / least} as JSON.
+python -m puna.benchmarks.aot_traffic   prints {case: moved / least} as JSON, or what went wrong:
+triton 3.6's interpreter does not run loops under numpy 2.4.
 
 Moved is what the kernels' loads and stores name, without the lanes that are masked off, and as
 if there were no caches: a weight that every program reads counts once a program. Least is every
@@ -47,10 +48,18 @@ def ratio(case: Case) -> float:
 def main() -> None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         sys.exit("Set TRITON_INTERPRET=1: what is moved is counted in Triton's interpreter.")
+    from triton.runtime.errors import InterpreterError
+
     torch.manual_seed(0)
     wanted = sys.argv[1:]
     counted = [case for case in cases() if case.counted and (not wanted or case.name in wanted)]
-    print(json.dumps({case.name: ratio(case) for case in counted}))
+    found: dict[str, float | str] = {}
+    for case in counted:
+        try:
+            found[case.name] = ratio(case)
+        except InterpreterError as error:
+            found[case.name] = str(error)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -123,6 +123,8 @@ def unfit(model: Transformer) -> str | None:
         return f"its weights are {weight.dtype} on {weight.device}, not float32 on the CPU"
     if type(weight.data) is not Tensor and type(weight) is not torch.nn.Parameter:
         return "its weights are sharded"
+    if ops.traced():
+        return "it is being traced"
     if not all(p.is_contiguous() for p in model.parameters()):
         return "its weights are not contiguous"
     if not instruction_sets(config.head_dim):

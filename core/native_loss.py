@@ -53,7 +53,6 @@ def fits(
         and hidden.shape[-1] == weight.shape[-1]
         and (weights is None or weights.shape == targets.shape)
         and reduction in ("mean", "sum")
-        and not torch.compiler.is_compiling()
         and extension() is not None
     )
 

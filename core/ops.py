@@ -20,6 +20,7 @@ from puna.kernels import swiglu as swiglu
 from puna.kernels import use_backend as use_backend
 from puna.kernels.backend import BACKENDS
 from puna.kernels.backend import forced as forced
+from puna.kernels.backend import traced as traced
 from puna.kernels.sample import mix64 as mix64
 
 BACKENDS.add("native")
@@ -36,7 +37,8 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
 ) -> Tensor:
     """`kernels.linear_cross_entropy`, or the native one for fp32 on the CPU, "mean" and "sum"."""
-    native = forced() in ("auto", "native")
+    # Traced tensors (torch.compile, fake ones) have no memory to hand to the extension.
+    native = forced() in ("auto", "native") and not traced()
     if native and native_loss.fits(hidden, weight, targets, weights, reduction):
         return native_loss.linear_cross_entropy(
             hidden, weight, targets, weights, ignore_index, reduction, z_loss

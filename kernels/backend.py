@@ -28,8 +28,8 @@ except ImportError:  # no wheel for this platform: the reference remains
 
 __all__ = [
     "INTERPRETED", "as_rows", "cast", "choose", "debug", "differentiable", "first_only", "forced",
-    "jit", "on_device", "opaque", "processors", "registered", "tl", "triton", "use_backend",
-    "visible",
+    "jit", "on_device", "opaque", "processors", "registered", "tl", "traced", "triton",
+    "use_backend", "visible",
 ]  # fmt: skip
 
 BACKENDS = {"auto", "reference", "triton", "flash_attn"}
@@ -106,7 +106,7 @@ def debug() -> bool:
 
 def visible(tensor: Tensor) -> bool:
     """Whether values may be checked: on the CPU or under PUNA_DEBUG=1, never while tracing."""
-    if _traced():
+    if traced():
         return False
     return tensor.device.type == "cpu" or (debug() and not tensor.is_meta)
 
@@ -162,7 +162,7 @@ def cast(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
-def _traced() -> bool:
+def traced() -> bool:
     """Something other than plain eager execution wants to see one operation."""
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
@@ -180,7 +180,7 @@ def registered(fake: Callable) -> Callable[[Callable], Callable]:
 
         @functools.wraps(launch)
         def call(*args: Any) -> Any:
-            if _traced():
+            if traced():
                 return operator(*args)
             return launch(*args)
 
@@ -244,7 +244,7 @@ def differentiable(launch: Callable, save: Callable, backward: Callable) -> Call
             return derivative(ctx, *upstream)
 
     def call(*args: Any) -> Any:
-        if _traced():
+        if traced():
             return launch.operator(*args)  # type: ignore[attr-defined]
         return Differentiable.apply(*args) if torch.is_grad_enabled() else launch(*args)
 

@@ -8,8 +8,8 @@ losses and d loss / d logits, two products give d_hidden's rows and what the chu
 import torch
 from torch import Tensor
 
-from .backend import _traced, differentiable, jit, on_device, registered, tl, triton
 from .backend import cast as to
+from .backend import differentiable, jit, on_device, registered, tl, traced, triton
 from .linear_softmax import softmax_gradients
 from .linear_tiles import add_product, kept, near, slices
 
@@ -156,7 +156,7 @@ def _save(ctx, inputs, output):
     _, *grads = output
     ctx.mark_non_differentiable(*grads)
     ctx.settings = z_loss, *wants
-    ctx.traced = _traced()
+    ctx.traced = traced()
     if ctx.traced:
         ctx.save_for_backward(*grads)
     else:
