@@ -110,8 +110,8 @@ def traffic(chosen: list[Case]) -> dict[str, float]:
         sys.exit(f"counting what is moved failed:\n{done.stderr}")
     found = json.loads(done.stdout.splitlines()[-1])
     for why in {value for value in found.values() if isinstance(value, str)}:
-        cases = ", ".join(name for name, value in found.items() if value == why)
-        print(f"moved/least not counted, the interpreter stopped with {why}: {cases}")
+        without = ", ".join(name for name, value in found.items() if value == why)
+        print(f"moved/least not counted, the interpreter stopped with {why}: {without}")
     return {name: value for name, value in found.items() if not isinstance(value, str)}
 
 
