@@ -117,19 +117,24 @@ def dialogues_with(
         for context, dialogue in zip(contexts, dialogues, strict=True):
             told = dialogue.system if turn == 0 else ""
             context += encode_turn(tokenizer, dialogue.questions[turn], told)
+        # A model that never stops fills its context: such a dialogue ends, with empty answers.
+        open_ones = [i for i, c in enumerate(contexts) if len(c) < model.config.context]
         completions = generate(
             model,
-            contexts,
+            [contexts[i] for i in open_ones],
             max_new_tokens=ANSWER_TOKENS,
             eos_id=tokenizer.eos_id,
             temperature=temperature,
             seed=seed,
             round_index=turn,
+            prompt_ids=open_ones,
         )
-        for i, completion in enumerate(completions):
+        for texts in said:
+            texts.append("")
+        for i, completion in zip(open_ones, completions, strict=True):
             ending = [] if completion.finished else [tokenizer.eos_id]
             contexts[i] = contexts[i] + completion.tokens + ending
-            said[i].append(decode_answer(tokenizer, completion.tokens))
+            said[i][turn] = decode_answer(tokenizer, completion.tokens)
     return said
 
 

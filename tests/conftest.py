@@ -39,6 +39,8 @@ def poisoned_empty():
 
         return filled
 
+    # Dynamo, too, looks once for torch's functions, and would not know the replaced ones.
+    torch.compile(lambda x: torch.empty(2).copy_(x), backend="eager")(torch.ones(2))
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
             patch.setattr(owner, name, poisoned(getattr(owner, name)))
