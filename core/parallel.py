@@ -46,8 +46,10 @@ def init() -> None:
 
 
 def close() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one, together: a process that goes first once took its
+    threads down while the other still talked to them."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
