@@ -5,6 +5,9 @@ tensors that it goes on reading are kept alive here. Without the extension, or f
 does not take, `engine_for` returns None and PyTorch does the work.
 """
 
+import functools
+import logging
+import os
 import weakref
 from typing import Any, NamedTuple
 
@@ -14,6 +17,8 @@ from torch import Tensor
 from puna.core import ops
 from puna.core.extension import extension
 from puna.core.model import Block, Transformer
+
+log = logging.getLogger("puna")
 
 
 class Step(NamedTuple):
@@ -43,7 +48,6 @@ class Engine:
                 f"{model.config.head_dim} allow {fitting}"
             )
         self.config = model.config
-        self.instruction_set = instruction_set
         self.stamp = stamp(model)
         self._alive = (
             model.model.embed_tokens.weight.detach(),
@@ -118,15 +122,15 @@ def unfit(model: Transformer) -> str | None:
     config = model.config
     if model.head != "lm":
         return "it has no language-model head"
-    weight = model.head_weight
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return f"its weights are {weight.dtype} on {weight.device}, not float32 on the CPU"
-    if type(weight.data) is not Tensor and type(weight) is not torch.nn.Parameter:
-        return "its weights are sharded"
     if ops.traced():
         return "it is being traced"
-    if not all(p.is_contiguous() for p in model.parameters()):
-        return "its weights are not contiguous"
+    for weight in model.parameters():
+        if weight.device.type != "cpu" or weight.dtype != torch.float32:
+            return f"its weights are {weight.dtype} on {weight.device}, not float32 on the CPU"
+        if type(weight) is not torch.nn.Parameter:
+            return "its weights are sharded"
+        if not weight.is_contiguous():
+            return "its weights are not contiguous"
     if not instruction_sets(config.head_dim):
         return f"its head size is {config.head_dim}"
     return None
@@ -161,19 +165,44 @@ _engines: "weakref.WeakKeyDictionary[Transformer, Engine]" = weakref.WeakKeyDict
 def engine_for(model: Transformer) -> Engine | None:
     """The model's engine with its weights as they are now; None where PyTorch is to do the work.
 
-    Packing copies the weights; the copy is kept until the weights change or the model goes.
-    `use_backend("native")` makes it an error where there can be no engine.
+    Packing copies the weights; the copy is kept until the weights change or the model goes. A
+    model of more than a quarter of the machine's memory stays with PyTorch, which is said once.
+    `use_backend("native")` takes it too, and makes it an error where there can be no engine.
     """
     asked = ops.forced()
     if asked not in ("auto", "native"):
         return None
-    if asked == "auto" and (unfit(model) or extension() is None):
+    if asked == "auto" and (unfit(model) or extension() is None or _too_large(model)):
         return None
     engine = _engines.get(model)
     if engine is None or engine.stamp != stamp(model):
         _engines.pop(model, None)  # before the new copy is made
         engine = _engines[model] = Engine(model)
     return engine
+
+
+def _too_large(model: Transformer) -> bool:
+    """Whether a second copy of the weights, beside the first, might fill the memory."""
+    size = 4 * sum(weight.numel() for weight in model.parameters())
+    if size <= _memory() / 4:
+        return False
+    _say_too_large(size)
+    return True
+
+
+def _memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@functools.cache
+def _say_too_large(size: int) -> None:
+    log.warning(
+        "The model's weights take %.1f of this machine's %.1f GB: sampling goes without the native "
+        "engine, which would hold them twice. use_backend('native') insists.",
+        size / 1e9,
+        _memory() / 1e9,
+    )
 
 
 def _description(
@@ -184,7 +213,7 @@ def _description(
     shape = {
         "layers": config.n_layers, "dim": config.dim, "heads": config.n_heads,
         "kv_heads": config.n_kv_heads, "head_dim": config.head_dim, "ffn": config.ffn_dim,
-        "vocab": config.vocab_size, "context": config.context, "eps": config.norm_eps,
+        "vocab": config.vocab_size, "eps": config.norm_eps,
     }  # fmt: skip
     embedding, cos, sin = alive
     tensors = {

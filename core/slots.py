@@ -1,8 +1,8 @@
 """Continuous batching on the native engine: a slot whose answer ends takes the next prompt.
 
 One call a step: every slot at work feeds the token that it drew last, a slot that has just been
-filled its whole prompt. A prompt that some slot already holds (K samples of it) is not run again:
-its keys and values are copied, and the last token alone is fed.
+filled its whole prompt. A prompt that several slots take (K samples of it) is run once, before the
+step and without its last token; the others copy its keys and values, and all feed that token.
 """
 
 from collections import deque
@@ -63,13 +63,13 @@ def decode(
     active = _Active(*(torch.empty(0, dtype=torch.int64) for _ in _Active._fields))
     waiting = deque(order)
     while True:
-        new, copied = _admit(engine, prompts, first, waiting, free, holds)
-        active = _join(active, prompts, copied + new)
+        new, ready = _admit(engine, prompts, first, waiting, free, holds)
+        active = _join(active, prompts, ready + new)
         if not len(active.slots):
             return
         tokens, logprobs = _step(
             engine,
-            *_feed(active, [prompts[i] for _, i in new]),
+            *_feed(active, [(slot, prompts[i]) for slot, i in new]),
             seeds=seeds[active.prompts, active.counts],
             sampler=sampler,
         )
@@ -95,26 +95,45 @@ def _admit(
     free: list[int],
     holds: dict[int, int],
 ) -> tuple[Placed, Placed]:
-    """Fill free slots: prompts to be run, and prompts copied from where they stand.
-
-    A copy of a prompt that is only now to be run waits for the next step.
-    """
+    """Fill free slots: (those whose prompt the step runs, those that have it but for one token)."""
     new: Placed = []
-    copied: Placed = []
-    running: set[int] = set()
-    while free and waiting and first[waiting[0]] not in running:
-        i = waiting.popleft()
-        slot = free.pop()
+    ready: Placed = []
+    shared: Placed = []  # of the ready: run before the others, which copy them
+    copies: list[tuple[int, int, int]] = []  # (from slot, to slot, tokens), after that
+    pending: set[int] = set()  # slots that are filled by one or the other
+    while free and waiting:
+        i, slot = waiting.popleft(), free.pop()
         holds.pop(slot, None)
         source = next((at for at, held in holds.items() if held == first[i]), None)
-        if source is None:
-            new.append((slot, i))
-            running.add(first[i])
-        else:
-            engine.copy_row(source, slot, len(prompts[i]) - 1)
-            copied.append((slot, i))
         holds[slot] = first[i]
-    return new, copied
+        if source in pending:
+            copies.append((source, slot, len(prompts[i]) - 1))
+            pending.add(slot)
+        elif source is not None:  # at once: a free slot may be given away before this is over
+            engine.copy_row(source, slot, len(prompts[i]) - 1)
+        elif free and waiting and first[waiting[0]] == first[i] and len(prompts[i]) > 1:
+            shared.append((slot, i))
+            pending.add(slot)
+        else:
+            new.append((slot, i))
+            continue
+        ready.append((slot, i))
+    if shared:
+        none = torch.empty(0, dtype=torch.int64)
+        engine.forward(*_packed([(slot, prompts[i][:-1]) for slot, i in shared]), none)
+    for copy in copies:
+        engine.copy_row(*copy)
+    return new, ready
+
+
+def _packed(rows: list[tuple[int, list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens, slots, positions) of whole prompts, one behind the other.
+
+    By lists: torch's repeat_interleave would be a parallel region, for a handful of numbers.
+    """
+    fed = [(token, slot, place) for slot, ids in rows for place, token in enumerate(ids)]
+    tokens, slots, positions = torch.tensor(fed).T.contiguous()
+    return tokens, slots, positions
 
 
 def _join(active: _Active, prompts: list[list[int]], placed: Placed) -> _Active:
@@ -125,20 +144,15 @@ def _join(active: _Active, prompts: list[list[int]], placed: Placed) -> _Active:
     return _Active(*(torch.cat(parts) for parts in zip(active, more, strict=True)))
 
 
-def _feed(active: _Active, new: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _feed(
+    active: _Active, new: list[tuple[int, list[int]]]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(tokens, rows, positions, wanted): one token a slot; of the last slots, `new` prompts."""
     old = len(active.slots) - len(new)
     if not new:
         return active.tokens, active.slots, active.positions, torch.arange(old)
-    # By lists: torch's repeat_interleave would be a parallel region, for a handful of numbers.
-    slots = active.slots[old:].tolist()
-    fed = [
-        (token, slot, position)
-        for slot, prompt in zip(slots, new, strict=True)
-        for position, token in enumerate(prompt)
-    ]
-    tokens, rows, positions = torch.tensor(fed).unbind(1)
-    ends = torch.tensor([len(prompt) for prompt in new]).cumsum(0) - 1
+    tokens, rows, positions = _packed(new)
+    ends = torch.tensor([len(prompt) for _, prompt in new]).cumsum(0) - 1
     return (
         torch.cat((active.tokens[:old], tokens)),
         torch.cat((active.slots[:old], rows)),

@@ -39,7 +39,6 @@ inline void draw_token(float* logits, int64_t vocab, float temperature, int64_t 
   for (int64_t i = 1; i < vocab; ++i)
     if (logits[i] > logits[best]) best = i;
   const float top = logits[best];
-  const float of_best = 0.0f;
   double total = 0.0;
   int64_t i = 0;
   for (; i + W <= vocab; i += W) {
@@ -49,7 +48,7 @@ inline void draw_token(float* logits, int64_t vocab, float temperature, int64_t 
   }
   for (; i < vocab; ++i) total += logits[i] = std::exp((logits[i] - top) * factor);
   int64_t chosen = best;
-  float score = of_best;
+  float score = 0.0f;  // log of e^(top - top)
   if (temperature > 0.0f) {
     chosen = invert(logits, vocab, uniform(seed) * total);
     score = std::log(logits[chosen]);

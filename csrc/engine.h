@@ -12,7 +12,7 @@
 namespace puna {
 
 struct Shape {
-  int64_t layers, dim, heads, kv_heads, head_dim, ffn, vocab, context;
+  int64_t layers, dim, heads, kv_heads, head_dim, ffn, vocab;
   float eps;
 };
 

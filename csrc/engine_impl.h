@@ -27,8 +27,8 @@ struct Layer {
 
 // What a block of tokens needs on its way through a layer.
 struct Activations {
-  Buffer normed, qkv, attended, hidden;
-  std::vector<Buffer> thread_normed, scores;  // one a thread
+  Buffer qkv, attended, hidden;
+  std::vector<Buffer> normed, scores;  // one a thread that shares them
 };
 
 inline void rms_norm(const float* x, const float* weight, int64_t width, float eps, float* y) {
@@ -139,10 +139,9 @@ class Llama final : public puna::Engine {
       scored_ = std::max(scored_, cache_.padded());
       own_.clear();
       for (int i = 0; i < threads; ++i) {
-        Activations a{buffer(room_ * s_.dim), buffer(room_ * (q + 2 * kv)), buffer(room_ * q),
-                      buffer(room_ * s_.ffn), {}, {}};
+        Activations a{buffer(room_ * (q + 2 * kv)), buffer(room_ * q), buffer(room_ * s_.ffn), {}, {}};
         for (int j = 0; j < (i ? 1 : threads); ++j) a.scores.push_back(buffer(scored_));
-        for (int j = 0; j < (i ? 1 : threads); ++j) a.thread_normed.push_back(buffer(room_ * s_.dim));
+        for (int j = 0; j < (i ? 1 : threads); ++j) a.normed.push_back(buffer(room_ * s_.dim));
         own_.push_back(std::move(a));
       }
     }
@@ -201,7 +200,7 @@ class Llama final : public puna::Engine {
   // Every thread norms all rows for itself: cheaper than waiting for the others.
   const float* normed(const float* x, const std::vector<float>& weight, int64_t count,
                       const Team& team, Activations& a) {
-    float* y = a.thread_normed[team.part].get();
+    float* y = a.normed[team.part].get();
     for (int64_t i = 0; i < count; ++i)
       rms_norm(x + i * s_.dim, weight.data(), s_.dim, s_.eps, y + i * s_.dim);
     return y;

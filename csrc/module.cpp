@@ -45,7 +45,7 @@ std::unique_ptr<puna::Engine> make_engine(const std::string& isa, const py::dict
                                           const py::dict& weights, const py::list& layers) {
   const auto size = [&](const char* name) { return shape[name].cast<int64_t>(); };
   const puna::Shape s{size("layers"),   size("dim"), size("heads"), size("kv_heads"),
-                      size("head_dim"), size("ffn"), size("vocab"), size("context"),
+                      size("head_dim"), size("ffn"), size("vocab"),
                       shape["eps"].cast<float>()};
   const auto tensor = [](const py::dict& from, const char* name) {
     return at<const float>(from[name].cast<Address>());

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from puna.core import native
 from puna.core.config import ModelConfig
 from puna.core.extension import extension
 from puna.core.generation import _by_slots, generate
@@ -173,7 +174,22 @@ def test_the_packed_copy_follows_the_weights(change):
     )
 
 
+def test_a_model_that_might_fill_the_memory_stays_with_pytorch(monkeypatch, caplog):
+    model = build(SHAPES[0])
+    size = 4 * sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(native, "_memory", lambda: 4 * size)
+    assert engine_for(model) is not None
+    monkeypatch.setattr(native, "_memory", lambda: 4 * size - 1)
+    assert engine_for(model) is None and engine_for(model) is None
+    assert caplog.text.count("hold them twice") == 1
+    with use_backend("native"):
+        assert engine_for(model) is not None
+
+
 def test_what_the_engine_does_not_take():
+    mixed = build(SHAPES[0])
+    mixed.model.norm.bfloat16()
+    assert engine_for(mixed) is None
     half = build(SHAPES[0]).bfloat16()
     assert engine_for(half) is None
     with use_backend("native"), pytest.raises(ValueError, match="bfloat16 on cpu, not float32"):
