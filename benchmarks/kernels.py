@@ -18,6 +18,7 @@ from torch import Tensor
 from puna.benchmarks import machine
 from puna.benchmarks.kernel_cases import CPU, GPU, Case, Sizes, cases
 from puna.benchmarks.kernel_peers import Function, by_rows
+from puna.benchmarks.machine import why_not_compiled
 from puna.benchmarks.rows import KernelRow
 from puna.benchmarks.suite import card_table, write_document
 from puna.benchmarks.timing import Clock, Timing, interleaved, kernel_clock, peak_mb
@@ -77,15 +78,6 @@ def run_kernels(
     if wrong:
         raise RuntimeError(f"wrong, and not timed: {', '.join(sorted(wrong))}")
     return document
-
-
-def why_not_compiled(device: torch.device) -> str | None:
-    """The first line of what torch.compile says to a small function; None if it works."""
-    try:
-        torch.compile(lambda x: (x.sin() * 2).sum(), dynamic=False)(torch.ones(64, device=device))
-    except Exception as error:  # whatever is missing: a compiler, its headers, the linker
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    return None
 
 
 class Bench:

@@ -26,6 +26,7 @@ def card(device: torch.device) -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": installed("transformers"),
+        "llama_cpp": installed("llama-cpp-python"),
         "commit": _commit(),
         "onednn_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "not limited"),
     }
@@ -52,6 +53,15 @@ def read_rate(device: torch.device, size: int) -> float:
     cache, and then memory is not their ceiling."""
     block = torch.ones(max(1, size // 4), device=device)
     return block.numel() * 4 / best_seconds(block.sum, device)
+
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """The first line of what torch.compile says to a small function; None if it works."""
+    try:
+        torch.compile(lambda x: (x.sin() * 2).sum(), dynamic=False)(torch.ones(64, device=device))
+    except Exception as error:  # whatever is missing: a compiler, its headers, the linker
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None
 
 
 def installed(package: str) -> str | None:

@@ -101,10 +101,10 @@ def peak_mb(call: Callable[[], object], device: torch.device) -> float | None:
         return (torch.cuda.max_memory_allocated(device) - held) / 1e6
     if not _give_back_freed_memory():
         return None
-    before = _status_mb("VmRSS")
+    before = status_mb("VmRSS")
     _RESET_PEAK.write_text("5")
     call()
-    return max(0.0, _status_mb("VmHWM") - before)
+    return max(0.0, status_mb("VmHWM") - before)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -130,7 +130,13 @@ def _give_back_freed_memory() -> bool:
     return True
 
 
-def _status_mb(field: str) -> float:
+def tells_memory() -> bool:
+    """Whether the system tells a process its resident memory."""
+    return _STATUS.exists()
+
+
+def status_mb(field: str) -> float:
+    """Megabytes of this process: resident now (VmRSS), or at its height (VmHWM)."""
     found = re.search(rf"^{field}:\s*(\d+) kB$", _STATUS.read_text(), re.M)
     assert found, f"no {field} in {_STATUS}"
     return int(found[1]) * 1024 / 1e6

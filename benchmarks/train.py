@@ -2,25 +2,26 @@
 
 The steps are the same for every provider, with the same weights, batch and optimizer. Before
 anything is timed, three steps of each must give the same losses: then its forward, its
-gradients and its update are right. `error` is the largest relative difference of those losses.
+gradients and its update are right. `error` is the largest relative difference of those losses;
+`peak_mb` is, on the CPU, all that a fresh process needs to train (see step_memory.py).
 """
 
-from collections.abc import Callable
+import copy
 
 import torch
 from torch import Tensor
 
-from puna.benchmarks.models import Ceilings, Models, multiplied_parameters
+from puna.benchmarks import steps
+from puna.benchmarks.ceilings import products_seconds
+from puna.benchmarks.models import Models
 from puna.benchmarks.rows import Row, Work, rows
+from puna.benchmarks.step_memory import fresh_peak_mb
+from puna.benchmarks.steps import Step
 from puna.benchmarks.timing import interleaved, peak_mb
-from puna.core.config import ModelConfig
-from puna.core.ops import linear_cross_entropy
 
 TOKENS = 256
 BATCH = {"15m": 8, "demo": 16}
 TOLERANCE = 1e-4
-
-Step = Callable[[], float]
 
 
 def bench_train(models: Models, rounds: int) -> list[Row]:
@@ -29,29 +30,36 @@ def bench_train(models: Models, rounds: int) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
     shape = (batch, TOKENS)
     tokens = torch.randint(models.config.vocab_size, shape, generator=generator).to(models.device)
-    steps = {"puna": puna_step(models, tokens)}
+    work = provided(models, tokens)
+    errors = verify(work)
+    peaks = {name: peak(models, name, step) for name, step in work.items()}
+    # What the machine's own matrix products allow.
+    limit = tokens.numel() / products_seconds(models.config, batch, TOKENS, models.device)
+    timings = interleaved(work, rounds, models.device)
+    return rows(Work("train", models.shape, batch, tokens.numel(), limit), timings, errors, peaks)
+
+
+def provided(models: Models, tokens: Tensor) -> dict[str, Step]:
+    """Each provider's step from the same weights, which it will move."""
+    found = {"puna": steps.puna_step(models.puna, tokens)}
     if models.transformers is not None:
-        steps["transformers"] = transformers_step(models, tokens)
-    errors = verify(steps)
-    peaks = {name: peak_mb(step, models.device) for name, step in steps.items()}
-    timings = interleaved(steps, rounds, models.device)
-    work = Work("train", models.shape, batch, tokens.numel(), limit(models.config, models.ceilings))
-    return rows(work, timings, errors, peaks)
+        found["transformers"] = steps.transformers_step(models.transformers, tokens)
+        if steps.compiles(models.device):
+            peer = copy.deepcopy(models.transformers)
+            found["transformers-compiled"] = steps.compiled_step(peer, tokens)
+    return found
 
 
-def limit(config: ModelConfig, ceilings: Ceilings) -> float:
-    """Tokens a second if all matrix products ran at the best rate and nothing else took time.
-
-    Six FLOPs a parameter and token (forward two, backward four); causal attention's scores and
-    values take 2 * T * C each way and layer, halved by the mask.
-    """
-    attention = 6 * config.n_layers * TOKENS * config.dim
-    return ceilings.matmul / (6 * multiplied_parameters(config) + attention)
+def peak(models: Models, provider: str, step: Step) -> float | None:
+    """Megabytes: of a fresh process on the CPU, of one step here on a GPU."""
+    if models.device.type == "cpu":
+        return fresh_peak_mb(provider, models.shape, BATCH[models.shape], TOKENS)
+    return peak_mb(step, models.device)
 
 
-def verify(steps: dict[str, Step]) -> dict[str, float]:
+def verify(work: dict[str, Step]) -> dict[str, float]:
     """Largest relative difference of each provider's first three losses from Puna's."""
-    losses = {name: [step() for _ in range(3)] for name, step in steps.items()}
+    losses = {name: [step() for _ in range(3)] for name, step in work.items()}
     errors = {
         name: max(abs(a - b) / abs(b) for a, b in zip(found, losses["puna"], strict=True))
         for name, found in losses.items()
@@ -63,38 +71,3 @@ def verify(steps: dict[str, Step]) -> dict[str, float]:
                 f"({losses[name]} against {losses['puna']}); run `make test`"
             )
     return errors
-
-
-def puna_step(models: Models, tokens: Tensor) -> Step:
-    model = models.puna
-    targets = torch.full_like(tokens, -100)
-    targets[:, :-1] = tokens[:, 1:]
-
-    def loss() -> Tensor:
-        return linear_cross_entropy(model(tokens), model.head_weight, targets)
-
-    return training_step(model, loss)
-
-
-def transformers_step(models: Models, tokens: Tensor) -> Step:
-    model = models.transformers
-    assert model is not None
-    model.train()
-    return training_step(model, lambda: model(tokens, labels=tokens, use_cache=False).loss)
-
-
-def training_step(model: torch.nn.Module, loss: Callable[[], Tensor]) -> Step:
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=1e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1, fused=True
-    )
-
-    def step() -> float:
-        value = loss()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return value.item()
-
-    return step

@@ -5,7 +5,17 @@ import json
 import pytest
 import torch
 
-from puna.benchmarks import generate, machine, models, readme, rollout, suite, timing, train
+from puna.benchmarks import (
+    generate,
+    machine,
+    models,
+    readme,
+    rollout,
+    steps,
+    suite,
+    timing,
+    train,
+)
 from puna.benchmarks.models import multiplied_parameters, open_models
 from puna.cli.bench import BenchConfig, measure
 from puna.core.config import SIZES, ModelConfig, parameter_count
@@ -22,6 +32,8 @@ def tiny(monkeypatch):
     monkeypatch.setattr(suite, "SHAPES", ("tiny",))
     monkeypatch.setattr(train, "BATCH", {"tiny": 2})
     monkeypatch.setattr(train, "TOKENS", 32)
+    monkeypatch.setattr(train, "fresh_peak_mb", lambda provider, *_: float(len(provider)))
+    monkeypatch.setattr(steps, "compiles", lambda device: False)
     monkeypatch.setattr(generate, "PROMPT", 4)
     monkeypatch.setattr(generate, "NEW", 8)
     monkeypatch.setattr(suite, "BATCHES", (1, 3))
@@ -43,6 +55,8 @@ def test_the_last_line_is_the_document(tiny, capsys, tmp_path, monkeypatch):
         assert 0 < row["p20"] <= row["value"] <= row["p80"]
         assert row["limit"] > 0
         assert row["unit"] == "tok/s" and row["dtype"] == "fp32" and row["shape"] == "tiny"
+        if row["bench"] == "train":
+            assert row["peak_mb"] == len(row["provider"])  # of a fresh process each
     (written,) = tmp_path.rglob("all.json")
     assert json.loads(written.read_text()) == document
     assert written.parent.name == machine.slug(document["machine"])

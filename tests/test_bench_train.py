@@ -1,0 +1,92 @@
+"""The training bench: its peers, what its matrix products allow, its memory."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+from puna.benchmarks import ceilings, step_memory, steps, train
+from puna.benchmarks.models import multiplied_parameters, open_models
+from puna.core.config import SIZES, ModelConfig, parameter_count
+
+CPU = torch.device("cpu")
+TINY = ModelConfig(64, 2, 4, 2, 96, 128, context=64)
+
+
+def test_the_compiled_peer_trains_beside_the_others(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    compiled = functools.partial(torch.compile, backend="eager")  # needs no compiler
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setitem(SIZES, "tiny", TINY)
+    monkeypatch.setattr(train, "BATCH", {"tiny": 2})
+    monkeypatch.setattr(train, "TOKENS", 32)
+    monkeypatch.setattr(train, "fresh_peak_mb", lambda *_: None)
+    monkeypatch.setattr(steps, "compiles", lambda device: True)
+    found = train.bench_train(open_models("tiny", tmp_path, CPU), rounds=1)
+    names = [row["provider"] for row in found]
+    assert names == ["puna", "transformers", "transformers-compiled"]
+    assert all(row["error"] <= train.TOLERANCE for row in found)
+
+
+def test_without_a_compiler_this_is_said_once(monkeypatch, capsys):
+    monkeypatch.setattr(steps, "why_not_compiled", lambda device: "no g++")
+    steps.compiles.cache_clear()
+    assert not steps.compiles(CPU) and not steps.compiles(CPU)
+    steps.compiles.cache_clear()
+    said = "torch.compile does not work here, its rows are left out: no g++\n"
+    assert capsys.readouterr().out == said
+
+
+def test_at_one_rate_the_products_are_six_flops_a_parameter(monkeypatch):
+    def at_one_gflops(rows, outputs, inputs, device):
+        return ceilings.Products(*[2 * rows * outputs * inputs / 1e9] * 3)
+
+    monkeypatch.setattr(ceilings, "products", at_one_gflops)
+    seconds = ceilings.products_seconds(TINY, 2, 32, CPU)
+    attention = 6 * TINY.n_layers * 32 * TINY.dim
+    assert seconds == pytest.approx(64 * (6 * multiplied_parameters(TINY) + attention) / 1e9)
+
+
+def test_the_fastest_way_counts(monkeypatch):
+    config = dataclasses.replace(TINY, vocab_size=100)
+
+    def products(rows, outputs, inputs, device):
+        if outputs == config.vocab_size:  # the head: d input wants chunks, the others do not
+            return ceilings.Products(rows, rows * 0.5 if rows == 256 else rows, rows)
+        wanted = outputs == 64 + 2 * 32  # q, k, v joined; all others one by one
+        return ceilings.Products(*[1.0 if wanted or outputs in (64, 96) else 50.0] * 3)
+
+    monkeypatch.setattr(ceilings, "products", products)
+    assert ceilings.head_seconds(config, 512, CPU) == pytest.approx(512 * 2.5)
+    # q, k, v 3 s joined; o 3 s; gate and up 3 s each; down 3 s; two blocks.
+    blocks = 2 * (3 + 3 + 6 + 3)
+    attention = 6 * config.n_layers * 512 * 256 * 64 / (6 * 512 * 128 * 64 / 3)
+    seconds = ceilings.products_seconds(config, 2, 256, CPU)
+    assert seconds == pytest.approx(512 * 2.5 + blocks + attention)
+
+
+def test_products_are_measured():
+    found = ceilings.products(8, 16, 4, device=CPU)
+    assert all(0 < seconds < 1 for seconds in found)
+
+
+def test_memory_of_training_in_a_fresh_process():
+    """Weights, gradients and AdamW's two moments are counted, the libraries are not."""
+    found = step_memory.fresh_peak_mb("puna", "demo", batch=1, tokens=8)
+    if found is None:
+        pytest.skip("this system does not tell a process its memory")
+    held = 16 * parameter_count(SIZES["demo"]) / 1e6
+    assert held < found < held + 100
+
+
+def test_the_peer_whose_memory_is_measured_does_the_same_work():
+    pytest.importorskip("transformers")
+    tokens = torch.randint(TINY.vocab_size, (2, 8))
+    losses = {}
+    for provider in ("puna", "transformers"):
+        torch.manual_seed(0)
+        step = step_memory.builder(provider)(TINY, tokens)
+        losses[provider] = [step() for _ in range(3)]
+        assert losses[provider] == sorted(losses[provider], reverse=True)  # it learns
+    assert losses["puna"][0] == pytest.approx(losses["transformers"][0], rel=0.1)  # log V
