@@ -5,14 +5,14 @@ near-ties: where two tokens' logits differ by less than `NEAR_TIE`, rounding dec
 follows cannot be compared. `error` is the share of answers cut short by a near-tie.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from puna.benchmarks.models import Ceilings, Models, multiplied_parameters
-from puna.benchmarks.rows import Row, Work, rows
-from puna.benchmarks.timing import interleaved, peak_mb
+from puna.benchmarks.rows import Row, Work, row
+from puna.benchmarks.timing import Clock, Timing, interleaved, peak_mb
 from puna.core.config import ModelConfig
 from puna.core.generation import generate
 
@@ -21,28 +21,50 @@ BATCHES = (1, 32)
 NEAR_TIE = 1e-3
 
 Answer = Callable[[], list[list[int]]]
+Variant = tuple[str, str]  # provider, dtype
+PUNA: Variant = ("puna", "fp32")  # the others are held against it
 
 
 def bench_generate(models: Models, batch: int, rounds: int) -> list[Row]:
     """Rows of one shape and batch. RuntimeError where the providers disagree."""
     generator = torch.Generator().manual_seed(batch)
     prompts = torch.randint(models.config.vocab_size, (batch, PROMPT), generator=generator)
-    answers = {"puna": puna_answer(models, prompts)}
+    answers: dict[Variant, Answer] = {PUNA: puna_answer(models, prompts)}
     if models.transformers is not None:
-        answers["transformers"] = transformers_answer(models, prompts)
-    errors = verify(models, prompts, {name: answer() for name, answer in answers.items()})
-    peaks = {name: peak_mb(answer, models.device) for name, answer in answers.items()}
-    timings = interleaved(answers, rounds, models.device)
-    bound = limit(models.config, models.ceilings, batch)
-    work = Work("generate", models.shape, batch, batch * NEW, bound)
-    return rows(work, timings, errors, peaks)
+        answers["transformers", "fp32"] = transformers_answer(models, prompts)
+    errors = verify(models, prompts, {variant: answer() for variant, answer in answers.items()})
+    peaks = {variant: peak_mb(answer, models.device) for variant, answer in answers.items()}
+    timings = take_turns(answers, rounds, models.device)
+
+    def work(dtype: str) -> Work:
+        bound = limit(models.config, models.ceilings, batch, PROMPT + NEW / 2)
+        return Work("generate", models.shape, batch, batch * NEW, bound, dtype)
+
+    return [
+        row(work(variant[1]), variant[0], timings[variant], errors[variant], peaks[variant])
+        for variant in answers
+    ]
 
 
-def limit(config: ModelConfig, ceilings: Ceilings, batch: int) -> float:
+def take_turns(
+    answers: Mapping[Variant, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    clock: Clock | None = None,
+) -> dict[Variant, Timing]:
+    """`interleaved` over providers and dtypes."""
+    timings = interleaved(
+        {" ".join(variant): answer for variant, answer in answers.items()}, rounds, device, clock
+    )
+    return {variant: timings[" ".join(variant)] for variant in answers}
+
+
+def limit(config: ModelConfig, ceilings: Ceilings, batch: int, positions: float) -> float:
     """Tokens a second if a step took only its matrix products or only its reading, whichever
-    is longer: each step reads all weights once, and every row's keys and values so far."""
+    is longer: each step reads all weights once, and every row's keys and values so far, those
+    of `positions` tokens in the mean."""
     parameters = multiplied_parameters(config)
-    cached = 2 * config.n_layers * config.n_kv_heads * config.head_dim * (PROMPT + NEW / 2)
+    cached = 2 * config.n_layers * config.n_kv_heads * config.head_dim * positions
     reading = 4 * (parameters + batch * cached) / ceilings.read
     computing = 2 * batch * parameters / ceilings.matmul
     return batch / max(reading, computing)
@@ -76,17 +98,17 @@ def transformers_answer(models: Models, prompts: Tensor) -> Answer:
 
 
 def verify(
-    models: Models, prompts: Tensor, answers: dict[str, list[list[int]]]
-) -> dict[str, float]:
+    models: Models, prompts: Tensor, answers: Mapping[Variant, list[list[int]]]
+) -> dict[Variant, float]:
     """Share of each provider's answers that leave Puna's, all at near-ties."""
     errors = {}
-    for name, found in answers.items():
+    for variant, found in answers.items():
         ties = 0
-        for row, (ours, theirs) in enumerate(zip(answers["puna"], found, strict=True)):
+        for prompt, ours, theirs in zip(prompts.tolist(), answers[PUNA], found, strict=True):
             if ours != theirs:
-                check_near_tie(models, prompts[row].tolist(), ours, theirs, name)
+                check_near_tie(models, prompt, ours, theirs, " ".join(variant))
                 ties += 1
-        errors[name] = ties / len(found)
+        errors[variant] = ties / len(found)
     return errors
 
 

@@ -46,7 +46,7 @@ def bench_rollout(models: Models, rounds: int) -> list[Row]:
         "puna": lambda: sample(models, ids, lengths, "native"),
         "puna-static": lambda: sample(models, ids, lengths, "reference"),
     }
-    bound = limit(models.config, models.ceilings, SLOTS)
+    bound = limit(models.config, models.ceilings, SLOTS, PROMPT + MEAN)
     return rows(
         Work("rollout", models.shape, SLOTS, sum(lengths), bound),
         interleaved(work, rounds, models.device),

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from puna.benchmarks import machine
+from puna.benchmarks.decode import bench_decode
+from puna.benchmarks.decode_peers import llama_cpp_installed
 from puna.benchmarks.generate import BATCHES, bench_generate
 from puna.benchmarks.models import open_models
 from puna.benchmarks.rollout import bench_rollout
@@ -20,18 +22,25 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def run_suite(
-    what: str, *, rounds: int, device: torch.device, command: str, save: bool = False
+    what: str,
+    *,
+    rounds: int,
+    device: torch.device,
+    command: str,
+    save: bool = False,
+    llama2c: Path | None = None,
 ) -> dict[str, object]:
-    """Measure "train", "generate", "rollout" or "all"; the last line printed is the JSON document.
+    """Measure "train", "generate", "decode", "rollout" or "all"; the last line printed is the
+    JSON document.
 
     Returns the document {"machine": ..., "command": ..., "rows": [...]}. With `save` it is also
-    written to results/<machine>/<what>.json beside this file.
+    written to results/<machine>/<what>.json beside this file. `llama2c`: where its run lies.
     """
-    console = Console(width=max(110, Console().width))  # never squeeze a figure away
+    console = Console(width=max(120, Console().width))  # never squeeze a figure away
     card = machine.card(device)
     console.print(card_table(card))
-    if card["transformers"] is None:
-        console.print("transformers is not installed: its rows are left out (extra `peers`)")
+    for line in left_out(what, device, llama2c):
+        console.print(line)
     found: list[Row] = []
     for shape in SHAPES:
         with tempfile.TemporaryDirectory(prefix="puna-bench-") as folder:
@@ -40,6 +49,8 @@ def run_suite(
         if what in ("generate", "all"):
             for batch in BATCHES:
                 found += bench_generate(models, batch, rounds)
+        if what in ("decode", "all"):
+            found += bench_decode(models, rounds, llama2c)
         if what == "rollout":  # minutes: not part of "all"
             found += bench_rollout(models, rounds)
         if what in ("train", "all"):
@@ -50,6 +61,19 @@ def run_suite(
         console.print(f"written to {write_document(document, what)}")
     print(json.dumps(document))
     return document
+
+
+def left_out(what: str, device: torch.device, llama2c: Path | None) -> list[str]:
+    """One line for each peer whose rows will be missing: why, and how to have them."""
+    lines = []
+    if what in ("train", "generate", "all") and machine.installed("transformers") is None:
+        lines.append("transformers is not installed: its rows are left out (extra `peers`)")
+    if what in ("decode", "all") and device.type == "cpu":
+        if llama2c is None:
+            lines.append("llama2.c: its rows are left out (give its program: --llama2c run)")
+        if not llama_cpp_installed():
+            lines.append("llama.cpp is not installed: its rows are left out (extra `llama-cpp`)")
+    return lines
 
 
 def write_document(document: dict[str, object], what: str) -> Path:
@@ -70,30 +94,30 @@ def card_table(card: dict[str, object]) -> Table:
 
 
 def rows_table(found: list[Row]) -> Table:
-    """Puna's rows say how many times the peer's rate they reach."""
-    peers = {
-        (row["bench"], row["shape"], row["batch"]): row["value"]
-        for row in found
-        if row["provider"] != "puna"
-    }
+    """A peer's row says how many times its rate Puna reaches at the same work."""
+
+    def work(row: Row) -> tuple[str, str, int, str]:
+        return row["bench"], row["shape"], row["batch"], row["dtype"]
+
+    ours = {work(row): row["value"] for row in found if row["provider"] == "puna"}
     table = Table()
-    for heading in ("bench", "shape", "batch", "provider"):
+    for heading in ("bench", "shape", "batch", "dtype", "provider"):
         table.add_column(heading)
-    for heading in ("tok/s", "p20", "p80", "of limit", "times peer", "error", "peak MB"):
+    for heading in ("tok/s", "p20", "p80", "of limit", "puna is", "error", "peak MB"):
         table.add_column(heading, justify="right")
     for row in found:
-        peer = peers.get((row["bench"], row["shape"], row["batch"]))
-        ratio = f"{row['value'] / peer:.2f}" if peer and row["provider"] == "puna" else ""
+        peer = row["provider"] != "puna" and work(row) in ours
         table.add_row(
             row["bench"],
             row["shape"],
             str(row["batch"]),
+            row["dtype"],
             row["provider"],
             f"{row['value']:,.0f}",
             f"{row['p20']:,.0f}",
             f"{row['p80']:,.0f}",
             f"{row['value'] / row['limit']:.0%}",
-            ratio,
+            f"{ours[work(row)] / row['value']:.2f}x" if peer else "",
             f"{row['error']:.1e}",
             "" if row["peak_mb"] is None else f"{row['peak_mb']:,.0f}",
         )

@@ -1,9 +1,11 @@
 """`puna bench`: Puna's speed beside its peers' on this machine."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
+from puna.benchmarks.decode_peers import check_llama2c
 from puna.benchmarks.kernels import run_kernels
 from puna.benchmarks.suite import run_suite
 
@@ -23,6 +25,15 @@ class BenchConfig:
 
 
 @dataclass(kw_only=True)
+class DecodeBenchConfig(BenchConfig):
+    """Measure Puna beside its peers; prints a table, and as the last line one JSON document.
+    llama.cpp takes part where the packages llama-cpp-python and gguf are installed."""
+
+    llama2c: Path | None = None
+    """llama2.c's compiled `run`, to decode beside it"""
+
+
+@dataclass(kw_only=True)
 class KernelBenchConfig(BenchConfig):
     """Verify each operation of kernels/ against fp64, then time it beside PyTorch, torch.compile,
     liger-kernel and SDPA; what is wrong is not timed, and the exit status says so. Prints a
@@ -34,8 +45,8 @@ class KernelBenchConfig(BenchConfig):
     """only these, rms_norm or attention for example; none given: all"""
 
 
-def run(config: BenchConfig) -> None:
-    """Training and generation. Raises ValueError for settings that cannot be measured."""
+def run(config: DecodeBenchConfig) -> None:
+    """Training, generation and decoding. Raises ValueError for settings that cannot be measured."""
     measure(config, "all")
 
 
@@ -47,6 +58,13 @@ def train(config: BenchConfig) -> None:
 def generate(config: BenchConfig) -> None:
     """The rows of generation."""
     measure(config, "generate")
+
+
+def decode(config: DecodeBenchConfig) -> None:
+    """The rows of decoding one row on the CPU, beside llama2.c and llama.cpp."""
+    if config.device.startswith("cuda"):
+        raise ValueError("decoding is compared on the CPU; use --device cpu")
+    measure(config, "decode")
 
 
 def rollout(config: BenchConfig) -> None:
@@ -72,12 +90,20 @@ def kernels(config: KernelBenchConfig) -> None:
 def measure(config: BenchConfig, what: str) -> None:
     device = prepare(config)
     verb = "bench" if what == "all" else f"bench {what}"
+    command = f"puna {verb} --rounds {config.rounds} --device {config.device}"
+    llama2c = config.llama2c if isinstance(config, DecodeBenchConfig) else None
+    if llama2c is not None:
+        if device.type != "cpu":
+            raise ValueError("llama2.c decodes on the CPU; use --device cpu or leave out --llama2c")
+        check_llama2c(llama2c)
+        command += f" --llama2c {llama2c.name}"
     run_suite(
         what,
         rounds=config.rounds,
         device=device,
-        command=f"puna {verb} --rounds {config.rounds} --device {config.device}",
+        command=command,
         save=config.save,
+        llama2c=llama2c,
     )
 
 

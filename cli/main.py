@@ -40,12 +40,13 @@ VERBS = {
     "generate": Verb("puna.cli.generate", "GenerateConfig", "continue a prompt"),
     "chat": Verb("puna.cli.chat", "ChatConfig", "talk to a model"),
     "convert": Verb("puna.cli.convert", "ConvertConfig", "between checkpoint formats"),
-    "bench": Verb("puna.cli.bench", "BenchConfig", "the benchmark suite"),
+    "bench": Verb("puna.cli.bench", "DecodeBenchConfig", "the benchmark suite"),
     "bench train": Verb("puna.cli.bench", "BenchConfig", "of training only", "train"),
     "bench kernels": Verb(
         "puna.cli.bench", "KernelBenchConfig", "of kernels/, verified and timed", "kernels"
     ),
     "bench generate": Verb("puna.cli.bench", "BenchConfig", "of generation only", "generate"),
+    "bench decode": Verb("puna.cli.bench", "DecodeBenchConfig", "of decoding one row", "decode"),
     "bench rollout": Verb("puna.cli.bench", "BenchConfig", "of rollouts only", "rollout"),
 }
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from puna.benchmarks import (
+    decode,
     generate,
     machine,
     models,
@@ -16,6 +17,7 @@ from puna.benchmarks import (
     timing,
     train,
 )
+from puna.benchmarks.generate import PUNA
 from puna.benchmarks.models import multiplied_parameters, open_models
 from puna.cli.bench import BenchConfig, measure
 from puna.core.config import SIZES, ModelConfig, parameter_count
@@ -36,6 +38,8 @@ def tiny(monkeypatch):
     monkeypatch.setattr(steps, "compiles", lambda device: False)
     monkeypatch.setattr(generate, "PROMPT", 4)
     monkeypatch.setattr(generate, "NEW", 8)
+    monkeypatch.setattr(decode, "NEW", 8)
+    monkeypatch.setattr(decode, "llama_cpp_installed", lambda: False)
     monkeypatch.setattr(suite, "BATCHES", (1, 3))
     monkeypatch.setattr(machine, "MATMUL_SIDE", 64)
 
@@ -47,9 +51,13 @@ def test_the_last_line_is_the_document(tiny, capsys, tmp_path, monkeypatch):
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     work = [(row["bench"], row["batch"], row["provider"]) for row in document["rows"]]
     assert work == [
-        (bench, batch, provider)
-        for bench, batch in (("generate", 1), ("generate", 3), ("train", 2))
-        for provider in ("puna", "transformers")
+        ("generate", 1, "puna"),
+        ("generate", 1, "transformers"),
+        ("generate", 3, "puna"),
+        ("generate", 3, "transformers"),
+        ("decode", 1, "puna"),
+        ("train", 2, "puna"),
+        ("train", 2, "transformers"),
     ]
     for row in document["rows"]:
         assert 0 < row["p20"] <= row["value"] <= row["p80"]
@@ -86,9 +94,10 @@ def test_nothing_is_timed_when_tokens_differ(tiny, tmp_path):
     prompts = torch.tensor([[5, 6, 7, 8]])
     ours = generate.puna_answer(opened, prompts)()
     wrong = [[*ours[0][:3], (ours[0][3] + 1) % TINY.vocab_size, *ours[0][4:]]]
-    assert generate.verify(opened, prompts, {"puna": ours, "other": ours})["other"] == 0
-    with pytest.raises(RuntimeError, match=r"other wrote token .* \(place 3, logits"):
-        generate.verify(opened, prompts, {"puna": ours, "other": wrong})
+    other = ("other", "fp32")
+    assert generate.verify(opened, prompts, {PUNA: ours, other: ours})[other] == 0
+    with pytest.raises(RuntimeError, match=r"other fp32 wrote token .* \(place 3, logits"):
+        generate.verify(opened, prompts, {PUNA: ours, other: wrong})
 
 
 def test_a_near_tie_is_no_mistake(tiny, tmp_path):
@@ -102,8 +111,8 @@ def test_a_near_tie_is_no_mistake(tiny, tmp_path):
     ours = generate.puna_answer(opened, prompts)()
     first = ours[0][0]
     theirs = [[twin if first == best else best, *ours[0][1:]]]
-    errors = generate.verify(opened, prompts, {"puna": ours, "other": theirs})
-    assert errors == {"puna": 0.0, "other": 1.0}
+    errors = generate.verify(opened, prompts, {PUNA: ours, ("other", "fp32"): theirs})
+    assert errors == {PUNA: 0.0, ("other", "fp32"): 1.0}
 
 
 @pytest.mark.parametrize("shape", ["15m", "demo", "70b"])

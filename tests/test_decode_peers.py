@@ -1,0 +1,187 @@
+"""The peers of decoding: their files, what is read back from them, a program in llama2.c's place.
+
+Run: python -m pytest tests/test_decode_peers.py -q
+"""
+
+import json
+import stat
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from puna.benchmarks import decode, decode_peers, suite
+from puna.benchmarks.models import open_models
+from puna.benchmarks.rows import Row, Work, row
+from puna.benchmarks.timing import Timing
+from puna.cli.bench import DecodeBenchConfig
+from puna.cli.bench import decode as bench_decode
+from puna.core import llama2c
+from puna.core.config import SIZES, ModelConfig
+from puna.core.generation import generate
+from puna.core.model import Transformer
+
+CPU = torch.device("cpu")
+TINY = ModelConfig(64, 2, 4, 2, 96, 128, context=64)
+NEW = 8
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Random weights of a shape called "tiny", the only one of the suite."""
+    monkeypatch.setitem(SIZES, "tiny", TINY)
+    monkeypatch.setattr(suite, "SHAPES", ("tiny",))
+    monkeypatch.setattr(decode, "NEW", NEW)
+    for module in (decode, suite):
+        monkeypatch.setattr(module, "llama_cpp_installed", lambda: False)
+    model = Transformer(TINY)
+    model.init_weights(seed=0)
+    return model
+
+
+def greedy(model: Transformer) -> list[int]:
+    (found,) = generate(
+        model, [[decode_peers.BOS]], max_new_tokens=NEW, eos_id=None, temperature=0.0
+    )
+    return found.tokens
+
+
+def program(path: Path, tokens: list[int], rate: float = 123.4) -> Path:
+    """Stands in for llama2.c's run: takes its arguments, prints these tokens and this rate."""
+    printed = "".join(f"{token};" for token in tokens)
+    path.write_text(
+        "#!/bin/sh\n"
+        f'test "$*" = "model.bin -t 0 -n {NEW}" || exit 3\n'
+        f'test "$OMP_NUM_THREADS" = {torch.get_num_threads()} || exit 4\n'
+        "test -s model.bin && test -s tokenizer.bin || exit 5\n"
+        f"echo '{printed}'\n"
+        f"echo 'achieved tok/s: {rate}' >&2\n"
+    )
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def test_llama2c_files(tiny, tmp_path):
+    decode_peers.write_llama2c(tmp_path, tiny)
+    source = llama2c.open_source(tmp_path / "model.bin")
+    assert source.config == TINY
+    read = dict(source.tensors())
+    assert read.keys() == dict(tiny.named_parameters()).keys()
+    for name, parameter in tiny.named_parameters():
+        assert torch.equal(read[name], parameter), name
+
+
+def test_llama2c_tokenizer_spells_numbers(tiny, tmp_path):
+    decode_peers.write_llama2c(tmp_path, tiny)
+    data = (tmp_path / "tokenizer.bin").read_bytes()
+    (longest,) = struct.unpack_from("<i", data)
+    pieces, place = [], 4
+    while place < len(data):
+        _, length = struct.unpack_from("<fi", data, place)
+        pieces.append(data[place + 8 : place + 8 + length].decode())
+        place += 8 + length
+    assert pieces == [f"{token};" for token in range(TINY.vocab_size)]
+    assert longest == max(map(len, pieces))
+
+
+def test_what_run_prints_is_read_back():
+    assert decode_peers.read_tokens("17;0;31999;\n", 3) == [17, 0, 31999]
+    assert decode_peers.read_rate("achieved tok/s: 741.279070\n") == 741.27907
+
+
+def test_what_run_should_not_print():
+    with pytest.raises(RuntimeError, match="wrote 2 tokens, not 3"):
+        decode_peers.read_tokens("17;0;\n", 3)
+    with pytest.raises(RuntimeError, match="no token numbers: 'Once upon"):
+        decode_peers.read_tokens("Once upon a time\n", 3)
+    for printed in ("", "achieved tok/s: inf\n", "achieved tok/s: 0.0\n"):
+        with pytest.raises(RuntimeError, match="printed no rate"):
+            decode_peers.read_rate(printed)
+
+
+def test_a_program_in_llama2cs_place(tiny, tmp_path, capsys):
+    run = program(tmp_path / "run", greedy(tiny))
+    bench_decode(DecodeBenchConfig(rounds=1, llama2c=run))
+    printed = capsys.readouterr().out
+    document = json.loads(printed.splitlines()[-1])
+    assert document["command"] == "puna bench decode --rounds 1 --device cpu --llama2c run"
+    ours, theirs = document["rows"]
+    assert (ours["provider"], theirs["provider"]) == ("puna", "llama2.c")
+    assert theirs["value"] == pytest.approx(123.4)
+    assert (theirs["error"], theirs["peak_mb"]) == (0.0, None)
+    for key in ("bench", "shape", "batch", "dtype", "unit", "limit"):
+        assert ours[key] == theirs[key]
+    assert (ours["bench"], ours["batch"], ours["dtype"]) == ("decode", 1, "fp32")
+    assert "llama.cpp is not installed: its rows are left out" in printed
+    assert "llama2.c: its rows are left out" not in printed
+
+
+def test_the_table_compares_puna_with_each_peer_at_the_same_work():
+    def rows(dtype: str, **rates: float) -> list[Row]:
+        work = Work("decode", "tiny", 1, tokens=1, limit=1000.0, dtype=dtype)
+        return [
+            row(work, name, Timing(*[1 / rate] * 3), error=0.0, peak=None)
+            for name, rate in rates.items()
+        ]
+
+    found = rows("fp32", puna=600, a=300, b=400) + rows("bf16", puna=900, a=100)
+    times = list(suite.rows_table(found).columns[9].cells)
+    assert times == ["", "2.00x", "1.50x", "", "9.00x"]
+
+
+def test_other_tokens_are_not_timed(tiny, tmp_path):
+    wrong = greedy(tiny)
+    wrong[4] = (wrong[4] + 1) % TINY.vocab_size
+    run = program(tmp_path / "run", wrong)
+    with pytest.raises(RuntimeError, match=r"llama2.c fp32 wrote token .* \(place 4, logits"):
+        bench_decode(DecodeBenchConfig(rounds=1, llama2c=run))
+
+
+def test_a_program_that_fails(tiny, tmp_path):
+    run = program(tmp_path / "run", [])
+    run.write_text("#!/bin/sh\necho 'malloc failed!' >&2\nexit 1\n")
+    opened = open_models("tiny", tmp_path / "model", CPU)
+    with pytest.raises(RuntimeError, match="ended with status 1: malloc failed!"):
+        decode.bench_decode(opened, rounds=1, llama2c=run)
+
+
+def test_a_program_that_is_not_there(tmp_path):
+    plain = tmp_path / "run.c"
+    plain.write_text("int main() {}\n")
+    for path in (tmp_path / "run", plain, tmp_path):
+        with pytest.raises(ValueError, match=r"is no executable file; compile llama2.c's run.c"):
+            bench_decode(DecodeBenchConfig(llama2c=path))
+
+
+def test_decoding_is_compared_on_the_cpu(tiny):
+    with pytest.raises(ValueError, match="use --device cpu"):
+        bench_decode(DecodeBenchConfig(device="cuda"))
+
+
+def test_gguf_file(tiny, tmp_path):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed (extra `llama-cpp`)")
+    decode_peers.write_gguf(tmp_path / "model.gguf", tiny)
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    read = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    ours = dict(tiny.named_parameters())
+    assert len(read) == len(ours)
+    assert torch.equal(read["output.weight"], ours["lm_head.weight"])
+    assert torch.equal(read["blk.1.ffn_gate.weight"], ours["model.layers.1.mlp.gate_proj.weight"])
+    # Row 2i of a head is our row i, row 2i + 1 our row i + D/2.
+    half = TINY.head_dim // 2
+    for kind in ("q", "k"):
+        theirs = read[f"blk.1.attn_{kind}.weight"].view(-1, TINY.head_dim, TINY.dim)
+        weight = ours[f"model.layers.1.self_attn.{kind}_proj.weight"]
+        heads = weight.detach().view(-1, TINY.head_dim, TINY.dim)
+        for i in range(half):
+            assert torch.equal(theirs[:, 2 * i], heads[:, i])
+            assert torch.equal(theirs[:, 2 * i + 1], heads[:, i + half])
+
+
+def test_llama_cpp_writes_the_same_tokens(tiny, tmp_path):
+    for package in ("gguf", "llama_cpp"):
+        pytest.importorskip(package, reason=f"{package} is not installed (extra `llama-cpp`)")
+    found = decode_peers.llama_cpp_decoder(tiny, NEW, tmp_path)()
+    assert found.tokens == greedy(tiny)
+    assert found.seconds > 0
