@@ -13,9 +13,10 @@ README = RESULTS.parents[1] / "README.md"
 def table(document: dict[str, Any]) -> str:
     """One line a piece of work: Puna, its peer, and how they compare."""
     card = document["machine"]
-    work: dict[tuple[str, str, int], dict[str, Any]] = {}
+    work: dict[tuple[str, str, int, str], dict[str, Any]] = {}
     for row in document["rows"]:
-        work.setdefault((row["bench"], row["shape"], row["batch"]), {})[row["provider"]] = row
+        done = row["bench"], row["shape"], row["batch"], row["dtype"]
+        work.setdefault(done, {})[row["provider"]] = row
     lines = [
         f"{card['processor']}, {card['threads']} threads, fp32, torch {card['torch']}, "
         f"transformers {card['transformers']}: `{document['command']}`",
@@ -23,7 +24,7 @@ def table(document: dict[str, Any]) -> str:
         "| work | shape | batch | Puna, tok/s | transformers, tok/s | times |",
         "|---|---|---|---|---|---|",
     ]
-    for (bench, shape, batch), rows in work.items():
+    for (bench, shape, batch, _), rows in work.items():
         if {"puna", "transformers"} <= rows.keys():
             ours, theirs = rows["puna"]["value"], rows["transformers"]["value"]
             lines.append(
