@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from puna.core.chat import Message, check_dialogue, encode_prompt
 from puna.core.checkpoint import load_model, tokenizer_path
@@ -26,6 +27,8 @@ class ChatConfig:
     max_new_tokens: int = 256
     seed: int = 0
     device: str = "cpu"
+    weights: Literal["fp32", "bf16", "int8"] = "fp32"
+    """numbers that are read on the CPU: rounded ones are faster and a little worse"""
 
 
 def run(config: ChatConfig) -> None:
@@ -76,6 +79,7 @@ def _answer(
         top_p=config.top_p,
         seed=config.seed,
         round_index=len(messages),  # another draw for each turn
+        weights=config.weights,
     )
     pieces = []
     for piece in stream_text(tokenizer, (i for i in drawn if i != tokenizer.eos_id)):

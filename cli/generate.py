@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from puna.core.chat import Message, encode_prompt
 from puna.core.checkpoint import load_model, tokenizer_path
@@ -33,6 +34,8 @@ class GenerateConfig:
     max_new_tokens: int = 256
     seed: int = 0
     device: str = "cpu"
+    weights: Literal["fp32", "bf16", "int8"] = "fp32"
+    """numbers that are read on the CPU: rounded ones are faster and a little worse"""
 
 
 def run(config: GenerateConfig) -> str:
@@ -50,6 +53,7 @@ def run(config: GenerateConfig) -> str:
         top_k=config.top_k,
         top_p=config.top_p,
         seed=config.seed,
+        weights=config.weights,
     )
     pieces = []
     for piece in stream_text(tokenizer, (i for i in drawn if i != tokenizer.eos_id)):

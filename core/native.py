@@ -9,7 +9,7 @@ import functools
 import logging
 import os
 import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,18 +21,20 @@ from puna.core.model import Block, Transformer
 log = logging.getLogger("puna")
 
 
-class Step(NamedTuple):
-    """What a call returns: logits (W, V) fp32, or the tokens drawn from them with log-probs."""
-
-    logits: Tensor | None
-    tokens: Tensor | None  # (W,) int64
-    logprobs: Tensor | None  # (W,) fp32
+FORMATS = {"fp32": 4.0, "bf16": 2.0, "int8": 1.125}  # bytes a weight; groups of 32 share a scale
 
 
 class Engine:
-    """A model's weights, packed for decoding, and a key/value cache of `rows` x `slots` tokens."""
+    """A model's weights, packed for decoding, and a key/value cache of `rows` x `slots` tokens.
 
-    def __init__(self, model: Transformer, instruction_set: str | None = None):
+    `weights` is the format of the packed copy: "fp32"; "bf16"; "int8", where groups of 32 inputs
+    share an fp32 scale for each output. Activations and sums are fp32, the embedding is the
+    model's own.
+    """
+
+    def __init__(
+        self, model: Transformer, instruction_set: str | None = None, *, weights: str = "fp32"
+    ):
         module = extension()
         if module is None:
             raise ValueError("the native engine is not built; install Puna with a C++ compiler")
@@ -53,7 +55,9 @@ class Engine:
             model.model.embed_tokens.weight.detach(),
             *model.rope_tables(torch.device("cpu")),
         )
-        self._native = module.make_engine(instruction_set, *_description(model, self._alive))
+        self._native = module.make_engine(
+            instruction_set, weights, *_description(model, self._alive)
+        )
 
     def reserve(self, rows: int, slots: int) -> None:
         """Room for `rows` rows of `slots` tokens; what was in the cache is lost."""
@@ -75,42 +79,72 @@ class Engine:
         if source != target:
             self._native.copy_row(source, target, length)
 
-    def forward(
+    def logits(self, tokens: Tensor, rows: Tensor, positions: Tensor, wanted: Tensor) -> Tensor:
+        """Append tokens (N,) at `positions` (N,) of cache `rows` (N,); all int64.
+
+        A row's tokens stand next to each other, positions rising by one; a token sees its row up
+        to itself. Returns logits (W, V) fp32 after the tokens numbered `wanted` (W,).
+        Raises ValueError for tensors that are not CPU int64, contiguous and of fitting lengths,
+        for ids the model does not know and for places outside the cache.
+        """
+        logits = self._room(wanted)
+        self._forward(tokens, rows, positions, wanted, logits, 1, -1, 0.0, (0, 0, 0))
+        return logits
+
+    def draw(
         self,
         tokens: Tensor,
         rows: Tensor,
         positions: Tensor,
         wanted: Tensor,
         *,
-        seeds: Tensor | None = None,
-        temperature: float = 1.0,
-    ) -> Step:
-        """Append tokens (N,) at `positions` (N,) of cache `rows` (N,); all int64.
+        seeds: Tensor,
+        temperature: float,
+        eos_id: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `logits`, and draw a token after each of `wanted`, for S steps on end.
 
-        A row's tokens stand next to each other, positions rising by one; a token sees its row up
-        to itself. `wanted` (W,) names the tokens whose next one is asked for. With `seeds` (W,)
-        int64 it is drawn as `ops.sample` does, without truncation; else the logits come back.
-        Raises ValueError for tensors that are not CPU int64, contiguous and of fitting lengths,
-        for ids the model does not know and for places outside the cache.
+        Seeds (S, W) int64; the draw is `ops.sample`'s without truncation. A token that was drawn
+        is fed to its row, until S steps are done or one of them drew `eos_id` in some row.
+        Returns tokens (S', W) int64 and log-probs (S', W) fp32 of the S' steps done. Raises
+        ValueError too where the cache has no room for S steps.
         """
-        count = wanted.numel()
-        for name, tensor in (("tokens", tokens), ("rows", rows), ("positions", positions)):
-            _check_vector(name, tensor, tokens.numel())
-        _check_vector("wanted", wanted, count)
-        logits = torch.empty(count, self.config.vocab_size)
-        drawn = logprobs = None
-        if seeds is not None:
-            _check_vector("seeds", seeds, count)
-            if not temperature >= 0:
-                raise ValueError(f"temperature {temperature} must be >= 0")
-            drawn, logprobs = torch.empty(count, dtype=torch.int64), torch.empty(count)
-        self._native.forward(
-            tokens.numel(), tokens.data_ptr(), rows.data_ptr(), positions.data_ptr(),
-            count, wanted.data_ptr(), logits.data_ptr(), float(temperature),
-            *(0 if t is None else t.data_ptr() for t in (seeds, drawn, logprobs)),
-            torch.get_num_threads(),
+        steps, count = seeds.shape
+        _check_ids("seeds", seeds, (steps, wanted.numel()))
+        if not temperature >= 0:
+            raise ValueError(f"temperature {temperature} must be >= 0")
+        drawn, logprobs = torch.empty(steps, count, dtype=torch.int64), torch.empty(steps, count)
+        done = self._forward(
+            tokens, rows, positions, wanted, self._room(wanted),
+            steps, -1 if eos_id is None else eos_id, float(temperature),
+            (seeds.data_ptr(), drawn.data_ptr(), logprobs.data_ptr()),
         )  # fmt: skip
-        return Step(logits if drawn is None else None, drawn, logprobs)
+        return drawn[:done], logprobs[:done]
+
+    def _room(self, wanted: Tensor) -> Tensor:
+        return torch.empty(wanted.numel(), self.config.vocab_size)
+
+    def _forward(
+        self,
+        tokens: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        wanted: Tensor,
+        logits: Tensor,
+        steps: int,
+        eos_id: int,
+        temperature: float,
+        drawn: tuple[int, int, int],  # addresses of seeds, tokens, log-probs; or zeros
+    ) -> int:
+        count = tokens.numel()
+        for name, tensor in (("tokens", tokens), ("rows", rows), ("positions", positions)):
+            _check_ids(name, tensor, (count,))
+        _check_ids("wanted", wanted, (wanted.numel(),))
+        return self._native.forward(
+            count, tokens.data_ptr(), rows.data_ptr(), positions.data_ptr(),
+            wanted.numel(), wanted.data_ptr(), logits.data_ptr(),
+            steps, eos_id, temperature, *drawn, torch.get_num_threads(),
+        )  # fmt: skip
 
 
 WIDTHS = {"avx512": 16, "avx2": 8, "base": 4}  # floats a vector
@@ -149,35 +183,44 @@ def instruction_sets(head_dim: int) -> list[str]:
 def stamp(model: Transformer) -> tuple[tuple[int, int], ...]:
     """What changes when a weight is replaced or written to.
 
-    Read from the weights themselves (60 MB in 3 ms): fused optimizers and `.data` write to them
+    Read from the weights themselves (97 MB in 3 ms): fused optimizers and `.data` write to them
     without a trace in torch's version counters.
     """
     module = extension()
     assert module is not None
+    best, threads = module.instruction_sets()[0], torch.get_num_threads()
     return tuple(
-        (p.data_ptr(), module.fingerprint(p.data_ptr(), p.numel())) for p in model.parameters()
+        (p.data_ptr(), module.fingerprint(best, p.data_ptr(), p.numel(), threads))
+        for p in model.parameters()
     )
 
 
-_engines: "weakref.WeakKeyDictionary[Transformer, Engine]" = weakref.WeakKeyDictionary()
+_engines: "weakref.WeakKeyDictionary[Transformer, dict[str, Engine]]" = weakref.WeakKeyDictionary()
 
 
-def engine_for(model: Transformer) -> Engine | None:
+def engine_for(model: Transformer, weights: str = "fp32") -> Engine | None:
     """The model's engine with its weights as they are now; None where PyTorch is to do the work.
 
-    Packing copies the weights; the copy is kept until the weights change or the model goes. A
-    model of more than a quarter of the machine's memory stays with PyTorch, which is said once.
-    `use_backend("native")` takes it too, and makes it an error where there can be no engine.
+    Packing copies the weights, in the format called `weights`; the copy is kept until the model's
+    change or the model goes. A model of more than a quarter of the machine's memory stays with
+    PyTorch, which is said once. `use_backend("native")` takes it too, and makes it an error
+    (ValueError) where there can be no engine; so does a format that only the engine has.
     """
+    if weights not in FORMATS:
+        raise ValueError(f"weights is {weights!r}; expected one of {', '.join(FORMATS)}")
     asked = ops.forced()
     if asked not in ("auto", "native"):
+        if weights != "fp32":
+            raise ValueError(f"{weights} weights need the native engine, not back end {asked!r}")
         return None
-    if asked == "auto" and (unfit(model) or extension() is None or _too_large(model)):
+    unable = extension() is None or unfit(model) is not None
+    if asked == "auto" and weights == "fp32" and (unable or _too_large(model)):
         return None
-    engine = _engines.get(model)
-    if engine is None or engine.stamp != stamp(model):
-        _engines.pop(model, None)  # before the new copy is made
-        engine = _engines[model] = Engine(model)
+    kept = _engines.setdefault(model, {})
+    engine = kept.get(weights)
+    if engine is None or unable or engine.stamp != stamp(model):
+        kept.pop(weights, None)  # before the new copy is made
+        engine = kept[weights] = Engine(model, weights=weights)
     return engine
 
 
@@ -247,15 +290,15 @@ def _addresses(tensors: dict[str, Tensor]) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
-def _check_vector(name: str, tensor: Tensor, count: int) -> None:
+def _check_ids(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if (
         tensor.dtype != torch.int64
         or tensor.device.type != "cpu"
-        or tensor.shape != (count,)
+        or tensor.shape != shape
         or not tensor.is_contiguous()
         or tensor.data_ptr() % 8
     ):
         raise ValueError(
             f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; expected a "
-            f"contiguous int64 ({count},) on the CPU"
+            f"contiguous int64 {shape} on the CPU"
         )

@@ -19,6 +19,10 @@ class Sampler(NamedTuple):
     top_k: int = 0
     top_p: float = 1.0
 
+    @property
+    def truncates(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1.0
+
 
 def row_keys(seed: int, round_index: int, prompts: Tensor, samples: Tensor) -> Tensor:
     """One int64 key a row, from prompt numbers and sample numbers, both (B,) int64."""

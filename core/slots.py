@@ -1,8 +1,9 @@
 """Continuous batching on the native engine: a slot whose answer ends takes the next prompt.
 
-One call a step: every slot at work feeds the token that it drew last, a slot that has just been
-filled its whole prompt. A prompt that several slots take (K samples of it) is run once, before the
-step and without its last token; the others copy its keys and values, and all feed that token.
+One call draws for every slot at work, step after step until an answer ends. A slot that has just
+been filled feeds its whole prompt, the others the token that they drew last. A prompt that several
+slots take (K samples of it) is run once, before the step and without its last token; the others
+copy its keys and values, and all feed that token.
 """
 
 from collections import deque
@@ -16,9 +17,11 @@ from puna.core import ops
 from puna.core.native import Engine
 from puna.core.sampling import Sampler, step_seeds
 
+STEPS = 16  # drawn in one call at most, so that Ctrl-C is heard: a second of a billion parameters
+
 
 class Drawn(NamedTuple):
-    """One step's tokens: of which prompt, which of its tokens, what, and its log-prob; all (A,)."""
+    """Tokens: of which prompt, which of its tokens, what, and its log-prob; all (S * A,)."""
 
     prompts: Tensor
     counts: Tensor
@@ -44,8 +47,12 @@ def decode(
     sampler: Sampler,
     eos_id: int | None,
     slots: int,
+    steps: int = STEPS,
 ) -> Iterator[Drawn]:
-    """Draw from each prompt with its key (N,) until `eos_id` or its limit, `slots` at a time."""
+    """Draw from each prompt with its key (N,) until `eos_id` or its limit, `slots` at a time.
+
+    Up to `steps` tokens of each slot come at once.
+    """
     groups: dict[tuple[int, ...], list[int]] = {}  # the numbers of one and the same prompt
     for i, limit in enumerate(limits):
         if limit > 0:
@@ -67,18 +74,27 @@ def decode(
         active = _join(active, prompts, ready + new)
         if not len(active.slots):
             return
-        tokens, logprobs = _step(
+        left = int((most[active.prompts] - active.counts).min())
+        ahead = torch.arange(1 if sampler.truncates else min(steps, left))[:, None]
+        tokens, logprobs = _draw(
             engine,
             *_feed(active, [(slot, prompts[i]) for slot, i in new]),
-            seeds=seeds[active.prompts, active.counts],
+            seeds=seeds[active.prompts, active.counts + ahead],
             sampler=sampler,
+            eos_id=eos_id,
         )
-        yield Drawn(active.prompts, active.counts, tokens, logprobs)
-        counts = active.counts + 1
-        active = active._replace(positions=active.positions + 1, counts=counts, tokens=tokens)
+        count, last = len(tokens), tokens[-1]
+        yield Drawn(
+            active.prompts.repeat(count),
+            (active.counts + ahead[:count]).flatten(),
+            tokens.flatten(),
+            logprobs.flatten(),
+        )
+        counts = active.counts + count
+        active = active._replace(positions=active.positions + count, counts=counts, tokens=last)
         done = counts >= most[active.prompts]
         if eos_id is not None:
-            done |= tokens == eos_id
+            done |= last == eos_id
         if done.any():
             free += active.slots[done].tolist()
             active = _Active(*(part[~done] for part in active))
@@ -120,7 +136,7 @@ def _admit(
         ready.append((slot, i))
     if shared:
         none = torch.empty(0, dtype=torch.int64)
-        engine.forward(*_packed([(slot, prompts[i][:-1]) for slot, i in shared]), none)
+        engine.logits(*_packed([(slot, prompts[i][:-1]) for slot, i in shared]), none)
     for copy in copies:
         engine.copy_row(*copy)
     return new, ready
@@ -161,7 +177,7 @@ def _feed(
     )
 
 
-def _step(
+def _draw(
     engine: Engine,
     tokens: Tensor,
     rows: Tensor,
@@ -170,14 +186,11 @@ def _step(
     *,
     seeds: Tensor,
     sampler: Sampler,
+    eos_id: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """(tokens, logprobs), both (A,), drawn after feeding."""
-    if sampler.top_k == 0 and sampler.top_p == 1.0:
-        step = engine.forward(
-            tokens, rows, positions, wanted, seeds=seeds, temperature=sampler.temperature
-        )
-        assert step.tokens is not None and step.logprobs is not None
-        return step.tokens, step.logprobs
-    logits = engine.forward(tokens, rows, positions, wanted).logits
-    assert logits is not None
-    return ops.sample(logits, seeds=seeds, **sampler._asdict())
+    """(tokens, logprobs), both (S, A), drawn after feeding."""
+    fed = tokens, rows, positions, wanted
+    if sampler.truncates:
+        drawn = ops.sample(engine.logits(*fed), seeds=seeds[0], **sampler._asdict())
+        return drawn[0][None], drawn[1][None]
+    return engine.draw(*fed, seeds=seeds, temperature=sampler.temperature, eos_id=eos_id)

@@ -30,14 +30,28 @@ inline int64_t invert(const float* weights, int64_t count, double target) {
   return last;
 }
 
+inline int64_t first_largest(const float* logits, int64_t count) {
+  constexpr int BLOCK = 4 * W;
+  float top = logits[0];
+  int64_t found = 0, i = 0;
+  for (; i + BLOCK <= count; i += BLOCK) {
+    const vec a = max(load(logits + i), load(logits + i + W));
+    const vec b = max(load(logits + i + 2 * W), load(logits + i + 3 * W));
+    const float here = largest(max(a, b));
+    if (here > top) top = here, found = i;  // the block: the place in it is looked for below
+  }
+  for (; i < count; ++i)
+    if (logits[i] > top) top = logits[i], found = i;
+  while (logits[found] < top) ++found;
+  return found;
+}
+
 // Writes exp(logit - max) over `logits`. Log-probs are of the tempered distribution; at
 // temperature 0, greedy, of the one at temperature 1.
 inline void draw_token(float* logits, int64_t vocab, float temperature, int64_t seed,
                        int64_t* token, float* logprob) {
   const float factor = temperature > 0.0f ? 1.0f / temperature : 1.0f;
-  int64_t best = 0;
-  for (int64_t i = 1; i < vocab; ++i)
-    if (logits[i] > logits[best]) best = i;
+  const int64_t best = first_largest(logits, vocab);
   const float top = logits[best];
   double total = 0.0;
   int64_t i = 0;

@@ -1,4 +1,5 @@
-// A Llama's forward pass for decoding on a CPU, in fp32.
+// A Llama's forward pass for decoding on a CPU. Activations are fp32; the packed weights are fp32,
+// bf16 or int8.
 //
 // A call takes any number of tokens, each with its cache row and its position: one token of many
 // rows (decoding), many tokens of a few rows (prompts), or both. A token's result depends on its
@@ -11,12 +12,15 @@
 
 namespace puna {
 
+// int8: groups of 32 inputs share an fp32 scale, for each output.
+enum class Format { fp32, bf16, int8 };
+
 struct Shape {
   int64_t layers, dim, heads, kv_heads, head_dim, ffn, vocab;
   float eps;
 };
 
-// Projections are (out, in), row-major, as PyTorch's Linear holds them.
+// Projections are fp32 (out, in), row-major, as PyTorch's Linear holds them.
 struct LayerWeights {
   const float *q, *k, *v, *o, *gate, *up, *down, *attention_norm, *ffn_norm;
 };
@@ -25,6 +29,7 @@ struct Weights {
   const float *embedding, *head, *norm;  // (V, C), (V, C), (C)
   const float *cos, *sin;                // (context, D / 2)
   std::vector<LayerWeights> layers;
+  Format format;  // of the packed copy; the embedding is read where it is
 };
 
 // Tokens of one row stand in the order of their positions, next to each other.
@@ -36,12 +41,15 @@ struct Batch {
   float* logits;          // (wanted_count, V)
 };
 
-// How the drawn tokens come from the logits: see kernels/sample.py.
+// How tokens are drawn from the logits (see kernels/sample.py), for some steps on end: each drawn
+// token is fed to its row, until `steps` are done or one of the tokens is `eos`.
 struct Draw {
-  float temperature;      // 0: greedy
-  const int64_t* seeds;   // (wanted_count)
-  int64_t* tokens;        // (wanted_count)
-  float* logprobs;        // (wanted_count)
+  int64_t steps;         // at least 1
+  int64_t eos;           // -1: there is none
+  float temperature;     // 0: greedy
+  const int64_t* seeds;  // (steps, wanted_count)
+  int64_t* tokens;       // (steps, wanted_count)
+  float* logprobs;       // (steps, wanted_count)
 };
 
 class Engine {
@@ -49,7 +57,8 @@ class Engine {
   virtual ~Engine() = default;
   // Room for `rows` rows of `slots` tokens; what the rows held is lost.
   virtual void reserve(int64_t rows, int64_t slots) = 0;
-  virtual void forward(const Batch& batch, const Draw* draw, int threads) = 0;
+  // Returns the number of steps done: 1 without `draw`.
+  virtual int64_t forward(const Batch& batch, const Draw* draw, int threads) = 0;
   // The first `length` tokens of row `from` become row `to`'s.
   virtual void copy_row(int64_t from, int64_t to, int64_t length) = 0;
   virtual int64_t vocab() const = 0;

@@ -28,7 +28,7 @@ struct Layer {
 // What a block of tokens needs on its way through a layer.
 struct Activations {
   Buffer qkv, attended, hidden;
-  std::vector<Buffer> normed, scores;  // one a thread that shares them
+  std::vector<Buffer> normed, scores, quantised;  // one a thread that shares them
 };
 
 inline void rms_norm(const float* x, const float* weight, int64_t width, float eps, float* y) {
@@ -56,15 +56,22 @@ class Llama final : public puna::Engine {
   Llama(const Shape& shape, const Weights& weights)
       : s_(shape),
         w_(weights),
-        head_(shape.dim, shape.vocab),
+        head_(shape.dim, shape.vocab, weights.format),
         final_norm_(weights.norm, weights.norm + shape.dim),
         cache_(shape.layers, shape.kv_heads, shape.head_dim),
         attend_(attend_for(shape.head_dim)) {
     if (!attend_) throw std::invalid_argument("this instruction set cannot cut the head size");
     const int64_t q = s_.heads * s_.head_dim, kv = s_.kv_heads * s_.head_dim;
-    for (const auto& from : weights.layers) {
-      Layer layer{Matrix(s_.dim, q + 2 * kv), Matrix(q, s_.dim),     Matrix(s_.dim, s_.ffn),
-                  Matrix(s_.dim, s_.ffn),     Matrix(s_.ffn, s_.dim), {}, {}};
+    for (size_t l = 0; l < weights.layers.size(); ++l)
+      layers_.push_back({Matrix(s_.dim, q + 2 * kv, weights.format),
+                         Matrix(q, s_.dim, weights.format),
+                         Matrix(s_.dim, s_.ffn, weights.format),
+                         Matrix(s_.dim, s_.ffn, weights.format),
+                         Matrix(s_.ffn, s_.dim, weights.format), {}, {}});
+    place();
+    for (size_t l = 0; l < weights.layers.size(); ++l) {
+      const auto& from = weights.layers[l];
+      Layer& layer = layers_[l];
       layer.qkv.fill(from.q, 0, q);
       layer.qkv.fill(from.k, q, kv);
       layer.qkv.fill(from.v, q + kv, kv);
@@ -74,7 +81,6 @@ class Llama final : public puna::Engine {
       layer.down.fill(from.down, 0, s_.dim);
       layer.attention_norm.assign(from.attention_norm, from.attention_norm + s_.dim);
       layer.ffn_norm.assign(from.ffn_norm, from.ffn_norm + s_.dim);
-      layers_.push_back(std::move(layer));
     }
     head_.fill(weights.head, 0, s_.vocab);
   }
@@ -87,19 +93,57 @@ class Llama final : public puna::Engine {
     cache_.copy_row(from, to, length);
   }
 
-  void forward(const Batch& batch, const Draw* draw, int threads) override {
-    if (batch.count == 0) return;
-    if (threads == 1) return run(batch, draw, 1);
+  int64_t forward(const Batch& batch, const Draw* draw, int threads) override {
+    if (batch.count == 0) return 1;
+    step(batch, draw, 0, threads);
+    const int64_t count = batch.wanted_count;
+    if (!draw || count == 0) return 1;
+    std::vector<int64_t> rows(count), positions(count), every(count);
+    for (int64_t i = 0; i < count; ++i) {
+      rows[i] = batch.rows[batch.wanted[i]];
+      positions[i] = batch.positions[batch.wanted[i]];
+      every[i] = i;
+    }
+    int64_t done = 1;
+    for (; done < draw->steps; ++done) {
+      const int64_t* last = draw->tokens + (done - 1) * count;
+      if (std::find(last, last + count, draw->eos) != last + count) break;
+      for (int64_t& position : positions) ++position;
+      step({count, last, rows.data(), positions.data(), count, every.data(), batch.logits}, draw,
+           done, threads);
+    }
+    return done;
+  }
+
+ private:
+  // All matrices in one piece of memory, in the order of their use.
+  void place() {
+    std::vector<Matrix*> order;
+    for (Layer& layer : layers_)
+      for (Matrix* m : {&layer.qkv, &layer.o, &layer.gate, &layer.up, &layer.down})
+        order.push_back(m);
+    order.push_back(&head_);
+    int64_t total = 0;
+    for (const Matrix* m : order) total += m->bytes();
+    weights_ = buffer(total / 4);
+    auto* at = reinterpret_cast<uint8_t*>(weights_.get());
+    for (Matrix* m : order) {
+      m->place(at);
+      at += m->bytes();
+    }
+  }
+
+  void step(const Batch& batch, const Draw* draw, int64_t index, int threads) {
+    if (threads == 1) return run(batch, draw, index, 1);
     int size = 0;  // batches of similar size share their experience
     while (size < 31 && (batch.count >> (size + 1))) ++size;
     puna::Pace& pace = paces_[size];
     const double began = puna::now();
-    run(batch, draw, pace.all() ? threads : 1);
+    run(batch, draw, index, pace.all() ? threads : 1);
     pace.took(puna::now() - began);
   }
 
- private:
-  void run(const Batch& batch, const Draw* draw, int threads) {
+  void run(const Batch& batch, const Draw* draw, int64_t index, int threads) {
     make_room(batch, threads);
     const std::vector<int64_t> cuts = cut_at_rows(batch, threads);
     const bool apart = !cuts.empty();  // each thread its own rows, or all of them some columns each
@@ -111,13 +155,15 @@ class Llama final : public puna::Engine {
         run_blocks(batch, 0, batch.count, Team{part, parts, &barrier_}, own_[0]);
       }
       barrier_.wait(parts);
-      apply_head(batch, share(head_.panels, part, parts));
+      apply_head(batch, part, parts);
       if (draw) {
         barrier_.wait(parts);
         const Range rows = share(batch.wanted_count, part, parts);
-        for (int64_t i = rows.begin; i < rows.end; ++i)
-          draw_token(batch.logits + i * s_.vocab, s_.vocab, draw->temperature, draw->seeds[i],
-                     draw->tokens + i, draw->logprobs + i);
+        for (int64_t i = rows.begin; i < rows.end; ++i) {
+          const int64_t at = index * batch.wanted_count + i;
+          draw_token(batch.logits + i * s_.vocab, s_.vocab, draw->temperature, draw->seeds[at],
+                     draw->tokens + at, draw->logprobs + at);
+        }
       }
     });
   }
@@ -133,15 +179,20 @@ class Llama final : public puna::Engine {
 
   void make_room(const Batch& batch, int threads) {
     const int64_t q = s_.heads * s_.head_dim, kv = s_.kv_heads * s_.head_dim;
-    const int64_t tokens = std::min(batch.count, BLOCK);
+    const int64_t tokens = std::min(std::max(batch.count, batch.wanted_count), BLOCK);
+    const int64_t widest = std::max({s_.dim, q, s_.ffn});
+    const bool whole = head_.format == Format::int8;
     if (static_cast<int>(own_.size()) < threads || tokens > room_ || cache_.padded() > scored_) {
       room_ = std::max(room_, tokens);
       scored_ = std::max(scored_, cache_.padded());
       own_.clear();
       for (int i = 0; i < threads; ++i) {
-        Activations a{buffer(room_ * (q + 2 * kv)), buffer(room_ * q), buffer(room_ * s_.ffn), {}, {}};
-        for (int j = 0; j < (i ? 1 : threads); ++j) a.scores.push_back(buffer(scored_));
-        for (int j = 0; j < (i ? 1 : threads); ++j) a.normed.push_back(buffer(room_ * s_.dim));
+        Activations a{buffer(room_ * (q + 2 * kv)), buffer(room_ * q), buffer(room_ * s_.ffn), {}, {}, {}};
+        for (int j = 0; j < (i ? 1 : threads); ++j) {
+          a.scores.push_back(buffer(scored_));
+          a.normed.push_back(buffer(room_ * s_.dim));
+          a.quantised.push_back(buffer(whole ? Quantised::words(room_, widest) : 0));
+        }
         own_.push_back(std::move(a));
       }
     }
@@ -227,7 +278,8 @@ class Llama final : public puna::Engine {
     const int64_t group = s_.heads / s_.kv_heads;
     const float* y = normed(x, layer.attention_norm, count, team, a);
     float* qkv = a.qkv.get();
-    product(layer.qkv, y, count, share(layer.qkv.panels, team.part, team.parts),
+    float* memory = a.quantised[team.part].get();
+    product(layer.qkv, input_of(layer.qkv, y, count, memory), count, share(layer.qkv.panels, team.part, team.parts),
             [&](int64_t f, int64_t n, int64_t c, int64_t m, const float* tile) {
               copy_tile(qkv, width, f, n, c, m, tile);
             });
@@ -253,7 +305,8 @@ class Llama final : public puna::Engine {
       }
     }
     team.wait();
-    product(layer.o, a.attended.get(), count, share(layer.o.panels, team.part, team.parts),
+    product(layer.o, input_of(layer.o, a.attended.get(), count, memory), count,
+            share(layer.o.panels, team.part, team.parts),
             [&](int64_t f, int64_t n, int64_t c, int64_t m, const float* tile) {
               add_tile(x, s_.dim, f, n, c, m, tile);
             });
@@ -262,13 +315,13 @@ class Llama final : public puna::Engine {
 
   void feed_forward(const Layer& layer, int64_t count, float* x, const Team& team, Activations& a) {
     const float* y = normed(x, layer.ffn_norm, count, team, a);
-    float* h = a.hidden.get();
+    float *h = a.hidden.get(), *memory = a.quantised[team.part].get();
+    const Input input = input_of(layer.gate, y, count, memory);
     const Range panels = share(layer.gate.panels, team.part, team.parts);
-    product(layer.gate, y, count, panels,
+    product(layer.gate, input, count, panels,
             [&](int64_t f, int64_t n, int64_t c, int64_t m, const float* gate) {
               alignas(64) float up[TALLEST * PANEL];
-              multiply(static_cast<int>(n), y + f * s_.dim, s_.dim, layer.up.panel(c / PANEL),
-                       s_.dim, up);
+              multiply(layer.up, c / PANEL, input, f, static_cast<int>(n), up);
               for (int64_t r = 0; r < n; ++r)
                 for (int v = 0; v < 2; ++v) {
                   const vec g = load(gate + r * PANEL + v * W);
@@ -277,18 +330,21 @@ class Llama final : public puna::Engine {
               copy_tile(h, s_.ffn, f, n, c, m, up);
             });
     team.wait();
-    product(layer.down, h, count, share(layer.down.panels, team.part, team.parts),
+    product(layer.down, input_of(layer.down, h, count, memory), count,
+            share(layer.down.panels, team.part, team.parts),
             [&](int64_t f, int64_t n, int64_t c, int64_t m, const float* tile) {
               add_tile(x, s_.dim, f, n, c, m, tile);
             });
     team.wait();
   }
 
-  void apply_head(const Batch& batch, Range panels) {
+  void apply_head(const Batch& batch, int part, int parts) {
+    float* memory = own_[0].quantised[part].get();
     for (int64_t at = 0; at < batch.wanted_count; at += BLOCK) {
       const int64_t rows = std::min(BLOCK, batch.wanted_count - at);
       float* logits = batch.logits + at * s_.vocab;
-      product(head_, final_.get() + at * s_.dim, rows, panels,
+      product(head_, input_of(head_, final_.get() + at * s_.dim, rows, memory), rows,
+              share(head_.panels, part, parts),
               [&](int64_t f, int64_t n, int64_t c, int64_t m, const float* tile) {
                 copy_tile(logits, s_.vocab, f, n, c, m, tile);
               });
@@ -297,6 +353,7 @@ class Llama final : public puna::Engine {
 
   Shape s_;
   Weights w_;
+  Buffer weights_;  // what the matrices read
   std::vector<Layer> layers_;
   Matrix head_;
   std::vector<float> final_norm_;

@@ -4,6 +4,7 @@
 #define PUNA_ISA avx2
 #define PUNA_WIDTH 8
 #include "engine_impl.h"
+#include "fingerprint_impl.h"
 #include "losses_impl.h"
 
 std::unique_ptr<puna::Engine> puna::make_engine_avx2(const Shape& s, const Weights& w) {
@@ -11,4 +12,8 @@ std::unique_ptr<puna::Engine> puna::make_engine_avx2(const Shape& s, const Weigh
 }
 
 void puna::softmax_loss_avx2(const SoftmaxLoss& a, int threads) { avx2::softmax_loss(a, threads); }
+
+uint64_t puna::fingerprint_avx2(const float* values, int64_t count, int threads) {
+  return avx2::fingerprint(values, count, threads);
+}
 #endif

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "engine.h"
+#include "fingerprint.h"
 #include "losses.h"
 
 namespace py = pybind11;
@@ -41,8 +42,16 @@ void check_isa(const std::string& isa) {
   throw std::invalid_argument("this machine has no " + isa);
 }
 
-std::unique_ptr<puna::Engine> make_engine(const std::string& isa, const py::dict& shape,
-                                          const py::dict& weights, const py::list& layers) {
+puna::Format format_called(const std::string& name) {
+  if (name == "fp32") return puna::Format::fp32;
+  if (name == "bf16") return puna::Format::bf16;
+  if (name == "int8") return puna::Format::int8;
+  throw std::invalid_argument("weights are fp32, bf16 or int8, not " + name);
+}
+
+std::unique_ptr<puna::Engine> make_engine(const std::string& isa, const std::string& format,
+                                          const py::dict& shape, const py::dict& weights,
+                                          const py::list& layers) {
   const auto size = [&](const char* name) { return shape[name].cast<int64_t>(); };
   const puna::Shape s{size("layers"),   size("dim"), size("heads"), size("kv_heads"),
                       size("head_dim"), size("ffn"), size("vocab"),
@@ -51,7 +60,8 @@ std::unique_ptr<puna::Engine> make_engine(const std::string& isa, const py::dict
     return at<const float>(from[name].cast<Address>());
   };
   puna::Weights w{tensor(weights, "embedding"), tensor(weights, "head"), tensor(weights, "norm"),
-                  tensor(weights, "cos"),       tensor(weights, "sin"),  {}};
+                  tensor(weights, "cos"),       tensor(weights, "sin"),  {},
+                  format_called(format)};
   for (const auto& item : layers) {
     const auto one = item.cast<py::dict>();
     w.layers.push_back({tensor(one, "q"), tensor(one, "k"), tensor(one, "v"), tensor(one, "o"),
@@ -81,9 +91,10 @@ void check_range(const char* name, const int64_t* values, int64_t count, int64_t
                                   "; expected 0 to " + std::to_string(limit - 1));
 }
 
-void forward(puna::Engine& engine, int64_t count, Address tokens, Address rows, Address positions,
-             int64_t wanted_count, Address wanted, Address logits, float temperature, Address seeds,
-             Address drawn, Address logprobs, int threads) {
+int64_t forward(puna::Engine& engine, int64_t count, Address tokens, Address rows,
+                Address positions, int64_t wanted_count, Address wanted, Address logits,
+                int64_t steps, int64_t eos, float temperature, Address seeds, Address drawn,
+                Address logprobs, int threads) {
   const puna::Batch batch{count,
                           at<const int64_t>(tokens),
                           at<const int64_t>(rows),
@@ -91,15 +102,19 @@ void forward(puna::Engine& engine, int64_t count, Address tokens, Address rows, 
                           wanted_count,
                           at<const int64_t>(wanted),
                           at<float>(logits)};
-  const puna::Draw draw{temperature, at<const int64_t>(seeds), at<int64_t>(drawn),
+  const puna::Draw draw{steps, eos, temperature, at<const int64_t>(seeds), at<int64_t>(drawn),
                         at<float>(logprobs)};
   check_range("tokens", batch.tokens, count, engine.vocab());
   check_range("rows", batch.rows, count, engine.rows());
   check_range("positions", batch.positions, count, engine.slots());
   check_range("wanted", batch.wanted, wanted_count, count);
+  if (steps < 1) throw std::invalid_argument("steps must be at least 1");
+  for (int64_t i = 0; i < wanted_count; ++i)
+    if (batch.positions[batch.wanted[i]] + steps > engine.slots())
+      throw std::invalid_argument("the cache has no room for " + std::to_string(steps) + " steps");
   threads = usable_threads(threads);
   py::gil_scoped_release released;
-  engine.forward(batch, drawn ? &draw : nullptr, threads);
+  return engine.forward(batch, drawn ? &draw : nullptr, threads);
 }
 
 void softmax_loss(const std::string& isa, int64_t rows, int64_t vocab, Address logits,
@@ -117,24 +132,16 @@ void softmax_loss(const std::string& isa, int64_t rows, int64_t vocab, Address l
   puna::softmax_loss_base(work, threads);
 }
 
-// A number that changes when any of `count` floats does: optimizers write to weights unseen by
-// torch's version counters. Eight chains keep up with the memory.
-uint64_t fingerprint(Address address, int64_t count) {
-  constexpr uint64_t prime = 0x9E3779B97F4A7C15ull;
-  const auto* values = at<const uint32_t>(address);
-  uint64_t chains[8] = {1, 2, 3, 4, 5, 6, 7, 8};
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16)
-    for (int c = 0; c < 8; ++c) {
-      uint64_t pair;
-      std::memcpy(&pair, values + i + 2 * c, sizeof pair);
-      chains[c] = (chains[c] ^ pair) * prime;
-      chains[c] ^= chains[c] >> 29;  // a product moves nothing downwards
-    }
-  for (; i < count; ++i) chains[i % 8] = (chains[i % 8] ^ values[i]) * prime;
-  uint64_t found = static_cast<uint64_t>(count);
-  for (const uint64_t chain : chains) found = (found ^ chain) * prime ^ (found >> 31);
-  return found;
+uint64_t fingerprint(const std::string& isa, Address address, int64_t count, int threads) {
+  const auto* values = at<const float>(address);
+  check_isa(isa);
+  threads = usable_threads(threads);
+  py::gil_scoped_release released;
+#if defined(__x86_64__)
+  if (isa == "avx512") return puna::fingerprint_avx512(values, count, threads);
+  if (isa == "avx2") return puna::fingerprint_avx2(values, count, threads);
+#endif
+  return puna::fingerprint_base(values, count, threads);
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ constexpr int W = PUNA_WIDTH;  // floats a vector
 
 typedef float vec __attribute__((vector_size(W * 4)));
 typedef int32_t ivec __attribute__((vector_size(W * 4)));
+typedef uint32_t uvec __attribute__((vector_size(W * 4)));
 
 inline vec load(const float* p) {
   vec v;
@@ -19,6 +20,34 @@ inline vec load(const float* p) {
 }
 
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+
+// W weights of two bytes: the upper halves of floats.
+inline vec load_bf16(const uint16_t* p) {
+  typedef uint16_t halves __attribute__((vector_size(W * 2)));
+  halves v;
+  std::memcpy(&v, p, sizeof v);
+  return (vec)(__builtin_convertvector(v, ivec) << 16);
+}
+
+// Sums of products of 4 bytes, 0 to 255, in each lane with 4 whole numbers of -127 to 127. `even`
+// holds the numbers that the bytes 0 and 2 meet as 16-bit halves, `odd` those of 1 and 3.
+inline ivec dot4(ivec sum, ivec bytes, int32_t even, int32_t odd) {
+  const ivec low = bytes & 0x00FF00FF, high = (ivec)((uvec)bytes >> 8) & 0x00FF00FF;
+#if PUNA_WIDTH == 16
+  const auto pairs = [](ivec a, int32_t b) {
+    return (ivec)_mm512_madd_epi16((__m512i)a, _mm512_set1_epi32(b));
+  };
+#elif PUNA_WIDTH == 8
+  const auto pairs = [](ivec a, int32_t b) {
+    return (ivec)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi32(b));
+  };
+#else
+  const auto pairs = [](ivec a, int32_t b) {
+    return (a & 0xFFFF) * static_cast<int16_t>(b) + (a >> 16) * (b >> 16);
+  };
+#endif
+  return sum + pairs(low, even) + pairs(high, odd);
+}
 
 inline vec all(float x) { return x - vec{}; }  // every lane: x (and no negative zero lost)
 

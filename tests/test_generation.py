@@ -154,13 +154,13 @@ def test_stream_is_generate(model, options):
 def test_stream_gives_each_token_as_it_is_drawn(model, backend, monkeypatch):
     passes = []
     handle = model.register_forward_hook(lambda *_: passes.append(1))
-    forward = native.Engine.forward
+    draw = native.Engine.draw
 
-    def counted(*args, **options):
-        passes.extend([1] if options else [])  # with seeds: a step; without: the prompt
-        return forward(*args, **options)
+    def counted(*args, seeds, **options):
+        passes.extend([1] * len(seeds))
+        return draw(*args, seeds=seeds, **options)
 
-    monkeypatch.setattr(native.Engine, "forward", counted)
+    monkeypatch.setattr(native.Engine, "draw", counted)
     try:
         tokens = stream(model, [1, 5], max_new_tokens=5, eos_id=None)
         for drawn in range(1, 4):

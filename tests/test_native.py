@@ -47,12 +47,115 @@ def feed(engine, sequences, starts=None):
     starts = starts or [0] * len(sequences)
     lengths = torch.tensor([len(s) for s in sequences])
     spans = zip(sequences, starts, strict=True)
-    return engine.forward(
+    return engine.logits(
         torch.tensor([t for s in sequences for t in s]),
         torch.arange(len(sequences)).repeat_interleave(lengths),
         torch.cat([torch.arange(a, a + len(s)) for s, a in spans]),
         lengths.cumsum(0) - 1,
-    ).logits
+    )
+
+
+def by_groups(rows):
+    """int8, 32 numbers to a scale: the largest magnitude of a group is 127."""
+    count, width = rows.shape
+    groups = torch.nn.functional.pad(rows, (0, -width % 32)).view(count, -1, 32)
+    scale = groups.abs().amax(-1, keepdim=True) / 127
+    whole = (groups / scale.clamp_min(1e-30)).round()
+    return (whole * scale).view(count, -1)[:, :width]
+
+
+def exact_in(model, tokens, weights):
+    """`exact` with the matrices, and of int8 what they multiply, as the format can hold them."""
+    rounding = by_groups if weights == "int8" else lambda w: w.bfloat16()
+    wide = Transformer(model.config).double()
+    wide.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    with torch.no_grad(), use_backend("reference"):
+        for module in wide.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.copy_(rounding(module.weight))
+                if weights == "int8":
+                    module.register_forward_pre_hook(lambda _, x: by_groups(x[0][0])[None])
+        hidden = wide(torch.tensor([tokens]))[0, -1:]
+        return wide.head_weight @ (by_groups(hidden) if weights == "int8" else hidden)[0]
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["avx512", "avx2", "base"])
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_formats_against_fp64_of_rounded_numbers(config, name, weights, threads):
+    if name not in instruction_sets(config.head_dim):
+        pytest.skip(f"no {name} for heads of {config.head_dim} on this machine")
+    model = build(config)
+    with torch.no_grad():
+        model.lm_head.weight[3] = 0  # groups without a scale
+    torch.manual_seed(1)
+    sequences = [torch.randint(config.vocab_size, (n,)).tolist() for n in (1, 30, 2, 17, 9)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        engine = Engine(model, name, weights=weights)
+        engine.reserve(5, 32)
+        found = feed(engine, sequences)
+        alone = feed(engine, sequences[1:2])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(alone[0], found[1])
+    # Where fp32 and fp64 lie on two sides of a half, a number is rounded the other way.
+    near = 1e-5 if weights == "bf16" else 7e-4
+    for row, sequence in enumerate(sequences):
+        truth = exact_in(model, sequence, weights)
+        torch.testing.assert_close(found[row].double(), truth, rtol=0, atol=near)
+    lost = (found[1].double() - exact(model, sequences[1])).abs().max()
+    assert 2 * near < lost, "nothing was rounded"
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_does_not_pass_for_a_number(weights, value):
+    model = build(SHAPES[0])
+    with torch.no_grad():
+        model.lm_head.weight[5, 3] = value
+    engine = Engine(model, weights=weights)
+    engine.reserve(1, 4)
+    logits = feed(engine, [[1, 2]])[0]
+    assert not logits[5].isfinite()
+    assert logits[torch.arange(97) != 5].isfinite().all()
+
+
+def test_formats_are_asked_for_by_name():
+    model = build(SHAPES[0])
+    assert engine_for(model, "int8") is engine_for(model, "int8") is not engine_for(model)
+    with pytest.raises(ValueError, match="'int4'; expected one of fp32, bf16, int8"):
+        engine_for(model, "int4")
+    with use_backend("reference"), pytest.raises(ValueError, match="int8 weights need the native"):
+        engine_for(model, "int8")
+    with pytest.raises(ValueError, match="bfloat16 on cpu, not float32"):
+        engine_for(model.bfloat16(), "int8")
+
+
+@settings(max_examples=20)
+@given(steps=st.integers(1, 12), rows=st.integers(1, 40), eos=st.integers(-1, 96))
+def test_steps_in_one_call_are_those_of_many(steps, rows, eos):
+    model = build(SHAPES[0], seed=7)
+    engine = Engine(model)
+    seeds = torch.arange(steps * rows).view(steps, rows) * 7919
+    numbers = torch.arange(rows)
+    start = numbers * 3 % 97, numbers, torch.zeros_like(numbers), numbers
+    options = dict(temperature=1.0, eos_id=None if eos < 0 else eos)
+    engine.reserve(rows, steps)
+    tokens, logprobs = engine.draw(*start, seeds=seeds, **options)
+    engine.reserve(rows, steps)
+    fed = start[0]
+    for step in range(len(tokens)):
+        place = torch.full_like(numbers, step)
+        one, score = engine.draw(
+            fed, numbers, place, numbers, seeds=seeds[step : step + 1], **options
+        )
+        assert torch.equal(one[0], tokens[step]) and torch.equal(score[0], logprobs[step])
+        fed = one[0]
+    ends = (tokens == eos).any(1)
+    assert not ends[:-1].any() and (len(tokens) == steps or ends[-1])
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=str)
@@ -213,7 +316,7 @@ def test_bad_input():
     engine.reserve(2, 8)
     one = torch.zeros(1, dtype=torch.int64)
     good = dict(tokens=one, rows=one, positions=one, wanted=one)
-    engine.forward(**good)
+    engine.logits(**good)
     cases = [
         ("tokens", one + 97, "tokens holds 97; expected 0 to 96"),
         ("tokens", one - 1, "tokens holds -1"),
@@ -223,16 +326,24 @@ def test_bad_input():
         ("rows", one.int(), r"rows is torch.int32 \(1,\)"),
         ("rows", torch.zeros(2, dtype=torch.int64), r"rows is torch.int64 \(2,\)"),
         ("positions", torch.zeros(2, 2, dtype=torch.int64)[:, 0], "positions is torch.int64"),
-        ("seeds", torch.zeros(4, dtype=torch.int64)[::2][:1].int(), "seeds is torch.int32"),
     ]
     for name, value, message in cases:
         with pytest.raises(ValueError, match=message):
-            engine.forward(**{**good, name: value})
-    with pytest.raises(ValueError, match="temperature nan must be >= 0"):
-        engine.forward(**good, seeds=one, temperature=float("nan"))
+            engine.logits(**{**good, name: value})
+    seeds = torch.zeros(8, 1, dtype=torch.int64)
+    engine.draw(**good, seeds=seeds, temperature=1.0)
+    for value, temperature, message in [
+        (seeds.int(), 1.0, r"seeds is torch.int32 \(8, 1\)"),
+        (seeds.expand(8, 2), 1.0, r"expected a contiguous int64 \(8, 1\)"),
+        (seeds, float("nan"), "temperature nan must be >= 0"),
+        (seeds.new_zeros(9, 1), 1.0, "the cache has no room for 9 steps"),
+        (seeds[:0], 1.0, "steps must be at least 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            engine.draw(**good, seeds=value, temperature=temperature)
     empty = torch.zeros(0, dtype=torch.int64)
     with pytest.raises(ValueError, match="wanted holds 0; expected 0 to -1"):
-        engine.forward(empty, empty, empty, one)
+        engine.logits(empty, empty, empty, one)
     with pytest.raises(ValueError, match="cannot copy 9 tokens"):
         engine.copy_row(0, 1, 9)
 
