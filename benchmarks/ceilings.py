@@ -8,7 +8,7 @@ import torch
 from puna.benchmarks.timing import best_seconds
 from puna.core.config import ModelConfig
 
-CHUNKS = (256, 1024)  # rows of the head's products at once, besides all of them
+CHUNKS = (256, 512, 1024)  # rows of the head's products at once, besides all of them
 
 
 class Linears(NamedTuple):
