@@ -59,13 +59,15 @@ def take_turns(
     return {variant: timings[" ".join(variant)] for variant in answers}
 
 
-def limit(config: ModelConfig, ceilings: Ceilings, batch: int, positions: float) -> float:
+def limit(
+    config: ModelConfig, ceilings: Ceilings, batch: int, positions: float, stored: float = 4.0
+) -> float:
     """Tokens a second if a step took only its matrix products or only its reading, whichever
-    is longer: each step reads all weights once, and every row's keys and values so far, those
-    of `positions` tokens in the mean."""
+    is longer: each step reads all weights once, `stored` bytes each, and every row's fp32 keys
+    and values so far, those of `positions` tokens in the mean."""
     parameters = multiplied_parameters(config)
     cached = 2 * config.n_layers * config.n_kv_heads * config.head_dim * positions
-    reading = 4 * (parameters + batch * cached) / ceilings.read
+    reading = (stored * parameters + 4 * batch * cached) / ceilings.read
     computing = 2 * batch * parameters / ceilings.matmul
     return batch / max(reading, computing)
 

@@ -1,8 +1,9 @@
 """Rollout speed: many prompts whose answers end at different places, as in RLHF.
 
 Answer lengths are fixed in advance from a geometric distribution, so that every provider writes
-as many tokens. "puna" refills a slot as its answer ends; "puna-static" is generation without the
-native engine, which finishes a batch before it begins the next. Were a step's time the same for
+as many tokens. "puna" refills a slot as its answer ends; "puna-no-refill" is the same engine, 32
+prompts at a time; "puna-static" is generation without the native engine, which finishes a batch
+before it begins the next. All three leave out rows that have ended. Were a step's time the same for
 one row as for many, refilling alone would win `ideal_gain`; on a CPU it nearly grows with the rows.
 """
 
@@ -43,8 +44,9 @@ def bench_rollout(models: Models, rounds: int) -> list[Row]:
     ids = prompts.tolist()
     print(f"rollout, {models.shape}: full slots could at best win {ideal_gain(lengths):.1f} times")
     work = {
-        "puna": lambda: sample(models, ids, lengths, "native"),
-        "puna-static": lambda: sample(models, ids, lengths, "reference"),
+        "puna": lambda: sample(models, ids, lengths, "native", PROMPTS),
+        "puna-no-refill": lambda: sample(models, ids, lengths, "native", SLOTS),
+        "puna-static": lambda: sample(models, ids, lengths, "reference", PROMPTS),
     }
     bound = limit(models.config, models.ceilings, SLOTS, PROMPT + MEAN)
     return rows(
@@ -56,11 +58,20 @@ def bench_rollout(models: Models, rounds: int) -> list[Row]:
 
 
 @torch.inference_mode()
-def sample(models: Models, prompts: list[list[int]], lengths: list[int], backend: str) -> None:
-    """Answers at temperature 1, `SLOTS` at once. RuntimeError unless as long as asked."""
+def sample(
+    models: Models, prompts: list[list[int]], lengths: list[int], backend: str, at_once: int
+) -> None:
+    """Answers at temperature 1, `SLOTS` side by side; of `at_once` prompts before the next are
+    begun. RuntimeError unless they are as long as asked."""
     numbers = torch.arange(len(prompts))
     keys = row_keys(0, 0, numbers, torch.zeros_like(numbers))
-    with use_backend(backend):
-        found = complete(models.puna, prompts, keys, lengths, Sampler(), None, SLOTS)
-    if [len(completion.tokens) for completion in found] != lengths:
+    written: list[int] = []
+    for start in range(0, len(prompts), at_once):
+        some = slice(start, start + at_once)
+        with use_backend(backend):
+            found = complete(
+                models.puna, prompts[some], keys[some], lengths[some], Sampler(), None, SLOTS
+            )
+        written += [len(completion.tokens) for completion in found]
+    if written != lengths:
         raise RuntimeError(f"{backend} wrote too little; run `make test`")

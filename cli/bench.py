@@ -8,6 +8,7 @@ import torch
 from puna.benchmarks.decode_peers import check_llama2c
 from puna.benchmarks.kernels import run_kernels
 from puna.benchmarks.suite import run_suite
+from puna.benchmarks.weights import bench_weights
 
 
 @dataclass(kw_only=True)
@@ -45,6 +46,19 @@ class KernelBenchConfig(BenchConfig):
     """only these, rms_norm or attention for example; none given: all"""
 
 
+@dataclass(kw_only=True)
+class WeightsBenchConfig(BenchConfig):
+    """What bf16 and int8 weights cost a model and what they win: loss on a text and tokens a
+    second, as a table, and as the last line one JSON document."""
+
+    model: Path
+    """a model folder (ours or Hugging Face's) or a llama2.c .bin"""
+    text: Path
+    """a text file of the kind that the model knows"""
+    tokenizer: Path | None = None
+    """tokenizer.model, where the model's folder has none"""
+
+
 def run(config: DecodeBenchConfig) -> None:
     """Training, generation and decoding. Raises ValueError for settings that cannot be measured."""
     measure(config, "all")
@@ -65,6 +79,22 @@ def decode(config: DecodeBenchConfig) -> None:
     if config.device.startswith("cuda"):
         raise ValueError("decoding is compared on the CPU; use --device cpu")
     measure(config, "decode")
+
+
+def weights(config: WeightsBenchConfig) -> None:
+    """The rows of rounded weights: what they cost a trained model and what they win."""
+    if config.device != "cpu":
+        raise ValueError("rounded weights are read on the CPU; use --device cpu")
+    prepare(config)
+    bench_weights(
+        config.model,
+        config.text,
+        config.tokenizer,
+        rounds=config.rounds,
+        command=f"puna bench weights --model {config.model.name} --text {config.text.name} "
+        f"--rounds {config.rounds}",
+        save=config.save,
+    )
 
 
 def rollout(config: BenchConfig) -> None:

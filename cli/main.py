@@ -47,6 +47,9 @@ VERBS = {
     ),
     "bench generate": Verb("puna.cli.bench", "BenchConfig", "of generation only", "generate"),
     "bench decode": Verb("puna.cli.bench", "DecodeBenchConfig", "of decoding one row", "decode"),
+    "bench weights": Verb(
+        "puna.cli.bench", "WeightsBenchConfig", "of bf16 and int8 weights", "weights"
+    ),
     "bench rollout": Verb("puna.cli.bench", "BenchConfig", "of rollouts only", "rollout"),
 }
 

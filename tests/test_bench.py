@@ -49,20 +49,22 @@ def test_the_last_line_is_the_document(tiny, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "RESULTS", tmp_path)
     suite.run_suite("all", rounds=2, device=CPU, command="puna bench", save=True)
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    work = [(row["bench"], row["batch"], row["provider"]) for row in document["rows"]]
+    work = [(row["bench"], row["batch"], row["provider"], row["dtype"]) for row in document["rows"]]
+    rounded = [] if extension() is None else ["bf16", "int8"]
     assert work == [
-        ("generate", 1, "puna"),
-        ("generate", 1, "transformers"),
-        ("generate", 3, "puna"),
-        ("generate", 3, "transformers"),
-        ("decode", 1, "puna"),
-        ("train", 2, "puna"),
-        ("train", 2, "transformers"),
+        ("generate", 1, "puna", "fp32"),
+        ("generate", 1, "transformers", "fp32"),
+        ("generate", 3, "puna", "fp32"),
+        ("generate", 3, "transformers", "fp32"),
+        ("decode", 1, "puna", "fp32"),
+        *(("decode", 1, "puna", dtype) for dtype in rounded),
+        ("train", 2, "puna", "fp32"),
+        ("train", 2, "transformers", "fp32"),
     ]
     for row in document["rows"]:
         assert 0 < row["p20"] <= row["value"] <= row["p80"]
         assert row["limit"] > 0
-        assert row["unit"] == "tok/s" and row["dtype"] == "fp32" and row["shape"] == "tiny"
+        assert row["unit"] == "tok/s" and row["shape"] == "tiny"
         if row["bench"] == "train":
             assert row["peak_mb"] == len(row["provider"])  # of a fresh process each
     (written,) = tmp_path.rglob("all.json")
@@ -166,7 +168,7 @@ def test_rollouts_beside_static_batches(tiny, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(rollout, "PROMPT", 4)
     rows = rollout.bench_rollout(open_models("tiny", tmp_path, CPU), rounds=1)
     lengths = rollout.answer_lengths(7, TINY.context - 4)
-    assert [row["provider"] for row in rows] == ["puna", "puna-static"]
+    assert [row["provider"] for row in rows] == ["puna", "puna-no-refill", "puna-static"]
     assert all(row["value"] > 0 and row["batch"] == 3 for row in rows)
     batches = [lengths[:3], lengths[3:6], lengths[6:]]
     ideal = sum(max(batch) for batch in batches) * 3 / sum(lengths)
