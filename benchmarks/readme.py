@@ -10,33 +10,48 @@ BEGIN, END = "<!-- results: python -m puna.benchmarks.readme -->\n", "<!-- end o
 README = RESULTS.parents[1] / "README.md"
 
 
+DOCUMENTS = ("all", "rollout")  # what README.md shows of each machine
+
+
 def table(document: dict[str, Any]) -> str:
-    """One line a piece of work: Puna, its peer, and how they compare."""
+    """One line a piece of work: Puna's rate, its share of the limit, and how its peers compare."""
     card = document["machine"]
     work: dict[tuple[str, str, int, str], dict[str, Any]] = {}
     for row in document["rows"]:
         done = row["bench"], row["shape"], row["batch"], row["dtype"]
         work.setdefault(done, {})[row["provider"]] = row
+    peers = [name for name in {row["provider"]: None for row in document["rows"]} if name != "puna"]
     lines = [
-        f"{card['processor']}, {card['threads']} threads, fp32, torch {card['torch']}, "
+        f"{card['processor']}, {card['threads']} threads, torch {card['torch']}, "
         f"transformers {card['transformers']}: `{document['command']}`",
         "",
-        "| work | shape | batch | Puna, tok/s | transformers, tok/s | times |",
-        "|---|---|---|---|---|---|",
+        "| " + " | ".join(["work, shape, batch", "weights", "Puna", "of limit", *peers]) + " |",
+        "|---|---|" + "---:|" * (2 + len(peers)),
     ]
-    for (bench, shape, batch, _), rows in work.items():
-        if {"puna", "transformers"} <= rows.keys():
-            ours, theirs = rows["puna"]["value"], rows["transformers"]["value"]
-            lines.append(
-                f"| {bench} | {shape} | {batch} | {ours:,.0f} | {theirs:,.0f} | "
-                f"{ours / theirs:.2f} |"
-            )
+    for (bench, shape, batch, dtype), rows in work.items():
+        ours = rows["puna"]
+        cells = [f"{bench}, {shape}, {batch}", dtype, f"{ours['value']:,.0f}"]
+        cells.append(f"{ours['value'] / ours['limit']:.0%}")
+        cells += [compared(ours, rows.get(name)) for name in peers]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def compared(ours: dict[str, Any], theirs: dict[str, Any] | None) -> str:
+    """A peer's rate, and how many times that Puna reaches."""
+    if theirs is None:
+        return ""
+    return f"{theirs['value']:,.0f} ({ours['value'] / theirs['value']:.2f}x)"
 
 
 def page(readme: str) -> str:
     """README.md's text with the tables of all results in place of the old ones."""
-    documents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/all.json"))]
+    documents = [
+        json.loads((machine / f"{name}.json").read_text())
+        for machine in sorted(RESULTS.iterdir())
+        for name in DOCUMENTS
+        if (machine / f"{name}.json").exists()
+    ]
     before, rest = readme.split(BEGIN)
     after = rest.split(END)[1]
     return before + BEGIN + "\n".join(map(table, documents)) + END + after

@@ -66,9 +66,4 @@ class Engine {
   virtual int64_t slots() const = 0;
 };
 
-// Narrow instruction sets can serve what wide ones cannot: the head size is cut into whole vectors.
-std::unique_ptr<Engine> make_engine_avx512(const Shape&, const Weights&);
-std::unique_ptr<Engine> make_engine_avx2(const Shape&, const Weights&);
-std::unique_ptr<Engine> make_engine_base(const Shape&, const Weights&);
-
 }  // namespace puna

@@ -1,6 +1,5 @@
 // As fast as the memory, for weights are read again before every generation: optimizers write to
 // them unseen by torch's version counters.
-#include "fingerprint.h"
 #include "simd.h"
 #include "standard.h"
 

@@ -15,8 +15,4 @@ struct SoftmaxLoss {
   float* losses;          // (rows), not weighted
 };
 
-void softmax_loss_avx512(const SoftmaxLoss&, int threads);
-void softmax_loss_avx2(const SoftmaxLoss&, int threads);
-void softmax_loss_base(const SoftmaxLoss&, int threads);
-
 }  // namespace puna

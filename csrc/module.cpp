@@ -4,23 +4,13 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
-#include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
-#include "engine.h"
-#include "fingerprint.h"
-#include "losses.h"
+#include "bind.h"
 
-namespace py = pybind11;
-using Address = std::uintptr_t;
-
-namespace {
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
+namespace puna {
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> found;
@@ -35,45 +25,44 @@ std::vector<std::string> instruction_sets() {
   return found;
 }
 
-void check_isa(const std::string& isa) {
+const Operations& operations(const std::string& isa) {
   static const std::vector<std::string> found = instruction_sets();
-  for (const auto& name : found)
-    if (name == isa) return;
+  for (const auto& name : found) {
+    if (name != isa) continue;
+#if defined(__x86_64__)
+    if (isa == "avx512") return operations_avx512();
+    if (isa == "avx2") return operations_avx2();
+#endif
+    return operations_base();
+  }
   throw std::invalid_argument("this machine has no " + isa);
 }
 
-puna::Format format_called(const std::string& name) {
-  if (name == "fp32") return puna::Format::fp32;
-  if (name == "bf16") return puna::Format::bf16;
-  if (name == "int8") return puna::Format::int8;
+Format format_called(const std::string& name) {
+  if (name == "fp32") return Format::fp32;
+  if (name == "bf16") return Format::bf16;
+  if (name == "int8") return Format::int8;
   throw std::invalid_argument("weights are fp32, bf16 or int8, not " + name);
 }
 
-std::unique_ptr<puna::Engine> make_engine(const std::string& isa, const std::string& format,
-                                          const py::dict& shape, const py::dict& weights,
-                                          const py::list& layers) {
+std::unique_ptr<Engine> make_engine(const std::string& isa, const std::string& format,
+                                    const py::dict& shape, const py::dict& weights,
+                                    const py::list& layers) {
   const auto size = [&](const char* name) { return shape[name].cast<int64_t>(); };
-  const puna::Shape s{size("layers"),   size("dim"), size("heads"), size("kv_heads"),
-                      size("head_dim"), size("ffn"), size("vocab"),
-                      shape["eps"].cast<float>()};
+  const Shape s{size("layers"),   size("dim"), size("heads"), size("kv_heads"),
+                size("head_dim"), size("ffn"), size("vocab"), shape["eps"].cast<float>()};
   const auto tensor = [](const py::dict& from, const char* name) {
     return at<const float>(from[name].cast<Address>());
   };
-  puna::Weights w{tensor(weights, "embedding"), tensor(weights, "head"), tensor(weights, "norm"),
-                  tensor(weights, "cos"),       tensor(weights, "sin"),  {},
-                  format_called(format)};
+  Weights w{tensor(weights, "embedding"), tensor(weights, "head"), tensor(weights, "norm"),
+            tensor(weights, "cos"),       tensor(weights, "sin"),  {}, format_called(format)};
   for (const auto& item : layers) {
     const auto one = item.cast<py::dict>();
     w.layers.push_back({tensor(one, "q"), tensor(one, "k"), tensor(one, "v"), tensor(one, "o"),
                         tensor(one, "gate"), tensor(one, "up"), tensor(one, "down"),
                         tensor(one, "attention_norm"), tensor(one, "ffn_norm")});
   }
-  check_isa(isa);
-#if defined(__x86_64__)
-  if (isa == "avx512") return puna::make_engine_avx512(s, w);
-  if (isa == "avx2") return puna::make_engine_avx2(s, w);
-#endif
-  return puna::make_engine_base(s, w);
+  return operations(isa).make_engine(s, w);
 }
 
 // A forked child has none of the threads that OpenMP waits for: there, one thread does it all.
@@ -91,18 +80,18 @@ void check_range(const char* name, const int64_t* values, int64_t count, int64_t
                                   "; expected 0 to " + std::to_string(limit - 1));
 }
 
-int64_t forward(puna::Engine& engine, int64_t count, Address tokens, Address rows,
+int64_t forward(Engine& engine, int64_t count, Address tokens, Address rows,
                 Address positions, int64_t wanted_count, Address wanted, Address logits,
                 int64_t steps, int64_t eos, float temperature, Address seeds, Address drawn,
                 Address logprobs, int threads) {
-  const puna::Batch batch{count,
+  const Batch batch{count,
                           at<const int64_t>(tokens),
                           at<const int64_t>(rows),
                           at<const int64_t>(positions),
                           wanted_count,
                           at<const int64_t>(wanted),
                           at<float>(logits)};
-  const puna::Draw draw{steps, eos, temperature, at<const int64_t>(seeds), at<int64_t>(drawn),
+  const Draw draw{steps, eos, temperature, at<const int64_t>(seeds), at<int64_t>(drawn),
                         at<float>(logprobs)};
   check_range("tokens", batch.tokens, count, engine.vocab());
   check_range("rows", batch.rows, count, engine.rows());
@@ -119,42 +108,36 @@ int64_t forward(puna::Engine& engine, int64_t count, Address tokens, Address row
 
 void softmax_loss(const std::string& isa, int64_t rows, int64_t vocab, Address logits,
                   Address labels, Address scale, float z_loss, Address losses, int threads) {
-  const puna::SoftmaxLoss work{rows,   vocab, at<float>(logits), at<const int64_t>(labels),
+  const SoftmaxLoss work{rows,   vocab, at<float>(logits), at<const int64_t>(labels),
                                at<const float>(scale), z_loss, at<float>(losses)};
-  check_isa(isa);
+  const Operations& native = operations(isa);
   check_range("targets", work.labels, rows, vocab);
   threads = usable_threads(threads);
   py::gil_scoped_release released;
-#if defined(__x86_64__)
-  if (isa == "avx512") return puna::softmax_loss_avx512(work, threads);
-  if (isa == "avx2") return puna::softmax_loss_avx2(work, threads);
-#endif
-  puna::softmax_loss_base(work, threads);
+  native.softmax_loss(work, threads);
 }
 
 uint64_t fingerprint(const std::string& isa, Address address, int64_t count, int threads) {
-  const auto* values = at<const float>(address);
-  check_isa(isa);
+  const Operations& native = operations(isa);
   threads = usable_threads(threads);
   py::gil_scoped_release released;
-#if defined(__x86_64__)
-  if (isa == "avx512") return puna::fingerprint_avx512(values, count, threads);
-  if (isa == "avx2") return puna::fingerprint_avx2(values, count, threads);
-#endif
-  return puna::fingerprint_base(values, count, threads);
+  return native.fingerprint(at<const float>(address), count, threads);
 }
 
-}  // namespace
+}  // namespace puna
+
+namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
-  m.def("instruction_sets", &instruction_sets, "What this machine can run, best first.");
-  m.def("fingerprint", &fingerprint);
-  m.def("softmax_loss", &softmax_loss);
-  m.def("make_engine", &make_engine);
+  m.def("instruction_sets", &puna::instruction_sets, "What this machine can run, best first.");
+  m.def("fingerprint", &puna::fingerprint);
+  m.def("softmax_loss", &puna::softmax_loss);
+  m.def("make_engine", &puna::make_engine);
   py::class_<puna::Engine>(m, "Engine")
       .def("reserve", &puna::Engine::reserve)
       .def("copy_row", &puna::Engine::copy_row)
-      .def("forward", &forward)
+      .def("forward", &puna::forward)
       .def_property_readonly("rows", &puna::Engine::rows)
       .def_property_readonly("slots", &puna::Engine::slots);
+  puna::bind_elementwise(m);
 }

@@ -1,0 +1,7 @@
+#include "bind.h"
+
+namespace puna {
+
+void bind_elementwise(py::module_&) {}
+
+}  // namespace puna

@@ -1,0 +1,24 @@
+// Everything that is compiled once for each instruction set.
+#pragma once
+
+#include <memory>
+
+#include "elementwise.h"
+#include "engine.h"
+#include "losses.h"
+
+namespace puna {
+
+struct Operations {
+  std::unique_ptr<Engine> (*make_engine)(const Shape&, const Weights&);
+  void (*softmax_loss)(const SoftmaxLoss&, int threads);
+  // A number that changes when any of `count` floats does.
+  uint64_t (*fingerprint)(const float* values, int64_t count, int threads);
+  Elementwise elementwise;
+};
+
+const Operations& operations_avx512();
+const Operations& operations_avx2();
+const Operations& operations_base();
+
+}  // namespace puna

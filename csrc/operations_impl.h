@@ -1,0 +1,16 @@
+// All of it, for one instruction set: what an isa_*.cpp includes.
+#include "elementwise_impl.h"
+#include "engine_impl.h"
+#include "fingerprint_impl.h"
+#include "losses_impl.h"
+#include "operations.h"
+
+namespace PUNA_ISA {
+
+inline std::unique_ptr<puna::Engine> make_engine(const Shape& shape, const Weights& weights) {
+  return std::make_unique<Llama>(shape, weights);
+}
+
+constexpr puna::Operations operations{make_engine, softmax_loss, fingerprint, elementwise};
+
+}  // namespace PUNA_ISA
