@@ -8,6 +8,8 @@ import torch  # noqa: F401  before the extension: both then share torch's OpenMP
 
 log = logging.getLogger("puna")
 
+WIDTHS = {"avx512": 16, "avx2": 8, "base": 4}  # instruction sets: floats a vector
+
 
 @functools.cache
 def extension() -> ModuleType | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from puna.core import ops
-from puna.core.extension import extension
+from puna.core.extension import WIDTHS, extension
 from puna.core.model import Block, Transformer
 
 log = logging.getLogger("puna")
@@ -147,7 +147,6 @@ class Engine:
         )  # fmt: skip
 
 
-WIDTHS = {"avx512": 16, "avx2": 8, "base": 4}  # floats a vector
 HEAD_VECTORS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)  # head sizes the engine has code for, in vectors
 
 

@@ -24,6 +24,7 @@ const Operations& operations(const std::string& isa);
 // How many threads may be used of those asked for, at least 1.
 int usable_threads(int threads);
 
+void bind_attention(py::module_& m);
 void bind_elementwise(py::module_& m);
 
 }  // namespace puna

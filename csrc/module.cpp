@@ -139,5 +139,6 @@ PYBIND11_MODULE(_C, m) {
       .def("forward", &puna::forward)
       .def_property_readonly("rows", &puna::Engine::rows)
       .def_property_readonly("slots", &puna::Engine::slots);
+  puna::bind_attention(m);
   puna::bind_elementwise(m);
 }

@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "attention.h"
 #include "elementwise.h"
 #include "engine.h"
 #include "losses.h"
@@ -14,6 +15,8 @@ struct Operations {
   void (*softmax_loss)(const SoftmaxLoss&, int threads);
   // A number that changes when any of `count` floats does.
   uint64_t (*fingerprint)(const float* values, int64_t count, int threads);
+  void (*attention)(const Attention&, int threads);
+  void (*attention_backward)(const AttentionBackward&, int threads);
   Elementwise elementwise;
 };
 

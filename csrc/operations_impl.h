@@ -1,4 +1,5 @@
 // All of it, for one instruction set: what an isa_*.cpp includes.
+#include "attention_impl.h"
 #include "elementwise_impl.h"
 #include "engine_impl.h"
 #include "fingerprint_impl.h"
@@ -11,6 +12,7 @@ inline std::unique_ptr<puna::Engine> make_engine(const Shape& shape, const Weigh
   return std::make_unique<Llama>(shape, weights);
 }
 
-constexpr puna::Operations operations{make_engine, softmax_loss, fingerprint, elementwise};
+constexpr puna::Operations operations{make_engine, softmax_loss,       fingerprint,
+                                      attention,   attention_backward, elementwise};
 
 }  // namespace PUNA_ISA

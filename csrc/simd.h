@@ -55,8 +55,9 @@ inline vec select(ivec where, vec yes, vec no) {
   return (vec)(((ivec)yes & where) | ((ivec)no & ~where));
 }
 
-inline vec max(vec a, vec b) { return select(a > b, a, b); }
-inline vec min(vec a, vec b) { return select(a < b, a, b); }
+// Of NaN and a number: the first one given.
+inline vec max(vec a, vec b) { return select(b > a, b, a); }
+inline vec min(vec a, vec b) { return select(b < a, b, a); }
 
 inline float sum(vec v) {
   float total = 0.0f;

@@ -1,0 +1,117 @@
+"""`attention` in native code, forward and backward, for fp32 on the CPU.
+
+Each segment of a packed batch is a piece of work of its own: nothing is padded, and what is kept
+for the backward is q, k, v, the result and one number a token and head.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from puna.core.extension import WIDTHS, extension
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float | None
+) -> Tensor:
+    """As `kernels.attention`, for what `fits`."""
+    rows, tokens = q.shape[:2]
+    cuts = torch.arange(rows + 1) * tokens if cu_seqlens is None else cu_seqlens.long()
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    return _Attention.apply(q, k, v, cuts.contiguous(), scale)
+
+
+def fits(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float | None) -> bool:
+    """Whether native code can do it. Mistakes do not fit: the kernels explain them."""
+    return (
+        q.device.type == k.device.type == v.device.type == "cpu"
+        and q.dtype == k.dtype == v.dtype == torch.float32
+        and q.dim() == 4
+        and k.shape == v.shape
+        and q.shape[:2] == k.shape[:2]
+        and q.shape[3] == k.shape[3]
+        and k.shape[2] > 0
+        and q.shape[2] % k.shape[2] == 0
+        and q.shape[3] > 0
+        and (scale is None or scale > 0)
+        and (cu_seqlens is None or _covers(cu_seqlens, *q.shape[:2]))
+        and _instructions(q.shape[3]) is not None
+    )
+
+
+def _covers(cu_seqlens: Tensor, rows: int, tokens: int) -> bool:
+    """Cuts from 0 to B*T that do not fall, one of them wherever a row begins."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        return False
+    if cu_seqlens.device.type != "cpu" or len(cu_seqlens) < 2 or rows * tokens == 0:
+        return False
+    cuts = cu_seqlens.tolist()
+    return (
+        cuts[0] == 0
+        and cuts[-1] == rows * tokens
+        and all(a <= b for a, b in zip(cuts, cuts[1:], strict=False))
+        and set(cuts).issuperset(range(0, rows * tokens, tokens))
+    )
+
+
+def _instructions(head_dim: int) -> str | None:
+    """The best instruction set of this machine that cuts a head into whole vectors."""
+    native = extension()
+    for name in native.instruction_sets() if native else ():
+        if head_dim % WIDTHS[name] == 0:
+            return name
+    return None
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cuts, scale):
+        q, k, v = map(_by_token, (q, k, v))
+        out = torch.empty(q.shape)
+        lse = torch.empty(q.shape[:3])
+        native = extension()
+        assert native is not None
+        instructions = _instructions(q.shape[3])
+        native.attention(
+            instructions,
+            _described(native, q, k, v, cuts, scale, out, lse),
+            torch.get_num_threads(),
+        )
+        ctx.save_for_backward(q, k, v, cuts, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        q, k, v, cuts, out, lse = ctx.saved_tensors
+        native = extension()
+        d_out = _by_token(d_out)
+        dq, dk, dv = torch.empty(q.shape), torch.empty(k.shape), torch.empty(v.shape)
+        native.attention_backward(
+            _instructions(q.shape[3]),
+            _described(native, q, k, v, cuts, ctx.scale, out, lse),
+            d_out.data_ptr(), d_out.stride(1),
+            dq.data_ptr(), dk.data_ptr(), dv.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return dq, dk, dv, None, None
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """x (B, T, H, D) with dense heads and one stride from any token to the next."""
+    dense = x.stride(3) == 1 and x.stride(2) == x.shape[3]
+    return x if dense and x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous()
+
+
+def _described(
+    native: Any, q: Tensor, k: Tensor, v: Tensor, cuts: Tensor, scale: float, out: Tensor,
+    lse: Tensor,
+) -> Any:  # fmt: skip
+    return native.Attention(
+        q.shape[2], k.shape[2], q.shape[3], len(cuts) - 1, cuts.data_ptr(), scale,
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(1), k.stride(1), v.stride(1),
+        out.data_ptr(), lse.data_ptr(),
+    )  # fmt: skip
