@@ -182,6 +182,38 @@ def test_against_fp64(config, name, threads):
         torch.testing.assert_close(again[row].double(), truth, rtol=0, atol=1e-5)
 
 
+@settings(max_examples=60)
+@given(
+    head_dim=st.sampled_from([4, 8, 12, 16, 20, 32, 48, 64]),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    ffn=st.integers(1, 70),
+    vocabulary=st.integers(1, 150),
+    lengths=st.lists(st.integers(1, 24), min_size=1, max_size=30),
+    weights=st.sampled_from(["fp32", "bf16", "int8"]),
+    threads=st.integers(1, 4),
+    data=st.data(),
+)
+def test_any_shape(head_dim, kv_heads, group, ffn, vocabulary, lengths, weights, threads, data):
+    heads = kv_heads * group
+    config = ModelConfig(heads * head_dim, 1, heads, kv_heads, ffn, vocabulary, context=24)
+    model = build(config)
+    name = data.draw(st.sampled_from(instruction_sets(head_dim)))
+    sequences = [torch.randint(vocabulary, (n,)).tolist() for n in lengths]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        engine = Engine(model, name, weights=weights)
+        engine.reserve(len(lengths), 24)
+        found = feed(engine, sequences)
+    finally:
+        torch.set_num_threads(before)
+    pick = data.draw(st.integers(0, len(lengths) - 1))
+    truth = exact(model, sequences[pick])
+    rounding = {"fp32": 1e-5, "bf16": 0.02, "int8": 0.05}[weights]
+    torch.testing.assert_close(found[pick].double(), truth, rtol=0, atol=rounding)
+
+
 @settings(max_examples=30)
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=40), seed=st.integers(0, 99))
 def test_a_row_does_not_depend_on_its_neighbours(lengths, seed):
