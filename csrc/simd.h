@@ -51,12 +51,10 @@ inline ivec dot4(ivec sum, ivec bytes, int32_t even, int32_t odd) {
 
 inline vec all(float x) { return x - vec{}; }  // every lane: x (and no negative zero lost)
 
-inline vec select(ivec where, vec yes, vec no) {
-  return (vec)(((ivec)yes & where) | ((ivec)no & ~where));
-}
+inline vec select(ivec where, vec yes, vec no) { return where ? yes : no; }
 
-inline vec max(vec a, vec b) { return select(a > b, a, b); }
-inline vec min(vec a, vec b) { return select(a < b, a, b); }
+inline vec max(vec a, vec b) { return a > b ? a : b; }
+inline vec min(vec a, vec b) { return a < b ? a : b; }
 
 inline float sum(vec v) {
   float total = 0.0f;
