@@ -36,7 +36,7 @@ sanitize: $(READY)
 		$$($(BIN)/python -m pybind11 --includes) csrc/*.cpp -o $(SANITIZED)/puna/core/_C$$($(BIN)/python \
 		-c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/test_native.py tests/test_native_loss.py
+		ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/test_native.py tests/test_native_*.py
 
 # Mypy does not see through an editable install, so it reads the rooms through links.
 lint: $(READY)
