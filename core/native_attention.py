@@ -8,25 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from puna.core.extension import WIDTHS, extension
-
-
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float | None
-) -> Tensor:
-    """As `kernels.attention`, for what `fits`."""
-    rows, tokens = q.shape[:2]
-    cuts = torch.arange(rows + 1) * tokens if cu_seqlens is None else cu_seqlens.long()
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    return _Attention.apply(q, k, v, cuts.contiguous(), scale)
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float | None) -> bool:
     """Whether native code can do it. Mistakes do not fit: the kernels explain them."""
     return (
-        q.device.type == k.device.type == v.device.type == "cpu"
+        all(type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu for x in (q, k, v))
         and q.dtype == k.dtype == v.dtype == torch.float32
         and q.dim() == 4
         and k.shape == v.shape
@@ -65,39 +54,49 @@ def _instructions(head_dim: int) -> str | None:
     return None
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, cuts, scale):
-        q, k, v = map(_by_token, (q, k, v))
-        out = torch.empty(q.shape)
-        lse = torch.empty(q.shape[:3])
-        native = extension()
-        assert native is not None
-        instructions = _instructions(q.shape[3])
-        native.attention(
-            instructions,
-            _described(native, q, k, v, cuts, scale, out, lse),
-            torch.get_num_threads(),
-        )
-        ctx.save_for_backward(q, k, v, cuts, out, lse)
-        ctx.scale = scale
-        return out
+def cuts(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Where segments begin and end (S+1,) int64; without `cu_seqlens` a row is one segment."""
+    if cu_seqlens is None:
+        return torch.arange(q.shape[0] + 1) * q.shape[1]
+    return cu_seqlens.long().contiguous()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out):
-        q, k, v, cuts, out, lse = ctx.saved_tensors
-        native = extension()
-        d_out = _by_token(d_out)
-        dq, dk, dv = torch.empty(q.shape), torch.empty(k.shape), torch.empty(v.shape)
-        native.attention_backward(
-            _instructions(q.shape[3]),
-            _described(native, q, k, v, cuts, ctx.scale, out, lse),
-            d_out.data_ptr(), d_out.stride(1),
-            dq.data_ptr(), dk.data_ptr(), dv.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
-        return dq, dk, dv, None, None
+
+def attention(q: Tensor, k: Tensor, v: Tensor, cuts: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(out (B, T, H, D), log of the sum of e^score (B, T, H)) of what `fits`."""
+    q, k, v = map(_by_token, (q, k, v))
+    out, lse = torch.empty(q.shape), torch.empty(q.shape[:3])
+    native = extension()
+    assert native is not None
+    native.attention(
+        _instructions(q.shape[3]),
+        _described(native, q, k, v, cuts, scale, out, lse),
+        torch.get_num_threads(),
+    )
+    return out, lse
+
+
+def attention_gradient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cuts: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv), the same bits with any number of threads."""
+    q, k, v, d_out = map(_by_token, (q, k, v, d_out))
+    dq, dk, dv = torch.empty(q.shape), torch.empty(k.shape), torch.empty(v.shape)
+    native = extension()
+    assert native is not None
+    native.attention_backward(
+        _instructions(q.shape[3]),
+        _described(native, q, k, v, cuts, scale, out, lse),
+        d_out.data_ptr(), d_out.stride(1), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return dq, dk, dv
 
 
 def _by_token(x: Tensor) -> Tensor:

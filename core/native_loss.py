@@ -7,7 +7,6 @@ fresh chunk of memory each) is one pass over a chunk that is used again.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from puna.core.extension import extension
 
@@ -16,16 +15,10 @@ from puna.core.extension import extension
 CHUNK_ELEMENTS = 1 << 24
 
 
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    weights: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    z_loss: float,
-) -> Tensor:
-    """As `kernels.linear_cross_entropy`, for what `fits`."""
+def with_loss(
+    hidden: Tensor, targets: Tensor, weights: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What counts of hidden (..., C): rows (N, C), labels (N,), weights in the sum (N,)."""
     labels = targets.reshape(-1)
     scale = torch.ones(labels.shape) if weights is None else weights.detach().reshape(-1).float()
     scale = scale.masked_fill(labels == ignore_index, 0.0)
@@ -33,10 +26,7 @@ def linear_cross_entropy(
     flat = hidden.reshape(-1, hidden.shape[-1])
     if len(rows) < len(flat):
         flat, labels, scale = flat.index_select(0, rows), labels[rows], scale[rows]
-    total = _Summed.apply(
-        flat.contiguous(), weight, labels.contiguous(), scale, z_loss, torch.is_grad_enabled()
-    )
-    return total / scale.sum().clamp_min(1e-30) if reduction == "mean" else total
+    return flat.contiguous(), labels.contiguous(), scale
 
 
 def fits(
@@ -57,39 +47,36 @@ def fits(
     )
 
 
-class _Summed(torch.autograd.Function):
-    """Weighted sum of the losses; gradients are formed in the forward pass."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, scale, z_loss, differentiate):
-        wants_hidden, wants_weight = (differentiate and w for w in ctx.needs_input_grad[:2])
-        count, vocabulary = len(hidden), len(weight)
-        d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight = torch.zeros_like(weight) if wants_weight and not count else None
-        if wants_weight and count:
-            d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        native = extension()
-        assert native is not None
-        instructions = native.instruction_sets()[0]
-        losses = torch.empty(count)
-        step = max(1, min(CHUNK_ELEMENTS // vocabulary, count))
-        held = torch.empty(step, vocabulary)
-        for start in range(0, count, step):
-            part = slice(start, min(start + step, count))
-            logits = torch.mm(hidden[part], weight.T, out=held[: part.stop - start])
-            native.softmax_loss(
-                instructions, len(logits), vocabulary, logits.data_ptr(), labels[part].data_ptr(),
-                scale[part].data_ptr(), z_loss, losses[part].data_ptr(), torch.get_num_threads(),
-            )  # fmt: skip
-            if d_hidden is not None:
-                torch.mm(logits, weight, out=d_hidden[part])
-            if d_weight is not None:
-                torch.addmm(d_weight, logits.T, hidden[part], beta=1 if start else 0, out=d_weight)
-        ctx.save_for_backward(d_hidden, d_weight)
-        return losses @ scale
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        d_hidden, d_weight = (None if d is None else d * upstream for d in ctx.saved_tensors)
-        return d_hidden, d_weight, None, None, None, None
+def loss_sum(
+    rows: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    z_loss: float,
+    wants_rows: bool,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(weighted sum of the losses, its gradients of rows (N, C) and weight (V, C) if wanted)."""
+    count, vocabulary = len(rows), len(weight)
+    d_rows = torch.empty_like(rows) if wants_rows else None
+    d_weight = torch.zeros_like(weight) if wants_weight and not count else None
+    if wants_weight and count:
+        d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    native = extension()
+    assert native is not None
+    instructions = native.instruction_sets()[0]
+    losses = torch.empty(count)
+    step = max(1, min(CHUNK_ELEMENTS // vocabulary, count))
+    held = torch.empty(step, vocabulary)
+    for start in range(0, count, step):
+        part = slice(start, min(start + step, count))
+        logits = torch.mm(rows[part], weight.T, out=held[: part.stop - start])
+        native.softmax_loss(
+            instructions, len(logits), vocabulary, logits.data_ptr(), labels[part].data_ptr(),
+            scale[part].data_ptr(), z_loss, losses[part].data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        if d_rows is not None:
+            torch.mm(logits, weight, out=d_rows[part])
+        if d_weight is not None:
+            torch.addmm(d_weight, logits.T, rows[part], beta=1 if start else 0, out=d_weight)
+    return losses @ scale, d_rows, d_weight

@@ -3,21 +3,19 @@
 `use_backend` also takes "native" here: the operations and the generation of `puna.core._C`.
 """
 
+import torch
 from torch import Tensor
 
 from puna import kernels
-from puna.core import native_attention, native_loss
+from puna.core import native_attention, native_elementwise, native_loss
 from puna.kernels import add_rms_norm as add_rms_norm
 from puna.kernels import decode_attention as decode_attention
 from puna.kernels import gae as gae
 from puna.kernels import linear_logprobs as linear_logprobs
-from puna.kernels import rms_norm as rms_norm
-from puna.kernels import rope as rope
 from puna.kernels import rope_tables as rope_tables
 from puna.kernels import sample as sample
-from puna.kernels import swiglu as swiglu
 from puna.kernels import use_backend as use_backend
-from puna.kernels.backend import BACKENDS
+from puna.kernels.backend import BACKENDS, first_only
 from puna.kernels.backend import forced as forced
 from puna.kernels.backend import traced as traced
 from puna.kernels.sample import mix64 as mix64
@@ -25,10 +23,88 @@ from puna.kernels.sample import mix64 as mix64
 BACKENDS.add("native")
 
 
-def native_wanted() -> bool:
-    """Whether native code is to do what it can. Traced tensors (torch.compile, fake ones) have no
-    memory to hand to it."""
+def _native() -> bool:
+    # Traced tensors (torch.compile, fake ones) have no memory to hand to the extension.
     return forced() in ("auto", "native") and not traced()
+
+
+def _differentiated(*inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, cast: str = "llama") -> Tensor:
+    """`kernels.rms_norm`, or the native one for fp32 on the CPU."""
+    if not (_native() and native_elementwise.fits_rms_norm(x, weight, cast)):
+        return kernels.rms_norm(x, weight, eps=eps, cast=cast)
+    if _differentiated(x, weight):
+        return _RMSNorm.apply(x, weight, eps)
+    return native_elementwise.rms_norm(x, weight, eps)[0]
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        y, scale = native_elementwise.rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    @first_only
+    def backward(ctx, d_y):
+        x, weight, scale = ctx.saved_tensors
+        return *native_elementwise.rms_norm_gradient(x, weight, scale, d_y), None
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`kernels.swiglu`, or the native one for fp32 on the CPU."""
+    if not (_native() and native_elementwise.fits_swiglu(gate, up)):
+        return kernels.swiglu(gate, up)
+    if _differentiated(gate, up):
+        return _SwiGLU.apply(gate, up)
+    return native_elementwise.swiglu(gate, up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return native_elementwise.swiglu(gate, up)
+
+    @staticmethod
+    @first_only
+    def backward(ctx, d_y):
+        gate, up = ctx.saved_tensors
+        return native_elementwise.swiglu_gradient(gate, up, d_y)
+
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    positions: Tensor | None = None,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`kernels.rope`, or the native one for fp32 on the CPU, half-split, without positions."""
+    if not (_native() and native_elementwise.fits_rope(q, k, cos, sin, positions, interleaved)):
+        return kernels.rope(q, k, cos, sin, positions=positions, interleaved=interleaved)
+    if _differentiated(q, k):
+        return _Rope.apply(q, k, cos, sin)
+    return native_elementwise.rope(q, k, cos, sin)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return native_elementwise.rope(q, k, cos, sin)
+
+    @staticmethod
+    @first_only
+    def backward(ctx, d_q, d_k):
+        cos, sin = ctx.saved_tensors
+        return *native_elementwise.rope(d_q, d_k, cos, sin, back=True), None, None
 
 
 def attention(
@@ -40,9 +116,28 @@ def attention(
     scale: float | None = None,
 ) -> Tensor:
     """`kernels.attention`, or the native one for fp32 on the CPU."""
-    if native_wanted() and native_attention.fits(q, k, v, cu_seqlens, scale):
-        return native_attention.attention(q, k, v, cu_seqlens, scale)
-    return kernels.attention(q, k, v, cu_seqlens=cu_seqlens, scale=scale)
+    if not (_native() and native_attention.fits(q, k, v, cu_seqlens, scale)):
+        return kernels.attention(q, k, v, cu_seqlens=cu_seqlens, scale=scale)
+    cuts = native_attention.cuts(q, cu_seqlens)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if _differentiated(q, k, v):
+        return _Attention.apply(q, k, v, cuts, scale)
+    return native_attention.attention(q, k, v, cuts, scale)[0]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cuts, scale):
+        out, lse = native_attention.attention(q, k, v, cuts, scale)
+        ctx.save_for_backward(q, k, v, cuts, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @first_only
+    def backward(ctx, d_out):
+        gradients = native_attention.attention_gradient(*ctx.saved_tensors, d_out, ctx.scale)
+        return *gradients, None, None
 
 
 def linear_cross_entropy(
@@ -56,11 +151,28 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
 ) -> Tensor:
     """`kernels.linear_cross_entropy`, or the native one for fp32 on the CPU, "mean" and "sum"."""
-    if native_wanted() and native_loss.fits(hidden, weight, targets, weights, reduction):
-        return native_loss.linear_cross_entropy(
-            hidden, weight, targets, weights, ignore_index, reduction, z_loss
-        )
-    return kernels.linear_cross_entropy(
-        hidden, weight, targets, weights=weights, ignore_index=ignore_index,
-        reduction=reduction, z_loss=z_loss,
-    )  # fmt: skip
+    if not (_native() and native_loss.fits(hidden, weight, targets, weights, reduction)):
+        return kernels.linear_cross_entropy(
+            hidden, weight, targets, weights=weights, ignore_index=ignore_index,
+            reduction=reduction, z_loss=z_loss,
+        )  # fmt: skip
+    rows, labels, scale = native_loss.with_loss(hidden, targets, weights, ignore_index)
+    total = _LossSum.apply(rows, weight, labels, scale, z_loss, _differentiated(hidden, weight))
+    return total / scale.sum().clamp_min(1e-30) if reduction == "mean" else total
+
+
+class _LossSum(torch.autograd.Function):
+    """Gradients are formed in the forward pass, where the logits are."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, labels, scale, z_loss, differentiate):
+        wanted = [differentiate and needed for needed in ctx.needs_input_grad[:2]]
+        total, *gradients = native_loss.loss_sum(rows, weight, labels, scale, z_loss, *wanted)
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    @first_only
+    def backward(ctx, upstream):
+        gradients = (None if d is None else d * upstream for d in ctx.saved_tensors)
+        return *gradients, None, None, None, None

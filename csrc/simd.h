@@ -51,13 +51,11 @@ inline ivec dot4(ivec sum, ivec bytes, int32_t even, int32_t odd) {
 
 inline vec all(float x) { return x - vec{}; }  // every lane: x (and no negative zero lost)
 
-inline vec select(ivec where, vec yes, vec no) {
-  return (vec)(((ivec)yes & where) | ((ivec)no & ~where));
-}
+inline vec select(ivec where, vec yes, vec no) { return where ? yes : no; }
 
-// Of NaN and a number: the first one given.
-inline vec max(vec a, vec b) { return select(b > a, b, a); }
-inline vec min(vec a, vec b) { return select(b < a, b, a); }
+// Of NaN and a number: the first one given. (Written so that it is one instruction.)
+inline vec max(vec a, vec b) { return b > a ? b : a; }
+inline vec min(vec a, vec b) { return b < a ? b : a; }
 
 inline float sum(vec v) {
   float total = 0.0f;
