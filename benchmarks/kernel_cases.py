@@ -14,6 +14,8 @@ from torch import Tensor
 from puna import kernels
 from puna.benchmarks import kernel_peers as peers
 from puna.benchmarks.kernel_peers import EPS, Function
+from puna.core import ops
+from puna.core.extension import extension
 from puna.kernels.sample import uniform
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -33,6 +35,7 @@ class Case:
     products: bool = False
     differentiable: tuple[int, ...] = ()  # which inputs get a gradient
     peers: dict[str, Function] = field(default_factory=dict)
+    native: Function | None = None  # core's, in the compiled extension
     exact: Function | None = None  # `eager` in less memory, for fp64
     by_row: Function | None = None  # the rows whose mean `eager` returns
     compiled: bool = True  # torch.compile gets `eager` too
@@ -98,6 +101,10 @@ def _liger(operation: str, device: torch.device) -> dict[str, Function]:
     return {"liger-kernel": function} if function else {}
 
 
+def _native(function: Function, device: torch.device) -> Function | None:
+    return function if device.type == "cpu" and extension() is not None else None
+
+
 def norms(sizes: Sizes, device: torch.device, width: int) -> list[Case]:
     rows, dtype = sizes.rows, sizes.dtype
     block = rows * width * dtype.itemsize
@@ -111,6 +118,7 @@ def norms(sizes: Sizes, device: torch.device, width: int) -> list[Case]:
             ours=lambda x, w: (kernels.rms_norm(x, w, eps=EPS),), eager=peers.rms_norm,
             forward=2 * block, both=5 * block, differentiable=(0, 1),
             peers=_liger("rms_norm", device),
+            native=_native(lambda x, w: (ops.rms_norm(x, w, eps=EPS),), device),
         ),
         Case(
             "add_rms_norm", f"{rows}x{width}", rows, dtype, lambda: make(2),
@@ -134,7 +142,7 @@ def rope(sizes: Sizes, device: torch.device, width: int) -> Case:
     return Case(
         "rope", f"{sizes.rows}x{width}", sizes.rows, sizes.dtype, make,
         ours=kernels.rope, eager=peers.rope, forward=2 * block, both=4 * block,
-        differentiable=(0, 1), peers=_liger("rope", device),
+        differentiable=(0, 1), peers=_liger("rope", device), native=_native(ops.rope, device),
     )  # fmt: skip
 
 
@@ -146,6 +154,7 @@ def swiglu(sizes: Sizes, device: torch.device, width: int) -> Case:
         lambda: _drawn(shape, shape, device=device, dtype=sizes.dtype),
         ours=lambda gate, up: (kernels.swiglu(gate, up),), eager=peers.swiglu,
         forward=3 * block, both=8 * block, differentiable=(0, 1), peers=_liger("swiglu", device),
+        native=_native(lambda gate, up: (ops.swiglu(gate, up),), device),
     )  # fmt: skip
 
 
@@ -198,12 +207,15 @@ def linear(operation: str, sizes: Sizes, device: torch.device, vocabulary: int) 
     def cross_entropy(*inputs: Tensor) -> tuple[Tensor, ...]:
         return (kernels.linear_cross_entropy(*inputs),)
 
+    def native(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return (ops.linear_cross_entropy(*inputs),)
+
     eager = peers.linear_cross_entropy if loss else peers.linear_logprobs
     return Case(
         operation, f"{rows}x{dim}x{vocabulary}", rows, sizes.dtype, make,
         ours=cross_entropy if loss else kernels.linear_logprobs, eager=eager,
         exact=peers.by_rows(eager), by_row=peers.losses if loss else None,
-        peers=_liger(operation, device),
+        peers=_liger(operation, device), native=_native(native, device) if loss else None,
         forward=product, both=(3 if loss else 4) * product, products=True, differentiable=(0, 1),
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 A provider's largest error may be twice that of plain PyTorch in the same dtype and one unit in
 the last place of the largest value more, gradients included. What is further off is not timed.
 The same on every device: on a GPU the Triton kernels at Llama 7B's shapes in bf16, on a CPU
-the reference at small shapes in fp32.
+the reference at small shapes in fp32, and beside it the native operations ("puna-native").
 """
 
 import json
@@ -23,6 +23,8 @@ from puna.benchmarks.rows import KernelRow
 from puna.benchmarks.suite import card_table, write_document
 from puna.benchmarks.timing import Clock, Timing, interleaved, kernel_clock, peak_mb
 from puna.kernels.backend import choose
+
+OURS = ("puna", "puna-native")
 
 
 class Verdict(NamedTuple):
@@ -74,7 +76,7 @@ def run_kernels(
     if save:
         console.print(f"written to {write_document(document, 'kernels')}")
     print(json.dumps(document))
-    wrong = {e["operation"] for e in found if e["failed"] and e["provider"] == "puna"}
+    wrong = {e["operation"] for e in found if e["failed"] and e["provider"] in OURS}
     if wrong:
         raise RuntimeError(f"wrong, and not timed: {', '.join(sorted(wrong))}")
     return document
@@ -92,6 +94,8 @@ class Bench:
         """Forward, and forward with backward where there is a gradient: a row a provider."""
         torch.compiler.reset()  # a function compiled for one shape is no other's
         providers = {"puna": case.ours, "torch": case.eager, **case.peers}
+        if case.native:
+            providers["puna-native"] = case.native
         if case.compiled and self.compiles:
             providers["torch-compiled"] = torch.compile(case.eager, dynamic=False)
         found = self.direction(case, providers, backward=False)
@@ -265,7 +269,7 @@ def rows_table(found: list[KernelRow]) -> Table:
     """Puna's rows say how many times the rate of the fastest other they reach."""
     best: dict[tuple[str, ...], float] = {}
     for each in found:
-        if each["provider"] != "puna" and each["value"]:
+        if each["provider"] not in OURS and each["value"]:
             best[work_of(each)] = max(best.get(work_of(each), 0.0), each["value"])
     table = Table()
     for heading in ("operation", "shape", "direction", "provider"):
@@ -289,7 +293,7 @@ def rows_table(found: list[KernelRow]) -> Table:
             f"{p20:,.3g}",
             f"{p80:,.3g}",
             f"{value / each['limit']:.0%}",
-            f"{value / rival:.2f}" if rival and each["provider"] == "puna" else "",
+            f"{value / rival:.2f}" if rival and each["provider"] in OURS else "",
             error,
             "" if each["peak_mb"] is None else f"{each['peak_mb']:,.0f}",
         )

@@ -29,7 +29,7 @@ class KernelRow(TypedDict):
     shape: str
     batch: int  # rows, or tokens of attention
     dtype: str
-    provider: str  # "puna", "torch", "torch-compiled", "liger-kernel" or "sdpa"
+    provider: str  # "puna(-native)", "torch(-compiled)", "liger-kernel" or "sdpa"
     value: float | None  # the median; None, as p20 to ms, where it was not timed
     unit: str  # GB/s of what must be moved, or TFLOP/s of the products that must be made
     p20: float | None
