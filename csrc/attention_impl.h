@@ -123,11 +123,19 @@ class AttentionWorker {
       strip<2>(count, rows, stride, 1, transposed + j * d_, PANEL, d_, to + j, room_, false);
   }
 
+  // One head of some tokens: too short for the processor to see that more will follow.
+  void fetch(const float* from, int64_t stride, int64_t count) const {
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t i = 0; i < d_; i += 16) __builtin_prefetch(from + r * stride + i);
+  }
+
   void forward_rows(int64_t first, int64_t head, int64_t group) {
     const int64_t count = std::min<int64_t>(ROWS, length_ - first), end = first + count;
     const int64_t at = begin_ + first, width = a_.heads * d_;
     float* scores = scores_.get();
-    against(a_.q + at * a_.q_stride + head * d_, a_.q_stride, count, keys_.get(), end, scores);
+    const float* q = a_.q + at * a_.q_stride + head * d_;
+    fetch(q + ROWS * a_.q_stride, a_.q_stride, std::min<int64_t>(ROWS, length_ - end));
+    against(q, a_.q_stride, count, keys_.get(), end, scores);
     float sums[ROWS];
     for (int64_t r = 0; r < count; ++r)
       sums[r] = softmax(scores + r * room_, first + r + 1, end, a_.lse + (at + r) * a_.heads + head);
@@ -166,12 +174,17 @@ class AttentionWorker {
     const float* q = a_.q + at * a_.q_stride + head * d_;
     const float* d_out = back.d_out + at * back.d_out_stride + head * d_;
     float *p = scores_.get(), *ds = d_scores_.get();
+    const float* out = a_.out + at * width + head * d_;
+    fetch(out, width, count);
+    const int64_t coming = std::min<int64_t>(ROWS, length_ - end);
+    fetch(q + ROWS * a_.q_stride, a_.q_stride, coming);
+    fetch(d_out + ROWS * back.d_out_stride, back.d_out_stride, coming);
     against(q, a_.q_stride, count, keys_.get(), end, p);
     against(d_out, back.d_out_stride, count, values_.get(), end, ds);
     for (int64_t r = 0; r < count; ++r) {
-      const float* out = a_.out + (at + r) * width + head * d_;
       vec sums = {};
-      for (int64_t i = 0; i < d_; i += W) sums += load(out + i) * load(d_out + r * back.d_out_stride + i);
+      for (int64_t i = 0; i < d_; i += W)
+        sums += load(out + r * width + i) * load(d_out + r * back.d_out_stride + i);
       softmax_backward(p + r * room_, ds + r * room_, first + r + 1, end, sum(sums),
                        a_.lse[(at + r) * a_.heads + head]);
     }
