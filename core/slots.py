@@ -19,6 +19,8 @@ from puna.core.sampling import Sampler, step_seeds
 
 STEPS = 16  # drawn in one call at most, so that Ctrl-C is heard: a second of a billion parameters
 
+FILLED = 8  # slots are filled when one in so many is free: each time costs as much as some tokens
+
 
 class Drawn(NamedTuple):
     """Tokens: of which prompt, which of its tokens, what, and its log-prob; all (S * A,)."""
@@ -66,12 +68,15 @@ def decode(
     most = torch.tensor(limits)
     seeds = step_seeds(keys[:, None], torch.arange(max(limits)))
     free = list(range(slots))
+    together = max(1, slots // FILLED)
     holds: dict[int, int] = {}  # slot -> whose prompt stands in it: the first with that text
     active = _Active(*(torch.empty(0, dtype=torch.int64) for _ in _Active._fields))
     waiting = deque(order)
     while True:
-        new, ready = _admit(engine, prompts, first, waiting, free, holds)
-        active = _join(active, prompts, ready + new)
+        new: Placed = []
+        if len(free) >= together or not len(active.slots):
+            new, ready = _admit(engine, prompts, first, waiting, free, holds)
+            active = _join(active, prompts, ready + new)
         if not len(active.slots):
             return
         left = int((most[active.prompts] - active.counts).min())
