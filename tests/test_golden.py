@@ -1,6 +1,7 @@
 """One greedy continuation, known from llama2.c's own tests, by every road through the engine."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from puna.core.checkpoint import load_model
 from puna.core.convert import convert
 from puna.core.generation import generate
 from puna.core.model import Transformer
+from puna.core.ops import use_backend
 from puna.core.tokenizer import Tokenizer
 
 SHARED = Path(
@@ -22,6 +24,13 @@ pytestmark = [
     pytest.mark.shared,
     pytest.mark.skipif(not STORIES.exists(), reason=f"no real inputs at {SHARED}"),
 ]
+
+
+@pytest.fixture(params=["auto", "reference"], autouse=True)
+def backend(request) -> Iterator[None]:
+    """With native code, where it was built, and without."""
+    with use_backend(request.param):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +67,15 @@ def test_batched_with_longer_prompts(
     rows = greedy(model, [other, bos, begun])
     assert tokenizer.decode(rows[1]) == expected
     assert tokenizer.decode((begun[1:] + rows[2])[:NEW_TOKENS]) == expected
+
+
+def test_batch_of_32(model: Transformer, tokenizer: Tokenizer, expected: str) -> None:
+    """Beginnings of the text of all lengths: each goes on to its end."""
+    whole = [tokenizer.bos_id, *greedy(model, [[tokenizer.bos_id]])[0]]
+    rows = [whole[: 1 + 6 * i] for i in range(32)]
+    for row, found in zip(rows, greedy(model, rows), strict=True):
+        assert [*row, *found][: len(whole)] == whole
+    assert tokenizer.decode(whole[1:]) == expected
 
 
 @torch.inference_mode()
