@@ -136,8 +136,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @first_only
     def backward(ctx, d_out):
-        gradients = native_attention.attention_gradient(*ctx.saved_tensors, d_out, ctx.scale)
-        return *gradients, None, None
+        q, k, v, cuts, out, lse = ctx.saved_tensors
+        found = native_attention.attention_gradient(q, k, v, cuts, out, lse, d_out, ctx.scale)
+        return *found, None, None
 
 
 def linear_cross_entropy(
