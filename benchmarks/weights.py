@@ -47,12 +47,9 @@ def bench_weights(
             f"{name}: {value:.5f} nats a token over {count:,} tokens of {text.name}, "
             f"perplexity {torch.tensor(value).exp():.4f}"
         )
-    document: dict[str, object] = {
-        "machine": card,
-        "command": command,
-        "rows": speed(model, model_path.stem, pieces.bos_id, losses, rounds),
-    }
-    console.print(rows_table(document["rows"]))  # type: ignore[arg-type]
+    found = speed(model, model_path.stem, pieces.bos_id, losses, rounds)
+    document: dict[str, object] = {"machine": card, "command": command, "rows": found}
+    console.print(rows_table(found))
     if save:
         console.print(f"written to {write_document(document, 'weights')}")
     print(json.dumps(document))

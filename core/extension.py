@@ -24,3 +24,13 @@ def extension() -> ModuleType | None:
         )
         return None
     return _C
+
+
+@functools.cache
+def best_instructions(size: int = 0) -> str | None:
+    """The best instruction set of this machine whose vectors fill `size` floats without a rest."""
+    module = extension()
+    for name in module.instruction_sets() if module else ():
+        if size % WIDTHS[name] == 0:
+            return name
+    return None

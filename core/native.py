@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from puna.core import ops
-from puna.core.extension import WIDTHS, extension
+from puna.core.extension import WIDTHS, best_instructions, extension
 from puna.core.model import Block, Transformer
 
 log = logging.getLogger("puna")
@@ -28,8 +28,8 @@ class Engine:
     """A model's weights, packed for decoding, and a key/value cache of `rows` x `slots` tokens.
 
     `weights` is the format of the packed copy: "fp32"; "bf16"; "int8", where groups of 32 inputs
-    share an fp32 scale for each output. Activations and sums are fp32, the embedding is the
-    model's own.
+    share an fp32 scale for each output, and what they multiply is rounded to int8 in the same
+    groups. All else is fp32, the embedding the model's own.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ def stamp(model: Transformer) -> tuple[tuple[int, int], ...]:
     """
     module = extension()
     assert module is not None
-    best, threads = module.instruction_sets()[0], torch.get_num_threads()
+    best, threads = best_instructions(), torch.get_num_threads()
     return tuple(
         (p.data_ptr(), module.fingerprint(best, p.data_ptr(), p.numel(), threads))
         for p in model.parameters()

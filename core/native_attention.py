@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puna.core.extension import WIDTHS, extension
+from puna.core.extension import best_instructions, extension
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float | None) -> bool:
@@ -26,7 +26,7 @@ def fits(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: floa
         and q.shape[3] > 0
         and (scale is None or scale > 0)
         and (cu_seqlens is None or _covers(cu_seqlens, *q.shape[:2]))
-        and _instructions(q.shape[3]) is not None
+        and best_instructions(q.shape[3]) is not None
     )
 
 
@@ -45,15 +45,6 @@ def _covers(cu_seqlens: Tensor, rows: int, tokens: int) -> bool:
     )
 
 
-def _instructions(head_dim: int) -> str | None:
-    """The best instruction set of this machine that cuts a head into whole vectors."""
-    native = extension()
-    for name in native.instruction_sets() if native else ():
-        if head_dim % WIDTHS[name] == 0:
-            return name
-    return None
-
-
 def cuts(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Where segments begin and end (S+1,) int64; without `cu_seqlens` a row is one segment."""
     if cu_seqlens is None:
@@ -68,7 +59,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cuts: Tensor, scale: float) -> tu
     native = extension()
     assert native is not None
     native.attention(
-        _instructions(q.shape[3]),
+        best_instructions(q.shape[3]),
         _described(native, q, k, v, cuts, scale, out, lse),
         torch.get_num_threads(),
     )
@@ -91,7 +82,7 @@ def attention_gradient(
     native = extension()
     assert native is not None
     native.attention_backward(
-        _instructions(q.shape[3]),
+        best_instructions(q.shape[3]),
         _described(native, q, k, v, cuts, scale, out, lse),
         d_out.data_ptr(), d_out.stride(1), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(),
         torch.get_num_threads(),

@@ -5,12 +5,10 @@ forward hands on to the backward is its inputs and, of a norm, one number a row.
 over 2048 x 288 and 2048 x 768 took 4 to 13 times what the memory needs.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
-from puna.core.extension import extension
+from puna.core.extension import best_instructions, extension
 
 
 def fits_rms_norm(x: Tensor, weight: Tensor, cast: str) -> bool:
@@ -28,7 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     width = x.shape[-1]
     y, scale = x.new_empty(x.shape), x.new_empty(x.shape[:-1].numel())
     _native().rms_norm(
-        _best(), len(scale), width, x.data_ptr(), weight.data_ptr(), eps, y.data_ptr(),
+        best_instructions(), len(scale), width, x.data_ptr(), weight.data_ptr(), eps, y.data_ptr(),
         scale.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y, scale
@@ -42,8 +40,8 @@ def rms_norm_gradient(
     d_x, d_weight = x.new_empty(x.shape), weight.new_empty(weight.shape)
     partial = x.new_empty(threads, 2, x.shape[-1])
     _native().rms_norm_gradient(
-        _best(), len(scale), x.shape[-1], x.data_ptr(), weight.data_ptr(), scale.data_ptr(),
-        d_y.data_ptr(), d_x.data_ptr(), d_weight.data_ptr(), partial.data_ptr(), threads,
+        best_instructions(), len(scale), x.shape[-1],
+        x.data_ptr(), weight.data_ptr(), scale.data_ptr(), d_y.data_ptr(), d_x.data_ptr(), d_weight.data_ptr(), partial.data_ptr(), threads,
     )  # fmt: skip
     return d_x, d_weight
 
@@ -61,7 +59,12 @@ def fits_swiglu(gate: Tensor, up: Tensor) -> bool:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     y = gate.new_empty(gate.shape)
     _native().swiglu(
-        _best(), y.numel(), gate.data_ptr(), up.data_ptr(), y.data_ptr(), torch.get_num_threads()
+        best_instructions(),
+        y.numel(),
+        gate.data_ptr(),
+        up.data_ptr(),
+        y.data_ptr(),
+        torch.get_num_threads(),
     )
     return y
 
@@ -71,8 +74,8 @@ def swiglu_gradient(gate: Tensor, up: Tensor, d_y: Tensor) -> tuple[Tensor, Tens
     d_y = d_y.contiguous()
     d_gate, d_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
     _native().swiglu_gradient(
-        _best(), gate.numel(), gate.data_ptr(), up.data_ptr(), d_y.data_ptr(), d_gate.data_ptr(),
-        d_up.data_ptr(), torch.get_num_threads(),
+        best_instructions(), gate.numel(), gate.data_ptr(), up.data_ptr(), d_y.data_ptr(),
+        d_gate.data_ptr(), d_up.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return d_gate, d_up
 
@@ -110,7 +113,7 @@ def rope(
     q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     _native().rope(
-        _best(), batch, tokens, size // 2,
+        best_instructions(), batch, tokens, size // 2,
         (q.shape[2], *q.stride()[:3], q.data_ptr(), q_out.data_ptr()),
         (k.shape[2], *k.stride()[:3], k.data_ptr(), k_out.data_ptr()),
         cos.data_ptr(), sin.data_ptr(), cos.stride(0) if cos.dim() == 3 else 0, cos.stride(-2),
@@ -125,11 +128,6 @@ def _plain(*tensors: Tensor) -> bool:
         type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and x.dtype == torch.float32
         for x in tensors
     )
-
-
-@functools.cache
-def _best() -> str:
-    return _native().instruction_sets()[0]
 
 
 def _native():

@@ -8,7 +8,7 @@ fresh chunk of memory each) is one pass over a chunk that is used again.
 import torch
 from torch import Tensor
 
-from puna.core.extension import extension
+from puna.core.extension import best_instructions, extension
 
 # Logits held at once, 64 MB. The larger the chunk, the better the BLAS: (2048 x 288) by 32000,
 # 128 rows at a time took 1.6 times as long as 1024 (the softmax's two threads waiting included).
@@ -64,7 +64,7 @@ def loss_sum(
         d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     native = extension()
     assert native is not None
-    instructions = native.instruction_sets()[0]
+    instructions = best_instructions()
     losses = torch.empty(count)
     step = max(1, min(CHUNK_ELEMENTS // vocabulary, count))
     held = torch.empty(step, vocabulary)

@@ -71,7 +71,7 @@ def test_packed_sequences_against_fp64(lengths, wide):
 def test_each_instruction_set(name, threads, monkeypatch):
     if name not in extension().instruction_sets():
         pytest.skip(f"this machine has no {name}")
-    monkeypatch.setattr(native_attention, "_instructions", lambda size: name)
+    monkeypatch.setattr(native_attention, "best_instructions", lambda size: name)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -130,7 +130,7 @@ def three_threads():
 def test_each_instruction_set(name, threads, isa, monkeypatch):
     if isa not in extension().instruction_sets():
         pytest.skip(f"this machine has no {isa}")
-    monkeypatch.setattr(native_elementwise, "_best", lambda: isa)
+    monkeypatch.setattr(native_elementwise, "best_instructions", lambda: isa)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     large = {"rms_norm": (61, 291), "swiglu": (61, 291), "rope": (3, 53, 3, 2, 36)}[name]
