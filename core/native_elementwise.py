@@ -41,7 +41,8 @@ def rms_norm_gradient(
     partial = x.new_empty(threads, 2, x.shape[-1])
     _native().rms_norm_gradient(
         best_instructions(), len(scale), x.shape[-1],
-        x.data_ptr(), weight.data_ptr(), scale.data_ptr(), d_y.data_ptr(), d_x.data_ptr(), d_weight.data_ptr(), partial.data_ptr(), threads,
+        x.data_ptr(), weight.data_ptr(), scale.data_ptr(), d_y.data_ptr(),
+        d_x.data_ptr(), d_weight.data_ptr(), partial.data_ptr(), threads,
     )  # fmt: skip
     return d_x, d_weight
 
