@@ -4,7 +4,7 @@ import functools
 import logging
 from types import ModuleType
 
-import torch  # noqa: F401  before the extension: both then share torch's OpenMP
+import torch  # before the extension: both then share torch's OpenMP
 
 log = logging.getLogger("puna")
 
@@ -34,3 +34,11 @@ def best_instructions(size: int = 0) -> str | None:
         if size % WIDTHS[name] == 0:
             return name
     return None
+
+
+def plain(*tensors: torch.Tensor) -> bool:
+    """Whether all are fp32 on the CPU with memory to hand over: a sharded weight has none."""
+    return all(
+        type(x) in (torch.Tensor, torch.nn.Parameter) and x.is_cpu and x.dtype == torch.float32
+        for x in tensors
+    )

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from puna.core import ops
 from puna.core.config import ModelConfig
@@ -25,6 +24,16 @@ class Rotary(NamedTuple):
 
     cos: Tensor
     sin: Tensor
+
+
+class Linear(nn.Linear):
+    """A projection without a bias."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -43,10 +52,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         kv_dim = config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
-        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
-        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
-        self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.q_proj = Linear(config.dim, config.dim)
+        self.k_proj = Linear(config.dim, kv_dim)
+        self.v_proj = Linear(config.dim, kv_dim)
+        self.o_proj = Linear(config.dim, config.dim)
 
     def forward(
         self,
@@ -73,9 +82,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.gate_proj = Linear(config.dim, config.ffn_dim)
+        self.up_proj = Linear(config.dim, config.ffn_dim)
+        self.down_proj = Linear(config.ffn_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -116,7 +125,7 @@ def one_row(hidden: Tensor, weight: Tensor) -> Tensor:
     """
     blocks = 32
     if weight.shape[0] % blocks or weight.numel() < 1 << 21:  # small ones stay in the caches
-        return linear(hidden, weight)
+        return ops.linear(hidden, weight)
     column = hidden.reshape(1, -1).t().expand(blocks, -1, -1)
     product = torch.bmm(weight.view(blocks, -1, weight.shape[1]), column)
     return product.view(*hidden.shape[:-1], -1)
@@ -133,9 +142,9 @@ class Transformer(nn.Module):
         self.head = head
         self.model = Decoder(config)
         if head == "lm":
-            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.dim, config.vocab_size)
         else:
-            self.score = nn.Linear(config.dim, 1, bias=False)
+            self.score = Linear(config.dim, 1)
         self._tables: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -168,7 +177,7 @@ class Transformer(nn.Module):
         weight = self.head_weight
         if hidden.shape[:-1].numel() == 1 and weight.device.type == "cpu":
             return one_row(hidden, weight).float()
-        return linear(hidden, weight).float()
+        return ops.linear(hidden, weight).float()
 
     def _rotary(self, tokens: Tensor, positions: Tensor | None) -> Rotary:
         """The angles, from tables made on first use; positions are checked against the context."""

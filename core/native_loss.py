@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from puna.core.extension import best_instructions, extension
+from puna.core.native_linear import matmul
 
 # Logits held at once, 64 MB. The larger the chunk, the better the BLAS: (2048 x 288) by 32000,
 # 128 rows at a time took 1.6 times as long as 1024 (the softmax's two threads waiting included).
@@ -70,13 +71,13 @@ def loss_sum(
     held = torch.empty(step, vocabulary)
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
-        logits = torch.mm(rows[part], weight.T, out=held[: part.stop - start])
+        logits = matmul(rows[part], weight.T, held[: part.stop - start])
         native.softmax_loss(
             instructions, len(logits), vocabulary, logits.data_ptr(), labels[part].data_ptr(),
             scale[part].data_ptr(), z_loss, losses[part].data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if d_rows is not None:
-            torch.mm(logits, weight, out=d_rows[part])
+            matmul(logits, weight, d_rows[part])
         if d_weight is not None:
-            torch.addmm(d_weight, logits.T, rows[part], beta=1 if start else 0, out=d_weight)
+            matmul(logits.T, rows[part], d_weight, add=start > 0)
     return losses @ scale, d_rows, d_weight

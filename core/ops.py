@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from puna import kernels
-from puna.core import native_attention, native_elementwise, native_loss
+from puna.core import native_attention, native_elementwise, native_linear, native_loss
 from puna.kernels import add_rms_norm as add_rms_norm
 from puna.kernels import decode_attention as decode_attention
 from puna.kernels import gae as gae
@@ -30,6 +30,28 @@ def _native() -> bool:
 
 def _differentiated(*inputs: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., I) times weight (O, I) transposed: PyTorch's, or the native one for fp32 on the CPU."""
+    if not (_native() and native_linear.fits(x, weight)):
+        return torch.nn.functional.linear(x, weight)
+    return _Linear.apply(x, weight) if _differentiated(x, weight) else native_linear.linear(x, weight)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return native_linear.linear(x, weight)
+
+    @staticmethod
+    @first_only
+    def backward(ctx, d_y):
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight = ctx.needs_input_grad
+        d_x = native_linear.input_gradient(weight, d_y) if wants_x else None
+        return d_x, native_linear.weight_gradient(x, d_y) if wants_weight else None
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, cast: str = "llama") -> Tensor:

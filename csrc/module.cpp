@@ -117,6 +117,21 @@ void softmax_loss(const std::string& isa, int64_t rows, int64_t vocab, Address l
   native.softmax_loss(work, threads);
 }
 
+// a and b: (address, distance of rows, of columns).
+void matmul(const std::string& isa, int64_t rows, int64_t columns, int64_t inner,
+            const py::tuple& a, const py::tuple& b, Address c, bool add, int threads) {
+  const auto matrix = [](const py::tuple& given) { return at<const float>(given[0].cast<Address>()); };
+  const auto distance = [](const py::tuple& given, int i) { return given[i].cast<int64_t>(); };
+  const MatMul work{rows,           columns,        inner,
+                    matrix(a),      distance(a, 1), distance(a, 2),
+                    matrix(b),      distance(b, 1), distance(b, 2),
+                    at<float>(c),   add};
+  const Operations& native = operations(isa);
+  threads = usable_threads(threads);
+  py::gil_scoped_release released;
+  native.matmul(work, threads);
+}
+
 uint64_t fingerprint(const std::string& isa, Address address, int64_t count, int threads) {
   const Operations& native = operations(isa);
   threads = usable_threads(threads);
@@ -132,6 +147,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &puna::instruction_sets, "What this machine can run, best first.");
   m.def("fingerprint", &puna::fingerprint);
   m.def("softmax_loss", &puna::softmax_loss);
+  m.def("matmul", &puna::matmul);
   m.def("make_engine", &puna::make_engine);
   py::class_<puna::Engine>(m, "Engine")
       .def("reserve", &puna::Engine::reserve)

@@ -7,6 +7,7 @@
 #include "elementwise.h"
 #include "engine.h"
 #include "losses.h"
+#include "matmul.h"
 
 namespace puna {
 
@@ -17,6 +18,7 @@ struct Operations {
   uint64_t (*fingerprint)(const float* values, int64_t count, int threads);
   void (*attention)(const Attention&, int threads);
   void (*attention_backward)(const AttentionBackward&, int threads);
+  void (*matmul)(const MatMul&, int threads);
   Elementwise elementwise;
 };
 

@@ -4,6 +4,7 @@
 #include "engine_impl.h"
 #include "fingerprint_impl.h"
 #include "losses_impl.h"
+#include "matmul_impl.h"
 #include "operations.h"
 
 namespace PUNA_ISA {
@@ -13,6 +14,6 @@ inline std::unique_ptr<puna::Engine> make_engine(const Shape& shape, const Weigh
 }
 
 constexpr puna::Operations operations{make_engine, softmax_loss,       fingerprint,
-                                      attention,   attention_backward, elementwise};
+                                      attention,   attention_backward, matmul,      elementwise};
 
 }  // namespace PUNA_ISA

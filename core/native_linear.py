@@ -1,0 +1,58 @@
+"""Linear layers in native code: the three matrix products of training, for fp32 on the CPU.
+
+A row's result is the same bits whatever the other rows and however many threads.
+"""
+
+import torch
+from torch import Tensor
+
+from puna.core.extension import best_instructions, extension, plain
+
+# Below this many rows what is copied of the weights costs more than the product gains.
+FEWEST_ROWS = 64
+
+
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether native code is the faster way. Mistakes do not fit: PyTorch explains them."""
+    return (
+        plain(x, weight)
+        and weight.dim() == 2
+        and x.dim() > 1
+        and x.shape[-1] == weight.shape[1]
+        and x.shape[:-1].numel() >= FEWEST_ROWS
+        and not torch.is_autocast_enabled("cpu")
+        and best_instructions() in ("avx512", "avx2")  # elsewhere the BLAS has better kernels
+    )
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., I) W^T (I, O): (..., O)."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = x.new_empty(len(rows), len(weight))
+    return matmul(rows, weight.T, y).view(*x.shape[:-1], len(weight))
+
+
+def input_gradient(weight: Tensor, d_y: Tensor) -> Tensor:
+    """dx (..., I) of d_y (..., O)."""
+    rows = d_y.reshape(-1, d_y.shape[-1])
+    d_x = d_y.new_empty(len(rows), weight.shape[1])
+    return matmul(rows, weight, d_x).view(*d_y.shape[:-1], weight.shape[1])
+
+
+def weight_gradient(x: Tensor, d_y: Tensor) -> Tensor:
+    """dW (O, I) of x (..., I) and d_y (..., O)."""
+    x, d_y = x.reshape(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1])
+    return matmul(d_y.T, x, x.new_empty(d_y.shape[1], x.shape[1]))
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+    """out (M, N), which lies without gaps, = a (M, K) b (K, N), or out + that with `add`."""
+    native = extension()
+    assert native is not None and out.is_contiguous()
+    assert out.shape == (a.shape[0], b.shape[1]) and a.shape[1] == b.shape[0]
+    native.matmul(
+        best_instructions(), *out.shape, a.shape[1],
+        (a.data_ptr(), *a.stride()), (b.data_ptr(), *b.stride()),
+        out.data_ptr(), add, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
