@@ -87,7 +87,8 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(config.ffn_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up, down = (each.weight for each in (self.gate_proj, self.up_proj, self.down_proj))
+        return ops.feed_forward(x, gate, up, down)
 
 
 class Block(nn.Module):

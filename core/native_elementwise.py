@@ -57,8 +57,8 @@ def fits_swiglu(gate: Tensor, up: Tensor) -> bool:
     )
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    y = gate.new_empty(gate.shape)
+def swiglu(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
+    y = gate.new_empty(gate.shape) if out is None else out
     _native().swiglu(
         best_instructions(),
         y.numel(),
@@ -70,13 +70,16 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-def swiglu_gradient(gate: Tensor, up: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
-    """(dgate, dup)."""
+def swiglu_gradient(
+    gate: Tensor, up: Tensor, d_y: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(dgate, dup). `out`, if given, is filled with what `swiglu` returns."""
     d_y = d_y.contiguous()
     d_gate, d_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
     _native().swiglu_gradient(
         best_instructions(), gate.numel(), gate.data_ptr(), up.data_ptr(), d_y.data_ptr(),
-        d_gate.data_ptr(), d_up.data_ptr(), torch.get_num_threads(),
+        d_gate.data_ptr(), d_up.data_ptr(), out.data_ptr() if out is not None else 0,
+        torch.get_num_threads(),
     )  # fmt: skip
     return d_gate, d_up
 

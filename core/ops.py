@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from puna import kernels
-from puna.core import native_attention, native_elementwise, native_linear, native_loss
+from puna.core import (
+    native_attention,
+    native_elementwise,
+    native_feed_forward,
+    native_linear,
+    native_loss,
+)
 from puna.kernels import add_rms_norm as add_rms_norm
 from puna.kernels import decode_attention as decode_attention
 from puna.kernels import gae as gae
@@ -52,6 +58,28 @@ class _Linear(torch.autograd.Function):
         wants_x, wants_weight = ctx.needs_input_grad
         d_x = native_linear.input_gradient(weight, d_y) if wants_x else None
         return d_x, native_linear.weight_gradient(x, d_y) if wants_weight else None
+
+
+def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """down(silu(gate x) * up x) (..., C) of x (..., C), gate and up (F, C), down (C, F)."""
+    if not (_native() and native_feed_forward.fits(x, gate, up, down)):
+        return linear(swiglu(linear(x, gate), linear(x, up)), down)
+    if _differentiated(x, gate, up, down):
+        return _FeedForward.apply(x, gate, up, down)
+    return native_feed_forward.feed_forward(x, gate, up, down, keep=False)[0]
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gate, up, down):
+        y, *kept = native_feed_forward.feed_forward(x, gate, up, down, keep=True)
+        ctx.save_for_backward(x, gate, up, down, *kept)
+        return y
+
+    @staticmethod
+    @first_only
+    def backward(ctx, d_y):
+        return native_feed_forward.gradients(*ctx.saved_tensors, d_y)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, cast: str = "llama") -> Tensor:

@@ -32,6 +32,7 @@ struct SwiGLUGradient {
   int64_t count;
   const float *gate, *up, *d_y;
   float *d_gate, *d_up;
+  float* y;                 // the result once more, or null
 };
 
 // x (batch, tokens, heads, 2 * half) at these strides, turned into a y without gaps.

@@ -141,8 +141,10 @@ inline void swiglu_gradient(const puna::SwiGLUGradient& a, int threads) {
   share_elements(a.count, threads, [&](int64_t begin, int64_t end) {
     each_vector(begin, end, [&](int64_t i, auto size) {
       const vec gate = load(a.gate + i, size), s = sigmoid(gate), d_y = load(a.d_y + i, size);
-      store(a.d_gate + i, d_y * load(a.up + i, size) * s * (1.0f + gate * (1.0f - s)), size);
-      store(a.d_up + i, d_y * gate * s, size);
+      const vec up = load(a.up + i, size), opened = gate * s;
+      store(a.d_gate + i, d_y * up * s * (1.0f + gate * (1.0f - s)), size);
+      store(a.d_up + i, d_y * opened, size);
+      if (a.y) store(a.y + i, opened * up, size);
     });
   });
 }

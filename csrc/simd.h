@@ -69,6 +69,30 @@ inline float largest(vec v) {
   return found;
 }
 
+// Elements of a and b in turn, from the first half of both or from the second.
+inline vec zip(vec a, vec b, bool second) {
+#ifdef __clang__
+  vec v;
+  for (int i = 0; i < W; ++i) v[i] = (i % 2 ? b : a)[i / 2 + (second ? W / 2 : 0)];
+  return v;
+#else
+  ivec from;
+  for (int i = 0; i < W; ++i) from[i] = i / 2 + (second ? W / 2 : 0) + (i % 2 ? W : 0);
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
+// W vectors of W: rows become columns. Each round turns the index (row, column) by one bit.
+inline void transpose(vec (&rows)[W]) {
+  for (int round = 1; round < W; round *= 2) {
+    vec turned[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) turned[i] = zip(rows[i / 2], rows[i / 2 + W / 2], i % 2);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) rows[i] = turned[i];
+  }
+}
+
 // e^x to about 2 units in the last place, for x up to 88; below -87.3 it stays at 1e-38.
 inline vec exp(vec x) {
   x = max(min(x, all(88.0f)), all(-87.3f));
