@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <unistd.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include <stdexcept>
 #include <string>
@@ -132,6 +135,15 @@ void matmul(const std::string& isa, int64_t rows, int64_t columns, int64_t inner
   native.matmul(work, threads);
 }
 
+// Freed memory stays with the process, large pieces too. (Where glibc is not the C library, what is
+// there stays as it is.)
+void keep_freed_memory() {
+#ifdef __GLIBC__
+  mallopt(M_MMAP_THRESHOLD, 1 << 30);
+  mallopt(M_TRIM_THRESHOLD, 0x7FFFFFFF);
+#endif
+}
+
 uint64_t fingerprint(const std::string& isa, Address address, int64_t count, int threads) {
   const Operations& native = operations(isa);
   threads = usable_threads(threads);
@@ -146,6 +158,7 @@ namespace py = pybind11;
 PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &puna::instruction_sets, "What this machine can run, best first.");
   m.def("fingerprint", &puna::fingerprint);
+  m.def("keep_freed_memory", &puna::keep_freed_memory);
   m.def("softmax_loss", &puna::softmax_loss);
   m.def("matmul", &puna::matmul);
   m.def("make_engine", &puna::make_engine);

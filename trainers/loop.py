@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from puna.core import parallel
+from puna.core.extension import keep_freed_memory
 from puna.core.model import Transformer
 from puna.core.weights import Source
 from puna.trainers.interrupts import stop_requests
@@ -110,9 +111,12 @@ def device_of_name(name: str) -> torch.device:
 def load(source: Source, config: TrainConfig) -> Transformer:
     """The model on the device asked for; checkpointing, compilation and sharding as configured,
     applied from outside."""
+    device = device_of(config)
+    if device.type == "cpu":
+        keep_freed_memory()
     return parallel.load(
         source,
-        device_of(config),
+        device,
         compute_dtype=DTYPES[config.dtype],
         activation_checkpointing=config.activation_checkpointing,
         compile=config.compile,
