@@ -1,11 +1,14 @@
 """How fast a training step could be at best: its own matrix products, measured one by one."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from puna.benchmarks.timing import best_seconds
+from puna.core import native_linear
 from puna.core.config import ModelConfig
 
 CHUNKS = (256, 512, 1024)  # rows of the head's products at once, besides all of them
@@ -71,19 +74,22 @@ def head_seconds(config: ModelConfig, rows: int, device: torch.device) -> float:
 
 
 def products(rows: int, outputs: int, inputs: int, *, device: torch.device) -> Products:
-    """Best seconds of the products of a layer (outputs, inputs) on (rows, inputs)."""
+    """Best seconds of the products of a layer (outputs, inputs) on (rows, inputs), by PyTorch's
+    library or by ours, whichever is faster."""
     x = torch.randn(rows, inputs, device=device)
     weight = torch.randn(outputs, inputs, device=device)
     d_y = torch.randn(rows, outputs, device=device)
     y, d_x, d_weight = (torch.empty_like(each) for each in (d_y, x, weight))
-    calls = (
-        lambda: torch.mm(x, weight.T, out=y),
-        lambda: torch.mm(d_y, weight, out=d_x),
-        lambda: torch.mm(d_y.T, x, out=d_weight),
+    wanted = ((x, weight.T, y), (d_y, weight, d_x), (d_y.T, x, d_weight))
+    multiply: list[Callable[..., Tensor]] = [lambda a, b, out: torch.mm(a, b, out=out)]
+    if native_linear.fits(x, weight):
+        multiply.append(native_linear.matmul)
+    return Products(
+        *(min(seconds(functools.partial(by, *each), device) for by in multiply) for each in wanted)
     )
-    found = []
-    for call in calls:
-        once = best_seconds(call, device, rounds=2)
-        more = max(3, min(20, int(0.2 / once)))  # the largest take tenths of a second each
-        found.append(min(once, best_seconds(call, device, more)))
-    return Products(*found)
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The best of a fifth of a second, or of 5 where one takes tenths."""
+    once = best_seconds(call, device, rounds=2)
+    return min(once, best_seconds(call, device, max(3, min(20, int(0.2 / once)))))

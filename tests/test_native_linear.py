@@ -1,0 +1,231 @@
+"""Run: python -m pytest tests/test_native_linear.py -q"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import linear, silu
+from torch.utils.checkpoint import checkpoint
+
+from puna.core import native_feed_forward, native_linear, ops
+from puna.core.extension import best_instructions, extension
+
+pytestmark = [
+    pytest.mark.skipif(extension() is None, reason="the native extension is not built"),
+    pytest.mark.usefixtures("poisoned_empty"),
+]
+SETS = ("avx512", "avx2", "base")
+
+
+def laid_out(rows, columns, layout):
+    """Random numbers (rows, columns) in a memory of NaN, which lie as `layout` says."""
+    made = torch.randn(rows, columns)
+    if layout == "dense":
+        return made
+    if layout == "transposed":
+        return made.T.contiguous().T
+    step = 3 if layout == "sparse" else 1
+    room = torch.full((rows + 2, step * columns + 5), torch.nan)
+    inside = room[1 : rows + 1, 2 : 2 + step * columns : step]
+    inside.copy_(made)
+    return inside
+
+
+LAYOUTS = ("dense", "transposed", "inside", "sparse")
+
+
+@settings(max_examples=60)
+@given(
+    rows=st.integers(0, 41),
+    columns=st.integers(0, 120),
+    inner=st.integers(0, 40) | st.integers(500, 530),
+    a=st.sampled_from(LAYOUTS),
+    b=st.sampled_from(LAYOUTS),
+    add=st.booleans(),
+    isa=st.sampled_from(SETS),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_product_against_fp64(rows, columns, inner, a, b, add, isa, threads, seed):
+    if isa not in extension().instruction_sets():
+        isa = "base"
+    torch.manual_seed(seed)
+    a, b = laid_out(rows, inner, a), laid_out(inner, columns, b)
+    room = torch.full((rows * columns + 32,), 7.0)
+    out = room[16:-16].view(rows, columns)
+    out.copy_(torch.randn(rows, columns) if add else torch.full((rows, columns), torch.nan))
+    truth = a.double() @ b.double() + (out.double() if add else 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_linear, "best_instructions", lambda: isa)
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        native_linear.matmul(a, b, out, add=add)
+    torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=2e-5)
+    assert (room[:16] == 7).all() and (room[-16:] == 7).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_same_bits_with_any_threads_and_other_rows(transposed, monkeypatch):
+    torch.manual_seed(0)
+    a, b = laid_out(300, 1100, "transposed" if transposed else "dense"), torch.randn(1100, 113)
+    whole = native_linear.matmul(a, b, torch.empty(300, 113))
+    for threads in (1, 2, 3, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert torch.equal(native_linear.matmul(a, b, torch.empty(300, 113)), whole)
+    for first, last in ((0, 1), (5, 18), (299, 300)):
+        part = native_linear.matmul(a[first:last], b, torch.empty(last - first, 113))
+        assert torch.equal(part, whole[first:last])
+
+
+def test_error_against_pytorch(no_worse_than_torch):
+    torch.manual_seed(0)
+    a, b = torch.randn(600, 1300), torch.randn(200, 1300).T
+    ours = native_linear.matmul(a, b, torch.empty(600, 200))
+    no_worse_than_torch((ours,), (a @ b,), (a.double() @ b.double(),))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_row(bad):
+    a, b = torch.randn(20, 30), torch.randn(30, 50)
+    a[13, 29] = bad
+    found = native_linear.matmul(a, b, torch.empty(20, 50))
+    assert not found[13].isfinite().any() and found[:13].isfinite().all()
+    assert found[14:].isfinite().all()
+
+
+def projections(rows, inputs, outputs):
+    return torch.randn(2, rows // 2, inputs), torch.randn(outputs, inputs) / inputs**0.5
+
+
+def layers(rows, width, inner):
+    gate, up = (torch.randn(inner, width) / width**0.5 for _ in range(2))
+    return torch.randn(2, rows // 2, width), gate, up, torch.randn(width, inner) / inner**0.5
+
+
+def reference(name, inputs):
+    if name == "linear":
+        return linear(*inputs)
+    x, gate, up, down = inputs
+    return linear(silu(linear(x, gate)) * linear(x, up), down)
+
+
+MAKE = {"linear": projections, "feed_forward": layers}
+NAMES = tuple(MAKE)
+
+
+def ours(name, inputs):
+    """The native operation, which must be the one that runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", None)
+        return getattr(ops, name)(*inputs)
+
+
+def gradients(operation, inputs, upstream):
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    found = operation(leaves)
+    return [found.detach(), *torch.autograd.grad(found, leaves, upstream.to(found.dtype))]
+
+
+def check(name, inputs, upstream=None):
+    upstream = torch.randn(*inputs[0].shape[:-1], len(inputs[-1])) if upstream is None else upstream
+    exact = gradients(lambda x: reference(name, x), [x.double() for x in inputs], upstream)
+    found = gradients(lambda x: ours(name, x), inputs, upstream)
+    for mine, truth in zip(found, exact, strict=True):
+        torch.testing.assert_close(mine.double(), truth, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():  # another way through
+        assert torch.equal(ours(name, inputs), found[0])
+
+
+@pytest.mark.skipif(best_instructions() == "base", reason="the BLAS does linear layers here")
+class TestLayers:
+    @pytest.mark.parametrize("rows", [64, 130, 1100])
+    @pytest.mark.parametrize("name", NAMES)
+    def test_against_pytorch_in_fp64(self, name, rows):
+        torch.manual_seed(rows)
+        check(name, MAKE[name](rows, 37, 51))
+
+    @pytest.mark.parametrize("layout", ["expanded", "transposed", "sliced"])
+    @pytest.mark.parametrize("name", NAMES)
+    def test_upstream_gradients_lie_anywhere(self, name, layout):
+        torch.manual_seed(0)
+        inputs = MAKE[name](80, 24, 32)
+        first, second, width = 2, 40, len(inputs[-1])
+        upstream = {
+            "expanded": torch.tensor(0.7).expand(first, second, width),
+            "transposed": torch.randn(second, first, width).transpose(0, 1),
+            "sliced": torch.randn(first, second, 2 * width)[..., ::2],
+        }[layout]
+        check(name, inputs, upstream)
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_under_checkpointing(self, name):
+        torch.manual_seed(0)
+        inputs = MAKE[name](80, 24, 32)
+        upstream = torch.randn(2, 40, len(inputs[-1]))
+
+        def again(given):
+            return checkpoint(lambda *x: ours(name, x), *given, use_reentrant=False)
+
+        for mine, direct in zip(
+            gradients(again, inputs, upstream),
+            gradients(lambda x: ours(name, x), inputs, upstream),
+            strict=True,
+        ):
+            assert torch.equal(mine, direct)
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_there_is_a_first_derivative_only(self, name):
+        leaves = [x.requires_grad_() for x in MAKE[name](80, 24, 32)]
+        first = torch.autograd.grad(ours(name, leaves).sum(), leaves, create_graph=True)
+        with pytest.raises(RuntimeError, match="first derivative only"):
+            first[0].sum().backward()
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_what_is_kept_for_the_backward(self, name):
+        """The inputs; of a feed-forward layer what its gate is made of, too, and no third."""
+        inputs = MAKE[name](80, 24, 32)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            ours(name, inputs)
+            assert not kept
+            ours(name, [x.requires_grad_() for x in inputs])
+        own = {x.data_ptr() for x in inputs}
+        more = [x.shape for x in kept if x.data_ptr() not in own]
+        assert more == ([] if name == "linear" else [(80, 32), (80, 32)])
+
+    @pytest.mark.parametrize("trained", [0, 1])
+    def test_one_input_alone_is_trained(self, trained):
+        torch.manual_seed(0)
+        inputs = projections(80, 24, 32)
+        inputs[trained].requires_grad_()
+        ours("linear", inputs).sum().backward()
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        reference("linear", exact).sum().backward()
+        torch.testing.assert_close(
+            inputs[trained].grad.double(), exact[trained].grad, rtol=1e-4, atol=1e-4
+        )
+        assert inputs[1 - trained].grad is None
+
+    def test_autocast_is_pytorchs(self):
+        x, weight = projections(80, 24, 32)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ops.linear(x, weight).dtype == torch.bfloat16
+
+    def test_what_does_not_fit_is_pytorchs_business(self):
+        x, weight = projections(80, 24, 32)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            ops.linear(x, weight[:, :5])
+        with pytest.raises(RuntimeError, match="same dtype"):
+            ops.linear(x.double(), weight)
+        for few in (x[0, 0], x[0, :0], x.double()):
+            assert torch.equal(ops.linear(few, weight.to(few.dtype)), linear(few, weight.to(few.dtype)))
+        gate, up, down = layers(80, 24, 32)[1:]
+        with pytest.raises(ValueError, match="not equal"):
+            ops.feed_forward(x, gate, up[:9], down)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            ops.feed_forward(x, gate, up, down[:, :9])
+
+    def test_parts_hold_all_rows(self):
+        for count in (0, 1, 511, 512, 513, 1025, 4096):
+            cuts = native_feed_forward.parts(count)
+            assert [i for cut in cuts for i in range(count)[cut]] == list(range(count))
+            assert all(cut.stop - cut.start <= native_feed_forward.ROWS for cut in cuts)
