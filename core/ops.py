@@ -12,12 +12,12 @@ from puna.core import (
     native_elementwise,
     native_feed_forward,
     native_linear,
+    native_logprobs,
     native_loss,
 )
 from puna.kernels import add_rms_norm as add_rms_norm
 from puna.kernels import decode_attention as decode_attention
 from puna.kernels import gae as gae
-from puna.kernels import linear_logprobs as linear_logprobs
 from puna.kernels import rope_tables as rope_tables
 from puna.kernels import sample as sample
 from puna.kernels import use_backend as use_backend
@@ -227,3 +227,36 @@ class _LossSum(torch.autograd.Function):
     def backward(ctx, upstream):
         gradients = (None if d is None else d * upstream for d in ctx.saved_tensors)
         return *gradients, None, None, None, None
+
+
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`kernels.linear_logprobs`, or the native one for fp32 on the CPU."""
+    if not (_native() and native_logprobs.fits(hidden, weight, targets, temperature)):
+        return kernels.linear_logprobs(hidden, weight, targets, temperature=temperature)
+    rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    if _differentiated(hidden, weight):
+        found = _LogProbs.apply(rows, weight, labels, float(temperature))
+    else:
+        found = native_logprobs.logprobs(rows, weight, labels, float(temperature))[:2]
+    return found[0].view(targets.shape), found[1].view(targets.shape)
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, weight, labels, temperature):
+        found = native_logprobs.logprobs(rows, weight, labels, temperature)
+        ctx.save_for_backward(rows, weight, labels, *found)
+        ctx.temperature = temperature
+        return found.logprobs, found.entropy
+
+    @staticmethod
+    @first_only
+    def backward(ctx, d_logprobs, d_entropy):
+        rows, weight, labels, *found = ctx.saved_tensors
+        gradients = native_logprobs.gradient(
+            rows, weight, labels, ctx.temperature, native_logprobs.LogProbs(*found),
+            d_logprobs, d_entropy, ctx.needs_input_grad[:2],
+        )  # fmt: skip
+        return *gradients, None, None

@@ -24,7 +24,11 @@ const Operations& operations(const std::string& isa);
 // How many threads may be used of those asked for, at least 1.
 int usable_threads(int threads);
 
+// std::invalid_argument where one of `values` is not 0 to limit - 1.
+void check_range(const char* name, const int64_t* values, int64_t count, int64_t limit);
+
 void bind_attention(py::module_& m);
 void bind_elementwise(py::module_& m);
+void bind_products(py::module_& m);
 
 }  // namespace puna

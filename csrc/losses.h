@@ -15,4 +15,23 @@ struct SoftmaxLoss {
   float* losses;          // (rows), not weighted
 };
 
+// Of softmax(logits / temperature): each label's log-probability, and the entropy.
+struct LogProbs {
+  int64_t rows, vocab;
+  const float* logits;    // (rows, vocab)
+  const int64_t* labels;  // (rows)
+  float temperature;
+  float *logprobs, *entropy, *top, *log_total;  // (rows); for the backward, the largest logit and
+                                                // the log of the sum of e^((logit - it) / temperature)
+};
+
+// logits are overwritten with their gradient, from those of the log-probabilities and entropies.
+struct LogProbsGradient {
+  int64_t rows, vocab;
+  float* logits;
+  const int64_t* labels;
+  float temperature;
+  const float *entropy, *top, *log_total, *d_logprobs, *d_entropy;
+};
+
 }  // namespace puna

@@ -5,8 +5,7 @@
 
 namespace PUNA_ISA {
 
-inline void softmax_loss_row(float* logits, int64_t vocab, int64_t label, float scale, float z_loss,
-                             float* loss) {
+inline float largest(const float* logits, int64_t vocab) {
   int64_t i = 0;
   float top = logits[0];
   if (vocab >= W) {
@@ -15,10 +14,15 @@ inline void softmax_loss_row(float* logits, int64_t vocab, int64_t label, float 
     top = largest(tops);
   }
   for (; i < vocab; ++i) top = logits[i] > top ? logits[i] : top;
-  const float of_label = logits[label] - top;
+  return top;
+}
 
+inline void softmax_loss_row(float* logits, int64_t vocab, int64_t label, float scale, float z_loss,
+                             float* loss) {
+  const float top = largest(logits, vocab), of_label = logits[label] - top;
   double total = 0.0;
-  for (i = 0; i + 4 * W <= vocab; i += 4 * W) {
+  int64_t i = 0;
+  for (; i + 4 * W <= vocab; i += 4 * W) {
     vec sums = {};
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
@@ -44,6 +48,66 @@ inline void softmax_loss(const puna::SoftmaxLoss& a, int threads) {
       softmax_loss_row(a.logits + row * a.vocab, a.vocab, a.labels[row], a.scale[row], a.z_loss,
                        a.losses + row);
   });
+}
+
+inline void logprobs_row(const puna::LogProbs& a, int64_t row) {
+  const float* logits = a.logits + row * a.vocab;
+  const float top = largest(logits, a.vocab), sharpness = 1.0f / a.temperature;
+  double total = 0.0, weighted = 0.0;  // sums of e^x and x e^x
+  int64_t i = 0;
+  for (; i + 4 * W <= a.vocab; i += 4 * W) {
+    vec sums = {}, products = {};
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const vec x = (load(logits + i + j * W) - top) * sharpness, e = exp(x);
+      sums += e;
+      products += e * x;
+    }
+    total += sum(sums);
+    weighted += sum(products);
+  }
+  for (; i < a.vocab; ++i) {
+    const double x = (logits[i] - top) * sharpness, e = std::exp(x);
+    total += e;
+    weighted += e * x;
+  }
+  const double log_total = std::log(total);
+  a.top[row] = top;
+  a.log_total[row] = static_cast<float>(log_total);
+  a.logprobs[row] = static_cast<float>((logits[a.labels[row]] - top) * sharpness - log_total);
+  a.entropy[row] = static_cast<float>(log_total - weighted / total);
+}
+
+// d logprob / d logit = (onehot - p) / temperature, d entropy / d logit = -p (log p + entropy) /
+// temperature.
+inline void logprobs_gradient_row(const puna::LogProbsGradient& a, int64_t row) {
+  float* logits = a.logits + row * a.vocab;
+  const float sharpness = 1.0f / a.temperature, top = a.top[row], log_total = a.log_total[row];
+  const float d_logprob = a.d_logprobs[row] * sharpness, d_entropy = a.d_entropy[row] * sharpness;
+  const float rest = d_entropy * a.entropy[row] + d_logprob;
+  int64_t i = 0;
+  for (; i + W <= a.vocab; i += W) {
+    const vec logp = (load(logits + i) - top) * sharpness - log_total;
+    store(logits + i, -exp(logp) * (d_entropy * logp + rest));
+  }
+  for (; i < a.vocab; ++i) {
+    const float logp = (logits[i] - top) * sharpness - log_total;
+    logits[i] = -std::exp(logp) * (d_entropy * logp + rest);
+  }
+  logits[a.labels[row]] += d_logprob;
+}
+
+template <typename Rows, typename Row>
+inline void each_row(const Rows& a, int threads, Row work) {
+  puna::parallel(threads, [&](int part, int parts) {
+    for (int64_t row = a.rows * part / parts; row < a.rows * (part + 1) / parts; ++row) work(a, row);
+  });
+}
+
+inline void logprobs(const puna::LogProbs& a, int threads) { each_row(a, threads, logprobs_row); }
+
+inline void logprobs_gradient(const puna::LogProbsGradient& a, int threads) {
+  each_row(a, threads, logprobs_gradient_row);
 }
 
 }  // namespace PUNA_ISA

@@ -109,32 +109,6 @@ int64_t forward(Engine& engine, int64_t count, Address tokens, Address rows,
   return engine.forward(batch, drawn ? &draw : nullptr, threads);
 }
 
-void softmax_loss(const std::string& isa, int64_t rows, int64_t vocab, Address logits,
-                  Address labels, Address scale, float z_loss, Address losses, int threads) {
-  const SoftmaxLoss work{rows,   vocab, at<float>(logits), at<const int64_t>(labels),
-                               at<const float>(scale), z_loss, at<float>(losses)};
-  const Operations& native = operations(isa);
-  check_range("targets", work.labels, rows, vocab);
-  threads = usable_threads(threads);
-  py::gil_scoped_release released;
-  native.softmax_loss(work, threads);
-}
-
-// a and b: (address, distance of rows, of columns).
-void matmul(const std::string& isa, int64_t rows, int64_t columns, int64_t inner,
-            const py::tuple& a, const py::tuple& b, Address c, bool add, int threads) {
-  const auto matrix = [](const py::tuple& given) { return at<const float>(given[0].cast<Address>()); };
-  const auto distance = [](const py::tuple& given, int i) { return given[i].cast<int64_t>(); };
-  const MatMul work{rows,           columns,        inner,
-                    matrix(a),      distance(a, 1), distance(a, 2),
-                    matrix(b),      distance(b, 1), distance(b, 2),
-                    at<float>(c),   add};
-  const Operations& native = operations(isa);
-  threads = usable_threads(threads);
-  py::gil_scoped_release released;
-  native.matmul(work, threads);
-}
-
 // Freed memory stays with the process, large pieces too. (Where glibc is not the C library, what is
 // there stays as it is.)
 void keep_freed_memory() {
@@ -159,8 +133,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &puna::instruction_sets, "What this machine can run, best first.");
   m.def("fingerprint", &puna::fingerprint);
   m.def("keep_freed_memory", &puna::keep_freed_memory);
-  m.def("softmax_loss", &puna::softmax_loss);
-  m.def("matmul", &puna::matmul);
   m.def("make_engine", &puna::make_engine);
   py::class_<puna::Engine>(m, "Engine")
       .def("reserve", &puna::Engine::reserve)
@@ -170,4 +142,5 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("slots", &puna::Engine::slots);
   puna::bind_attention(m);
   puna::bind_elementwise(m);
+  puna::bind_products(m);
 }

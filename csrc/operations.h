@@ -14,6 +14,8 @@ namespace puna {
 struct Operations {
   std::unique_ptr<Engine> (*make_engine)(const Shape&, const Weights&);
   void (*softmax_loss)(const SoftmaxLoss&, int threads);
+  void (*logprobs)(const LogProbs&, int threads);
+  void (*logprobs_gradient)(const LogProbsGradient&, int threads);
   // A number that changes when any of `count` floats does.
   uint64_t (*fingerprint)(const float* values, int64_t count, int threads);
   void (*attention)(const Attention&, int threads);

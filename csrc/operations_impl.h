@@ -13,7 +13,8 @@ inline std::unique_ptr<puna::Engine> make_engine(const Shape& shape, const Weigh
   return std::make_unique<Llama>(shape, weights);
 }
 
-constexpr puna::Operations operations{make_engine, softmax_loss,       fingerprint,
-                                      attention,   attention_backward, matmul,      elementwise};
+constexpr puna::Operations operations{
+    make_engine, softmax_loss,       logprobs, logprobs_gradient, fingerprint,
+    attention,   attention_backward, matmul,   elementwise};
 
 }  // namespace PUNA_ISA

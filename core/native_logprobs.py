@@ -1,0 +1,89 @@
+"""`linear_logprobs` with each chunk of logits read once, for fp32 on the CPU."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from puna.core.extension import best_instructions, extension, plain
+from puna.core.native_linear import matmul
+
+CHUNK_ELEMENTS = 1 << 24  # of logits at once, 64 MB
+
+
+class LogProbs(NamedTuple):
+    """All (N,) fp32; the last two are for the backward."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    top: Tensor  # the largest logit
+    log_total: Tensor  # of the sum of e^((logit - top) / temperature)
+
+
+def fits(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> bool:
+    """Whether the native pass can do it. Mistakes do not fit: the kernels explain them."""
+    return (
+        extension() is not None
+        and plain(hidden, weight)
+        and targets.is_cpu
+        and targets.dtype == torch.int64
+        and weight.dim() == 2
+        and len(weight) > 0
+        and hidden.shape[:-1] == targets.shape
+        and hidden.shape[-1] == weight.shape[-1]
+        and temperature > 0
+    )
+
+
+def chunks(rows: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(which rows, their logits (n, V)) of rows (N, C); the logits' memory is used again."""
+    count, vocabulary = len(rows), len(weight)
+    step = max(1, min(CHUNK_ELEMENTS // vocabulary, count))
+    held = rows.new_empty(step, vocabulary)
+    for start in range(0, count, step):
+        part = slice(start, min(start + step, count))
+        yield part, matmul(rows[part], weight.T, held[: part.stop - start])
+
+
+def logprobs(rows: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> LogProbs:
+    """Of labels (N,) given rows (N, C). ValueError where a label is not one."""
+    found = LogProbs(*(rows.new_empty(len(rows)) for _ in LogProbs._fields))
+    for part, logits in chunks(rows, weight):
+        _native().logprobs(
+            best_instructions(), *logits.shape, logits.data_ptr(), labels[part].data_ptr(),
+            temperature, *(each[part].data_ptr() for each in found), torch.get_num_threads(),
+        )  # fmt: skip
+    return found
+
+
+def gradient(
+    rows: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float,
+    found: LogProbs,
+    d_logprobs: Tensor,
+    d_entropy: Tensor,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """(d rows (N, C), d weight (V, C)), each if `wanted`; the logits are formed again."""
+    d_rows = rows.new_empty(rows.shape) if wanted[0] else None
+    d_weight = weight.new_zeros(weight.shape) if wanted[1] else None
+    kept = (*found[1:], d_logprobs.contiguous(), d_entropy.contiguous())
+    for part, logits in chunks(rows, weight):
+        _native().logprobs_gradient(
+            best_instructions(), *logits.shape, logits.data_ptr(), labels[part].data_ptr(),
+            temperature, *(each[part].data_ptr() for each in kept), torch.get_num_threads(),
+        )  # fmt: skip
+        if d_rows is not None:
+            matmul(logits, weight, d_rows[part])
+        if d_weight is not None:
+            matmul(logits.T, rows[part], d_weight, add=True)
+    return d_rows, d_weight
+
+
+def _native():
+    module = extension()
+    assert module is not None
+    return module

@@ -1,0 +1,75 @@
+// Matrix products, and what the losses make of logits.
+#include "bind.h"
+
+namespace puna {
+
+namespace {
+
+template <typename Work>
+void run(void (*Operations::*operation)(const Work&, int), const std::string& isa,
+         const Work& work, int threads) {
+  const Operations& native = operations(isa);
+  threads = usable_threads(threads);
+  py::gil_scoped_release released;
+  (native.*operation)(work, threads);
+}
+
+struct Given {
+  const float* data;
+  int64_t row, column;
+};
+
+Given matrix(const py::tuple& given) {
+  return {at<const float>(given[0].cast<Address>()), given[1].cast<int64_t>(),
+          given[2].cast<int64_t>()};
+}
+
+// a and b: (address, from one row to the next, from one column to the next)
+void matmul(const std::string& isa, int64_t rows, int64_t columns, int64_t inner,
+            const py::tuple& a, const py::tuple& b, Address c, bool add, int threads) {
+  const Given left = matrix(a), right = matrix(b);
+  run(&Operations::matmul, isa,
+      MatMul{rows, columns, inner, left.data, left.row, left.column, right.data, right.row,
+             right.column, at<float>(c), add},
+      threads);
+}
+
+void softmax_loss(const std::string& isa, int64_t rows, int64_t vocab, Address logits,
+                  Address labels, Address scale, float z_loss, Address losses, int threads) {
+  const SoftmaxLoss work{rows, vocab, at<float>(logits), at<const int64_t>(labels),
+                         at<const float>(scale), z_loss, at<float>(losses)};
+  check_range("targets", work.labels, rows, vocab);
+  run(&Operations::softmax_loss, isa, work, threads);
+}
+
+void logprobs(const std::string& isa, int64_t rows, int64_t vocab, Address logits, Address labels,
+              float temperature, Address logprobs, Address entropy, Address top, Address log_total,
+              int threads) {
+  const LogProbs work{rows, vocab, at<const float>(logits), at<const int64_t>(labels), temperature,
+                      at<float>(logprobs), at<float>(entropy), at<float>(top),
+                      at<float>(log_total)};
+  check_range("targets", work.labels, rows, vocab);
+  run(&Operations::logprobs, isa, work, threads);
+}
+
+void logprobs_gradient(const std::string& isa, int64_t rows, int64_t vocab, Address logits,
+                       Address labels, float temperature, Address entropy, Address top,
+                       Address log_total, Address d_logprobs, Address d_entropy, int threads) {
+  const LogProbsGradient work{rows, vocab, at<float>(logits), at<const int64_t>(labels),
+                              temperature, at<const float>(entropy), at<const float>(top),
+                              at<const float>(log_total), at<const float>(d_logprobs),
+                              at<const float>(d_entropy)};
+  check_range("targets", work.labels, rows, vocab);
+  run(&Operations::logprobs_gradient, isa, work, threads);
+}
+
+}  // namespace
+
+void bind_products(py::module_& m) {
+  m.def("matmul", &matmul);
+  m.def("softmax_loss", &softmax_loss);
+  m.def("logprobs", &logprobs);
+  m.def("logprobs_gradient", &logprobs_gradient);
+}
+
+}  // namespace puna
