@@ -99,14 +99,8 @@ inline void copy_columns(const puna::MatMul& p, const float* b, int64_t inner, i
     float* const into = to + strip * TILE_COLUMNS * inner + first % TILE_COLUMNS;
     const float* const from = b + first * p.b_column;
     int64_t k = 0;
-    for (; count == W && p.b_inner == 1 && k + W <= inner; k += W) {
-      vec block[W];
-#pragma GCC unroll 16
-      for (int j = 0; j < W; ++j) block[j] = load(from + j * p.b_column + k);
-      transpose(block);
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) store(into + (k + i) * TILE_COLUMNS, block[i]);
-    }
+    for (; count == W && p.b_inner == 1 && k + W <= inner; k += W)
+      transpose(from + k, p.b_column, into + k * TILE_COLUMNS, TILE_COLUMNS);
     for (; k < inner; ++k) {
       float* const row = into + k * TILE_COLUMNS;
       for (int64_t j = 0; j < count; ++j) row[j] = from[k * p.b_inner + j * p.b_column];

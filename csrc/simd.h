@@ -83,8 +83,11 @@ inline vec zip(vec a, vec b, bool second) {
 #endif
 }
 
-// W vectors of W: rows become columns. Each round turns the index (row, column) by one bit.
-inline void transpose(vec (&rows)[W]) {
+// W rows of W numbers become columns. Each round turns the index (row, column) by one bit.
+inline void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+  vec rows[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) rows[i] = load(from + i * stride);
   for (int round = 1; round < W; round *= 2) {
     vec turned[W];
 #pragma GCC unroll 16
@@ -92,6 +95,8 @@ inline void transpose(vec (&rows)[W]) {
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) rows[i] = turned[i];
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) store(to + i * to_stride, rows[i]);
 }
 
 // e^x to about 2 units in the last place, for x up to 88; below -87.3 it stays at 1e-38.
@@ -109,42 +114,6 @@ inline vec exp(vec x) {
   y = y * (r * r) + r + 1.0f;
   const ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
   return y * (vec)power;
-}
-
-// Blocks of STEP lanes: the even ones (or, UPPER, the odd ones) of a and b, by turns.
-template <int STEP, bool UPPER, size_t... I>
-inline vec blocks_of(vec a, vec b, std::index_sequence<I...>) {
-  constexpr int shift = UPPER ? STEP : 0;
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, static_cast<int>(I & STEP ? I - STEP + W : I) + shift...);
-#else
-  return __builtin_shuffle(a, b, ivec{static_cast<int>(I & STEP ? I - STEP + W : I) + shift...});
-#endif
-}
-
-template <int STEP>
-inline void exchange(vec* x) {
-  if constexpr (STEP < W) {
-    const std::make_index_sequence<W> lanes;
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) {
-      if (i & STEP) continue;
-      const vec a = x[i], b = x[i + STEP];
-      x[i] = blocks_of<STEP, false>(a, b, lanes);
-      x[i + STEP] = blocks_of<STEP, true>(a, b, lanes);
-    }
-    exchange<2 * STEP>(x);
-  }
-}
-
-// W rows of W numbers.
-inline void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
-  vec x[W];
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) x[i] = load(from + i * stride);
-  exchange<1>(x);
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) store(to + i * to_stride, x[i]);
 }
 
 }  // namespace PUNA_ISA

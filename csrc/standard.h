@@ -12,7 +12,6 @@
 #include <new>
 #include <stdexcept>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
