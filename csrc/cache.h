@@ -60,11 +60,16 @@ class Cache {
 };
 
 // out (D) = softmax(scale * q . k[0..length)) v, for one query head. `scores` has room for the
-// padded cache. DV is the head size in vectors.
+// padded cache. DV is the head size in vectors. `next` is how far from these keys and values lie
+// those wanted next: while these are read, those are fetched (15m, 32 rows: 6% more tokens).
 template <int DV>
 inline void attend_head(const float* q, const float* keys, const float* values, int64_t length,
-                        float scale, float* scores, float* out) {
+                        float scale, float* scores, float* out, int64_t next) {
   constexpr int D = DV * W;
+  const auto fetched = [next](const float* p) __attribute__((always_inline)) {
+    __builtin_prefetch(p + next, 0, 2);
+    return load(p);
+  };
   const int64_t blocks = (length + W - 1) / W;
   constexpr int TOGETHER = 4;  // chains side by side hide the latency of a multiply-add
   int64_t b = 0;
@@ -74,13 +79,13 @@ inline void attend_head(const float* q, const float* keys, const float* values, 
     for (int d = 0; d < D; ++d) {
       const vec x = all(q[d]);
 #pragma GCC unroll 4
-      for (int i = 0; i < TOGETHER; ++i) s[i] += x * load(k + i * W * D + d * W);
+      for (int i = 0; i < TOGETHER; ++i) s[i] += x * fetched(k + i * W * D + d * W);
     }
     for (int i = 0; i < TOGETHER; ++i) store(scores + (b + i) * W, s[i] * scale);
   }
   for (; b < blocks; ++b) {
     vec s = {};
-    for (int d = 0; d < D; ++d) s += all(q[d]) * load(keys + b * W * D + d * W);
+    for (int d = 0; d < D; ++d) s += all(q[d]) * fetched(keys + b * W * D + d * W);
     store(scores + b * W, s * scale);
   }
   for (int64_t t = length; t < blocks * W; ++t) scores[t] = -1e30f;
@@ -105,7 +110,7 @@ inline void attend_head(const float* q, const float* keys, const float* values, 
     for (int c = 0; c < CHAINS; ++c) {
       const vec p = all(scores[t + c]);
 #pragma GCC unroll 8
-      for (int d = 0; d < DV; ++d) acc[c][d] += p * load(values + (t + c) * D + d * W);
+      for (int d = 0; d < DV; ++d) acc[c][d] += p * fetched(values + (t + c) * D + d * W);
     }
   for (; t < length; ++t)
     for (int d = 0; d < DV; ++d) acc[0][d] += all(scores[t]) * load(values + t * D + d * W);
@@ -116,7 +121,7 @@ inline void attend_head(const float* q, const float* keys, const float* values, 
   }
 }
 
-using Attend = void (*)(const float*, const float*, const float*, int64_t, float, float*, float*);
+using Attend = void (*)(const float*, const float*, const float*, int64_t, float, float*, float*, int64_t);
 
 // Null where the head size is not one to eight whole vectors.
 inline Attend attend_for(int64_t head_dim) {

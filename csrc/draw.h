@@ -31,12 +31,15 @@ inline int64_t invert(const float* weights, int64_t count, double target) {
 }
 
 inline int64_t first_largest(const float* logits, int64_t count) {
-  constexpr int BLOCK = 4 * W;
+  constexpr int BLOCK = 16 * W;  // few steps across lanes: they take as long as 16 vectors
   float top = logits[0];
   int64_t found = 0, i = 0;
   for (; i + BLOCK <= count; i += BLOCK) {
-    const vec a = max(load(logits + i), load(logits + i + W));
-    const vec b = max(load(logits + i + 2 * W), load(logits + i + 3 * W));
+    vec a = load(logits + i), b = load(logits + i + W);
+    for (int j = 2; j < 16; j += 2) {
+      a = max(a, load(logits + i + j * W));
+      b = max(b, load(logits + i + (j + 1) * W));
+    }
     const float here = largest(max(a, b));
     if (here > top) top = here, found = i;  // the block: the place in it is looked for below
   }
@@ -55,10 +58,14 @@ inline void draw_token(float* logits, int64_t vocab, float temperature, int64_t 
   const float top = logits[best];
   double total = 0.0;
   int64_t i = 0;
-  for (; i + W <= vocab; i += W) {
-    const vec e = exp((load(logits + i) - top) * factor);
-    store(logits + i, e);
-    total += sum(e);
+  for (; i + 4 * W <= vocab; i += 4 * W) {
+    vec sums = {};
+    for (int j = 0; j < 4; ++j) {
+      const vec e = exp((load(logits + i + j * W) - top) * factor);
+      store(logits + i + j * W, e);
+      sums += e;
+    }
+    total += sum(sums);
   }
   for (; i < vocab; ++i) total += logits[i] = std::exp((logits[i] - top) * factor);
   int64_t chosen = best;

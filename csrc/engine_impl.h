@@ -297,10 +297,14 @@ class Llama final : public puna::Engine {
         float* k = q + q_width + g * d;
         rotate(k, cos, sin, d / 2);
         cache_.write(l, row, g, t, k, k + s_.kv_heads * d);
+        const float* keys = cache_.keys(l, row, g);
+        const float* next = keys;
+        if (g + 1 < heads.end) next = cache_.keys(l, row, g + 1);
+        else if (i + 1 < count) next = cache_.keys(l, batch.rows[first + i + 1], heads.begin);
         for (int64_t h = g * group; h < (g + 1) * group; ++h) {
           rotate(q + h * d, cos, sin, d / 2);
-          attend_(q + h * d, cache_.keys(l, row, g), cache_.values(l, row, g), t + 1, scale, scores,
-                  a.attended.get() + i * q_width + h * d);
+          attend_(q + h * d, keys, cache_.values(l, row, g), t + 1, scale, scores,
+                  a.attended.get() + i * q_width + h * d, next - keys);
         }
       }
     }
