@@ -207,7 +207,7 @@ def linear(operation: str, sizes: Sizes, device: torch.device, vocabulary: int) 
     def cross_entropy(*inputs: Tensor) -> tuple[Tensor, ...]:
         return (kernels.linear_cross_entropy(*inputs),)
 
-    def native(*inputs: Tensor) -> tuple[Tensor, ...]:
+    def native_loss(*inputs: Tensor) -> tuple[Tensor, ...]:
         return (ops.linear_cross_entropy(*inputs),)
 
     eager = peers.linear_cross_entropy if loss else peers.linear_logprobs
@@ -215,7 +215,8 @@ def linear(operation: str, sizes: Sizes, device: torch.device, vocabulary: int) 
         operation, f"{rows}x{dim}x{vocabulary}", rows, sizes.dtype, make,
         ours=cross_entropy if loss else kernels.linear_logprobs, eager=eager,
         exact=peers.by_rows(eager), by_row=peers.losses if loss else None,
-        peers=_liger(operation, device), native=_native(native, device) if loss else None,
+        peers=_liger(operation, device),
+        native=_native(native_loss if loss else ops.linear_logprobs, device),
         forward=product, both=(3 if loss else 4) * product, products=True, differentiable=(0, 1),
     )  # fmt: skip
 

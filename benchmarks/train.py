@@ -2,8 +2,10 @@
 
 The steps are the same for every provider, with the same weights, batch and optimizer. Before
 anything is timed, three steps of each must give the same losses: then its forward, its
-gradients and its update are right. `error` is the largest relative difference of those losses;
-`peak_mb` is, on the CPU, all that a fresh process needs to train (see step_memory.py).
+gradients and its update are right. On the CPU all share a process that keeps the memory it frees,
+as Puna's trainers do; in a process of its own a peer is slower. `error` is the largest relative
+difference of those losses; `peak_mb` is, on the CPU, all that a fresh process needs to train (see
+step_memory.py).
 """
 
 import copy
