@@ -39,10 +39,12 @@ def _differentiated(*inputs: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., I) times weight (O, I) transposed: PyTorch's, or the native one for fp32 on the CPU."""
+    """x (..., I) W^T (I, O), or the native one for fp32 on the CPU."""
     if not (_native() and native_linear.fits(x, weight)):
         return torch.nn.functional.linear(x, weight)
-    return _Linear.apply(x, weight) if _differentiated(x, weight) else native_linear.linear(x, weight)
+    if _differentiated(x, weight):
+        return _Linear.apply(x, weight)
+    return native_linear.linear(x, weight)
 
 
 class _Linear(torch.autograd.Function):
