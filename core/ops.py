@@ -81,7 +81,8 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     @first_only
     def backward(ctx, d_y):
-        return native_feed_forward.gradients(*ctx.saved_tensors, d_y)
+        x, gate, up, down, gates, ups = ctx.saved_tensors
+        return native_feed_forward.gradients(x, gate, up, down, gates, ups, d_y)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, cast: str = "llama") -> Tensor:
