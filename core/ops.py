@@ -39,7 +39,7 @@ def _differentiated(*inputs: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., I) W^T (I, O), or the native one for fp32 on the CPU."""
+    """x (..., I) times the transpose of weight (O, I): (..., O). Native for fp32 on the CPU."""
     if not (_native() and native_linear.fits(x, weight)):
         return torch.nn.functional.linear(x, weight)
     if _differentiated(x, weight):
