@@ -13,12 +13,13 @@ CHUNK_ELEMENTS = 1 << 24  # of logits at once, 64 MB
 
 
 class LogProbs(NamedTuple):
-    """All (N,) fp32; the last two are for the backward."""
+    """All (N,) fp32; the last three are for the backward."""
 
     logprobs: Tensor
     entropy: Tensor
     top: Tensor  # the largest logit
-    log_total: Tensor  # of the sum of e^((logit - top) / temperature)
+    total: Tensor  # of x = (logit - top) / temperature: the sum of e^x
+    mean: Tensor  # of x under the distribution
 
 
 def fits(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> bool:
@@ -70,7 +71,7 @@ def gradient(
     """(d rows (N, C), d weight (V, C)), each if `wanted`; the logits are formed again."""
     d_rows = rows.new_empty(rows.shape) if wanted[0] else None
     d_weight = weight.new_zeros(weight.shape) if wanted[1] else None
-    kept = (*found[1:], d_logprobs.contiguous(), d_entropy.contiguous())
+    kept = (*found[2:], d_logprobs.contiguous(), d_entropy.contiguous())
     for part, logits in chunks(rows, weight):
         _native().logprobs_gradient(
             best_instructions(), *logits.shape, logits.data_ptr(), labels[part].data_ptr(),

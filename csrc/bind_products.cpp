@@ -43,21 +43,21 @@ void softmax_loss(const std::string& isa, int64_t rows, int64_t vocab, Address l
 }
 
 void logprobs(const std::string& isa, int64_t rows, int64_t vocab, Address logits, Address labels,
-              float temperature, Address logprobs, Address entropy, Address top, Address log_total,
-              int threads) {
+              float temperature, Address logprobs, Address entropy, Address top, Address total,
+              Address mean, int threads) {
   const LogProbs work{rows, vocab, at<const float>(logits), at<const int64_t>(labels), temperature,
                       at<float>(logprobs), at<float>(entropy), at<float>(top),
-                      at<float>(log_total)};
+                      at<float>(total), at<float>(mean)};
   check_range("targets", work.labels, rows, vocab);
   run(&Operations::logprobs, isa, work, threads);
 }
 
 void logprobs_gradient(const std::string& isa, int64_t rows, int64_t vocab, Address logits,
-                       Address labels, float temperature, Address entropy, Address top,
-                       Address log_total, Address d_logprobs, Address d_entropy, int threads) {
+                       Address labels, float temperature, Address top, Address total,
+                       Address mean, Address d_logprobs, Address d_entropy, int threads) {
   const LogProbsGradient work{rows, vocab, at<float>(logits), at<const int64_t>(labels),
-                              temperature, at<const float>(entropy), at<const float>(top),
-                              at<const float>(log_total), at<const float>(d_logprobs),
+                              temperature, at<const float>(top), at<const float>(total),
+                              at<const float>(mean), at<const float>(d_logprobs),
                               at<const float>(d_entropy)};
   check_range("targets", work.labels, rows, vocab);
   run(&Operations::logprobs_gradient, isa, work, threads);

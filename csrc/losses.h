@@ -15,14 +15,15 @@ struct SoftmaxLoss {
   float* losses;          // (rows), not weighted
 };
 
-// Of softmax(logits / temperature): each label's log-probability, and the entropy.
+// Of softmax(logits / temperature): each label's log-probability, and the entropy. For the backward
+// of each row: its largest logit, and of x = (logit - that) / temperature the sum of e^x and the
+// mean under the distribution.
 struct LogProbs {
   int64_t rows, vocab;
   const float* logits;    // (rows, vocab)
   const int64_t* labels;  // (rows)
   float temperature;
-  float *logprobs, *entropy, *top, *log_total;  // (rows); for the backward, the largest logit and
-                                                // the log of the sum of e^((logit - it) / temperature)
+  float *logprobs, *entropy, *top, *total, *mean;  // (rows)
 };
 
 // logits are overwritten with their gradient, from those of the log-probabilities and entropies.
@@ -31,7 +32,7 @@ struct LogProbsGradient {
   float* logits;
   const int64_t* labels;
   float temperature;
-  const float *entropy, *top, *log_total, *d_logprobs, *d_entropy;
+  const float *top, *total, *mean, *d_logprobs, *d_entropy;
 };
 
 }  // namespace puna

@@ -17,6 +17,8 @@ constexpr int TILE_ROWS = W == 16 ? 8 : 6, TILE_VECTORS = W == 16 ? 3 : 2;
 constexpr int TILE_COLUMNS = TILE_VECTORS * W;
 // Floats. A block of b, and one of a where it is copied, share 1 MB of second-level cache.
 constexpr int64_t MATMUL_INNER = 512, MATMUL_BLOCK = 1 << 17;
+// Numbers summed in one go. Sums of 512 were off 1.7 times as far as the BLAS's, of 256 1.2 times.
+constexpr int64_t CHAIN = 256;
 
 struct Tile {
   const float* a;
@@ -28,27 +30,8 @@ struct Tile {
   bool add;
 };
 
-// COPIED: a's rows lie side by side, in a strip; otherwise its inner elements do.
-template <int VECTORS, bool COPIED>
-inline void sum_tile(const Tile& t) {
-  vec sums[TILE_ROWS][VECTORS];
-#pragma GCC unroll 8
-  for (int m = 0; m < TILE_ROWS; ++m)
-#pragma GCC unroll 3
-    for (int j = 0; j < VECTORS; ++j) sums[m][j] = vec{};
-  const int64_t row = COPIED ? 1 : t.a_row, next = COPIED ? TILE_ROWS : 1;
-  const float *a = t.a, *b = t.b;
-  for (int64_t k = 0; k < t.inner; ++k, a += next, b += t.b_inner) {
-    vec columns[VECTORS];
-#pragma GCC unroll 3
-    for (int j = 0; j < VECTORS; ++j) columns[j] = load(b + j * W);
-#pragma GCC unroll 8
-    for (int m = 0; m < TILE_ROWS; ++m) {
-      const vec value = all(a[m * row]);
-#pragma GCC unroll 3
-      for (int j = 0; j < VECTORS; ++j) sums[m][j] += value * columns[j];
-    }
-  }
+template <int VECTORS>
+inline void put(const Tile& t, const vec (&sums)[TILE_ROWS][VECTORS], bool add) {
 #pragma GCC unroll 8
   for (int m = 0; m < TILE_ROWS; ++m) {
     if (m >= t.rows) return;
@@ -56,13 +39,42 @@ inline void sum_tile(const Tile& t) {
     for (int j = 0; j < VECTORS; ++j) {
       float* c = t.c + m * t.c_row + j * W;
       if (t.columns >= (j + 1) * W) {
-        store(c, t.add ? load(c) + sums[m][j] : sums[m][j]);
+        store(c, add ? load(c) + sums[m][j] : sums[m][j]);
       } else {
         for (int64_t i = 0; i < t.columns - j * W; ++i)
-          c[i] = t.add ? c[i] + sums[m][j][i] : sums[m][j][i];
+          c[i] = add ? c[i] + sums[m][j][i] : sums[m][j][i];
       }
     }
   }
+}
+
+// COPIED: a's rows lie side by side, in a strip; otherwise its inner elements do.
+template <int VECTORS, bool COPIED>
+inline void sum_tile(const Tile& t) {
+  const int64_t row = COPIED ? 1 : t.a_row, next = COPIED ? TILE_ROWS : 1;
+  const float *a = t.a, *b = t.b;
+  int64_t done = 0;
+  do {
+    vec sums[TILE_ROWS][VECTORS];
+#pragma GCC unroll 8
+    for (int m = 0; m < TILE_ROWS; ++m)
+#pragma GCC unroll 3
+      for (int j = 0; j < VECTORS; ++j) sums[m][j] = vec{};
+    const int64_t count = std::min(CHAIN, t.inner - done);
+    for (int64_t k = 0; k < count; ++k, a += next, b += t.b_inner) {
+      vec columns[VECTORS];
+#pragma GCC unroll 3
+      for (int j = 0; j < VECTORS; ++j) columns[j] = load(b + j * W);
+#pragma GCC unroll 8
+      for (int m = 0; m < TILE_ROWS; ++m) {
+        const vec value = all(a[m * row]);
+#pragma GCC unroll 3
+        for (int j = 0; j < VECTORS; ++j) sums[m][j] += value * columns[j];
+      }
+    }
+    put(t, sums, t.add || done > 0);
+    done += CHAIN;
+  } while (done < t.inner);
 }
 
 template <int VECTORS = TILE_VECTORS>

