@@ -10,6 +10,7 @@ from puna.core.extension import best_instructions, extension, plain
 
 # With fewer, most of a tile is empty, and the BLAS reads the weights as fast.
 FEWEST_ROWS = 8
+FAST = ("avx512", "avx2")  # elsewhere the BLAS has better kernels
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
@@ -21,7 +22,7 @@ def fits(x: Tensor, weight: Tensor) -> bool:
         and x.shape[-1] == weight.shape[1]
         and x.shape[:-1].numel() >= FEWEST_ROWS
         and not torch.is_autocast_enabled("cpu")
-        and best_instructions() in ("avx512", "avx2")  # elsewhere the BLAS has better kernels
+        and best_instructions() in FAST
     )
 
 
@@ -50,6 +51,8 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
     native = extension()
     assert native is not None and out.is_contiguous()
     assert out.shape == (a.shape[0], b.shape[1]) and a.shape[1] == b.shape[0]
+    if best_instructions() not in FAST:
+        return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     native.matmul(
         best_instructions(), *out.shape, a.shape[1],
         (a.data_ptr(), *a.stride()), (b.data_ptr(), *b.stride()),

@@ -1,8 +1,8 @@
 """`linear_cross_entropy` with the softmax, the loss and its gradient in one native pass.
 
-For fp32 on the CPU, reductions "mean" and "sum"; everything else is the kernels' business. The
-three matrix products stay with the BLAS; what lay between them (five passes over all logits, a
-fresh chunk of memory each) is one pass over a chunk that is used again.
+For fp32 on the CPU, reductions "mean" and "sum"; everything else is the kernels' business. What lay
+between the three matrix products (five passes over all logits, a fresh chunk of memory each) is
+one pass over a chunk that is used again.
 """
 
 import torch
@@ -11,8 +11,7 @@ from torch import Tensor
 from puna.core.extension import best_instructions, extension
 from puna.core.native_linear import matmul
 
-# Logits held at once, 64 MB. The larger the chunk, the better the BLAS: (2048 x 288) by 32000,
-# 128 rows at a time took 1.6 times as long as 1024 (the softmax's two threads waiting included).
+# Logits held at once, 64 MB: with less, what is copied of the weights for each chunk counts.
 CHUNK_ELEMENTS = 1 << 24
 
 

@@ -57,6 +57,7 @@ def test_product_against_fp64(rows, columns, inner, a, b, add, isa, threads, see
     truth = a.double() @ b.double() + (out.double() if add else 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native_linear, "best_instructions", lambda: isa)
+        patch.setattr(native_linear, "FAST", SETS)
         patch.setattr(torch, "get_num_threads", lambda: threads)
         native_linear.matmul(a, b, out, add=add)
     near = 1e-5 * max(1, inner) ** 0.5  # sums of so many normal numbers
@@ -64,6 +65,16 @@ def test_product_against_fp64(rows, columns, inner, a, b, add, isa, threads, see
     assert (room[:16] == 7).all() and (room[-16:] == 7).all()
 
 
+@pytest.mark.parametrize("add", [False, True])
+def test_where_the_blas_is_faster(add, monkeypatch):
+    monkeypatch.setattr(native_linear, "FAST", ())
+    a, b, out = torch.randn(20, 30), torch.randn(30, 50), torch.randn(20, 50)
+    truth = a.double() @ b.double() + (out.double() if add else 0)
+    torch.testing.assert_close(native_linear.matmul(a, b, out, add=add).double(), truth,
+                               rtol=0, atol=1e-4)  # fmt: skip
+
+
+@pytest.mark.skipif(best_instructions() == "base", reason="the BLAS does products here")
 @pytest.mark.parametrize("transposed", [False, True])
 def test_same_bits_with_any_threads_and_other_rows(transposed, monkeypatch):
     torch.manual_seed(0)
