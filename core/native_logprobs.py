@@ -9,7 +9,7 @@ from torch import Tensor
 from puna.core.extension import best_instructions, extension, plain
 from puna.core.native_linear import matmul
 
-CHUNK_ELEMENTS = 1 << 24  # of logits at once, 64 MB
+CHUNK_ELEMENTS = 1 << 23  # of logits at once, 32 MB (see native_loss.py)
 
 
 class LogProbs(NamedTuple):
