@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puna.core.extension import best_instructions, extension
+from puna.core.extension import best_instructions, extension, plain
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float | None) -> bool:
     """Whether native code can do it. Mistakes do not fit: the kernels explain them."""
     return (
-        all(type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu for x in (q, k, v))
-        and q.dtype == k.dtype == v.dtype == torch.float32
+        plain(q, k, v)
         and q.dim() == 4
         and k.shape == v.shape
         and q.shape[:2] == k.shape[:2]

@@ -8,7 +8,7 @@ over 2048 x 288 and 2048 x 768 took 4 to 13 times what the memory needs.
 import torch
 from torch import Tensor
 
-from puna.core.extension import best_instructions, extension
+from puna.core.extension import best_instructions, extension, plain
 
 
 def fits_rms_norm(x: Tensor, weight: Tensor, cast: str) -> bool:
@@ -127,11 +127,7 @@ def rope(
 
 
 def _plain(*tensors: Tensor) -> bool:
-    """Whether these have memory to hand over: no subclass, such as a sharded weight, has."""
-    return extension() is not None and all(
-        type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and x.dtype == torch.float32
-        for x in tensors
-    )
+    return extension() is not None and plain(*tensors)
 
 
 def _native():

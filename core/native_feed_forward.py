@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from puna.core import native_elementwise, native_linear
+from puna.core.extension import plain
 from puna.core.native_linear import matmul
 
 ROWS = 512
@@ -18,7 +19,7 @@ def fits(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
     return (
         native_linear.fits(x, gate)
         and native_linear.fits(x, up)
-        and native_linear.plain(down)
+        and plain(down)
         and gate.shape == up.shape
         and down.shape == (gate.shape[1], gate.shape[0])
     )

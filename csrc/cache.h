@@ -121,7 +121,8 @@ inline void attend_head(const float* q, const float* keys, const float* values, 
   }
 }
 
-using Attend = void (*)(const float*, const float*, const float*, int64_t, float, float*, float*, int64_t);
+using Attend = void (*)(const float*, const float*, const float*, int64_t, float, float*, float*,
+                        int64_t);
 
 // Null where the head size is not one to eight whole vectors.
 inline Attend attend_for(int64_t head_dim) {
