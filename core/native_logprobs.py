@@ -1,6 +1,5 @@
 """`linear_logprobs` with each chunk of logits read once, for fp32 on the CPU."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -8,8 +7,7 @@ from torch import Tensor
 
 from puna.core.extension import best_instructions, extension, plain
 from puna.core.native_linear import matmul
-
-CHUNK_ELEMENTS = 1 << 23  # of logits at once, 32 MB (see native_loss.py)
+from puna.core.native_loss import chunks
 
 
 class LogProbs(NamedTuple):
@@ -35,16 +33,6 @@ def fits(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) ->
         and hidden.shape[-1] == weight.shape[-1]
         and temperature > 0
     )
-
-
-def chunks(rows: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(which rows, their logits (n, V)) of rows (N, C); the logits' memory is used again."""
-    count, vocabulary = len(rows), len(weight)
-    step = max(1, min(CHUNK_ELEMENTS // vocabulary, count))
-    held = rows.new_empty(step, vocabulary)
-    for start in range(0, count, step):
-        part = slice(start, min(start + step, count))
-        yield part, matmul(rows[part], weight.T, held[: part.stop - start])
 
 
 def logprobs(rows: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> LogProbs:

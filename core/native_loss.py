@@ -5,6 +5,8 @@ between the three matrix products (five passes over all logits, a fresh chunk of
 one pass over a chunk that is used again.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,16 @@ def fits(
     )
 
 
+def chunks(rows: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(which rows, their logits (n, V)) of rows (N, C); the logits' memory is used again."""
+    count, vocabulary = len(rows), len(weight)
+    step = max(1, min(CHUNK_ELEMENTS // vocabulary, count))
+    held = rows.new_empty(step, vocabulary)
+    for start in range(0, count, step):
+        part = slice(start, min(start + step, count))
+        yield part, matmul(rows[part], weight.T, held[: part.stop - start])
+
+
 def loss_sum(
     rows: Tensor,
     weight: Tensor,
@@ -67,11 +79,7 @@ def loss_sum(
     assert native is not None
     instructions = best_instructions()
     losses = torch.empty(count)
-    step = max(1, min(CHUNK_ELEMENTS // vocabulary, count))
-    held = torch.empty(step, vocabulary)
-    for start in range(0, count, step):
-        part = slice(start, min(start + step, count))
-        logits = matmul(rows[part], weight.T, held[: part.stop - start])
+    for part, logits in chunks(rows, weight):
         native.softmax_loss(
             instructions, len(logits), vocabulary, logits.data_ptr(), labels[part].data_ptr(),
             scale[part].data_ptr(), z_loss, losses[part].data_ptr(), torch.get_num_threads(),
@@ -79,5 +87,5 @@ def loss_sum(
         if d_rows is not None:
             matmul(logits, weight, d_rows[part])
         if d_weight is not None:
-            matmul(logits.T, rows[part], d_weight, add=start > 0)
+            matmul(logits.T, rows[part], d_weight, add=part.start > 0)
     return losses @ scale, d_rows, d_weight

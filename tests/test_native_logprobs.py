@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puna import kernels
-from puna.core import native_logprobs, ops
+from puna.core import native_logprobs, native_loss, ops
 from puna.core.extension import extension
 
 pytestmark = [
@@ -19,7 +19,7 @@ SETS = ("avx512", "avx2", "base")
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks, the last one short."""
-    monkeypatch.setattr(native_logprobs, "CHUNK_ELEMENTS", 300)
+    monkeypatch.setattr(native_loss, "CHUNK_ELEMENTS", 300)
 
 
 def ours(*inputs, temperature=1.0):
