@@ -7,28 +7,18 @@ What lies between its products stays in the caches and is never whole: of a forw
 import torch
 from torch import Tensor
 
-from puna.core import native_elementwise, native_linear
-from puna.core.extension import plain
-from puna.core.native_linear import matmul
-
-ROWS = 512
+from puna.core import native_linear
+from puna.core.extension import best_instructions, extension, plain
 
 
 def fits(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
     """Whether native code is the faster way. Mistakes do not fit: PyTorch explains them."""
     return (
         native_linear.fits(x, gate)
-        and native_linear.fits(x, up)
-        and plain(down)
+        and plain(up, down)
         and gate.shape == up.shape
         and down.shape == (gate.shape[1], gate.shape[0])
     )
-
-
-def parts(count: int) -> list[slice]:
-    """`count` rows in as few parts as hold at most ROWS, evenly."""
-    cuts = max(1, -(-count // ROWS))
-    return [slice(count * i // cuts, count * (i + 1) // cuts) for i in range(cuts)]
 
 
 def feed_forward(
@@ -36,35 +26,32 @@ def feed_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(down(silu(gate x) * up x) (..., C), gate x (N, F), up x (N, F)); without `keep` only the
     first, of x (..., C), gate and up (F, C), down (C, F)."""
-    rows = x.reshape(-1, x.shape[-1])
-    cuts = parts(len(rows))
-    tallest, width = max(cut.stop - cut.start for cut in cuts), len(gate)
-    y = x.new_empty(rows.shape)
-    gates = x.new_empty(len(rows) if keep else tallest, width)
-    ups, held = torch.empty_like(gates), x.new_empty(tallest, width)
-    for cut in cuts:
-        count = cut.stop - cut.start
-        at = cut if keep else slice(0, count)
-        matmul(rows[cut], gate.T, gates[at])
-        matmul(rows[cut], up.T, ups[at])
-        native_elementwise.swiglu(gates[at], ups[at], held[:count])
-        matmul(held[:count], down.T, y[cut])
-    return y.view(x.shape), *((gates, ups) if keep else (None, None))
+    x, gate, up, down = (each.contiguous() for each in (x, gate, up, down))
+    rows, y = x.shape[:-1].numel(), torch.empty_like(x)
+    gates, ups = (x.new_empty(rows, len(gate)) for _ in range(2)) if keep else (None, None)
+    _native().feed_forward(
+        best_instructions(), rows, *gate.T.shape,
+        *(0 if each is None else each.data_ptr() for each in (x, gate, up, down, gates, ups, y)),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y, gates, ups
 
 
 def gradients(
     x: Tensor, gate: Tensor, up: Tensor, down: Tensor, gates: Tensor, ups: Tensor, d_y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dgate, dup, ddown) from what `feed_forward` kept, and dy (..., C)."""
-    rows, d_out = x.reshape(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1])
-    d_x, d_gate, d_up, d_down = (torch.empty_like(each) for each in (rows, gate, up, down))
-    for number, cut in enumerate(parts(len(rows))):
-        inner = x.new_empty(cut.stop - cut.start, len(gate))
-        d_inner = matmul(d_out[cut], down, torch.empty_like(inner))
-        d_gates, d_ups = native_elementwise.swiglu_gradient(gates[cut], ups[cut], d_inner, inner)
-        matmul(d_gates, gate, d_x[cut])
-        matmul(d_ups, up, d_x[cut], add=True)
-        matmul(d_gates.T, rows[cut], d_gate, add=number > 0)
-        matmul(d_ups.T, rows[cut], d_up, add=number > 0)
-        matmul(d_out[cut].T, inner, d_down, add=number > 0)
-    return d_x.view(x.shape), d_gate, d_up, d_down
+    given = [each.contiguous() for each in (x, gate, up, down, gates, ups, d_y)]
+    d_x, d_gate, d_up, d_down = (torch.empty_like(each) for each in given[:4])
+    _native().feed_forward_gradient(
+        best_instructions(), x.shape[:-1].numel(), *gate.T.shape,
+        *(each.data_ptr() for each in (*given, d_x, d_gate, d_up, d_down)),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return d_x, d_gate, d_up, d_down
+
+
+def _native():
+    module = extension()
+    assert module is not None
+    return module

@@ -1,4 +1,4 @@
-// Matrix products, and what the losses make of logits.
+// Matrix products, the feed-forward layer made of them, and what the losses make of logits.
 #include "bind.h"
 
 namespace puna {
@@ -31,6 +31,28 @@ void matmul(const std::string& isa, int64_t rows, int64_t columns, int64_t inner
   run(&Operations::matmul, isa,
       MatMul{rows, columns, inner, left.data, left.row, left.column, right.data, right.row,
              right.column, at<float>(c), add},
+      threads);
+}
+
+void feed_forward(const std::string& isa, int64_t rows, int64_t width, int64_t hidden, Address x,
+                  Address gate, Address up, Address down, Address gates, Address ups, Address y,
+                  int threads) {
+  run(&Operations::feed_forward, isa,
+      FeedForward{rows, width, hidden, at<const float>(x), at<const float>(gate),
+                  at<const float>(up), at<const float>(down), at<float>(gates), at<float>(ups),
+                  at<float>(y)},
+      threads);
+}
+
+void feed_forward_gradient(const std::string& isa, int64_t rows, int64_t width, int64_t hidden,
+                           Address x, Address gate, Address up, Address down, Address gates,
+                           Address ups, Address d_y, Address d_x, Address d_gate, Address d_up,
+                           Address d_down, int threads) {
+  run(&Operations::feed_forward_gradient, isa,
+      FeedForwardGradient{rows, width, hidden, at<const float>(x), at<const float>(gate),
+                          at<const float>(up), at<const float>(down), at<const float>(gates),
+                          at<const float>(ups), at<const float>(d_y), at<float>(d_x),
+                          at<float>(d_gate), at<float>(d_up), at<float>(d_down)},
       threads);
 }
 
@@ -67,6 +89,8 @@ void logprobs_gradient(const std::string& isa, int64_t rows, int64_t vocab, Addr
 
 void bind_products(py::module_& m) {
   m.def("matmul", &matmul);
+  m.def("feed_forward", &feed_forward);
+  m.def("feed_forward_gradient", &feed_forward_gradient);
   m.def("softmax_loss", &softmax_loss);
   m.def("logprobs", &logprobs);
   m.def("logprobs_gradient", &logprobs_gradient);

@@ -1,4 +1,6 @@
 // Norms, rotations and gates, a row at a time, forward and backward.
+#pragma once
+
 #include "elementwise.h"
 #include "simd.h"
 #include "standard.h"
@@ -128,25 +130,31 @@ inline void rms_norm_gradient(const puna::RMSNormGradient& a, int threads) {
 // 1 / (1 + e^-x); 0 below -88, where `exp` stays at e^88 and -inf * sigmoid would be -inf.
 inline vec sigmoid(vec x) { return select(x < all(-88.0f), vec{}, 1.0f / (1.0f + exp(-x))); }
 
-inline void swiglu(const puna::SwiGLU& a, int threads) {
-  share_elements(a.count, threads, [&](int64_t begin, int64_t end) {
-    each_vector(begin, end, [&](int64_t i, auto size) {
-      const vec gate = load(a.gate + i, size);
-      store(a.y + i, gate * sigmoid(gate) * load(a.up + i, size), size);
-    });
+// Elements `begin` to `end`.
+inline void swiglu(const puna::SwiGLU& a, int64_t begin, int64_t end) {
+  each_vector(begin, end, [&](int64_t i, auto size) {
+    const vec gate = load(a.gate + i, size);
+    store(a.y + i, gate * sigmoid(gate) * load(a.up + i, size), size);
   });
 }
 
-inline void swiglu_gradient(const puna::SwiGLUGradient& a, int threads) {
-  share_elements(a.count, threads, [&](int64_t begin, int64_t end) {
-    each_vector(begin, end, [&](int64_t i, auto size) {
-      const vec gate = load(a.gate + i, size), s = sigmoid(gate), d_y = load(a.d_y + i, size);
-      const vec up = load(a.up + i, size), opened = gate * s;
-      store(a.d_gate + i, d_y * up * s * (1.0f + gate * (1.0f - s)), size);
-      store(a.d_up + i, d_y * opened, size);
-      if (a.y) store(a.y + i, opened * up, size);
-    });
+inline void swiglu_gradient(const puna::SwiGLUGradient& a, int64_t begin, int64_t end) {
+  each_vector(begin, end, [&](int64_t i, auto size) {
+    const vec gate = load(a.gate + i, size), s = sigmoid(gate), d_y = load(a.d_y + i, size);
+    const vec up = load(a.up + i, size), opened = gate * s;
+    store(a.d_gate + i, d_y * up * s * (1.0f + gate * (1.0f - s)), size);
+    store(a.d_up + i, d_y * opened, size);
+    if (a.y) store(a.y + i, opened * up, size);
   });
+}
+
+inline void swiglu(const puna::SwiGLU& a, int threads) {
+  share_elements(a.count, threads, [&](int64_t begin, int64_t end) { swiglu(a, begin, end); });
+}
+
+inline void swiglu_gradient(const puna::SwiGLUGradient& a, int threads) {
+  share_elements(a.count, threads,
+                 [&](int64_t begin, int64_t end) { swiglu_gradient(a, begin, end); });
 }
 
 // Of one token. Left to the compiler: it takes a half of 24 in vectors of 8, whatever W is.

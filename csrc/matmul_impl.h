@@ -5,6 +5,8 @@
 // weights (their columns are far apart), the weights' gradient copies d_y (so are its inner
 // elements), the inputs' gradient nothing. Copying both, as is usual, cost 4096 x 192 by 192 a
 // tenth. An element is summed in the same order whatever the other rows, the tile or the threads.
+#pragma once
+
 #include "matmul.h"
 #include "matrix.h"
 #include "simd.h"
@@ -121,19 +123,51 @@ inline void copy_columns(const puna::MatMul& p, const float* b, int64_t inner, i
   }
 }
 
-// One thread's rows and columns. `room`: 2 * MATMUL_BLOCK floats.
+// The inner dimension is passed in cuts of at most MATMUL_INNER.
+inline int64_t cut_count(const puna::MatMul& p) {
+  return std::max<int64_t>(1, (p.inner + MATMUL_INNER - 1) / MATMUL_INNER);
+}
+
+inline Range cut(const puna::MatMul& p, int64_t number) {
+  return share(p.inner, static_cast<int>(number), static_cast<int>(cut_count(p)));
+}
+
+// All of b, copied: for each cut its strips of columns, one after the other.
+class Packed {
+ public:
+  static int64_t strips(const puna::MatMul& p) {
+    return (p.columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
+  }
+  static int64_t size(const puna::MatMul& p) { return strips(p) * TILE_COLUMNS * p.inner; }
+  static int64_t pieces(const puna::MatMul& p) { return strips(p) * cut_count(p); }
+
+  static void copy_piece(const puna::MatMul& p, int64_t piece, float* to) {
+    const int64_t column = piece % strips(p) * TILE_COLUMNS;
+    const Range inner = cut(p, piece / strips(p));
+    copy_columns(p, p.b + inner.begin * p.b_inner + column * p.b_column, inner.end - inner.begin,
+                 std::min<int64_t>(TILE_COLUMNS, p.columns - column), to + at(p, inner, column));
+  }
+
+  // Where the strip that begins with `column` lies.
+  static int64_t at(const puna::MatMul& p, Range inner, int64_t column) {
+    return inner.begin * strips(p) * TILE_COLUMNS + column * (inner.end - inner.begin);
+  }
+};
+
+// A range of rows and columns by one thread. b comes from `packed`, or from where it is; then
+// `room`, 2 * MATMUL_BLOCK floats, takes what must be copied of a and b.
 class Blocks {
  public:
-  Blocks(const puna::MatMul& p, Range rows, Range columns, float* room)
-      : p_(p), rows_(rows), columns_(columns), copied_a_(room), copied_b_(room + MATMUL_BLOCK) {}
+  Blocks(const puna::MatMul& p, Range rows, Range columns, float* room,
+         const float* packed = nullptr)
+      : p_(p), rows_(rows), columns_(columns), room_(room), packed_(packed) {}
 
   static bool copies_rows(const puna::MatMul& p) { return p.a_inner != 1; }
-  static bool copies_columns(const puna::MatMul& p) { return p.b_column != 1 || p.columns % W; }
+  static bool copies_columns(const puna::MatMul& p) { return p.b_column != 1; }
 
   void run() {
-    const int64_t cuts = std::max<int64_t>(1, (p_.inner + MATMUL_INNER - 1) / MATMUL_INNER);
-    for (int64_t cut = 0; cut < cuts; ++cut) {
-      inner_ = share(p_.inner, static_cast<int>(cut), static_cast<int>(cuts));
+    for (int64_t number = 0; number < cut_count(p_); ++number) {
+      inner_ = cut(p_, number);
       run_inner();
     }
   }
@@ -152,25 +186,42 @@ class Blocks {
     for (int64_t row = rows_.begin; row < rows_.end; row += most) {
       const Range rows{row, std::min(row + most, rows_.end)};
       const float* a = p_.a + row * p_.a_row + inner_.begin * p_.a_inner;
-      if (copies) copy_rows(p_, a, rows.end - row, inner(), copied_a_);
+      if (copies) copy_rows(p_, a, rows.end - row, inner(), room_);
       for (int64_t column = columns_.begin; column < columns_.end; column += step(TILE_COLUMNS))
         run_block(rows, {column, std::min(column + step(TILE_COLUMNS), columns_.end)},
-                  copies ? copied_a_ : a);
+                  copies ? room_ : a);
     }
   }
 
-  void run_block(Range rows, Range columns, const float* a) {
-    const bool copies = copies_columns(p_);
+  // Strips of b: one after the other where they were copied, or side by side where they are.
+  struct Columns {
+    const float* at;
+    bool copied;
+  };
+
+  Columns columns_of(Range columns) {
+    if (packed_) return {packed_ + Packed::at(p_, inner_, columns.begin), true};
     const float* b = p_.b + inner_.begin * p_.b_inner + columns.begin * p_.b_column;
-    if (copies) copy_columns(p_, b, inner(), columns.end - columns.begin, copied_b_);
+    if (p_.b_column == 1) return {b, false};
+    copy_columns(p_, b, inner(), columns.end - columns.begin, room_ + MATMUL_BLOCK);
+    return {room_ + MATMUL_BLOCK, true};
+  }
+
+  void run_block(Range rows, Range columns, const float* a) {
+    const Columns b = columns_of(columns);
+    const int64_t count = columns.end - columns.begin;
+    // A last strip of part of a vector would be read past its end.
+    const bool copies_last = !b.copied && count % W;
+    const int64_t last = (count - 1) / TILE_COLUMNS * TILE_COLUMNS;
+    if (copies_last) copy_columns(p_, b.at + last, inner(), count - last, room_ + MATMUL_BLOCK);
     for (int64_t row = rows.begin; row < rows.end; row += TILE_ROWS) {
       const Strip strip = strip_of(rows, row, a);
-      for (int64_t at = columns.begin; at < columns.end; at += TILE_COLUMNS) {
-        const int64_t done = at - columns.begin;
-        sum_tile({strip.a, p_.a_row, copies ? copied_b_ + done * inner() : b + done,
-                  copies ? TILE_COLUMNS : p_.b_inner, inner(), p_.c + row * p_.columns + at,
-                  p_.columns, strip.rows, std::min<int64_t>(TILE_COLUMNS, columns.end - at),
-                  p_.add || inner_.begin > 0},
+      for (int64_t done = 0; done < count; done += TILE_COLUMNS) {
+        const bool copy = copies_last && done == last;
+        const float* at = copy ? room_ + MATMUL_BLOCK : b.at + done * (b.copied ? inner() : 1);
+        sum_tile({strip.a, p_.a_row, at, copy || b.copied ? TILE_COLUMNS : p_.b_inner, inner(),
+                  p_.c + row * p_.columns + columns.begin + done, p_.columns, strip.rows,
+                  std::min<int64_t>(TILE_COLUMNS, count - done), p_.add || inner_.begin > 0},
                  strip.copied);
       }
     }
@@ -194,7 +245,8 @@ class Blocks {
 
   const puna::MatMul& p_;
   const Range rows_, columns_;
-  float *copied_a_, *copied_b_;
+  float* const room_;
+  const float* const packed_;
   Range inner_{0, 0};
   alignas(64) float last_[TILE_ROWS * MATMUL_INNER];
 };

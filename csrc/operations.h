@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "engine.h"
+#include "feed_forward.h"
 #include "losses.h"
 #include "matmul.h"
 
@@ -21,6 +22,8 @@ struct Operations {
   void (*attention)(const Attention&, int threads);
   void (*attention_backward)(const AttentionBackward&, int threads);
   void (*matmul)(const MatMul&, int threads);
+  void (*feed_forward)(const FeedForward&, int threads);
+  void (*feed_forward_gradient)(const FeedForwardGradient&, int threads);
   Elementwise elementwise;
 };
 

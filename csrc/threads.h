@@ -31,10 +31,17 @@ void parallel(int threads, Work work) {
 class Barrier {
  public:
   void wait(int parts) {
-    if (parts == 1) return;
+    wait(parts, [] {});
+  }
+
+  // `last` is called once, when all have come and before any goes on.
+  template <typename Last>
+  void wait(int parts, Last last) {
+    if (parts == 1) return last();
     const uint64_t turn = turn_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == parts) {
       arrived_.store(0, std::memory_order_relaxed);
+      last();
       const std::lock_guard<std::mutex> lock(mutex_);
       turn_.store(turn + 1, std::memory_order_release);
       if (asleep_) wake_.notify_all();
@@ -58,6 +65,22 @@ class Barrier {
   std::mutex mutex_;
   std::condition_variable wake_;
   int asleep_ = 0;
+};
+
+// Pieces of work for the threads of a region, each piece to whoever is free: shared out beforehand,
+// the slower of two threads kept the other waiting for a twentieth of a training step.
+class Pieces {
+ public:
+  // work(i) for each i below `count`. All `parts` threads of the region call it, and return together.
+  template <typename Work>
+  void each(int parts, int64_t count, Work work) {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
+    barrier_.wait(parts, [&] { next_.store(0, std::memory_order_relaxed); });
+  }
+
+ private:
+  std::atomic<int64_t> next_{0};
+  Barrier barrier_;
 };
 
 }  // namespace puna

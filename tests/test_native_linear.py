@@ -241,8 +241,32 @@ class TestLayers:
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             ops.feed_forward(x, gate, up, down[:, :9])
 
-    def test_parts_hold_all_rows(self):
-        for count in (0, 1, 511, 512, 513, 1025, 4096):
-            cuts = native_feed_forward.parts(count)
-            assert [i for cut in cuts for i in range(count)[cut]] == list(range(count))
-            assert all(cut.stop - cut.start <= native_feed_forward.ROWS for cut in cuts)
+    @pytest.mark.parametrize("rows", [8, 130, 1100])
+    def test_feed_forward_in_any_number_of_threads(self, rows, monkeypatch):
+        torch.manual_seed(0)
+        inputs = layers(rows, 37, 51)
+        upstream = torch.randn(2, rows // 2, 37)
+        found = []
+        for threads in (1, 2, 3, 7):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            found.append(gradients(lambda x: ours("feed_forward", x), inputs, upstream))
+        for others in found[1:]:
+            assert all(map(torch.equal, found[0], others))
+
+    @pytest.mark.parametrize("isa", SETS)
+    @pytest.mark.parametrize("width, inner", [(1, 1), (16, 48), (530, 9), (40, 1060)])
+    def test_feed_forward_of_every_instruction_set(self, isa, width, inner, monkeypatch):
+        if isa not in extension().instruction_sets():
+            pytest.skip(f"this machine has no {isa}")
+        torch.manual_seed(0)
+        monkeypatch.setattr(native_feed_forward, "best_instructions", lambda: isa)
+        check("feed_forward", layers(70, width, inner))
+
+    @pytest.mark.parametrize("which", range(4))
+    def test_feed_forward_of_matrices_with_gaps(self, which):
+        torch.manual_seed(0)
+        inputs = list(layers(80, 24, 32))
+        inputs[which] = torch.randn(*inputs[which].shape[:-1], 99)[
+            ..., 3 : 3 + inputs[which].shape[-1]
+        ]
+        check("feed_forward", inputs)
