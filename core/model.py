@@ -65,9 +65,10 @@ class Attention(nn.Module):
         cache: KVCache | None,
     ) -> Tensor:
         batch, tokens, _ = x.shape
-        q = self.q_proj(x).view(batch, tokens, -1, self.head_dim)
-        k = self.k_proj(x).view(batch, tokens, -1, self.head_dim)
-        v = self.v_proj(x).view(batch, tokens, -1, self.head_dim)
+        projections = (each.weight for each in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            heads.view(batch, tokens, -1, self.head_dim) for heads in ops.linears(x, *projections)
+        )
         q, k = ops.rope(q, k, rotary.cos, rotary.sin)
         if cache is not None and tokens == 1:
             k_cache, v_cache = cache.append(self.layer, k, v)

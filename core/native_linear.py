@@ -3,6 +3,8 @@
 A row's result is the same bits whatever the other rows and however many threads.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,11 +35,13 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return matmul(rows, weight.T, y).view(*x.shape[:-1], len(weight))
 
 
-def input_gradient(weight: Tensor, d_y: Tensor) -> Tensor:
-    """dx (..., I) of d_y (..., O)."""
-    rows = d_y.reshape(-1, d_y.shape[-1])
-    d_x = d_y.new_empty(len(rows), weight.shape[1])
-    return matmul(rows, weight, d_x).view(*d_y.shape[:-1], weight.shape[1])
+def input_gradient(weights: Sequence[Tensor], d_ys: Sequence[Tensor]) -> Tensor:
+    """dx (..., I) of each weight's (O, I) dy (..., O), summed."""
+    shape, inputs = d_ys[0].shape[:-1], weights[0].shape[1]
+    d_x = d_ys[0].new_empty(shape.numel(), inputs)
+    for number, (weight, d_y) in enumerate(zip(weights, d_ys, strict=True)):
+        matmul(d_y.reshape(len(d_x), -1), weight, d_x, add=number > 0)
+    return d_x.view(*shape, inputs)
 
 
 def weight_gradient(x: Tensor, d_y: Tensor) -> Tensor:

@@ -40,26 +40,37 @@ def _differentiated(*inputs: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., I) times the transpose of weight (O, I): (..., O). Native for fp32 on the CPU."""
-    if not (_native() and native_linear.fits(x, weight)):
-        return torch.nn.functional.linear(x, weight)
-    if _differentiated(x, weight):
-        return _Linear.apply(x, weight)
-    return native_linear.linear(x, weight)
+    return linears(x, weight)[0]
 
 
-class _Linear(torch.autograd.Function):
+def linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """`linear` of the same x (..., I) by several weights (O, I).
+
+    Their gradients of x are summed while they are formed: apart, PyTorch adds them afterwards.
+    """
+    if not (_native() and all(native_linear.fits(x, weight) for weight in weights)):
+        return tuple(torch.nn.functional.linear(x, weight) for weight in weights)
+    if _differentiated(x, *weights):
+        return _Linears.apply(x, *weights)
+    return tuple(native_linear.linear(x, weight) for weight in weights)
+
+
+class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return native_linear.linear(x, weight)
+    def forward(ctx, x, *weights):
+        ctx.save_for_backward(x, *weights)
+        return tuple(native_linear.linear(x, weight) for weight in weights)
 
     @staticmethod
     @first_only
-    def backward(ctx, d_y):
-        x, weight = ctx.saved_tensors
-        wants_x, wants_weight = ctx.needs_input_grad
-        d_x = native_linear.input_gradient(weight, d_y) if wants_x else None
-        return d_x, native_linear.weight_gradient(x, d_y) if wants_weight else None
+    def backward(ctx, *d_ys):
+        x, *weights = ctx.saved_tensors
+        wants_x, *wanted = ctx.needs_input_grad
+        d_weights = (
+            native_linear.weight_gradient(x, d_y) if wants else None
+            for wants, d_y in zip(wanted, d_ys, strict=True)
+        )
+        return native_linear.input_gradient(weights, d_ys) if wants_x else None, *d_weights
 
 
 def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

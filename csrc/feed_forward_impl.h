@@ -10,7 +10,6 @@
 
 namespace PUNA_ISA {
 
-constexpr int64_t PIECE = 64;       // rows
 constexpr int64_t PART = 512;       // rows whose gradients are held at a time
 constexpr int64_t WEIGHT_ROWS = 16;  // of a weight's gradient, at a time
 
@@ -33,14 +32,6 @@ inline puna::MatMul weight_product(int64_t rows, int64_t inputs, int64_t outputs
 inline void multiply(const puna::MatMul& p, Range rows, float* room, const float* packed = nullptr) {
   Blocks(p, rows, {0, p.columns}, room, packed).run();
 }
-
-// Few rows make small pieces, so that every thread has some.
-inline int64_t piece_rows(int64_t rows, int threads) {
-  const int64_t tiles = rows / (2 * threads * TILE_ROWS);
-  return std::min(PIECE, std::max<int64_t>(1, tiles) * TILE_ROWS);
-}
-
-inline int64_t pieces_of(int64_t count, int64_t each) { return (count + each - 1) / each; }
 
 inline void feed_forward(const puna::FeedForward& f, int threads) {
   const puna::MatMul gate = output_product(f.rows, f.width, f.hidden, f.x, f.gate, nullptr);
@@ -103,7 +94,7 @@ inline void feed_forward_gradient(const puna::FeedForwardGradient& f, int thread
   const int64_t parts = std::max<int64_t>(1, pieces_of(f.rows, PART));
   const int64_t tallest = pieces_of(f.rows, parts), held_each = tallest * f.hidden;
   const int64_t each = piece_rows(tallest, threads);
-  const Buffer held = buffer(3 * held_each), rooms = buffer(threads * 2 * MATMUL_BLOCK);
+  const Buffer held = buffer(3 * held_each), rooms = buffer(threads * ROOM);
   const Inner inner{held.get(), held.get() + held_each, held.get() + 2 * held_each};
   const int64_t hidden_pieces = pieces_of(f.hidden, WEIGHT_ROWS);
   const int64_t width_pieces = pieces_of(f.width, WEIGHT_ROWS);
@@ -127,7 +118,7 @@ inline void feed_forward_gradient(const puna::FeedForwardGradient& f, int thread
 
   puna::Pieces pieces;
   puna::parallel(threads, [&](int thread, int present) {
-    float* const room = rooms.get() + thread * 2 * MATMUL_BLOCK;
+    float* const room = rooms.get() + thread * ROOM;
     for (int64_t part = 0; part < parts; ++part) {
       const Range rows = share(f.rows, static_cast<int>(part), static_cast<int>(parts));
       const int64_t count = rows.end - rows.begin;

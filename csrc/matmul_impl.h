@@ -278,25 +278,60 @@ inline Range share_units(int64_t count, int64_t unit, int part, int parts) {
   return {std::min(count, whole.begin * unit), std::min(count, whole.end * unit)};
 }
 
-inline void matmul(const puna::MatMul& p, int threads) {
-  // Kept by the thread that calls: made anew, it cost 500 page faults a product.
-  thread_local Buffer room;
-  thread_local int held = 0;
-  const Grid grid(p, threads);
+inline int64_t pieces_of(int64_t count, int64_t each) { return (count + each - 1) / each; }
+
+// Rows of a piece of work; few rows make small pieces, so that every thread has some.
+inline int64_t piece_rows(int64_t rows, int threads) {
+  const int64_t tiles = rows / (2 * threads * TILE_ROWS);
+  return std::min<int64_t>(64, std::max<int64_t>(1, tiles) * TILE_ROWS);
+}
+
+constexpr int64_t ROOM = 2 * MATMUL_BLOCK;
+
+// Each thread its share: where b is so large that it is better read once a thread than once a
+// piece, and where a is copied, which makes pieces dear.
+inline void matmul_in_shares(const puna::MatMul& p, const Grid& grid, float* rooms) {
   const int parts = grid.rows * grid.columns;
-  constexpr int64_t room_each = 2 * MATMUL_BLOCK;
-  if (held < parts) {
-    room = buffer(parts * room_each);
-    held = parts;
-  }
-  float* const memory = room.get();
   puna::parallel(parts, [&](int first, int step) {
     for (int part = first; part < parts; part += step)  // fewer threads may have come
       Blocks(p, share_units(p.rows, TILE_ROWS, part / grid.columns, grid.rows),
-             share_units(p.columns, W, part % grid.columns, grid.columns),
-             memory + part * room_each)
+             share_units(p.columns, W, part % grid.columns, grid.columns), rooms + part * ROOM)
           .run();
   });
+}
+
+inline void matmul_in_pieces(const puna::MatMul& p, int threads, float* rooms, float* packed) {
+  const int64_t each = piece_rows(p.rows, threads);
+  puna::Pieces pieces;
+  puna::parallel(threads, [&](int part, int parts) {
+    if (packed)
+      pieces.each(parts, Packed::pieces(p), [&](int64_t i) { Packed::copy_piece(p, i, packed); });
+    pieces.each(parts, pieces_of(p.rows, each), [&](int64_t i) {
+      Blocks(p, {i * each, std::min((i + 1) * each, p.rows)}, {0, p.columns}, rooms + part * ROOM,
+             packed)
+          .run();
+    });
+  });
+}
+
+inline void matmul(const puna::MatMul& p, int threads) {
+  // Kept by the thread that calls: made anew, it cost 500 page faults a product.
+  thread_local Buffer memory;
+  thread_local int64_t held = 0;
+  const Grid grid(p, threads);
+  const bool in_pieces = grid.rows * grid.columns > 1 && !Blocks::copies_rows(p) &&
+                         p.rows >= 64 * threads && Packed::size(p) <= 8 * MATMUL_BLOCK;
+  const int64_t packed = in_pieces && Blocks::copies_columns(p) ? Packed::size(p) : 0;
+  const int64_t wanted = threads * ROOM + packed;
+  if (held < wanted) {
+    memory = buffer(wanted);
+    held = wanted;
+  }
+  float* const rooms = memory.get();
+  if (in_pieces)
+    matmul_in_pieces(p, threads, rooms, packed ? rooms + threads * ROOM : nullptr);
+  else
+    matmul_in_shares(p, grid, rooms);
 }
 
 }  // namespace PUNA_ISA
