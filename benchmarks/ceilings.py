@@ -1,7 +1,8 @@
-"""How fast a training step could be at best: its own matrix products, measured one by one."""
+"""How fast a training step could be at best: its own matrix products and nothing else."""
 
 import functools
 from collections.abc import Callable
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -22,34 +23,59 @@ class Linears(NamedTuple):
     times: int  # a step
 
 
+class Product(NamedTuple):
+    """One matrix product in the fastest way found."""
+
+    seconds: float
+    call: Callable[[], object]
+
+
 class Products(NamedTuple):
-    """Seconds of a linear layer's three matrix products."""
+    """A linear layer's three."""
 
-    forward: float
-    d_input: float
-    d_weight: float
+    forward: Product
+    d_input: Product
+    d_weight: Product
 
 
-def products_seconds(config: ModelConfig, batch: int, tokens: int, device: torch.device) -> float:
-    """Seconds of all matrix products of a training step of batch * tokens tokens in fp32.
+class Ceiling(NamedTuple):
+    """A step's matrix products, to be timed beside the step: neighbours who take a fifth of a
+    machine take it from both."""
 
-    Each distinct product runs alone at its own size and counts with its best time: forward, d
-    input and d weight of every linear layer, with q, k, v (and gate, up) one by one or joined,
-    and the head's whole or in chunks, whichever is faster. Causal attention's six (scores and
-    values, each once forward and twice backward, halved by the mask) count with their FLOPs at
-    the best rate that any of the others reached. Nothing else of the step is in it.
+    products: list[tuple[int, Product]]  # how often, and what
+    attention: float  # the time of attention's products over that of the others
+
+    def run(self) -> None:
+        for times, product in self.products:
+            for _ in range(times):
+                product.call()
+
+
+def ceiling(config: ModelConfig, batch: int, tokens: int, device: torch.device) -> Ceiling:
+    """All matrix products of a training step of batch * tokens tokens in fp32.
+
+    Each distinct product is tried alone at its own size: forward, d input and d weight of every
+    linear layer, with q, k, v (and gate, up) one by one or joined, and the head's whole or in
+    chunks, whichever is faster. Causal attention's six (scores and values, each once forward and
+    twice backward, halved by the mask) count with their FLOPs at the best rate that any of the
+    others reached. Nothing else of the step is in it.
     """
     measured = functools.cache(functools.partial(products, device=device))
-    rows, seconds, rate = batch * tokens, 0.0, 0.0
+    rows = batch * tokens
+    chosen = head_products(config, rows, device)
+    rate = 6 * rows * config.vocab_size * config.dim / seconds_of(chosen)
     for outputs, inputs, times in block_linears(config):
-        joined = sum(measured(rows, sum(outputs), inputs))
-        apart = sum(sum(measured(rows, width, inputs)) for width in outputs)
-        seconds += times * min(joined, apart)
-        rate = max(rate, 6 * rows * sum(outputs) * inputs / min(joined, apart))
-    head = head_seconds(config, rows, device)
-    rate = max(rate, 6 * rows * config.vocab_size * config.dim / head)
-    attention = 6 * config.n_layers * rows * tokens * config.dim
-    return seconds + head + attention / rate
+        joined = [(times, each) for each in measured(rows, sum(outputs), inputs)]
+        apart = [(times, each) for width in outputs for each in measured(rows, width, inputs)]
+        faster = min(joined, apart, key=seconds_of)
+        rate = max(rate, 6 * rows * sum(outputs) * inputs * times / seconds_of(faster))
+        chosen += faster
+    attention = 6 * config.n_layers * rows * tokens * config.dim / rate
+    return Ceiling(chosen, attention / seconds_of(chosen))
+
+
+def seconds_of(products: list[tuple[int, Product]]) -> float:
+    return sum(times * product.seconds for times, product in products)
 
 
 def block_linears(config: ModelConfig) -> list[Linears]:
@@ -64,18 +90,20 @@ def block_linears(config: ModelConfig) -> list[Linears]:
     ]
 
 
-def head_seconds(config: ModelConfig, rows: int, device: torch.device) -> float:
-    """Seconds of the head's three products, each in the faster of whole and chunks."""
+def head_products(
+    config: ModelConfig, rows: int, device: torch.device
+) -> list[tuple[int, Product]]:
+    """The head's three products, each in the faster of whole and chunks."""
     found = []
     for chunk in {min(chunk, rows) for chunk in (*CHUNKS, rows)}:
-        seconds = products(chunk, config.vocab_size, config.dim, device=device)
-        found.append([rows / chunk * each for each in seconds])
-    return sum(map(min, zip(*found, strict=True)))
+        measured = products(chunk, config.vocab_size, config.dim, device=device)
+        found.append([(-(-rows // chunk), each) for each in measured])
+    return [min(ways, key=lambda way: seconds_of([way])) for ways in zip(*found, strict=True)]
 
 
 def products(rows: int, outputs: int, inputs: int, *, device: torch.device) -> Products:
-    """Best seconds of the products of a layer (outputs, inputs) on (rows, inputs), by PyTorch's
-    library or by ours, whichever is faster."""
+    """The products of a layer (outputs, inputs) on (rows, inputs), by PyTorch's library or by
+    ours, whichever is faster."""
     x = torch.randn(rows, inputs, device=device)
     weight = torch.randn(outputs, inputs, device=device)
     d_y = torch.randn(rows, outputs, device=device)
@@ -84,9 +112,13 @@ def products(rows: int, outputs: int, inputs: int, *, device: torch.device) -> P
     multiply: list[Callable[..., Tensor]] = [lambda a, b, out: torch.mm(a, b, out=out)]
     if native_linear.fits(x, weight):
         multiply.append(native_linear.matmul)
-    return Products(
-        *(min(seconds(functools.partial(by, *each), device) for by in multiply) for each in wanted)
-    )
+    found = []
+    for each in wanted:
+        calls = [functools.partial(by, *each) for by in multiply]
+        found.append(
+            min((Product(seconds(call, device), call) for call in calls), key=itemgetter(0))
+        )
+    return Products(*found)
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:

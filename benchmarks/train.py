@@ -5,7 +5,7 @@ anything is timed, three steps of each must give the same losses: then its forwa
 gradients and its update are right. On the CPU all share a process that keeps the memory it frees,
 as Puna's trainers do; in a process of its own a peer is slower. `error` is the largest relative
 difference of those losses; `peak_mb` is, on the CPU, all that a fresh process needs to train (see
-step_memory.py).
+step_memory.py). The limit is what the same matrix products take by themselves in the same rounds.
 """
 
 import copy
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from puna.benchmarks import steps
-from puna.benchmarks.ceilings import products_seconds
+from puna.benchmarks.ceilings import ceiling
 from puna.benchmarks.models import Models
 from puna.benchmarks.rows import Row, Work, rows
 from puna.benchmarks.step_memory import fresh_peak_mb
@@ -35,9 +35,9 @@ def bench_train(models: Models, rounds: int) -> list[Row]:
     work = provided(models, tokens)
     errors = verify(work)
     peaks = {name: peak(models, name, step) for name, step in work.items()}
-    # What the machine's own matrix products allow.
-    limit = tokens.numel() / products_seconds(models.config, batch, TOKENS, models.device)
-    timings = interleaved(work, rounds, models.device)
+    best = ceiling(models.config, batch, TOKENS, models.device)
+    timings = interleaved({**work, "ceiling": best.run}, rounds, models.device)
+    limit = tokens.numel() / (timings.pop("ceiling").median * (1 + best.attention))
     return rows(Work("train", models.shape, batch, tokens.numel(), limit), timings, errors, peaks)
 
 

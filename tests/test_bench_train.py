@@ -38,12 +38,21 @@ def test_without_a_compiler_this_is_said_once(monkeypatch, capsys):
     assert capsys.readouterr().out == said
 
 
+def timed(*seconds):
+    return ceilings.Products(*(ceilings.Product(each, print) for each in seconds))
+
+
+def all_seconds(config, batch, tokens):
+    found = ceilings.ceiling(config, batch, tokens, CPU)
+    return ceilings.seconds_of(found.products) * (1 + found.attention)
+
+
 def test_at_one_rate_the_products_are_six_flops_a_parameter(monkeypatch):
     def at_one_gflops(rows, outputs, inputs, device):
-        return ceilings.Products(*[2 * rows * outputs * inputs / 1e9] * 3)
+        return timed(*[2 * rows * outputs * inputs / 1e9] * 3)
 
     monkeypatch.setattr(ceilings, "products", at_one_gflops)
-    seconds = ceilings.products_seconds(TINY, 2, 32, CPU)
+    seconds = all_seconds(TINY, 2, 32)
     attention = 6 * TINY.n_layers * 32 * TINY.dim
     assert seconds == pytest.approx(64 * (6 * multiplied_parameters(TINY) + attention) / 1e9)
 
@@ -53,22 +62,32 @@ def test_the_fastest_way_counts(monkeypatch):
 
     def products(rows, outputs, inputs, device):
         if outputs == config.vocab_size:  # the head: d input wants chunks, the others do not
-            return ceilings.Products(rows, rows * 0.5 if rows == 256 else rows, rows)
+            return timed(rows, rows * 0.5 if rows == 256 else rows, rows)
         wanted = outputs == 64 + 2 * 32  # q, k, v joined; all others one by one
-        return ceilings.Products(*[1.0 if wanted or outputs in (64, 96) else 50.0] * 3)
+        return timed(*[1.0 if wanted or outputs in (64, 96) else 50.0] * 3)
 
     monkeypatch.setattr(ceilings, "products", products)
-    assert ceilings.head_seconds(config, 512, CPU) == pytest.approx(512 * 2.5)
+    head = ceilings.seconds_of(ceilings.head_products(config, 512, CPU))
+    assert head == pytest.approx(512 * 2.5)
     # q, k, v 3 s joined; o 3 s; gate and up 3 s each; down 3 s; two blocks.
     blocks = 2 * (3 + 3 + 6 + 3)
     attention = 6 * config.n_layers * 512 * 256 * 64 / (6 * 512 * 128 * 64 / 3)
-    seconds = ceilings.products_seconds(config, 2, 256, CPU)
+    seconds = all_seconds(config, 2, 256)
     assert seconds == pytest.approx(512 * 2.5 + blocks + attention)
 
 
 def test_products_are_measured():
     found = ceilings.products(8, 16, 4, device=CPU)
-    assert all(0 < seconds < 1 for seconds in found)
+    assert all(0 < product.seconds < 1 for product in found)
+    x, weight = found.forward.call.args[0], found.d_input.call.args[1]
+    assert torch.allclose(found.forward.call(), x @ weight.T, atol=1e-5)
+
+
+def test_a_ceiling_runs_every_product_as_often_as_the_step():
+    calls = []
+    product = ceilings.Product(1.0, lambda: calls.append(1))
+    ceilings.Ceiling([(3, product), (2, product)], 0.1).run()
+    assert len(calls) == 5
 
 
 def test_memory_of_training_in_a_fresh_process():
