@@ -1,7 +1,7 @@
 // A piece of some rows goes through the whole layer before the next one comes, so that what stands
 // between the products is still in the caches, and threads meet once a part of rows, not once a
-// product. (As products one by one, called from Python, a tenth of a training step of the demo's
-// shape was gaps between calls and waiting for the slower thread.)
+// product. (As products one by one, called from Python, a seventh of a training step of the
+// demo's shape was gaps between calls and waiting for the slower thread.)
 #pragma once
 
 #include "elementwise_impl.h"
@@ -10,12 +10,12 @@
 
 namespace PUNA_ISA {
 
-constexpr int64_t PART = 512;       // rows whose gradients are held at a time
+constexpr int64_t PART = 512;        // rows whose gradients are held at a time
 constexpr int64_t WEIGHT_ROWS = 16;  // of a weight's gradient, at a time
 
 // The three products of a linear layer of weights w (outputs, inputs).
 inline puna::MatMul output_product(int64_t rows, int64_t inputs, int64_t outputs, const float* x,
-                            const float* w, float* y) {
+                                   const float* w, float* y) {
   return {rows, outputs, inputs, x, inputs, 1, w, 1, inputs, y, false};
 }
 
@@ -29,7 +29,8 @@ inline puna::MatMul weight_product(int64_t rows, int64_t inputs, int64_t outputs
   return {outputs, inputs, rows, d_y, 1, outputs, x, inputs, 1, d_w, add};
 }
 
-inline void multiply(const puna::MatMul& p, Range rows, float* room, const float* packed = nullptr) {
+inline void multiply(const puna::MatMul& p, Range rows, float* room,
+                     const float* packed = nullptr) {
   Blocks(p, rows, {0, p.columns}, room, packed).run();
 }
 
@@ -55,12 +56,12 @@ inline void feed_forward(const puna::FeedForward& f, int threads) {
     float* const gates = f.gates ? f.gates + first * f.hidden : inner + each * f.hidden;
     float* const ups = f.gates ? f.ups + first * f.hidden : gates + each * f.hidden;
     const float* x = f.x + first * f.width;
-    const Range rows{0, count};
-    multiply(output_product(count, f.width, f.hidden, x, f.gate, gates), rows, nullptr, gate_packed);
-    multiply(output_product(count, f.width, f.hidden, x, f.up, ups), rows, nullptr, up_packed);
+    float* const y = f.y + first * f.width;
+    const Range all{0, count};
+    multiply(output_product(count, f.width, f.hidden, x, f.gate, gates), all, nullptr, gate_packed);
+    multiply(output_product(count, f.width, f.hidden, x, f.up, ups), all, nullptr, up_packed);
     swiglu({count * f.hidden, gates, ups, inner}, 0, count * f.hidden);
-    multiply(output_product(count, f.hidden, f.width, inner, f.down, f.y + first * f.width), rows, nullptr,
-        down_packed);
+    multiply(output_product(count, f.hidden, f.width, inner, f.down, y), all, nullptr, down_packed);
   };
 
   puna::Pieces pieces;
@@ -72,22 +73,22 @@ inline void feed_forward(const puna::FeedForward& f, int threads) {
   });
 }
 
-// Of rows `first` to `first + count`: d_x, and what the gradients of the weights are made of.
+// What the gradients of the weights are made of.
 struct Inner {
   float *gates, *ups, *inner;  // gradients of gate x and up x, and what went into `down`
 };
 
+// Of rows `first` to `first + count`: d_x and the above.
 inline void rows_gradient(const puna::FeedForwardGradient& f, int64_t first, int64_t count,
                           Inner to, float* room) {
-  const Range rows{0, count};
-  const int64_t at = first * f.hidden;
-  multiply(input_product(count, f.hidden, f.width, f.d_y + first * f.width, f.down, to.inner, false),
-      rows, room);
-  swiglu_gradient({count * f.hidden, f.gates + at, f.ups + at, to.inner, to.gates, to.ups, to.inner},
-                  0, count * f.hidden);
+  const Range all{0, count};
+  const int64_t at = first * f.hidden, size = count * f.hidden;
+  const float* d_y = f.d_y + first * f.width;
   float* const d_x = f.d_x + first * f.width;
-  multiply(input_product(count, f.width, f.hidden, to.gates, f.gate, d_x, false), rows, room);
-  multiply(input_product(count, f.width, f.hidden, to.ups, f.up, d_x, true), rows, room);
+  multiply(input_product(count, f.hidden, f.width, d_y, f.down, to.inner, false), all, room);
+  swiglu_gradient({size, f.gates + at, f.ups + at, to.inner, to.gates, to.ups, to.inner}, 0, size);
+  multiply(input_product(count, f.width, f.hidden, to.gates, f.gate, d_x, false), all, room);
+  multiply(input_product(count, f.width, f.hidden, to.ups, f.up, d_x, true), all, room);
 }
 
 inline void feed_forward_gradient(const puna::FeedForwardGradient& f, int threads) {
@@ -106,11 +107,11 @@ inline void feed_forward_gradient(const puna::FeedForwardGradient& f, int thread
     const auto some = [&](const puna::MatMul& p, int64_t i) {
       multiply(p, {i * WEIGHT_ROWS, std::min((i + 1) * WEIGHT_ROWS, p.rows)}, room);
     };
-    const int64_t i = piece % hidden_pieces;
     if (piece < hidden_pieces)
-      some(weight_product(count, f.width, f.hidden, inner.gates, x, f.d_gate, add), i);
+      some(weight_product(count, f.width, f.hidden, inner.gates, x, f.d_gate, add), piece);
     else if (piece < 2 * hidden_pieces)
-      some(weight_product(count, f.width, f.hidden, inner.ups, x, f.d_up, add), i);
+      some(weight_product(count, f.width, f.hidden, inner.ups, x, f.d_up, add),
+           piece - hidden_pieces);
     else
       some(weight_product(count, f.hidden, f.width, d_y, inner.inner, f.d_down, add),
            piece - 2 * hidden_pieces);

@@ -254,7 +254,7 @@ class TestLayers:
             assert all(map(torch.equal, found[0], others))
 
     @pytest.mark.parametrize("isa", SETS)
-    @pytest.mark.parametrize("width, inner", [(1, 1), (16, 48), (530, 9), (40, 1060)])
+    @pytest.mark.parametrize("width, inner", [(1, 1), (24, 0), (16, 48), (530, 9), (40, 1060)])
     def test_feed_forward_of_every_instruction_set(self, isa, width, inner, monkeypatch):
         if isa not in extension().instruction_sets():
             pytest.skip(f"this machine has no {isa}")
