@@ -26,6 +26,13 @@ def extension() -> ModuleType | None:
     return _C
 
 
+def native() -> ModuleType:
+    """The compiled module, for who has made sure that it is there."""
+    module = extension()
+    assert module is not None
+    return module
+
+
 @functools.cache
 def best_instructions(size: int = 0) -> str | None:
     """The best instruction set of this machine whose vectors fill `size` floats without a rest."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puna.core.extension import best_instructions, extension, plain
+from puna.core.extension import best_instructions, native, plain
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float | None) -> bool:
@@ -55,11 +55,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cuts: Tensor, scale: float) -> tu
     """(out (B, T, H, D), log of the sum of e^score (B, T, H)) of what `fits`."""
     q, k, v = map(_by_token, (q, k, v))
     out, lse = torch.empty(q.shape), torch.empty(q.shape[:3])
-    native = extension()
-    assert native is not None
-    native.attention(
+    native().attention(
         best_instructions(q.shape[3]),
-        _described(native, q, k, v, cuts, scale, out, lse),
+        _described(q, k, v, cuts, scale, out, lse),
         torch.get_num_threads(),
     )
     return out, lse
@@ -78,11 +76,9 @@ def attention_gradient(
     """(dq, dk, dv), the same bits with any number of threads."""
     q, k, v, d_out = map(_by_token, (q, k, v, d_out))
     dq, dk, dv = torch.empty(q.shape), torch.empty(k.shape), torch.empty(v.shape)
-    native = extension()
-    assert native is not None
-    native.attention_backward(
+    native().attention_backward(
         best_instructions(q.shape[3]),
-        _described(native, q, k, v, cuts, scale, out, lse),
+        _described(q, k, v, cuts, scale, out, lse),
         d_out.data_ptr(), d_out.stride(1), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -96,10 +92,9 @@ def _by_token(x: Tensor) -> Tensor:
 
 
 def _described(
-    native: Any, q: Tensor, k: Tensor, v: Tensor, cuts: Tensor, scale: float, out: Tensor,
-    lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, cuts: Tensor, scale: float, out: Tensor, lse: Tensor
 ) -> Any:  # fmt: skip
-    return native.Attention(
+    return native().Attention(
         q.shape[2], k.shape[2], q.shape[3], len(cuts) - 1, cuts.data_ptr(), scale,
         q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(1), k.stride(1), v.stride(1),
         out.data_ptr(), lse.data_ptr(),

@@ -8,7 +8,7 @@ over 2048 x 288 and 2048 x 768 took 4 to 13 times what the memory needs.
 import torch
 from torch import Tensor
 
-from puna.core.extension import best_instructions, extension, plain
+from puna.core.extension import best_instructions, extension, native, plain
 
 
 def fits_rms_norm(x: Tensor, weight: Tensor, cast: str) -> bool:
@@ -25,7 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(y (..., C), 1 / rms(x) (N,)) of x (..., C) and weight (C,)."""
     width = x.shape[-1]
     y, scale = x.new_empty(x.shape), x.new_empty(x.shape[:-1].numel())
-    _native().rms_norm(
+    native().rms_norm(
         best_instructions(), len(scale), width, x.data_ptr(), weight.data_ptr(), eps, y.data_ptr(),
         scale.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -39,7 +39,7 @@ def rms_norm_gradient(
     d_y, threads = d_y.contiguous(), torch.get_num_threads()
     d_x, d_weight = x.new_empty(x.shape), weight.new_empty(weight.shape)
     partial = x.new_empty(threads, 2, x.shape[-1])
-    _native().rms_norm_gradient(
+    native().rms_norm_gradient(
         best_instructions(), len(scale), x.shape[-1],
         x.data_ptr(), weight.data_ptr(), scale.data_ptr(), d_y.data_ptr(),
         d_x.data_ptr(), d_weight.data_ptr(), partial.data_ptr(), threads,
@@ -57,9 +57,9 @@ def fits_swiglu(gate: Tensor, up: Tensor) -> bool:
     )
 
 
-def swiglu(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
-    y = gate.new_empty(gate.shape) if out is None else out
-    _native().swiglu(
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    y = gate.new_empty(gate.shape)
+    native().swiglu(
         best_instructions(),
         y.numel(),
         gate.data_ptr(),
@@ -70,16 +70,13 @@ def swiglu(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
     return y
 
 
-def swiglu_gradient(
-    gate: Tensor, up: Tensor, d_y: Tensor, out: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(dgate, dup). `out`, if given, is filled with what `swiglu` returns."""
+def swiglu_gradient(gate: Tensor, up: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
+    """(dgate, dup)."""
     d_y = d_y.contiguous()
     d_gate, d_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
-    _native().swiglu_gradient(
+    native().swiglu_gradient(
         best_instructions(), gate.numel(), gate.data_ptr(), up.data_ptr(), d_y.data_ptr(),
-        d_gate.data_ptr(), d_up.data_ptr(), out.data_ptr() if out is not None else 0,
-        torch.get_num_threads(),
+        d_gate.data_ptr(), d_up.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return d_gate, d_up
 
@@ -116,7 +113,7 @@ def rope(
     batch, tokens, _, size = q.shape
     q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
-    _native().rope(
+    native().rope(
         best_instructions(), batch, tokens, size // 2,
         (q.shape[2], *q.stride()[:3], q.data_ptr(), q_out.data_ptr()),
         (k.shape[2], *k.stride()[:3], k.data_ptr(), k_out.data_ptr()),
@@ -128,9 +125,3 @@ def rope(
 
 def _plain(*tensors: Tensor) -> bool:
     return extension() is not None and plain(*tensors)
-
-
-def _native():
-    module = extension()
-    assert module is not None
-    return module

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from puna.core import native_linear
-from puna.core.extension import best_instructions, extension, plain
+from puna.core.extension import best_instructions, native, plain
 
 
 def fits(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
@@ -29,7 +29,7 @@ def feed_forward(
     x, gate, up, down = (each.contiguous() for each in (x, gate, up, down))
     rows, y = x.shape[:-1].numel(), torch.empty_like(x)
     gates, ups = (x.new_empty(rows, len(gate)) for _ in range(2)) if keep else (None, None)
-    _native().feed_forward(
+    native().feed_forward(
         best_instructions(), rows, *gate.T.shape,
         *(0 if each is None else each.data_ptr() for each in (x, gate, up, down, gates, ups, y)),
         torch.get_num_threads(),
@@ -43,15 +43,9 @@ def gradients(
     """(dx, dgate, dup, ddown) from what `feed_forward` kept, and dy (..., C)."""
     given = [each.contiguous() for each in (x, gate, up, down, gates, ups, d_y)]
     d_x, d_gate, d_up, d_down = (torch.empty_like(each) for each in given[:4])
-    _native().feed_forward_gradient(
+    native().feed_forward_gradient(
         best_instructions(), x.shape[:-1].numel(), *gate.T.shape,
         *(each.data_ptr() for each in (*given, d_x, d_gate, d_up, d_down)),
         torch.get_num_threads(),
     )  # fmt: skip
     return d_x, d_gate, d_up, d_down
-
-
-def _native():
-    module = extension()
-    assert module is not None
-    return module

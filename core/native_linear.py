@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from puna.core.extension import best_instructions, extension, plain
+from puna.core.extension import best_instructions, native, plain
 
 # With fewer, most of a tile is empty, and the BLAS reads the weights as fast.
 FEWEST_ROWS = 8
@@ -52,12 +52,11 @@ def weight_gradient(x: Tensor, d_y: Tensor) -> Tensor:
 
 def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
     """out (M, N), which lies without gaps, = a (M, K) b (K, N), or out + that with `add`."""
-    native = extension()
-    assert native is not None and out.is_contiguous()
+    assert out.is_contiguous()
     assert out.shape == (a.shape[0], b.shape[1]) and a.shape[1] == b.shape[0]
     if best_instructions() not in FAST:
         return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    native.matmul(
+    native().matmul(
         best_instructions(), *out.shape, a.shape[1],
         (a.data_ptr(), *a.stride()), (b.data_ptr(), *b.stride()),
         out.data_ptr(), add, torch.get_num_threads(),

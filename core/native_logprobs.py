@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from puna.core.extension import best_instructions, extension, plain
+from puna.core.extension import best_instructions, extension, native, plain
 from puna.core.native_linear import matmul
 from puna.core.native_loss import chunks
 
@@ -39,7 +39,7 @@ def logprobs(rows: Tensor, weight: Tensor, labels: Tensor, temperature: float) -
     """Of labels (N,) given rows (N, C). ValueError where a label is not one."""
     found = LogProbs(*(rows.new_empty(len(rows)) for _ in LogProbs._fields))
     for part, logits in chunks(rows, weight):
-        _native().logprobs(
+        native().logprobs(
             best_instructions(), *logits.shape, logits.data_ptr(), labels[part].data_ptr(),
             temperature, *(each[part].data_ptr() for each in found), torch.get_num_threads(),
         )  # fmt: skip
@@ -61,7 +61,7 @@ def gradient(
     d_weight = weight.new_zeros(weight.shape) if wanted[1] else None
     kept = (*found[2:], d_logprobs.contiguous(), d_entropy.contiguous())
     for part, logits in chunks(rows, weight):
-        _native().logprobs_gradient(
+        native().logprobs_gradient(
             best_instructions(), *logits.shape, logits.data_ptr(), labels[part].data_ptr(),
             temperature, *(each[part].data_ptr() for each in kept), torch.get_num_threads(),
         )  # fmt: skip
@@ -70,9 +70,3 @@ def gradient(
         if d_weight is not None:
             matmul(logits.T, rows[part], d_weight, add=True)
     return d_rows, d_weight
-
-
-def _native():
-    module = extension()
-    assert module is not None
-    return module

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from puna.core.extension import best_instructions, extension
+from puna.core.extension import best_instructions, extension, native
 from puna.core.native_linear import matmul
 
 # Logits held at once, 32 MB. With less, what is copied of the weights for each chunk counts: 16 MB
@@ -75,12 +75,10 @@ def loss_sum(
     d_weight = torch.zeros_like(weight) if wants_weight and not count else None
     if wants_weight and count:
         d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    native = extension()
-    assert native is not None
     instructions = best_instructions()
     losses = torch.empty(count)
     for part, logits in chunks(rows, weight):
-        native.softmax_loss(
+        native().softmax_loss(
             instructions, len(logits), vocabulary, logits.data_ptr(), labels[part].data_ptr(),
             scale[part].data_ptr(), z_loss, losses[part].data_ptr(), torch.get_num_threads(),
         )  # fmt: skip

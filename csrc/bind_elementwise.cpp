@@ -38,10 +38,10 @@ void swiglu(const std::string& isa, int64_t count, Address gate, Address up, Add
 }
 
 void swiglu_gradient(const std::string& isa, int64_t count, Address gate, Address up, Address d_y,
-                     Address d_gate, Address d_up, Address y, int threads) {
+                     Address d_gate, Address d_up, int threads) {
   run(&Elementwise::swiglu_gradient, isa,
       SwiGLUGradient{count, at<const float>(gate), at<const float>(up), at<const float>(d_y),
-                     at<float>(d_gate), at<float>(d_up), at<float>(y)},
+                     at<float>(d_gate), at<float>(d_up), nullptr},
       threads);
 }
 
