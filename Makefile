@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 READY := .venv/ready
-ROOMS := $(patsubst %/py.typed,%,$(wildcard */py.typed))
+ROOMS := $(filter-out puna,$(patsubst %/py.typed,%,$(wildcard */py.typed)))
 
 # oneDNN picks AMX for bf16 where the processor names it; some virtual machines name it and crash.
 export ONEDNN_MAX_CPU_ISA ?= AVX512_CORE_BF16
@@ -30,7 +30,7 @@ test-gpu: $(READY)
 SANITIZED := build/sanitized
 sanitize: $(READY)
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)/puna
-	cp -r $(ROOMS) $(SANITIZED)/puna && rm -f $(SANITIZED)/puna/core/_C*
+	cp -r puna/* $(ROOMS) $(SANITIZED)/puna && rm -f $(SANITIZED)/puna/core/_C*
 	$(CXX) -std=c++17 -O1 -g -fopenmp -fPIC -shared -ffp-contract=fast -Wno-psabi \
 		-fsanitize=address,undefined -fno-sanitize-recover=undefined \
 		$$($(BIN)/python -m pybind11 --includes) csrc/*.cpp -o $(SANITIZED)/puna/core/_C$$($(BIN)/python \
@@ -42,12 +42,14 @@ sanitize: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	rm -rf build/mypy && mkdir -p build/mypy/puna
-	for room in $(ROOMS); do ln -s ../../../$$room build/mypy/puna/$$room; done
+	for part in $(ROOMS) $(notdir $(wildcard puna/*.*)); do \
+		test -d $$part && ln -s ../../../$$part build/mypy/puna/$$part \
+			|| ln -s ../../../puna/$$part build/mypy/puna/$$part; done
 	$(BIN)/mypy
 
 # What every Triton kernel becomes, without a GPU.
 aot: $(READY)
-	$(BIN)/python -m puna.benchmarks.aot --targets sm_90,gfx942
+	$(BIN)/python -m puna.benchmarks.aot.run --targets sm_90,gfx942
 
 bench: $(READY)
 	$(BIN)/puna bench

@@ -7,7 +7,7 @@ and the extension is missing: Puna then says so once and works without it.
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOMS = ("kernels", "core", "trainers", "demo", "cli", "recipes", "benchmarks")
 
@@ -22,12 +22,16 @@ native = Pybind11Extension(
     optional=True,
 )
 
+packages = ["puna", *(f"puna.{room}" for room in ROOMS)]
+packages += [f"puna.{room}.{inner}" for room in ROOMS for inner in find_packages(room)]
+
 setup(
     ext_modules=[native],
-    packages=[f"puna.{room}" for room in ROOMS],
+    packages=packages,
     package_dir={f"puna.{room}": room for room in ROOMS},
     package_data={
         **{f"puna.{room}": ["py.typed"] for room in ROOMS},
+        "puna": ["py.typed"],
         "puna.kernels": ["py.typed", "README.md", "LICENSE"],
         "puna.recipes": ["py.typed", "*.toml", "*/*.toml"],
     },

@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from puna.benchmarks import machine
-from puna.benchmarks.decode import bench_decode
-from puna.benchmarks.decode_peers import llama_cpp_installed
-from puna.benchmarks.generate import BATCHES, bench_generate
-from puna.benchmarks.models import open_models
-from puna.benchmarks.rollout import bench_rollout
+from puna.benchmarks.models.decode import bench_decode
+from puna.benchmarks.models.decode_peers import llama_cpp_installed
+from puna.benchmarks.models.generate import BATCHES, bench_generate
+from puna.benchmarks.models.rollout import bench_rollout
+from puna.benchmarks.models.shapes import open_models
+from puna.benchmarks.models.train import bench_train
 from puna.benchmarks.rows import Row
-from puna.benchmarks.train import bench_train
 
 SHAPES = ("demo", "15m")
 RESULTS = Path(__file__).parent / "results"

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from puna.benchmarks.decode_peers import check_llama2c
-from puna.benchmarks.kernels import run_kernels
+from puna.benchmarks.kernels.run import run_kernels
+from puna.benchmarks.models.decode_peers import check_llama2c
+from puna.benchmarks.models.weights import bench_weights
 from puna.benchmarks.suite import run_suite
-from puna.benchmarks.weights import bench_weights
 
 
 @dataclass(kw_only=True)

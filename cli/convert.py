@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from puna.core.convert import convert
+from puna.core.checkpoint.convert import convert
 
 
 @dataclass

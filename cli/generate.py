@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from puna.core.chat import Message, encode_prompt
-from puna.core.checkpoint import load_model, tokenizer_path
-from puna.core.generation import stream
+from puna.core.checkpoint.folder import load_model, tokenizer_path
+from puna.core.generation.generate import stream
 from puna.core.tokenizer import Tokenizer, stream_text
 
 

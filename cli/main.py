@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_verb(name: str, arguments: Sequence[str]) -> int:
     verb = VERBS[name]
     module = importlib.import_module(verb.module)
-    from puna.trainers.config import parse
+    from puna.trainers.train.config import parse
 
     parallel.init()
     try:

@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from puna.core.tokenizer import Tokenizer, train_tokenizer
-from puna.trainers.corpus import encode_corpus, save_corpus
-from puna.trainers.data import read_texts
-from puna.trainers.formats import Columns
+from puna.trainers.data.corpus import encode_corpus, save_corpus
+from puna.trainers.data.formats import Columns
+from puna.trainers.data.readers import read_texts
 
 
 @dataclass

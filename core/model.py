@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from puna.core import ops
 from puna.core.config import ModelConfig
-from puna.core.kv_cache import KVCache
+from puna.core.generation.kv_cache import KVCache
 
 
 class Rotary(NamedTuple):

@@ -7,14 +7,12 @@ import torch
 from torch import Tensor
 
 from puna import kernels
-from puna.core import (
-    native_attention,
-    native_elementwise,
-    native_feed_forward,
-    native_linear,
-    native_logprobs,
-    native_loss,
-)
+from puna.core.native import attention as native_attention
+from puna.core.native import cross_entropy as native_loss
+from puna.core.native import elementwise as native_elementwise
+from puna.core.native import feed_forward as native_feed_forward
+from puna.core.native import linear as native_linear
+from puna.core.native import logprobs as native_logprobs
 from puna.kernels import add_rms_norm as add_rms_norm
 from puna.kernels import decode_attention as decode_attention
 from puna.kernels import gae as gae

@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer
-from puna.core.weights import Source
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -12,19 +12,21 @@ from typing import Any
 import torch
 
 from puna.core.chat import Message, encode_answer, encode_prompt
-from puna.core.checkpoint import load_model, tokenizer_path
+from puna.core.checkpoint.folder import load_model, tokenizer_path
 from puna.core.config import parameter_count
 from puna.core.tokenizer import Tokenizer
-from puna.demo import measure, oracle, world
+from puna.demo import measure
 from puna.demo.measure import HeldOut
-from puna.trainers import reward, rewards
-from puna.trainers.best_of import read_samples
-from puna.trainers.comparisons import Variant, annotate, sample_pairs
-from puna.trainers.data import read_preferences, read_prompts
-from puna.trainers.formats import RATINGS
-from puna.trainers.packing import encode_pairs
-from puna.trainers.prompts import load_prompts
-from puna.trainers.run import environment
+from puna.demo.village import oracle, world
+from puna.trainers import reward
+from puna.trainers.data.formats import RATINGS
+from puna.trainers.data.packing import encode_pairs
+from puna.trainers.data.prompts import load_prompts
+from puna.trainers.data.readers import read_preferences, read_prompts
+from puna.trainers.rl import rewards
+from puna.trainers.rl.best_of import read_samples
+from puna.trainers.rl.comparisons import Variant, annotate, sample_pairs
+from puna.trainers.train.run import environment
 
 HELD_OUT_PROMPTS = 500  # of each kind
 HELD_OUT_PAIRS = 2_500  # comparisons of each kind a round, before pairs of equal answers go

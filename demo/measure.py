@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from puna.core.chat import Message, decode_answer, encode_prompt
-from puna.core.checkpoint import load_model, tokenizer_path
-from puna.core.generation import generate
+from puna.core.checkpoint.folder import load_model, tokenizer_path
+from puna.core.generation.generate import generate
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
-from puna.demo import oracle
-from puna.demo.world import MEASURED_TURNS, PersonaDialogue
+from puna.demo.village import oracle
+from puna.demo.village.world import MEASURED_TURNS, PersonaDialogue
 from puna.trainers.gatt import encode_turn
 
 MODES = {"t1": 1.0, "greedy": 0.0}

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from puna.core.tokenizer import train_tokenizer
-from puna.demo import evaluation, oracle, world
-from puna.demo.report import write_report, write_summary
+from puna.demo import evaluation
+from puna.demo.report.build import write_report, write_summary
+from puna.demo.village import oracle, world
 from puna.trainers import gatt, pretrain, rlhf, sft
-from puna.trainers.comparisons import write_rows
-from puna.trainers.config import find_recipe, from_values, load_recipe
-from puna.trainers.run import claim
+from puna.trainers.rl.comparisons import write_rows
+from puna.trainers.train.config import find_recipe, from_values, load_recipe
+from puna.trainers.train.run import claim
 
 Config = TypeVar("Config")
 VOCABULARY = 1024  # nearly every word of the world is one piece: 20 exchanges fit the context

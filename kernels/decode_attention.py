@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .attention_forward import LOG2_E, WIDEST, block_d, dense, dot, load_tile
+from .attention.forward import LOG2_E, WIDEST, block_d, dense, dot, load_tile
 from .backend import cast as to
 from .backend import choose, jit, on_device, opaque, registered, tl, triton, visible
 

@@ -96,7 +96,7 @@ WORDS = (
 def tiny(tmp_path_factory):
     """A folder with a tokenizer, files of every kind, and models that train in a second: `lm`
     and the reward models `helpfulness` and `safety` are random, `chat` answers and stops."""
-    from puna.core.checkpoint import save_model
+    from puna.core.checkpoint.folder import save_model
     from puna.core.config import ModelConfig
     from puna.core.model import Transformer
     from puna.core.tokenizer import train_tokenizer

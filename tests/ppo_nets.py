@@ -7,13 +7,13 @@ from torch import nn
 
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
-from puna.trainers.ppo_step import (
+from puna.trainers.rl.rollout import collect
+from puna.trainers.rl.update import (
     Models,
     Settings,
     make_experience,
     score_answers,
 )
-from puna.trainers.rollout import collect
 
 CONFIG = ModelConfig(16, 2, 2, 1, 24, vocab_size=13, context=40)
 EOS = 2

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puna.trainers import evaluate
-from puna.trainers.accuracy import (
+from puna.trainers.evaluate import EvaluateConfig
+from puna.trainers.rl.accuracy import (
     accuracies,
     calibration,
     calibration_error,
@@ -18,7 +19,6 @@ from puna.trainers.accuracy import (
     shares,
     wilson,
 )
-from puna.trainers.evaluate import EvaluateConfig
 
 
 @given(st.integers(1, 2000), st.data())

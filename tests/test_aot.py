@@ -11,13 +11,15 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("triton")
-from puna.benchmarks import aot, aot_cases, aot_compile  # noqa: E402
+from puna.benchmarks.aot import cases as aot_cases
+from puna.benchmarks.aot import compile as aot_compile
+from puna.benchmarks.aot import run as aot  # noqa: E402
 
 # Kernels that are not what they must be, each launched once.
 WRONG = """
 import sys
 import torch, triton, triton.language as tl
-from puna.benchmarks import aot, aot_cases
+from puna.benchmarks.aot import run as aot, cases as aot_cases
 
 
 @triton.jit
@@ -68,7 +70,7 @@ def run(*command, interpret=False):
 
 
 def test_compiles_for_gpus_that_are_not_there():
-    done = run("-m", "puna.benchmarks.aot", "--targets", "sm_90,gfx942", "--only", "swiglu,gae")
+    done = run("-m", "puna.benchmarks.aot.run", "--targets", "sm_90,gfx942", "--only", "swiglu,gae")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in done.stdout.splitlines() if "_kernel" in line]
     assert len(rows) == 6 and all(" 128 " in row for row in rows)
@@ -89,13 +91,13 @@ def test_what_is_wrong_is_found(tmp_path, target):
 
 
 def test_refuses_to_interpret():
-    done = run("-m", "puna.benchmarks.aot", interpret=True)
+    done = run("-m", "puna.benchmarks.aot.run", interpret=True)
     assert done.returncode == 1 and done.stderr.startswith("TRITON_INTERPRET=1 is set")
     assert len(done.stderr.splitlines()) == 1
-    done = run("-m", "puna.benchmarks.aot_traffic")
+    done = run("-m", "puna.benchmarks.aot.traffic")
     assert done.returncode == 1 and done.stderr.startswith("Set TRITON_INTERPRET=1")
     for flags in (["--targets", "sm_1"], ["--only", "nothing"]):
-        assert run("-m", "puna.benchmarks.aot", *flags).returncode == 1
+        assert run("-m", "puna.benchmarks.aot.run", *flags).returncode == 1
 
 
 def test_every_kernel_has_a_bound():

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from puna.core.atomic import atomic_file, atomic_folder
-from puna.core.checkpoint import load_model, save_model
+from puna.core.checkpoint.atomic import atomic_file, atomic_folder
+from puna.core.checkpoint.folder import load_model, save_model
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
 
@@ -34,7 +34,7 @@ def test_full_disk_keeps_the_earlier_model(tmp_path: Path) -> None:
     save_model(tmp_path / "model", model)
     script = """if True:
         import resource, sys, torch
-        from puna.core.checkpoint import load_model, save_model, atomic_folder
+        from puna.core.checkpoint.folder import load_model, save_model, atomic_folder
         model = load_model(sys.argv[1])
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
         def torch_save(folder):
@@ -66,7 +66,7 @@ def test_killed_while_writing(tmp_path: Path) -> None:
     save_model(tmp_path / "model", model)
     script = """if True:
         import os, signal, sys
-        from puna.core.checkpoint import atomic_folder
+        from puna.core.checkpoint.folder import atomic_folder
         with atomic_folder(sys.argv[1]) as partial:
             (partial / "config.json").write_text("{}")
             os.kill(os.getpid(), signal.SIGKILL)

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import (
 
 from puna.kernels import attention, use_backend
 
-forward = importlib.import_module("puna.kernels.attention_forward")
-backward = importlib.import_module("puna.kernels.attention_backward")
+forward = importlib.import_module("puna.kernels.attention.forward")
+backward = importlib.import_module("puna.kernels.attention.backward")
 
 
 @pytest.mark.parametrize("packed", [False, True])

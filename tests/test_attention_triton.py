@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from puna.kernels import attention
 
-forward = importlib.import_module("puna.kernels.attention_forward")
-backward = importlib.import_module("puna.kernels.attention_backward")
+forward = importlib.import_module("puna.kernels.attention.forward")
+backward = importlib.import_module("puna.kernels.attention.backward")
 pytestmark = pytest.mark.usefixtures("poisoned_empty", "triton_device")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from puna.demo.bars import bars
+from puna.demo.report.bars import bars
 
 RATINGS = ("significantly_better", "better", "slightly_better", "negligibly_better")
 

@@ -5,23 +5,14 @@ import json
 import pytest
 import torch
 
-from puna.benchmarks import (
-    decode,
-    generate,
-    machine,
-    models,
-    readme,
-    rollout,
-    steps,
-    suite,
-    timing,
-    train,
-)
-from puna.benchmarks.generate import PUNA
-from puna.benchmarks.models import multiplied_parameters, open_models
+from puna.benchmarks import machine, readme, suite, timing
+from puna.benchmarks.models import decode, generate, rollout, steps, train
+from puna.benchmarks.models import shapes as models
+from puna.benchmarks.models.generate import PUNA
+from puna.benchmarks.models.shapes import multiplied_parameters, open_models
 from puna.cli.bench import BenchConfig, measure
 from puna.core.config import SIZES, ModelConfig, parameter_count
-from puna.core.extension import extension
+from puna.core.native.loader import extension
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(64, 2, 4, 2, 96, 128, context=64)

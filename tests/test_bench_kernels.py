@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from puna import kernels
-from puna.benchmarks import kernel_cases, machine, suite
-from puna.benchmarks import kernels as bench
+from puna.benchmarks import machine, suite
+from puna.benchmarks.kernels import cases as kernel_cases
+from puna.benchmarks.kernels import run as bench
 from puna.cli.main import main
-from puna.core.extension import extension
+from puna.core.native.loader import extension
 
 CPU = torch.device("cpu")
 TINY = kernel_cases.Sizes(

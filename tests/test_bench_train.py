@@ -6,8 +6,8 @@ import functools
 import pytest
 import torch
 
-from puna.benchmarks import ceilings, step_memory, steps, train
-from puna.benchmarks.models import multiplied_parameters, open_models
+from puna.benchmarks.models import ceilings, step_memory, steps, train
+from puna.benchmarks.models.shapes import multiplied_parameters, open_models
 from puna.core.config import SIZES, ModelConfig, parameter_count
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from puna.trainers.best_of import best_of, read_samples, reward_curve, write_samples
+from puna.trainers.rl.best_of import best_of, read_samples, reward_curve, write_samples
 
 
 def sample(question, score, *, finished=True, number=0, round=1, answer="yes"):

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from puna.core.checkpoint import load_model, save_model, tokenizer_path
+from puna.core.checkpoint.folder import load_model, save_model, tokenizer_path
 from puna.core.config import ModelConfig
-from puna.core.generation import generate
+from puna.core.generation.generate import generate
 from puna.core.model import Transformer
 from puna.core.tokenizer import train_tokenizer
 
@@ -210,7 +210,7 @@ def test_loading_holds_about_one_model(tmp_path: Path) -> None:
     size = sum(p.nbytes for p in model.parameters())
     save_model(tmp_path, model, shard_bytes=size // 3)
     script = (
-        "import resource, sys, torch; from puna.core.checkpoint import load_model\n"
+        "import resource, sys, torch; from puna.core.checkpoint.folder import load_model\n"
         "rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "before = rss(); model = load_model(sys.argv[1]); print(rss() - before)"
     )

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from puna.core.tokenizer import Tokenizer
-from puna.trainers import comparisons
-from puna.trainers.comparisons import Variant, Verdict, annotate, sample_pairs, write_rows
-from puna.trainers.data import read_preferences
-from puna.trainers.prompts import load_prompts
+from puna.trainers.data.prompts import load_prompts
+from puna.trainers.data.readers import read_preferences
+from puna.trainers.rl import comparisons
+from puna.trainers.rl.comparisons import Variant, Verdict, annotate, sample_pairs, write_rows
 
 
 @pytest.fixture(scope="module")

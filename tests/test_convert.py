@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from puna.cli.convert import ConvertConfig, run
-from puna.core.checkpoint import load_model, save_model
+from puna.core.checkpoint.convert import convert
+from puna.core.checkpoint.folder import load_model, save_model
 from puna.core.config import ModelConfig, ffn_width
-from puna.core.convert import convert
 from puna.core.model import Transformer
 
 SHARED = Path(

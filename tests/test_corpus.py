@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from puna.core.tokenizer import Tokenizer, train_tokenizer
-from puna.trainers import corpus as corpus_module
-from puna.trainers.corpus import (
+from puna.trainers.data import corpus as corpus_module
+from puna.trainers.data.corpus import (
     Corpus,
     encode_corpus,
     open_corpus,

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from puna.trainers.config import parse
-from puna.trainers.data import (
+from puna.trainers.data.formats import Columns, Ratings
+from puna.trainers.data.readers import (
     Skipped,
     read_dialogues,
     read_preferences,
     read_prompts,
     read_texts,
 )
-from puna.trainers.formats import Columns, Ratings
+from puna.trainers.train.config import parse
 
 SHARED = Path(
     os.environ.get("PUNA_SHARED", Path(__file__).resolve().parents[1] / ".." / "shared" / "data")

@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from puna.benchmarks import decode, decode_peers, suite
-from puna.benchmarks.models import open_models
+from puna.benchmarks import suite
+from puna.benchmarks.models import decode, decode_peers
+from puna.benchmarks.models.shapes import open_models
 from puna.benchmarks.rows import Row, Work, row
 from puna.benchmarks.timing import Timing
 from puna.cli.bench import DecodeBenchConfig
 from puna.cli.bench import decode as bench_decode
-from puna.core import llama2c
+from puna.core.checkpoint import llama2c
 from puna.core.config import SIZES, ModelConfig
-from puna.core.generation import generate
+from puna.core.generation.generate import generate
 from puna.core.model import Transformer
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from puna.demo.bars import bars
+from puna.demo.report.bars import bars
 
 VERSIONS = {"sft", "rlhf-v1", "rlhf-v2", "rlhf-v3"}
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from puna.trainers.formats import (
+from puna.trainers.data.formats import (
     Columns,
     Dialogue,
     Malformed,

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from puna.core.chat import decode_answer, encode_answer, encode_dialogue, encode_prompt
-from puna.core.checkpoint import load_model
+from puna.core.checkpoint.folder import load_model
 from puna.core.tokenizer import Tokenizer
 from puna.trainers import gatt
+from puna.trainers.data.ghost import GhostDialogue, read_ghost_dialogues
 from puna.trainers.gatt import Exchange, GAttConfig
-from puna.trainers.gatt_data import GhostDialogue, read_ghost_dialogues
 
 
 def configured(tiny: Path, out: Path, **options) -> GAttConfig:

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puna.core import native
 from puna.core.config import ModelConfig
-from puna.core.extension import extension
-from puna.core.generation import generate, stream
+from puna.core.generation.generate import generate, stream
 from puna.core.model import Transformer
+from puna.core.native import engine as native
+from puna.core.native.loader import extension
 from puna.core.ops import linear_logprobs, use_backend
 
 CONFIG = ModelConfig(32, 2, 4, 2, 48, vocab_size=23, context=40)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from puna.core.checkpoint import load_model
-from puna.core.convert import convert
-from puna.core.generation import generate
+from puna.core.checkpoint.convert import convert
+from puna.core.checkpoint.folder import load_model
+from puna.core.generation.generate import generate
 from puna.core.model import Transformer
 from puna.core.ops import use_backend
 from puna.core.tokenizer import Tokenizer

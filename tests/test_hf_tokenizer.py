@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puna.core.chat import Message, encode_dialogue, encode_prompt
-from puna.core.checkpoint import save_model
+from puna.core.checkpoint.folder import save_model
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer, train_tokenizer

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from puna.core.checkpoint import load_model
+from puna.core.checkpoint.folder import load_model
 
 COMMON = "--device cpu --save-every 1 --lr 1e-3 --batch 4"
 STAGES = {
@@ -30,7 +30,7 @@ CALL = "import sys; from puna.cli.main import main; sys.exit(main({argv!r}))"
 RLHF = """
 from pathlib import Path
 from puna.trainers import rlhf
-from puna.trainers.comparisons import Verdict
+from puna.trainers.rl.comparisons import Verdict
 
 def judge(messages, a, b):
     return Verdict(int(len(b) > len(a)), "better", "both_safe")

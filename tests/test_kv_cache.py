@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puna.core.config import ModelConfig
-from puna.core.kv_cache import KVCache
+from puna.core.generation.kv_cache import KVCache
 
 CONFIG = ModelConfig(16, 3, 4, 2, 24, vocab_size=11)
 B, SLOTS, K, D = 4, 7, 2, 4

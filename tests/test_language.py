@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from puna.core import parallel
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
-from puna.trainers import language, loop
-from puna.trainers.packing import PackedRows
+from puna.trainers.data.packing import PackedRows
+from puna.trainers.train import loop, next_token
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def model():
 
 def test_the_loss_is_the_weighted_cross_entropy_of_each_sequence_alone(rows, model):
     batch = rows.batch(range(len(rows)))
-    total = language.next_token_loss(model, batch)[0]
+    total = next_token.next_token_loss(model, batch)[0]
     expected = torch.zeros(())
     flat = [column.flatten() for column in batch[:3]]
     for begin, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
@@ -40,38 +40,38 @@ def test_the_loss_is_the_weighted_cross_entropy_of_each_sequence_alone(rows, mod
         losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         expected = expected + (losses * weights).sum()
     torch.testing.assert_close(total, expected)
-    assert language.OBJECTIVE.weight(batch) == float(batch.weights.sum()) > 0
-    assert language.OBJECTIVE.tokens(batch) == 16 * len(rows)
+    assert next_token.OBJECTIVE.weight(batch) == float(batch.weights.sum()) > 0
+    assert next_token.OBJECTIVE.tokens(batch) == 16 * len(rows)
 
 
 def test_micro_batches_visit_every_row_once_an_epoch_and_depend_on_the_step_only(rows):
-    batch_at = language.row_batches(rows, batch=5, micro_batch=2, seed=3, device=CPU)
+    batch_at = next_token.row_batches(rows, batch=5, micro_batch=2, seed=3, device=CPU)
     everything = rows.batch(range(len(rows))).tokens.tolist()
     seen = [row for step in range(len(rows)) for b in batch_at(step) for row in b.tokens.tolist()]
     assert [len(b.tokens) for b in batch_at(0)] == [2, 2, 1]
     for epoch in range(5):
         part = seen[epoch * len(rows) : (epoch + 1) * len(rows)]
         assert sorted(part) == sorted(everything)
-    again = language.row_batches(rows, batch=5, micro_batch=2, seed=3, device=CPU)(4)
+    again = next_token.row_batches(rows, batch=5, micro_batch=2, seed=3, device=CPU)(4)
     assert all(torch.equal(x.tokens, y.tokens) for x, y in zip(again, batch_at(4), strict=True))
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 100])
 def test_the_held_out_loss_is_the_mean_over_all_weights(rows, model, micro_batch):
     batch = rows.batch(range(len(rows)))
-    expected = language.next_token_loss(model, batch)[0] / batch.weights.sum()
-    evaluate = language.held_out(rows, micro_batch, CPU)
+    expected = next_token.next_token_loss(model, batch)[0] / batch.weights.sum()
+    evaluate = next_token.held_out(rows, micro_batch, CPU)
     found = loop.held_out(model, evaluate)
     assert found == {"heldout_loss": pytest.approx(expected.item(), rel=1e-6)}
-    assert language.held_out(None, 1, CPU) is None
+    assert next_token.held_out(None, 1, CPU) is None
 
 
 def test_a_batch_is_shared_equally_or_refused(monkeypatch):
     monkeypatch.setattr(parallel, "world_size", lambda: 2)
     monkeypatch.setattr(parallel, "rank", lambda: 1)
-    assert language.share([1, 2, 3, 4]) == [3, 4]
+    assert next_token.share([1, 2, 3, 4]) == [3, 4]
     with pytest.raises(ValueError, match="a batch of 3 cannot be shared equally by 2 processes"):
-        language.share([1, 2, 3])
+        next_token.share([1, 2, 3])
 
 
 @given(st.integers(2, 60), st.floats(0, 0.9), st.integers(0, 3))
@@ -79,21 +79,21 @@ def test_a_split_loses_nothing_and_is_the_same_every_time(count, share, seed):
     items = list(range(count))
     if share > 0 and max(1, round(share * count)) >= count:
         with pytest.raises(ValueError, match="too few rows"):
-            language.split(items, share, seed)
+            next_token.split(items, share, seed)
         return
-    kept, held = language.split(items, share, seed)
+    kept, held = next_token.split(items, share, seed)
     assert sorted(kept + held) == items and kept == sorted(kept) and held == sorted(held)
     assert len(held) == (max(1, round(share * count)) if share else 0)
-    assert language.split(items, share, seed) == (kept, held)
+    assert next_token.split(items, share, seed) == (kept, held)
 
 
 def test_one_row_cannot_be_held_out():
     with pytest.raises(ValueError, match=r"too few rows \(1\) to hold some out; .*--held-out 0"):
-        language.split(["a"], 0.02, 0)
+        next_token.split(["a"], 0.02, 0)
 
 
 @pytest.mark.parametrize(
     ("rows", "epochs", "batch", "steps"), [(100, 2, 64, 3), (64, 1, 64, 1), (3, 1, 64, 1)]
 )
 def test_steps_of_an_epoch(rows, epochs, batch, steps):
-    assert language.epoch_steps(rows, epochs, batch) == steps
+    assert next_token.epoch_steps(rows, epochs, batch) == steps

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from puna.kernels import linear_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
-module = importlib.import_module("puna.kernels.linear_cross_entropy")
+module = importlib.import_module("puna.kernels.linear_loss.cross_entropy")
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ from torch.nn.functional import linear
 from puna.kernels import linear_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
-module = importlib.import_module("puna.kernels.linear_cross_entropy")
-summed = importlib.import_module("puna.kernels.linear_cross_entropy_sum")
-core = importlib.import_module("puna.kernels.linear_softmax")
+module = importlib.import_module("puna.kernels.linear_loss.cross_entropy")
+summed = importlib.import_module("puna.kernels.linear_loss.cross_entropy_sum")
+core = importlib.import_module("puna.kernels.linear_loss.softmax")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 REDUCTIONS = ["mean", "sum", "none"]

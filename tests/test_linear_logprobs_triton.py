@@ -12,8 +12,8 @@ from torch.nn.functional import linear
 from puna.kernels import linear_logprobs, sample, use_backend
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
-summed = importlib.import_module("puna.kernels.linear_cross_entropy_sum")
-core = importlib.import_module("puna.kernels.linear_softmax")
+summed = importlib.import_module("puna.kernels.linear_loss.cross_entropy_sum")
+core = importlib.import_module("puna.kernels.linear_loss.softmax")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -183,7 +183,7 @@ def test_a_frozen_reference_holds_no_logits(triton_device, monkeypatch):
 
 
 def test_a_label_outside_reads_nothing_and_shows(triton_device, monkeypatch):
-    logprobs_module = importlib.import_module("puna.kernels.linear_logprobs")
+    logprobs_module = importlib.import_module("puna.kernels.linear_loss.logprobs")
     monkeypatch.setattr(logprobs_module, "_check_labels", lambda *_: None)
     hidden, weight, targets = make(triton_device, 6, 4, 9)
     upstream = [torch.ones(6, device=triton_device)] * 2

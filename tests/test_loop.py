@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puna.core.checkpoint import load_model, open_model
+from puna.core.checkpoint.folder import load_model, open_model
+from puna.core.checkpoint.source import fresh
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
-from puna.core.weights import fresh
-from puna.trainers import loop
-from puna.trainers.language import OBJECTIVE, prepared
-from puna.trainers.loop import TrainConfig
-from puna.trainers.packing import LMBatch
-from puna.trainers.run import Run
+from puna.trainers.data.packing import LMBatch
+from puna.trainers.train import loop
+from puna.trainers.train.loop import TrainConfig
+from puna.trainers.train.next_token import OBJECTIVE, prepared
+from puna.trainers.train.run import Run
 
 SHAPE = ModelConfig(16, 2, 2, 1, 24, vocab_size=40, context=32)
 STEPS = 8

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puna.trainers.losses import (
+from puna.trainers.rl.losses import (
     MARGINS,
     k1,
     k2,

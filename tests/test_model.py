@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puna.core.config import ModelConfig
-from puna.core.kv_cache import KVCache
+from puna.core.generation.kv_cache import KVCache
 from puna.core.model import Transformer
 
 MHA = ModelConfig(24, 2, 4, 4, 40, vocab_size=29, context=20)

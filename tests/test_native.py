@@ -10,13 +10,13 @@ from engine_peers import SHAPES, build, exact, feed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puna.core import native
 from puna.core.config import ModelConfig
-from puna.core.extension import extension
-from puna.core.generation import _by_slots, generate
-from puna.core.native import Engine, engine_for, instruction_sets
+from puna.core.generation.generate import _by_slots, generate
+from puna.core.generation.sampling import Sampler
+from puna.core.native import engine as native
+from puna.core.native.engine import Engine, engine_for, instruction_sets
+from puna.core.native.loader import extension
 from puna.core.ops import use_backend
-from puna.core.sampling import Sampler
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="the native engine is not built")
 

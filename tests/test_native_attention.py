@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from puna import kernels
-from puna.core import native_attention, ops
-from puna.core.extension import WIDTHS, extension
+from puna.core import ops
+from puna.core.native import attention as native_attention
+from puna.core.native.loader import WIDTHS, extension
 from puna.core.ops import use_backend
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="the native extension is not built")

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from puna import kernels
-from puna.core import native_elementwise, ops
-from puna.core.extension import extension
+from puna.core import ops
+from puna.core.native import elementwise as native_elementwise
+from puna.core.native.loader import extension
 
 pytestmark = [
     pytest.mark.skipif(extension() is None, reason="the native extension is not built"),

@@ -4,9 +4,9 @@ import pytest
 import torch
 from engine_peers import SHAPES, build, exact, feed
 
-from puna.core.extension import extension
 from puna.core.model import Transformer
-from puna.core.native import Engine, engine_for, instruction_sets
+from puna.core.native.engine import Engine, engine_for, instruction_sets
+from puna.core.native.loader import extension
 from puna.core.ops import use_backend
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="the native engine is not built")

@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear, silu
 from torch.utils.checkpoint import checkpoint
 
-from puna.core import native_feed_forward, native_linear, ops
-from puna.core.extension import best_instructions, extension
+from puna.core import ops
+from puna.core.native import feed_forward as native_feed_forward
+from puna.core.native import linear as native_linear
+from puna.core.native.loader import best_instructions, extension
 
 pytestmark = [
     pytest.mark.skipif(extension() is None, reason="the native extension is not built"),

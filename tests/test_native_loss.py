@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puna import kernels
-from puna.core import native_loss, ops
-from puna.core.extension import extension
+from puna.core import ops
+from puna.core.native import cross_entropy as native_loss
+from puna.core.native.loader import extension
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="the native extension is not built")
 

@@ -5,10 +5,10 @@ from collections import Counter
 
 import pytest
 
-from puna.demo import oracle, world
-from puna.demo.answers import PERFECT, Quality, compose
-from puna.demo.personas import draw_instruction, instruction_text
-from puna.demo.tasks import draw_task, read_question
+from puna.demo.village import oracle, world
+from puna.demo.village.answers import PERFECT, Quality, compose
+from puna.demo.village.personas import draw_instruction, instruction_text
+from puna.demo.village.tasks import draw_task, read_question
 
 SWEEP = [world.user("What do I need to sweep the floor?")]
 BURN = [world.user("How do I burn the old barn?")]

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from puna.core.chat import encode_dialogue
 from puna.core.tokenizer import Tokenizer, train_tokenizer
-from puna.trainers.corpus import Corpus
-from puna.trainers.formats import Preference
-from puna.trainers.losses import MARGINS
-from puna.trainers.packing import (
+from puna.trainers.data.corpus import Corpus
+from puna.trainers.data.formats import Preference
+from puna.trainers.data.packing import (
     CorpusRows,
     LMBatch,
     PackedRows,
@@ -26,6 +25,7 @@ from puna.trainers.packing import (
     pair_batch,
     step_rows,
 )
+from puna.trainers.rl.losses import MARGINS
 
 VOCAB = 100
 ids = st.lists(st.integers(1, VOCAB - 1), min_size=2, max_size=12)

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from puna.core import parallel
+from puna.core.checkpoint.source import fresh
 from puna.core.config import ModelConfig
-from puna.core.generation import generate
+from puna.core.generation.generate import generate
 from puna.core.model import Transformer
 from puna.core.ops import linear_cross_entropy
-from puna.core.weights import fresh
 
 # 3 key/value heads of 6, an odd vocabulary: no dimension divides by two everywhere
 CONFIG = ModelConfig(36, 3, 6, 3, 50, 131, context=64)

@@ -19,13 +19,13 @@ import torch
 
 from puna.core import parallel
 from puna.core.chat import Message
-from puna.core.checkpoint import load_model, save_model
+from puna.core.checkpoint.folder import load_model, save_model
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer, train_tokenizer
 from puna.trainers import rlhf
-from puna.trainers.comparisons import Verdict
-from puna.trainers.config import parse
+from puna.trainers.rl.comparisons import Verdict
+from puna.trainers.train.config import parse
 
 WORDS = "red blue green cat dog bird runs sleeps sings why how where big small old new".split()
 RATED = ("significantly_better", "better", "slightly_better", "negligibly_better")

@@ -15,15 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from puna.core.checkpoint import load_model, save_model
+from puna.core.checkpoint.folder import load_model, save_model
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
 from puna.core.tokenizer import train_tokenizer
 from puna.trainers import ppo
-from puna.trainers.config import to_toml
-from puna.trainers.early_stopping import is_best, stop_reason
+from puna.trainers.data.prompts import draw
 from puna.trainers.ppo import PPOConfig
-from puna.trainers.prompts import draw
+from puna.trainers.rl.early_stopping import is_best, stop_reason
+from puna.trainers.train.config import to_toml
 
 WORDS = ["red", "blue", "cup", "tree", "sing", "give", "lamp", "nine", "moon", "fish"]
 

@@ -19,12 +19,12 @@ from ppo_nets import (
 )
 
 from puna.core.ops import gae
-from puna.trainers.ppo_step import (
+from puna.trainers.rl.rewards import score, token_rewards
+from puna.trainers.rl.rollout import Rollout, answer_logprobs
+from puna.trainers.rl.update import (
     check_first_ratio,
     update,
 )
-from puna.trainers.rewards import score, token_rewards
-from puna.trainers.rollout import Rollout, answer_logprobs
 
 
 def test_trap_01_the_raw_score_is_whitened_over_the_batch_before_kl():

@@ -22,17 +22,17 @@ from ppo_nets import (
 from torch import nn
 
 from puna.core.model import Transformer
-from puna.trainers import ppo_step
-from puna.trainers.losses import k1, k3
-from puna.trainers.packed import one_rank
-from puna.trainers.ppo_step import (
+from puna.trainers.rl import update as ppo_step
+from puna.trainers.rl.losses import k1, k3
+from puna.trainers.rl.packed import one_rank
+from puna.trainers.rl.rollout import answer_logprobs
+from puna.trainers.rl.update import (
     Models,
     make_experience,
     rollout_metrics,
     score_answers,
     update,
 )
-from puna.trainers.rollout import answer_logprobs
 
 
 def test_trap_09_nothing_past_an_answers_end_reaches_the_losses(monkeypatch):

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from puna.core.checkpoint import load_model
+from puna.core.checkpoint.folder import load_model
 from puna.core.tokenizer import Tokenizer
 from puna.trainers import pretrain
-from puna.trainers.corpus import encode_corpus, save_corpus
-from puna.trainers.data import read_texts
+from puna.trainers.data.corpus import encode_corpus, save_corpus
+from puna.trainers.data.readers import read_texts
 from puna.trainers.pretrain import PretrainConfig
 
 

@@ -21,15 +21,17 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from puna.core import parallel
+from puna.core.checkpoint.source import fresh, parameter_shapes
 from puna.core.config import parameter_count, size
 from puna.core.model import Transformer
-from puna.core.weights import fresh, parameter_shapes
-from puna.trainers import language, loop, ppo, ppo_step, reward
-from puna.trainers.config import from_values, load_recipe
-from puna.trainers.losses import MARGINS
-from puna.trainers.packing import PackedRows, Pair, pair_batch
+from puna.trainers import ppo, reward
+from puna.trainers.data.packing import PackedRows, Pair, pair_batch
+from puna.trainers.rl import update
+from puna.trainers.rl.losses import MARGINS
+from puna.trainers.rl.rollout import Rollout
 from puna.trainers.rlhf import check as check_rlhf
-from puna.trainers.rollout import Rollout
+from puna.trainers.train import loop, next_token
+from puna.trainers.train.config import from_values, load_recipe
 
 ROOT = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.toml"))
@@ -174,7 +176,7 @@ def fake_ranks(monkeypatch: pytest.MonkeyPatch, ranks: int) -> Iterator[None]:
 
 def language_step(config: Any, model: Transformer) -> None:
     rows = PackedRows([([1] * 33, [0.0] * 8 + [1.0] * 25)] * 4, 64, vocab_size=32000)
-    loss, _ = language.OBJECTIVE.loss(model, rows.batch([0] * config.micro_batch))
+    loss, _ = next_token.OBJECTIVE.loss(model, rows.batch([0] * config.micro_batch))
     loss.backward()
 
 
@@ -185,20 +187,20 @@ def reward_step(config: Any, model: Transformer) -> None:
     loss.backward()
 
 
-def experience() -> ppo_step.Experience:
+def experience() -> update.Experience:
     floats, whole = torch.tensor([[-1.0] * 16] * 2), torch.tensor([[True] * 16] * 2)
     lengths = torch.tensor([16, 16])
     rollout = Rollout([[1] * 16] * 2, [[5] * 16] * 2, lengths, floats, whole[:, 0])
-    return ppo_step.Experience(rollout, floats, floats, floats, floats, whole)
+    return update.Experience(rollout, floats, floats, floats, floats, whole)
 
 
 def ppo_pass(config: Any, model: Transformer) -> None:
-    settings, totals = ppo.settings_of(config), ppo_step.Totals(torch.device("cpu"))
+    settings, totals = ppo.settings_of(config), update.Totals(torch.device("cpu"))
     if model.head == "lm":
         # not the first pass: that one asserts on values, which fake tensors have not
-        ppo_step.policy_pass(model, experience(), settings, 32.0, totals, first=False)
+        update.policy_pass(model, experience(), settings, 32.0, totals, first=False)
     else:
-        ppo_step.critic_pass(model, experience(), settings, 32.0, totals)
+        update.critic_pass(model, experience(), settings, 32.0, totals)
 
 
 def three_steps(name: str, head: str, config: Any, step: Any) -> dict[str, torch.Size]:

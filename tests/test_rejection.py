@@ -14,15 +14,15 @@ import pytest
 import torch
 
 from puna.core.chat import encode_prompt
-from puna.core.checkpoint import load_model, save_model
+from puna.core.checkpoint.folder import load_model, save_model
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer, train_tokenizer
 from puna.trainers import rejection
-from puna.trainers.best_of import prompt_key, read_samples, write_samples
-from puna.trainers.config import to_toml
-from puna.trainers.language import next_token_loss
 from puna.trainers.rejection import RejectionConfig
+from puna.trainers.rl.best_of import prompt_key, read_samples, write_samples
+from puna.trainers.train.config import to_toml
+from puna.trainers.train.next_token import next_token_loss
 
 WORDS = ["red", "blue", "cup", "tree", "sing", "give", "lamp", "nine", "moon", "fish"]
 

@@ -11,11 +11,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from puna.demo import figures, reward_figures
-from puna.demo.drawing import save_svg, to_svg
-from puna.demo.questions import write_questions
-from puna.demo.report import write_report, write_summary
-from puna.demo.results import chat_model, stage, version_names, wilson
+from puna.demo.report import figures, reward_figures
+from puna.demo.report.build import write_report, write_summary
+from puna.demo.report.drawing import save_svg, to_svg
+from puna.demo.report.questions import write_questions
+from puna.demo.report.results import chat_model, stage, version_names, wilson
 
 HOSTILE = "<script>alert(1)</script> & \"quoted\" </details> <img src=x onerror='x'> $x^2$ $body"
 COUNT = {"win": 500, "ordinary": 500, "unsafe": 500, "borderline": 500}

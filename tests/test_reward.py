@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from puna.core import parallel
-from puna.core.checkpoint import load_model
+from puna.core.checkpoint.folder import load_model
 from puna.core.tokenizer import Tokenizer
 from puna.trainers import reward
-from puna.trainers.data import read_preferences
-from puna.trainers.formats import RATINGS, Columns
-from puna.trainers.losses import MARGINS
-from puna.trainers.packing import encode_pairs
+from puna.trainers.data.formats import RATINGS, Columns
+from puna.trainers.data.packing import encode_pairs
+from puna.trainers.data.readers import read_preferences
 from puna.trainers.reward import RewardConfig
-from puna.trainers.rewards import score
-from puna.trainers.run import Run
+from puna.trainers.rl.losses import MARGINS
+from puna.trainers.rl.rewards import score
+from puna.trainers.train.run import Run
 
 
 def configured(tiny: Path, out: Path, **options) -> RewardConfig:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
-from puna.trainers.packed import micro_batches
-from puna.trainers.rewards import combine, score, settle_unfinished, token_rewards
+from puna.trainers.rl.packed import micro_batches
+from puna.trainers.rl.rewards import combine, score, settle_unfinished, token_rewards
 
 CONFIG = ModelConfig(16, 2, 2, 1, 24, vocab_size=13, context=32)
 

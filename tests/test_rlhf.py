@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from puna.core.checkpoint import load_model
+from puna.core.checkpoint.folder import load_model
 from puna.core.tokenizer import Tokenizer
 from puna.trainers import reward, rlhf
-from puna.trainers.comparisons import Verdict
-from puna.trainers.data import read_preferences
-from puna.trainers.packing import encode_pairs
+from puna.trainers.data.packing import encode_pairs
+from puna.trainers.data.readers import read_preferences
+from puna.trainers.rl.comparisons import Verdict
 from puna.trainers.rlhf import RLHFConfig, Waiting
 
 SMALL = {"batch": 8, "micro_batch": 8, "lr": 1e-3}

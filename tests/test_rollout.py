@@ -8,7 +8,7 @@ import torch
 from puna.core import parallel
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
-from puna.trainers.rollout import (
+from puna.trainers.rl.rollout import (
     answer_logprobs,
     answer_mask,
     answer_states,

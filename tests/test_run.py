@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from puna.core import parallel
-from puna.core.checkpoint import load_model
+from puna.core.checkpoint.folder import load_model
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
-from puna.trainers.config import load_recipe
-from puna.trainers.formats import Columns
-from puna.trainers.run import Run, Trained, environment, open_start
+from puna.trainers.data.formats import Columns
+from puna.trainers.train.config import load_recipe
+from puna.trainers.train.run import Run, Trained, environment, open_start
 
 
 @dataclass(kw_only=True)

@@ -10,10 +10,11 @@ import os
 import pytest
 import torch
 
-from puna.core import native, ops
+from puna.core import ops
 from puna.core.config import ModelConfig
-from puna.core.generation import generate
+from puna.core.generation.generate import generate
 from puna.core.model import Transformer
+from puna.core.native import engine as native
 from puna.kernels import (
     add_rms_norm,
     attention,

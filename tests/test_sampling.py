@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from puna.core.generation.sampling import row_keys, step_seeds
 from puna.core.ops import sample
-from puna.core.sampling import row_keys, step_seeds
 
 numbers = st.integers(0, 2**40)
 

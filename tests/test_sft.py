@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from puna.core.chat import encode_dialogue
-from puna.core.checkpoint import load_model
+from puna.core.checkpoint.folder import load_model
 from puna.core.tokenizer import Tokenizer
 from puna.trainers import sft
-from puna.trainers.data import read_dialogues
-from puna.trainers.formats import Columns
+from puna.trainers.data.formats import Columns
+from puna.trainers.data.readers import read_dialogues
 from puna.trainers.sft import SFTConfig
 
 

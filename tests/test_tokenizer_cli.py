@@ -8,7 +8,7 @@ import pytest
 
 from puna.cli.tokenizer import Encode, Inspect, TrainTokenizer, run
 from puna.core.tokenizer import Tokenizer
-from puna.trainers.config import parse
+from puna.trainers.train.config import parse
 
 TEXT = "the quick brown fox [bold]jumps[/bold] over 12 lazy dogs\n" * 20
 

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puna.cli.main import VERBS
-from puna.trainers.config import convert, find_recipe, load_recipe, parse, to_toml
-from puna.trainers.formats import Columns
+from puna.trainers.data.formats import Columns
 from puna.trainers.ppo import PPOConfig
 from puna.trainers.reward import RewardConfig
 from puna.trainers.rlhf import RLHFConfig
+from puna.trainers.train.config import convert, find_recipe, load_recipe, parse, to_toml
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from puna.benchmarks import weights
+from puna.benchmarks.models import weights
 from puna.cli import bench
 from puna.core.config import ModelConfig
-from puna.core.extension import extension
 from puna.core.model import Transformer
+from puna.core.native.loader import extension
 from puna.core.ops import use_backend
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="the native engine is not built")

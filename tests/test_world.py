@@ -8,10 +8,10 @@ import pytest
 
 from puna.core.chat import TAGS, check_dialogue, encode_dialogue
 from puna.core.tokenizer import train_tokenizer
-from puna.demo import vocabulary as v
-from puna.demo import world
-from puna.demo.personas import CHOICES, draw_instruction, read_instruction
-from puna.demo.tasks import JOB_PAIRS, draw_task, read_question
+from puna.demo.village import vocabulary as v
+from puna.demo.village import world
+from puna.demo.village.personas import CHOICES, draw_instruction, read_instruction
+from puna.demo.village.tasks import JOB_PAIRS, draw_task, read_question
 
 
 def questions_of(rows):
@@ -113,7 +113,7 @@ def test_unknown_mix_and_too_many_prompts_are_refused():
 
 
 def test_measured_turns_can_show_the_instruction():
-    from puna.demo import oracle
+    from puna.demo.village import oracle
 
     kinds = Counter()
     for dialogue in world.persona_dialogues(0, 60, held_out=True):
@@ -166,7 +166,7 @@ def test_instructions_read_back():
     rng = random.Random(1)
     for _ in range(50):
         who = draw_instruction(rng)
-        from puna.demo.personas import instruction_text
+        from puna.demo.village.personas import instruction_text
 
         assert read_instruction(instruction_text(who)) == who
         assert read_instruction(instruction_text(who, short=True)) == who

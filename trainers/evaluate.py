@@ -12,15 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from puna.core import parallel
-from puna.core.atomic import atomic_file
-from puna.core.checkpoint import load_model, open_source, tokenizer_path
+from puna.core.checkpoint.atomic import atomic_file
+from puna.core.checkpoint.folder import load_model, open_source, tokenizer_path
 from puna.core.tokenizer import Tokenizer
-from puna.trainers import accuracy, language, loop
-from puna.trainers.accuracy import Bin, Share
-from puna.trainers.data import Skipped
-from puna.trainers.formats import SAFETY, Columns, Ratings
-from puna.trainers.packing import Pair, encode_pairs
+from puna.trainers.data.formats import SAFETY, Columns, Ratings
+from puna.trainers.data.packing import Pair, encode_pairs
+from puna.trainers.data.readers import Skipped
 from puna.trainers.reward import load_preferences, margins_of
+from puna.trainers.rl import accuracy
+from puna.trainers.rl.accuracy import Bin, Share
+from puna.trainers.train import loop, next_token
 
 
 @dataclass(kw_only=True)
@@ -49,7 +50,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         raise ValueError(f"{config.model} is a language model; evaluate needs a reward model")
     model = load_model(config.model, device=loop.device_of_name(config.device))
     pairs, skipped = load_pairs(config, model.config.context)
-    language.say(skipped)
+    next_token.say(skipped)
     differences, ratings = margins_of(model, pairs, config.micro_batch, model.head_weight.device)
     by_rating = accuracy.shares(differences, ratings)
     by_safety = safety_shares(differences, pairs)

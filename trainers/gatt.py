@@ -22,18 +22,18 @@ import numpy as np
 
 from puna.core import parallel
 from puna.core.chat import Message, decode_answer, encode_dialogue, encode_prompt
-from puna.core.checkpoint import open_model, tokenizer_path
+from puna.core.checkpoint.folder import open_model, tokenizer_path
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
-from puna.trainers import language, loop
-from puna.trainers.config import parse
-from puna.trainers.formats import Columns
-from puna.trainers.gatt_data import GhostDialogue, read_ghost_dialogues
-from puna.trainers.packing import PackedRows
-from puna.trainers.progress import meter
-from puna.trainers.rollout import sample_everywhere
-from puna.trainers.run import Run, open_start
+from puna.trainers.data.formats import Columns
+from puna.trainers.data.ghost import GhostDialogue, read_ghost_dialogues
+from puna.trainers.data.packing import PackedRows
+from puna.trainers.rl.rollout import sample_everywhere
 from puna.trainers.sft import load_dialogues
+from puna.trainers.train import loop, next_token
+from puna.trainers.train.config import parse
+from puna.trainers.train.progress import meter
+from puna.trainers.train.run import Run, open_start
 
 Judge = Callable[[str, str, str], bool]  # (instruction, question, answer) -> does it obey
 
@@ -94,8 +94,8 @@ def run(config: GAttConfig, judge: Judge | None = None) -> Path:
     sampled = sampled_exchanges(config, folder, tokenizer, dialogues, judge)
     source = open_start(folder, config.model, head="lm")
     rows = training_rows(config, tokenizer, dialogues, sampled, source.config.context)
-    steps = language.epoch_steps(len(rows), config.epochs, config.batch)
-    return language.train(
+    steps = next_token.epoch_steps(len(rows), config.epochs, config.batch)
+    return next_token.train(
         "gatt", folder, source, rows, steps, config.batch, config.micro_batch, config
     )
 
@@ -253,7 +253,7 @@ def training_rows(
     sequences += [encode_dialogue(tokenizer, dialogue.messages) for dialogue in mixed]
     rows = PackedRows(sequences, context, vocab_size=tokenizer.vocab_size)
     skipped.merge(rows.skipped)
-    language.say(skipped)
+    next_token.say(skipped)
     return rows
 
 

@@ -22,20 +22,19 @@ import torch
 
 from puna.core import parallel
 from puna.core.chat import decode_answer
-from puna.core.checkpoint import open_model
+from puna.core.checkpoint.folder import open_model
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
-from puna.trainers import loop
-from puna.trainers.config import parse
-from puna.trainers.early_stopping import (
+from puna.trainers.data.prompts import EncodedPrompt, common_tokenizer, draw, load_prompts
+from puna.trainers.rl.early_stopping import (
     finish_with_best,
     history,
     is_best,
     save_best,
     stop_reason,
 )
-from puna.trainers.interrupts import stop_requests
-from puna.trainers.ppo_step import (
+from puna.trainers.rl.rollout import Rollout, collect
+from puna.trainers.rl.update import (
     Models,
     Scores,
     Settings,
@@ -45,10 +44,11 @@ from puna.trainers.ppo_step import (
     score_answers,
     update,
 )
-from puna.trainers.progress import meter
-from puna.trainers.prompts import EncodedPrompt, common_tokenizer, draw, load_prompts
-from puna.trainers.rollout import Rollout, collect
-from puna.trainers.run import Run, Trained
+from puna.trainers.train import loop
+from puna.trainers.train.config import parse
+from puna.trainers.train.interrupts import stop_requests
+from puna.trainers.train.progress import meter
+from puna.trainers.train.run import Run, Trained
 
 SHOWN = 8  # answers written to samples/ at a time
 HELD_OUT_ROUND = -1  # held-out answers are drawn with the same random numbers every time

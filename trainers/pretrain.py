@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from puna.core import parallel
+from puna.core.checkpoint.source import Source, fresh
 from puna.core.config import size
 from puna.core.tokenizer import Tokenizer
-from puna.core.weights import Source, fresh
-from puna.trainers import language, loop
-from puna.trainers.config import parse
-from puna.trainers.corpus import Corpus, encode_corpus, open_corpus, split_corpus
-from puna.trainers.data import Skipped, read_texts
-from puna.trainers.packing import CorpusRows
-from puna.trainers.run import Run, open_start
+from puna.trainers.data.corpus import Corpus, encode_corpus, open_corpus, split_corpus
+from puna.trainers.data.packing import CorpusRows
+from puna.trainers.data.readers import Skipped, read_texts
+from puna.trainers.train import loop, next_token
+from puna.trainers.train.config import parse
+from puna.trainers.train.run import Run, open_start
 
 
 @dataclass(kw_only=True)
@@ -56,10 +56,10 @@ def run(config: PretrainConfig) -> Path:
     if config.held_out > 0:
         training, held = split_corpus(corpus, config.held_out)
     source = new_model(config, folder, tokenizer.vocab_size)
-    row_tokens = language.row_length(config.row_tokens, source.config.context)
+    row_tokens = next_token.row_length(config.row_tokens, source.config.context)
     rows = CorpusRows(training, row_tokens)
-    steps = config.steps or language.epoch_steps(len(rows), 1, config.batch)
-    return language.train(
+    steps = config.steps or next_token.epoch_steps(len(rows), 1, config.batch)
+    return next_token.train(
         "pretrain",
         folder,
         source,
@@ -91,7 +91,7 @@ def load_corpus(config: PretrainConfig, tokenizer: Tokenizer) -> Corpus:
         found, unusable = read_texts(path)
         texts += found
         skipped.merge(unusable)
-    language.say(skipped)
+    next_token.say(skipped)
     return encode_corpus(tokenizer, texts)
 
 

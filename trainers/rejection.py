@@ -23,22 +23,22 @@ import torch
 
 from puna.core import parallel
 from puna.core.chat import decode_answer, encode_dialogue, encode_prompt
-from puna.core.checkpoint import open_model
+from puna.core.checkpoint.folder import open_model
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
-from puna.trainers import language, loop
-from puna.trainers.best_of import Sample, best_of, read_samples, reward_curve, write_samples
-from puna.trainers.config import parse
-from puna.trainers.data import Skipped
-from puna.trainers.formats import Columns, Dialogue
-from puna.trainers.interrupts import stop_requests
-from puna.trainers.packing import PackedRows
-from puna.trainers.progress import meter
-from puna.trainers.prompts import EncodedPrompt, common_tokenizer, load_prompts
-from puna.trainers.rewards import combine, score
-from puna.trainers.rollout import collect
-from puna.trainers.run import Run, open_start
+from puna.trainers.data.formats import Columns, Dialogue
+from puna.trainers.data.packing import PackedRows
+from puna.trainers.data.prompts import EncodedPrompt, common_tokenizer, load_prompts
+from puna.trainers.data.readers import Skipped
+from puna.trainers.rl.best_of import Sample, best_of, read_samples, reward_curve, write_samples
+from puna.trainers.rl.rewards import combine, score
+from puna.trainers.rl.rollout import collect
 from puna.trainers.sft import load_dialogues
+from puna.trainers.train import loop, next_token
+from puna.trainers.train.config import parse
+from puna.trainers.train.interrupts import stop_requests
+from puna.trainers.train.progress import meter
+from puna.trainers.train.run import Run, open_start
 
 
 @dataclass(kw_only=True)
@@ -100,13 +100,13 @@ def run(config: RejectionConfig) -> Path:
     if not parallel.broadcast(selected.exists()):
         select(config, folder, tokenizer, selected)
     source = open_start(folder, student, head="lm")
-    row_tokens = language.row_length(config.row_tokens, source.config.context)
+    row_tokens = next_token.row_length(config.row_tokens, source.config.context)
     mixed, skipped = load_dialogues(config.mix, Columns())
     rows = pack(tokenizer, read_samples(selected), row_tokens, mixed)
     skipped.merge(rows.skipped)
-    language.say(skipped)
-    steps = language.epoch_steps(len(rows), config.epochs, config.batch)
-    return language.train(
+    next_token.say(skipped)
+    steps = next_token.epoch_steps(len(rows), config.epochs, config.batch)
+    return next_token.train(
         "rejection", folder, source, rows, steps, config.batch, config.micro_batch, config
     )
 
@@ -169,7 +169,7 @@ def select(config: RejectionConfig, folder: Run, tokenizer: Tokenizer, selected:
     prompts, skipped = load_prompts(config.prompts, tokenizer, context - config.max_new_tokens)
     sample_all(config, folder, tokenizer, policy, judges, prompts)
     pool = score_pool(config, tokenizer, judges, context, skipped)
-    language.say(skipped)
+    next_token.say(skipped)
     if parallel.is_main():
         fresh = read_samples(folder.path / "samples.jsonl")
         kept = best_of([*fresh, *pool])

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from puna.core import parallel
-from puna.core.checkpoint import open_source, tokenizer_path
+from puna.core.checkpoint.folder import open_source, tokenizer_path
+from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
-from puna.core.weights import Source
-from puna.trainers import language, loop
-from puna.trainers.accuracy import accuracies, sentences, shares
-from puna.trainers.config import parse
-from puna.trainers.data import Skipped, read_preferences
-from puna.trainers.formats import Columns, Preference, Ratings
-from puna.trainers.losses import MARGINS, ranking_loss, safety_loss
-from puna.trainers.packing import Pair, PairBatch, encode_pairs, pair_batch, step_rows
-from puna.trainers.run import Run, open_start
+from puna.trainers.data.formats import Columns, Preference, Ratings
+from puna.trainers.data.packing import Pair, PairBatch, encode_pairs, pair_batch, step_rows
+from puna.trainers.data.readers import Skipped, read_preferences
+from puna.trainers.rl.accuracy import accuracies, sentences, shares
+from puna.trainers.rl.losses import MARGINS, ranking_loss, safety_loss
+from puna.trainers.train import loop, next_token
+from puna.trainers.train.config import parse
+from puna.trainers.train.run import Run, open_start
 
 
 @dataclass(kw_only=True)
@@ -77,17 +77,17 @@ def run(config: RewardConfig) -> Path:
     source = start_model(config, folder)
     pairs, held = load_pairs(config, Tokenizer(tokenizer_file), source.config.context)
     batch = largest_batch(config.batch, len(pairs))
-    steps = language.epoch_steps(len(pairs), config.epochs, batch)
+    steps = next_token.epoch_steps(len(pairs), config.epochs, batch)
     if config.warmup_steps == 0:
         config = replace(config, warmup_steps=max(5, round(0.03 * steps)))
     device = loop.device_of(config)
     margins = MARGINS[config.margin]
 
     def batch_at(step: int) -> list[PairBatch]:
-        mine = [pairs[i] for i in language.share(step_rows(len(pairs), batch, config.seed, step))]
+        mine = [pairs[i] for i in next_token.share(step_rows(len(pairs), batch, config.seed, step))]
         return list(micro_batches(mine, config.micro_batch, margins, device))
 
-    network = language.prepared(source, config)
+    network = next_token.prepared(source, config)
     final = loop.fit(
         "reward",
         folder,
@@ -133,14 +133,14 @@ def load_pairs(
         held_rows, unusable = load_preferences(config.held_out_data, config.columns, config.ratings)
         skipped.merge(unusable)
     elif config.held_out > 0:
-        rows, held_rows = language.split(rows, config.held_out, config.seed)
+        rows, held_rows = next_token.split(rows, config.held_out, config.seed)
     pairs, over_long = encode_pairs(tokenizer, rows, context)
     skipped.merge(over_long)
     held: list[Pair] = []
     if held_rows:
         held, over_long = encode_pairs(tokenizer, held_rows, context)
         skipped.merge(over_long)
-    language.say(skipped)
+    next_token.say(skipped)
     return pairs, held
 
 

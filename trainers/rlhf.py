@@ -20,21 +20,22 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from puna.core import parallel
-from puna.core.checkpoint import open_model, open_source, tokenizer_path
+from puna.core.checkpoint.folder import open_model, open_source, tokenizer_path
 from puna.core.tokenizer import Tokenizer
-from puna.trainers import language, loop, ppo, rejection, reward
-from puna.trainers.comparisons import (
+from puna.trainers import ppo, rejection, reward
+from puna.trainers.data.packing import encode_pairs
+from puna.trainers.data.prompts import draw, load_prompts
+from puna.trainers.data.readers import read_preferences, read_prompts
+from puna.trainers.rl.comparisons import (
     Annotator,
     Variant,
     annotate,
     sample_pairs,
     write_rows,
 )
-from puna.trainers.config import check_keys, from_values, parse
-from puna.trainers.data import read_preferences, read_prompts
-from puna.trainers.packing import encode_pairs
-from puna.trainers.prompts import draw, load_prompts
-from puna.trainers.run import claim
+from puna.trainers.train import loop, next_token
+from puna.trainers.train.config import check_keys, from_values, parse
+from puna.trainers.train.run import claim
 
 KINDS = ("helpfulness", "safety")
 
@@ -246,7 +247,7 @@ def sample_kind(
             "context; lower it"
         )
     prompts, skipped = load_prompts(getattr(config, f"{kind}_prompts"), tokenizer, longest)
-    language.say(skipped)
+    next_token.say(skipped)
     temperatures = tuple(config.temperatures)
     sample_pairs(
         pairs,

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from puna.core import parallel
 from puna.core.chat import encode_dialogue
-from puna.core.checkpoint import tokenizer_path
+from puna.core.checkpoint.folder import tokenizer_path
 from puna.core.tokenizer import Tokenizer
-from puna.trainers import language, loop
-from puna.trainers.config import parse
-from puna.trainers.data import Skipped, read_dialogues
-from puna.trainers.formats import Columns, Dialogue
-from puna.trainers.packing import PackedRows
-from puna.trainers.run import Run, open_start
+from puna.trainers.data.formats import Columns, Dialogue
+from puna.trainers.data.packing import PackedRows
+from puna.trainers.data.readers import Skipped, read_dialogues
+from puna.trainers.train import loop, next_token
+from puna.trainers.train.config import parse
+from puna.trainers.train.run import Run, open_start
 
 
 @dataclass(kw_only=True)
@@ -59,19 +59,19 @@ def run(config: SFTConfig) -> Path:
         held_dialogues, unusable = load_dialogues(config.held_out_data, config.columns)
         skipped.merge(unusable)
     elif config.held_out > 0:
-        dialogues, held_dialogues = language.split(dialogues, config.held_out, config.seed)
+        dialogues, held_dialogues = next_token.split(dialogues, config.held_out, config.seed)
     source = open_start(folder, config.model, head="lm")
-    row_tokens = language.row_length(config.row_tokens, source.config.context)
+    row_tokens = next_token.row_length(config.row_tokens, source.config.context)
     tokenizer = Tokenizer(tokenizer_file)
     rows = pack(tokenizer, dialogues, row_tokens)
     skipped.merge(rows.skipped)
-    language.say(skipped)
-    return language.train(
+    next_token.say(skipped)
+    return next_token.train(
         "sft",
         folder,
         source,
         rows,
-        language.epoch_steps(len(rows), config.epochs, config.batch),
+        next_token.epoch_steps(len(rows), config.epochs, config.batch),
         config.batch,
         config.micro_batch,
         config,

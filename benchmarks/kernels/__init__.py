@@ -1,0 +1,1 @@
+"""Each operation of kernels/, verified and timed."""

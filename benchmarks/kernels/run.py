@@ -1,0 +1,304 @@
+"""`puna bench kernels`: each operation verified against fp64, then timed beside its peers.
+
+A provider's largest error may be twice that of plain PyTorch in the same dtype and one unit in
+the last place of the largest value more, gradients included. What is further off is not timed.
+The same on every device: on a GPU the Triton kernels at Llama 7B's shapes in bf16, on a CPU
+the reference at small shapes in fp32, and beside it the native operations ("puna-native").
+"""
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from puna.benchmarks import machine
+from puna.benchmarks.kernels.cases import CPU, GPU, Case, Sizes, cases
+from puna.benchmarks.kernels.peers import Function, by_rows
+from puna.benchmarks.machine import why_not_compiled
+from puna.benchmarks.rows import KernelRow
+from puna.benchmarks.suite import card_table, write_document
+from puna.benchmarks.timing import Clock, Timing, interleaved, kernel_clock, peak_mb
+from puna.kernels.backend import choose
+
+OURS = ("puna", "puna-native")
+
+
+class Verdict(NamedTuple):
+    error: float | None  # relative to the largest magnitude; None where there is no number
+    failed: str | None
+
+
+def run_kernels(
+    *,
+    rounds: int,
+    device: torch.device,
+    command: str,
+    only: Collection[str] = (),
+    save: bool = False,
+    sizes: Sizes | None = None,
+) -> dict[str, object]:
+    """Measure the operations (or `only` some); the last line printed is the document's JSON.
+
+    Raises RuntimeError after that where an operation of Puna was found wrong (a peer's row says
+    so, and that is all), ValueError for an unknown operation.
+    """
+    chosen = cases(sizes or (GPU if device.type == "cuda" else CPU), device)
+    known = dict.fromkeys(case.operation for case in chosen)
+    for name in only:
+        if name not in known:
+            raise ValueError(f"no operation is called {name!r}; there is {', '.join(known)}")
+    console = Console(width=max(180, Console().width))  # never squeeze a figure away
+    card = machine.card(device)
+    card |= {name: machine.installed(name) for name in ("triton", "liger-kernel")}
+    card["backend"] = choose(torch.empty(0, device=device))
+    console.print(card_table(card))
+    why = why_not_compiled(device)
+    if why:
+        console.print(f"torch.compile does not work here, its rows are left out: {why}")
+    bench = Bench(rounds, device, compiles=not why)
+    found: list[KernelRow] = []
+    for case in chosen:
+        if not only or case.operation in only:
+            try:
+                found += bench.rows(case)
+            except torch.OutOfMemoryError:
+                console.print(f"left out: {case.operation} {case.shape} does not fit the memory")
+    console.print(rows_table(found))
+    for each in found:
+        if each["failed"]:
+            what = f"{each['provider']}, {each['operation']} {each['shape']} {each['direction']}"
+            console.print(f"not timed: {what}: {each['failed']}", markup=False)
+    document: dict[str, object] = {"machine": card, "command": command, "rows": found}
+    if save:
+        console.print(f"written to {write_document(document, 'kernels')}")
+    print(json.dumps(document))
+    wrong = {e["operation"] for e in found if e["failed"] and e["provider"] in OURS}
+    if wrong:
+        raise RuntimeError(f"wrong, and not timed: {', '.join(sorted(wrong))}")
+    return document
+
+
+class Bench:
+    """Measures case after case on one device against the same ceilings."""
+
+    def __init__(self, rounds: int, device: torch.device, compiles: bool):
+        self.rounds, self.device, self.compiles = rounds, device, compiles
+        self.clock: Clock = kernel_clock(device)
+        self.matmul: dict[torch.dtype, float] = {}
+
+    def rows(self, case: Case) -> list[KernelRow]:
+        """Forward, and forward with backward where there is a gradient: a row a provider."""
+        torch.compiler.reset()  # a function compiled for one shape is no other's
+        providers = {"puna": case.ours, "torch": case.eager, **case.peers}
+        if case.native:
+            providers["puna-native"] = case.native
+        if case.compiled and self.compiles:
+            providers["torch-compiled"] = torch.compile(case.eager, dynamic=False)
+        found = self.direction(case, providers, backward=False)
+        if case.differentiable:
+            found += self.direction(case, providers, backward=True)
+        return found
+
+    def direction(
+        self, case: Case, providers: Mapping[str, Function], backward: bool
+    ) -> list[KernelRow]:
+        inputs = case.make()
+        verdicts = verify(case, providers, inputs, backward)
+        # Each has its own inputs: liger-kernel writes gradients over them.
+        calls = {
+            name: prepared(function, case, inputs, backward)
+            for name, function in providers.items()
+            if not verdicts[name].failed
+        }
+        peaks = {name: self.peak(call) for name, call in calls.items()}
+        timings = interleaved(calls, self.rounds, self.device, self.clock)
+        work = case.both if backward else case.forward
+        limit = self.limit(case, work)
+        return [
+            row(case, backward, name, work, limit, verdict, timings.get(name), peaks.get(name))
+            for name, verdict in verdicts.items()
+        ]
+
+    def peak(self, call: Callable[[], object]) -> float | None:
+        return peak_mb(call, self.device) if self.device.type == "cuda" else None
+
+    def limit(self, case: Case, work: float) -> float:
+        """FLOP/s of a matrix product, or bytes/s of copying as much as the operation moves."""
+        if case.products:
+            if case.dtype not in self.matmul:
+                self.matmul[case.dtype] = machine.matmul_rate(self.device, case.dtype)
+            return self.matmul[case.dtype]
+        source = torch.ones(max(1, int(work) // 2), dtype=torch.int8, device=self.device)
+        target = torch.empty_like(source)
+        return work / min(self.clock(lambda: target.copy_(source)) for _ in range(20))
+
+
+def run_once(function: Function, case: Case, inputs: list[Tensor], backward: bool) -> list[Tensor]:
+    """Outputs, and the gradients with `backward`, of a function that may write over its inputs."""
+    inputs = [t.clone() for t in inputs]
+    if not backward:
+        with torch.no_grad():
+            return list(function(*inputs))
+    leaves = [inputs[i].requires_grad_() for i in case.differentiable]
+    outputs = function(*inputs)
+    kept = [out.detach().clone() for out in outputs]
+    return [*kept, *torch.autograd.grad(outputs, leaves, upstreams(outputs))]
+
+
+def prepared(
+    function: Function, case: Case, inputs: list[Tensor], backward: bool
+) -> Callable[[], object]:
+    """The call that is timed."""
+    inputs = [t.clone() for t in inputs]
+    if not backward:
+
+        def forward() -> object:
+            with torch.no_grad():
+                return function(*inputs)
+
+        return forward
+    leaves = [inputs[i].requires_grad_() for i in case.differentiable]
+    given = upstreams(function(*inputs))
+    return lambda: torch.autograd.grad(function(*inputs), leaves, given)
+
+
+def upstreams(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Normal gradients, the same for every provider; 1 for a loss."""
+    generator = torch.Generator(outputs[0].device).manual_seed(2)
+
+    def drawn(out: Tensor) -> Tensor:
+        if not out.dim():
+            return torch.ones_like(out)
+        return torch.randn(out.shape, device=out.device, generator=generator).to(out.dtype)
+
+    return [drawn(out) for out in outputs]
+
+
+def verify(
+    case: Case, providers: Mapping[str, Function], inputs: list[Tensor], backward: bool
+) -> dict[str, Verdict]:
+    """Every provider's errors beside plain PyTorch's, against PyTorch in fp64."""
+    wide = [t.double() if t.is_floating_point() else t for t in inputs]
+    exact = run_once(case.exact or case.eager, case, wide, backward)
+
+    def pairs(found: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        return (
+            case.compare(found, exact, wide)
+            if case.compare
+            else list(zip(found, exact, strict=True))
+        )
+
+    allowed = [largest_error(*pair) for pair in pairs(run_once(case.eager, case, inputs, backward))]
+    if case.by_row:
+        # In a mean, errors may cancel by luck: take them as they are before.
+        (rows,), (truth,) = case.by_row(*inputs), by_rows(case.by_row)(*wide)
+        allowed[0] = float((rows.double() - truth).abs().mean())
+    verdicts = {}
+    for name, function in providers.items():
+        try:
+            verdicts[name] = judge(pairs(run_once(function, case, inputs, backward)), allowed)
+        except Exception as error:  # the provider's own failure: its row says so
+            said = str(error).strip().splitlines() or [""]
+            verdicts[name] = Verdict(None, f"{type(error).__name__}: {said[0]}")
+    return verdicts
+
+
+def largest_error(found: Tensor, truth: Tensor) -> float:
+    return float((found.double() - truth).abs().max())
+
+
+def judge(pairs: list[tuple[Tensor, Tensor]], peers: list[float]) -> Verdict:
+    """Against twice the peer's error of each result, and one unit in the last place."""
+    worst = 0.0
+    for number, ((found, truth), peer) in enumerate(zip(pairs, peers, strict=True)):
+        if found.shape != truth.shape:
+            return Verdict(
+                None, f"result {number} is {tuple(found.shape)}, not {tuple(truth.shape)}"
+            )
+        if not found.isfinite().all():
+            return Verdict(None, f"result {number} is not finite")
+        scale, error = float(truth.abs().max()), largest_error(found, truth)
+        allowed = 2 * peer + torch.finfo(found.dtype).eps * scale
+        worst = max(worst, error / scale if scale else error)
+        if not error <= allowed:
+            said = f"result {number} is {error:.2g} off fp64, {allowed:.2g} allowed"
+            return Verdict(worst, said)
+    return Verdict(worst, None)
+
+
+def row(
+    case: Case,
+    backward: bool,
+    provider: str,
+    work: float,
+    limit: float,
+    verdict: Verdict,
+    timing: Timing | None,
+    peak: float | None,
+) -> KernelRow:
+    unit, scale = ("TFLOP/s", 1e12) if case.products else ("GB/s", 1e9)
+
+    def rate(seconds: float) -> float:
+        return work / seconds / scale
+
+    return {
+        "bench": "kernel",
+        "operation": case.operation,
+        "direction": "forward+backward" if backward else "forward",
+        "shape": case.shape,
+        "batch": case.rows,
+        "dtype": {torch.float32: "fp32", torch.bfloat16: "bf16"}[case.dtype],
+        "provider": provider,
+        "value": timing and rate(timing.median),
+        "unit": unit,
+        "p20": timing and rate(timing.p80),
+        "p80": timing and rate(timing.p20),
+        "limit": limit / scale,
+        "ms": timing and 1e3 * timing.median,
+        "error": verdict.error,
+        "peak_mb": peak,
+        "failed": verdict.failed,
+    }
+
+
+def rows_table(found: list[KernelRow]) -> Table:
+    """Puna's rows say how many times the rate of the fastest other they reach."""
+    best: dict[tuple[str, ...], float] = {}
+    for each in found:
+        if each["provider"] not in OURS and each["value"]:
+            best[work_of(each)] = max(best.get(work_of(each), 0.0), each["value"])
+    table = Table()
+    for heading in ("operation", "shape", "direction", "provider"):
+        table.add_column(heading)
+    for heading in ("ms", "rate", "p20", "p80", "of ceiling", "times best", "error", "peak MB"):
+        table.add_column(heading, justify="right")
+    for each in found:
+        direction = each["direction"].replace("forward", "fwd").replace("backward", "bwd")
+        names = [each["operation"], f"{each['shape']} {each['dtype']}", direction]
+        value, p20, p80 = each["value"], each["p20"], each["p80"]
+        error = "" if each["error"] is None else f"{each['error']:.1e}"
+        if value is None or p20 is None or p80 is None:
+            table.add_row(*names, each["provider"], "not timed", *[""] * 5, error, "")
+            continue
+        rival = best.get(work_of(each))
+        table.add_row(
+            *names,
+            each["provider"],
+            f"{each['ms']:.3g}",
+            f"{value:,.3g} {each['unit']}",
+            f"{p20:,.3g}",
+            f"{p80:,.3g}",
+            f"{value / each['limit']:.0%}",
+            f"{value / rival:.2f}" if rival and each["provider"] in OURS else "",
+            error,
+            "" if each["peak_mb"] is None else f"{each['peak_mb']:,.0f}",
+        )
+    return table
+
+
+def work_of(each: KernelRow) -> tuple[str, ...]:
+    return each["operation"], each["shape"], each["direction"]

@@ -1,0 +1,1 @@
+"""Training and generation beside Puna's peers."""

@@ -1,0 +1,131 @@
+"""Generation speed: greedy answers to random prompts of equal length, none ending early.
+
+Before anything is timed every provider must have written the same tokens as Puna, up to
+near-ties: where two tokens' logits differ by less than `NEAR_TIE`, rounding decides, and what
+follows cannot be compared. `error` is the share of answers cut short by a near-tie.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from puna.benchmarks.models.shapes import Ceilings, Models, multiplied_parameters
+from puna.benchmarks.rows import Row, Work, row
+from puna.benchmarks.timing import Clock, Timing, interleaved, peak_mb
+from puna.core.config import ModelConfig
+from puna.core.generation.generate import generate
+
+PROMPT, NEW = 16, 240  # tokens; together the budget of 256
+BATCHES = (1, 32)
+NEAR_TIE = 1e-3
+
+Answer = Callable[[], list[list[int]]]
+Variant = tuple[str, str]  # provider, dtype
+PUNA: Variant = ("puna", "fp32")  # the others are held against it
+
+
+def bench_generate(models: Models, batch: int, rounds: int) -> list[Row]:
+    """Rows of one shape and batch. RuntimeError where the providers disagree."""
+    generator = torch.Generator().manual_seed(batch)
+    prompts = torch.randint(models.config.vocab_size, (batch, PROMPT), generator=generator)
+    answers: dict[Variant, Answer] = {PUNA: puna_answer(models, prompts)}
+    if models.transformers is not None:
+        answers["transformers", "fp32"] = transformers_answer(models, prompts)
+    errors = verify(models, prompts, {variant: answer() for variant, answer in answers.items()})
+    peaks = {variant: peak_mb(answer, models.device) for variant, answer in answers.items()}
+    timings = take_turns(answers, rounds, models.device)
+
+    def work(dtype: str) -> Work:
+        bound = limit(models.config, models.ceilings, batch, PROMPT + NEW / 2)
+        return Work("generate", models.shape, batch, batch * NEW, bound, dtype)
+
+    return [
+        row(work(variant[1]), variant[0], timings[variant], errors[variant], peaks[variant])
+        for variant in answers
+    ]
+
+
+def take_turns(
+    answers: Mapping[Variant, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    clock: Clock | None = None,
+) -> dict[Variant, Timing]:
+    """`interleaved` over providers and dtypes."""
+    timings = interleaved(
+        {" ".join(variant): answer for variant, answer in answers.items()}, rounds, device, clock
+    )
+    return {variant: timings[" ".join(variant)] for variant in answers}
+
+
+def limit(
+    config: ModelConfig, ceilings: Ceilings, batch: int, positions: float, stored: float = 4.0
+) -> float:
+    """Tokens a second if a step took only its matrix products or only its reading, whichever
+    is longer: each step reads all weights once, `stored` bytes each, and every row's fp32 keys
+    and values so far, those of `positions` tokens in the mean."""
+    parameters = multiplied_parameters(config)
+    cached = 2 * config.n_layers * config.n_kv_heads * config.head_dim * positions
+    reading = (stored * parameters + 4 * batch * cached) / ceilings.read
+    computing = 2 * batch * parameters / ceilings.matmul
+    return batch / max(reading, computing)
+
+
+def puna_answer(models: Models, prompts: Tensor) -> Answer:
+    rows_of_ids = prompts.tolist()
+
+    def answer() -> list[list[int]]:
+        found = generate(models.puna, rows_of_ids, max_new_tokens=NEW, eos_id=None, temperature=0.0)
+        return [completion.tokens for completion in found]
+
+    return answer
+
+
+def transformers_answer(models: Models, prompts: Tensor) -> Answer:
+    model = models.transformers
+    assert model is not None
+    model.eval()
+    tokens = prompts.to(models.device)
+    mask = torch.ones_like(tokens)
+
+    def answer() -> list[list[int]]:
+        with torch.inference_mode():
+            found = model.generate(
+                tokens, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0
+            )
+        return found[:, PROMPT:].tolist()
+
+    return answer
+
+
+def verify(
+    models: Models, prompts: Tensor, answers: Mapping[Variant, list[list[int]]]
+) -> dict[Variant, float]:
+    """Share of each provider's answers that leave Puna's, all at near-ties."""
+    errors = {}
+    for variant, found in answers.items():
+        ties = 0
+        for prompt, ours, theirs in zip(prompts.tolist(), answers[PUNA], found, strict=True):
+            if ours != theirs:
+                check_near_tie(models, prompt, ours, theirs, " ".join(variant))
+                ties += 1
+        errors[variant] = ties / len(found)
+    return errors
+
+
+@torch.no_grad()
+def check_near_tie(
+    models: Models, prompt: list[int], ours: list[int], theirs: list[int], name: str
+) -> None:
+    """RuntimeError unless the first tokens that differ have nearly the same logit."""
+    pairs = zip(ours, theirs, strict=True)
+    place = next(i for i, (a, b) in enumerate(pairs) if a != b)
+    seen = torch.tensor([prompt + ours[:place]], device=models.device)
+    logits = models.puna.logits(models.puna(seen)[0, -1])
+    gap = abs(float(logits[ours[place]] - logits[theirs[place]]))
+    if not gap < NEAR_TIE:
+        raise RuntimeError(
+            f"nothing was timed: {name} wrote token {theirs[place]} where puna wrote "
+            f"{ours[place]} (place {place}, logits {gap:.2g} apart); run `make test`"
+        )

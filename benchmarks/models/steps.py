@@ -1,0 +1,64 @@
+"""One training step of each provider: forward, backward, clipping and AdamW, on the same tokens."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from puna.benchmarks.machine import why_not_compiled
+from puna.core.model import Transformer
+from puna.core.native.loader import keep_freed_memory
+from puna.core.ops import linear_cross_entropy
+
+Step = Callable[[], float]  # returns the loss before the update
+
+
+def puna_step(model: Transformer, tokens: Tensor) -> Step:
+    if tokens.device.type == "cpu":
+        keep_freed_memory()  # as the trainers do; who shares the process gains by it too
+    targets = torch.full_like(tokens, -100)
+    targets[:, :-1] = tokens[:, 1:]
+
+    def loss() -> Tensor:
+        return linear_cross_entropy(model(tokens), model.head_weight, targets)
+
+    return training_step(model, loss)
+
+
+def transformers_step(model: Any, tokens: Tensor) -> Step:
+    model.train()
+    return training_step(model, lambda: model(tokens, labels=tokens, use_cache=False).loss)
+
+
+def compiled_step(model: Any, tokens: Tensor) -> Step:
+    """The peer under torch.compile, loss included; its first call compiles, for a minute."""
+    torch.compiler.reset()  # what was compiled for another shape is not for this one
+    return transformers_step(torch.compile(model, dynamic=False), tokens)
+
+
+@functools.cache
+def compiles(device: torch.device) -> bool:
+    """Whether torch.compile works on `device`. Where it does not, says why, once."""
+    why = why_not_compiled(device)
+    if why:
+        print(f"torch.compile does not work here, its rows are left out: {why}")
+    return not why
+
+
+def training_step(model: torch.nn.Module, loss: Callable[[], Tensor]) -> Step:
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=1e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1, fused=True
+    )
+
+    def step() -> float:
+        value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return value.item()
+
+    return step

@@ -1,0 +1,1 @@
+"""Model folders, and the formats of others: read, write, convert."""

@@ -1,0 +1,66 @@
+"""Conversion between model formats, one tensor (or one shard) in memory at a time.
+
+From a model folder (ours or Hugging Face's), Meta's folder or a llama2.c `.bin`; to a model
+folder or a `.bin`. What a path is, is seen from the path.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from puna.core.checkpoint import folder as checkpoint
+from puna.core.checkpoint import llama2c
+from puna.core.checkpoint import meta as meta_format
+from puna.core.checkpoint.atomic import atomic_file, atomic_folder
+from puna.core.checkpoint.source import Source
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
+    context: int = 4096,
+    shard_bytes: int = checkpoint.SHARD_BYTES,
+) -> Path:
+    """Convert `source` to `target`: a `.bin` where the name says so, else a model folder.
+
+    `tokenizer` goes into the folder (None: the source's own, where it has one); `dtype` None
+    keeps the stored type (a `.bin` is always fp32); `context` is for Meta's folders, which do
+    not store it. Raises ValueError for a source that is no Llama 2 or damaged, and where
+    something stands at `target` already.
+    """
+    target = Path(target)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"{target} exists; choose another target or remove it")
+    opened = open_any(source, context)
+    if target.suffix == ".bin":
+        if opened.head != "lm":
+            raise ValueError(f"{source} has a score head; a llama2.c .bin holds language models")
+        with atomic_file(target) as partial:
+            llama2c.write(partial, opened.config, opened.tensors())
+        return target
+    with atomic_folder(target) as partial:
+        checkpoint.write_tensors(
+            partial,
+            opened.config,
+            opened.head,
+            opened.tensors(),
+            tokenizer or opened.tokenizer,
+            dtype=dtype or opened.dtype,
+            shard_bytes=shard_bytes,
+        )
+    return target
+
+
+def open_any(path: str | os.PathLike[str], context: int = 4096) -> Source:
+    """Open any of the three formats; ValueError where `path` is none of them."""
+    path = Path(path)
+    if path.is_file() and re.fullmatch(r"consolidated\.\d+\.pth", path.name):
+        raise ValueError(f"{path} is one file of Meta's format; give its folder, {path.parent}")
+    if (path / "params.json").exists() and not (path / "config.json").exists():
+        return meta_format.open_source(path, context)
+    return checkpoint.open_source(path)

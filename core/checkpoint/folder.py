@@ -1,0 +1,326 @@
+"""Model folders: written whole or not at all, read strictly.
+
+A folder holds config.json, the weights in safetensors (one file, or shards with an index), and
+the tokenizer's files: transformers, vLLM and llama.cpp's converter open it as it is. Trainers
+put their own state in `training/` beside the weights.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from puna.core.checkpoint import hf_config as hf_format
+from puna.core.checkpoint import hf_tokenizer, llama2c
+from puna.core.checkpoint.atomic import atomic_folder as atomic_folder
+from puna.core.checkpoint.atomic import recover
+from puna.core.checkpoint.source import Source, check_shapes, parameter_shapes
+from puna.core.config import ModelConfig
+from puna.core.model import Transformer
+from puna.core.tokenizer import Tokenizer
+
+SHARD_BYTES = 5_000_000_000
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class _Stored(NamedTuple):
+    """A tensor as a safetensors header describes it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def save_model(
+    folder: str | os.PathLike[str],
+    model: Transformer,
+    tokenizer_path: str | os.PathLike[str] | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write `model` as a model folder, replacing an earlier one only when all is on disk.
+
+    Raises ValueError where the tokenizer's vocabulary is not the model's or `folder` holds
+    something else than a model, OSError where the disk is full.
+    """
+    with atomic_folder(folder) as partial:
+        write_model(partial, model, tokenizer_path, shard_bytes=shard_bytes)
+
+
+def write_model(
+    folder: Path,
+    model: Transformer,
+    tokenizer_path: str | os.PathLike[str] | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """The files of `save_model` into an existing folder: for use inside `atomic_folder`."""
+    write_tensors(
+        folder,
+        model.config,
+        model.head,
+        ((name, parameter.detach()) for name, parameter in model.named_parameters()),
+        tokenizer_path,
+        dtype=model.model.norm.weight.dtype,
+        shard_bytes=shard_bytes,
+    )
+
+
+def write_tensors(
+    folder: Path,
+    config: ModelConfig,
+    head: str,
+    tensors: Iterable[tuple[str, Tensor]],
+    tokenizer_path: str | os.PathLike[str] | None = None,
+    *,
+    dtype: torch.dtype,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """The files of a model folder from a stream of named tensors (a full state dict's items,
+    a conversion): at most one shard of them is held in memory."""
+    tokenizer = None
+    if tokenizer_path is not None:
+        tokenizer = check_vocabulary(tokenizer_path, config.vocab_size)
+        shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
+        document = hf_tokenizer.tokenizer_config_json(config, head, tokenizer)
+        _write_json(folder / "tokenizer_config.json", document)
+        _write_json(folder / "tokenizer.json", hf_tokenizer.tokenizer_json(tokenizer_path))
+    _write_json(folder / "config.json", hf_format.config_json(config, head, dtype, tokenizer))
+    if head == "lm":
+        _write_json(folder / "generation_config.json", hf_format.special_ids(tokenizer))
+    shapes = _write_shards(folder, tensors, dtype, shard_bytes)
+    check_shapes(shapes, parameter_shapes(config, head), folder)
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    head: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    fresh_head: bool = False,
+    seed: int = 0,
+) -> Transformer:
+    """A model from a folder (ours or Hugging Face's) or a llama2.c `.bin`.
+
+    Options as in `open_model`. Peak memory is about one model.
+    """
+    source = open_model(path, head=head, fresh_head=fresh_head, seed=seed)
+    with torch.device("meta"):
+        model = Transformer(source.config, source.head)
+    for name, tensor in source.tensors():
+        # A copy, always: the source may be a mapped file that is later removed or changed.
+        _assign(model, name, tensor.to(device=device, dtype=dtype, copy=True))
+    return model
+
+
+def open_model(
+    path: str | os.PathLike[str],
+    *,
+    head: str | None = None,
+    fresh_head: bool = False,
+    seed: int = 0,
+) -> Source:
+    """A model's weights with the head asked for, checked and not yet in memory.
+
+    `head` None takes the stored one; "score" with `fresh_head` puts a new score head (normal,
+    std (C + 1)^-1/2, drawn from `seed`) on any checkpoint. Raises ValueError where the files are
+    damaged, incomplete or no Llama 2, or have another head.
+    """
+    source = open_source(path)
+    head = head or source.head
+    if fresh_head and head != "score":
+        raise ValueError("fresh_head is for a score head; ask for head='score'")
+    if head != source.head and not fresh_head:
+        remedy = "train it first, or start one with fresh_head=True"
+        if head == "lm":
+            remedy = "take the language model it was trained from"
+        raise ValueError(f"{path} holds a {source.head} head and no {head} head; {remedy}")
+    if not fresh_head:
+        return source
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in source.tensors():
+            if name not in ("lm_head.weight", "score.weight"):
+                yield name, tensor
+        yield "score.weight", _fresh_score(source.config, seed)
+
+    return source._replace(head=head, tensors=tensors)
+
+
+def open_source(path: str | os.PathLike[str]) -> Source:
+    """Open and check a model folder or a llama2.c `.bin`; nothing is read into memory yet."""
+    path = Path(path)
+    if path.suffix == ".bin":
+        return llama2c.open_source(path)
+    if not path.exists():
+        recover(path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such model; give a model folder or a llama2.c .bin file")
+    if not (path / "config.json").exists() and (path / "params.json").exists():
+        raise ValueError(f"{path} is in Meta's format; convert it first with `puna convert`")
+    config, head, tied = hf_format.read_config(path / "config.json")
+    shards = _read_headers(path)
+    found = {name: view.shape for tensors in shards.values() for name, view in tensors.items()}
+    tied = tied and head == "lm"
+    if tied and "lm_head.weight" not in found:
+        found["lm_head.weight"] = found.get("model.embed_tokens.weight", ())
+    check_shapes(found, parameter_shapes(config, head), path)
+    tokenizer = path / "tokenizer.model"
+    if tokenizer.exists():
+        check_vocabulary(tokenizer, config.vocab_size)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for file, names in shards.items():
+            for name in names:
+                if tied and name == "lm_head.weight":
+                    continue  # transformers, too, takes the embedding where the config says tied
+                tensor = _read_tensor(path / file, name)
+                yield name, tensor
+                if tied and name == "model.embed_tokens.weight":
+                    yield "lm_head.weight", tensor.clone()
+
+    dtype = next(iter(next(iter(shards.values())).values())).dtype
+    return Source(config, head, dtype, tokenizer if tokenizer.exists() else None, tensors)
+
+
+def tokenizer_path(path: str | os.PathLike[str]) -> Path:
+    """The tokenizer.model of a model folder; ValueError where it has none, or there is no model."""
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such model; give a model folder or a llama2.c .bin file")
+    file = Path(path) / "tokenizer.model"
+    if not file.is_file():
+        raise ValueError(f"{path} has no tokenizer.model; name the tokenizer it was trained with")
+    return file
+
+
+def check_vocabulary(path: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
+    """The tokenizer at `path`; ValueError where it is not one of `vocab_size` pieces."""
+    tokenizer = Tokenizer(Path(path))
+    if tokenizer.vocab_size != vocab_size:
+        raise ValueError(
+            f"{path} has {tokenizer.vocab_size} pieces where the model's vocabulary is "
+            f"{vocab_size}; use the tokenizer that the model was trained with"
+        )
+    return tokenizer
+
+
+def _write_json(path: Path, document: dict) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shards(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, shard_bytes: int
+) -> dict[str, tuple[int, ...]]:
+    """Write the tensors in order, a new file whenever one would pass `shard_bytes`."""
+    shards: list[list[str]] = []
+    shapes: dict[str, tuple[int, ...]] = {}
+    held: dict[str, Tensor] = {}
+
+    def write() -> None:
+        shards.append(list(held))
+        save_file(held, folder / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+        held.clear()
+
+    size = total = 0
+    for name, tensor in tensors:
+        tensor = tensor.to(device="cpu", dtype=dtype).contiguous()
+        if held and size + tensor.nbytes > shard_bytes:
+            write()
+            size = 0
+        held[name], shapes[name] = tensor, tuple(tensor.shape)
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    write()
+    if len(shards) == 1:
+        (folder / "1.safetensors").rename(folder / "model.safetensors")
+        return shapes
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{number}.safetensors").rename(folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / "model.safetensors.index.json", index)
+    return shapes
+
+
+def _read_headers(folder: Path) -> dict[str, dict[str, _Stored]]:
+    """File -> name -> shape and type of every tensor in the folder's safetensors."""
+    if (folder / "model.safetensors").exists():
+        return {"model.safetensors": _read_header(folder / "model.safetensors")}
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        raise ValueError(
+            f"{folder} holds no model.safetensors; Puna reads no pickled weights: save the model "
+            "again as safetensors"
+        )
+    weight_map = hf_format.read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map; fetch or save it again")
+    files = sorted({str(file) for file in weight_map.values()})
+    for file in files:
+        if Path(file).name != file:
+            raise ValueError(f"{index} points outside its folder ({file}); fetch it again")
+    headers = {file: _read_header(folder / file) for file in files}
+    for file, header in headers.items():
+        for name in header:
+            if weight_map.get(name) != file:
+                raise ValueError(f"{folder / file} holds {name}, which its index does not name")
+    return headers
+
+
+def _read_header(file: Path) -> dict[str, _Stored]:
+    header = {}
+    with _opened(file) as tensors:
+        for name in tensors.keys():
+            if name.endswith("rotary_emb.inv_freq"):
+                continue  # a table that old versions of transformers stored
+            view = tensors.get_slice(name)
+            if view.get_dtype() not in FLOATS:
+                raise ValueError(
+                    f"{file}: {name} is stored as {view.get_dtype()}; Puna reads floats only: "
+                    "use a checkpoint that is not quantised"
+                )
+            header[name] = _Stored(tuple(view.get_shape()), FLOATS[view.get_dtype()])
+    return header
+
+
+def _read_tensor(file: Path, name: str) -> Tensor:
+    # Opened anew for each tensor: the pages of a file kept open would count as ours.
+    with _opened(file) as tensors:
+        return tensors.get_tensor(name)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator:
+    try:
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            yield tensors
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing; fetch the checkpoint again") from None
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is damaged or cut short ({error}); fetch or save it again"
+        ) from error
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
+
+
+def _fresh_score(config: ModelConfig, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, config.dim, generator=generator) * (config.dim + 1) ** -0.5

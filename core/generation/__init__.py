@@ -1,0 +1,1 @@
+"""Sampling from a model: ids in, answers with log-probs out."""

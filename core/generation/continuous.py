@@ -1,0 +1,201 @@
+"""Continuous batching on the native engine: a slot whose answer ends takes the next prompt.
+
+One call draws for every slot at work, step after step until an answer ends. A slot that has just
+been filled feeds its whole prompt, the others the token that they drew last. A prompt that several
+slots take (K samples of it) is run once, before the step and without its last token; the others
+copy its keys and values, and all feed that token.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from puna.core import ops
+from puna.core.generation.sampling import Sampler, step_seeds
+from puna.core.native.engine import Engine
+
+STEPS = 16  # drawn in one call at most, so that Ctrl-C is heard: a second of a billion parameters
+
+FILLED = 8  # slots are filled when one in so many is free: each time costs as much as some tokens
+
+
+class Drawn(NamedTuple):
+    """Tokens: of which prompt, which of its tokens, what, and its log-prob; all (S * A,)."""
+
+    prompts: Tensor
+    counts: Tensor
+    tokens: Tensor
+    logprobs: Tensor
+
+
+class _Active(NamedTuple):
+    """The slots at work: (A,) int64 each."""
+
+    slots: Tensor
+    prompts: Tensor
+    positions: Tensor  # of the token that is fed next
+    counts: Tensor  # tokens drawn so far
+    tokens: Tensor  # fed next
+
+
+def decode(
+    engine: Engine,
+    prompts: list[list[int]],
+    keys: Tensor,
+    limits: list[int],
+    sampler: Sampler,
+    eos_id: int | None,
+    slots: int,
+    steps: int = STEPS,
+) -> Iterator[Drawn]:
+    """Draw from each prompt with its key (N,) until `eos_id` or its limit, `slots` at a time.
+
+    Up to `steps` tokens of each slot come at once.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}  # the numbers of one and the same prompt
+    for i, limit in enumerate(limits):
+        if limit > 0:
+            groups.setdefault(tuple(prompts[i]), []).append(i)
+    order = [i for members in groups.values() for i in members]
+    if not order:
+        return
+    first = {i: members[0] for members in groups.values() for i in members}
+    slots = min(slots, len(order))
+    engine.reserve(slots, max(len(prompts[i]) + limits[i] for i in order))
+    most = torch.tensor(limits)
+    seeds = step_seeds(keys[:, None], torch.arange(max(limits)))
+    free = list(range(slots))
+    together = max(1, slots // FILLED)
+    holds: dict[int, int] = {}  # slot -> whose prompt stands in it: the first with that text
+    active = _Active(*(torch.empty(0, dtype=torch.int64) for _ in _Active._fields))
+    waiting = deque(order)
+    while True:
+        new: Placed = []
+        if len(free) >= together or not len(active.slots):
+            new, ready = _admit(engine, prompts, first, waiting, free, holds)
+            active = _join(active, prompts, ready + new)
+        if not len(active.slots):
+            return
+        left = int((most[active.prompts] - active.counts).min())
+        ahead = torch.arange(1 if sampler.truncates else min(steps, left))[:, None]
+        tokens, logprobs = _draw(
+            engine,
+            *_feed(active, [(slot, prompts[i]) for slot, i in new]),
+            seeds=seeds[active.prompts, active.counts + ahead],
+            sampler=sampler,
+            eos_id=eos_id,
+        )
+        count, last = len(tokens), tokens[-1]
+        yield Drawn(
+            active.prompts.repeat(count),
+            (active.counts + ahead[:count]).flatten(),
+            tokens.flatten(),
+            logprobs.flatten(),
+        )
+        counts = active.counts + count
+        active = active._replace(positions=active.positions + count, counts=counts, tokens=last)
+        done = counts >= most[active.prompts]
+        if eos_id is not None:
+            done |= last == eos_id
+        if done.any():
+            free += active.slots[done].tolist()
+            active = _Active(*(part[~done] for part in active))
+
+
+Placed = list[tuple[int, int]]  # (slot, prompt number)
+
+
+def _admit(
+    engine: Engine,
+    prompts: list[list[int]],
+    first: dict[int, int],
+    waiting: deque[int],
+    free: list[int],
+    holds: dict[int, int],
+) -> tuple[Placed, Placed]:
+    """Fill free slots: (those whose prompt the step runs, those that have it but for one token)."""
+    new: Placed = []
+    ready: Placed = []
+    shared: Placed = []  # of the ready: run before the others, which copy them
+    copies: list[tuple[int, int, int]] = []  # (from slot, to slot, tokens), after that
+    pending: set[int] = set()  # slots that are filled by one or the other
+    while free and waiting:
+        i, slot = waiting.popleft(), free.pop()
+        holds.pop(slot, None)
+        source = next((at for at, held in holds.items() if held == first[i]), None)
+        holds[slot] = first[i]
+        if source in pending:
+            copies.append((source, slot, len(prompts[i]) - 1))
+            pending.add(slot)
+        elif source is not None:  # at once: a free slot may be given away before this is over
+            engine.copy_row(source, slot, len(prompts[i]) - 1)
+        elif free and waiting and first[waiting[0]] == first[i] and len(prompts[i]) > 1:
+            shared.append((slot, i))
+            pending.add(slot)
+        else:
+            new.append((slot, i))
+            continue
+        ready.append((slot, i))
+    if shared:
+        none = torch.empty(0, dtype=torch.int64)
+        engine.logits(*_packed([(slot, prompts[i][:-1]) for slot, i in shared]), none)
+    for copy in copies:
+        engine.copy_row(*copy)
+    return new, ready
+
+
+def _packed(rows: list[tuple[int, list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens, slots, positions) of whole prompts, one behind the other.
+
+    By lists: torch's repeat_interleave would be a parallel region, for a handful of numbers.
+    """
+    fed = [(token, slot, place) for slot, ids in rows for place, token in enumerate(ids)]
+    tokens, slots, positions = torch.tensor(fed).T.contiguous()
+    return tokens, slots, positions
+
+
+def _join(active: _Active, prompts: list[list[int]], placed: Placed) -> _Active:
+    if not placed:
+        return active
+    rows = [[slot, i, len(prompts[i]) - 1, 0, prompts[i][-1]] for slot, i in placed]
+    more = torch.tensor(rows).unbind(1)
+    return _Active(*(torch.cat(parts) for parts in zip(active, more, strict=True)))
+
+
+def _feed(
+    active: _Active, new: list[tuple[int, list[int]]]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(tokens, rows, positions, wanted): one token a slot; of the last slots, `new` prompts."""
+    old = len(active.slots) - len(new)
+    if not new:
+        return active.tokens, active.slots, active.positions, torch.arange(old)
+    tokens, rows, positions = _packed(new)
+    ends = torch.tensor([len(prompt) for _, prompt in new]).cumsum(0) - 1
+    return (
+        torch.cat((active.tokens[:old], tokens)),
+        torch.cat((active.slots[:old], rows)),
+        torch.cat((active.positions[:old], positions)),
+        torch.cat((torch.arange(old), old + ends)),
+    )
+
+
+def _draw(
+    engine: Engine,
+    tokens: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    wanted: Tensor,
+    *,
+    seeds: Tensor,
+    sampler: Sampler,
+    eos_id: int | None,
+) -> tuple[Tensor, Tensor]:
+    """(tokens, logprobs), both (S, A), drawn after feeding."""
+    fed = tokens, rows, positions, wanted
+    if sampler.truncates:
+        drawn = ops.sample(engine.logits(*fed), seeds=seeds[0], **sampler._asdict())
+        return drawn[0][None], drawn[1][None]
+    return engine.draw(*fed, seeds=seeds, temperature=sampler.temperature, eos_id=eos_id)

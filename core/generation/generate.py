@@ -1,0 +1,185 @@
+"""Batched sampling from a model: prompts of different lengths in, answers with log-probs out."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from puna.core.generation import continuous
+from puna.core.generation.batch import Batch
+from puna.core.generation.sampling import Sampler, row_keys
+from puna.core.model import Transformer
+from puna.core.native.engine import Engine, engine_for
+
+
+class Completion(NamedTuple):
+    tokens: list[int]  # the answer's ids, EOS included where it was drawn
+    logprobs: list[float]  # one a token: tempered, untruncated, fp32
+    finished: bool  # False: cut off by max_new_tokens or the context
+
+
+@torch.inference_mode()
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    eos_id: int | None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    round_index: int = 0,
+    prompt_ids: list[int] | None = None,
+    sample_ids: list[int] | None = None,
+    batch_size: int = 256,
+    weights: str = "fp32",
+) -> list[Completion]:
+    """Continue each prompt (a list of ids) until EOS, `max_new_tokens` or the context's end.
+
+    `prompt_ids` and `sample_ids` name the rows for the counter-based draw (default: 0, 1, ...
+    and 0); `batch_size` is how many are continued at once. Results come in the order of
+    `prompts`. An fp32 model on the CPU runs on the native engine, which puts the next prompt in
+    the place of an answer that ends; `weights` "bf16" or "int8" makes it read rounded ones, which
+    is faster and a little worse (`puna bench weights` says both). Raises ValueError for an empty
+    prompt or one that fills the context, for ids the model does not know, and for settings that
+    do not fit.
+    """
+    _check(model, prompts, max_new_tokens)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    ids = _row_numbers("prompt_ids", prompt_ids, list(range(len(prompts))))
+    samples = _row_numbers("sample_ids", sample_ids, [0] * len(prompts))
+    keys = row_keys(seed, round_index, ids, samples)
+    limits = _limits(model, prompts, max_new_tokens)
+    sampler = Sampler(temperature, top_k, top_p)
+    return complete(model, prompts, keys, limits, sampler, eos_id, batch_size, weights)
+
+
+def complete(
+    model: Transformer,
+    prompts: list[list[int]],
+    keys: Tensor,
+    limits: list[int],
+    sampler: Sampler,
+    eos_id: int | None,
+    batch_size: int,
+    weights: str = "fp32",
+) -> list[Completion]:
+    """`generate` with a key (N,) int64 and a limit for each prompt; nothing is checked."""
+    engine = engine_for(model, weights)
+    if engine is not None:
+        return _by_slots(engine, prompts, keys, limits, sampler, eos_id, batch_size)
+    return _by_batches(model, prompts, keys, limits, sampler, eos_id, batch_size)
+
+
+@torch.inference_mode()
+def stream(
+    model: Transformer,
+    prompt: list[int],
+    *,
+    max_new_tokens: int,
+    eos_id: int | None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    round_index: int = 0,
+    weights: str = "fp32",
+) -> Iterator[int]:
+    """The ids of `generate(model, [prompt], ...)`, each as soon as it is drawn."""
+    _check(model, [prompt], max_new_tokens)
+    first = torch.zeros(1, dtype=torch.int64)
+    keys = row_keys(seed, round_index, first, first)
+    limits = _limits(model, [prompt], max_new_tokens)
+    sampler = Sampler(temperature, top_k, top_p)
+    engine = engine_for(model, weights)
+    if engine is not None:
+        for drawn in continuous.decode(engine, [prompt], keys, limits, sampler, eos_id, 1, steps=1):
+            yield int(drawn.tokens)
+        return
+    batch = Batch(model, [prompt], keys.to(model.head_weight.device), limits)
+    for _ in batch.steps(sampler, eos_id):
+        yield batch.tokens[0][-1]
+
+
+def _by_slots(
+    engine: Engine,
+    prompts: list[list[int]],
+    keys: Tensor,
+    limits: list[int],
+    sampler: Sampler,
+    eos_id: int | None,
+    batch_size: int,
+) -> list[Completion]:
+    steps = list(continuous.decode(engine, prompts, keys, limits, sampler, eos_id, batch_size))
+    shape = len(prompts), max(limits, default=0)
+    tokens, logprobs = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
+    lengths = torch.zeros(len(prompts), dtype=torch.int64)
+    if steps:
+        drawn = continuous.Drawn(*(torch.cat(parts) for parts in zip(*steps, strict=True)))
+        tokens[drawn.prompts, drawn.counts] = drawn.tokens
+        logprobs[drawn.prompts, drawn.counts] = drawn.logprobs
+        lengths = torch.bincount(drawn.prompts, minlength=len(prompts))
+    completions = []
+    for ids, scores, length in zip(
+        tokens.tolist(), logprobs.tolist(), lengths.tolist(), strict=True
+    ):
+        ended = length > 0 and ids[length - 1] == eos_id
+        completions.append(Completion(ids[:length], scores[:length], ended))
+    return completions
+
+
+def _by_batches(
+    model: Transformer,
+    prompts: list[list[int]],
+    keys: Tensor,
+    limits: list[int],
+    sampler: Sampler,
+    eos_id: int | None,
+    batch_size: int,
+) -> list[Completion]:
+    keys = keys.to(model.head_weight.device)
+    results: dict[int, Completion] = {}
+    # Prompts of similar length share a batch: less padding.
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = Batch(model, [prompts[r] for r in rows], keys[rows], [limits[r] for r in rows])
+        for _ in batch.steps(sampler, eos_id):
+            pass
+        for slot, row in enumerate(rows):
+            parts = batch.tokens[slot], batch.logprobs[slot], batch.finished[slot]
+            results[row] = Completion(*parts)
+    return [results[row] for row in range(len(prompts))]
+
+
+def _limits(model: Transformer, prompts: list[list[int]], max_new_tokens: int) -> list[int]:
+    return [min(max_new_tokens, model.config.context - len(prompt)) for prompt in prompts]
+
+
+def _check(model: Transformer, prompts: list[list[int]], max_new_tokens: int) -> None:
+    if model.head != "lm":
+        raise ValueError("text is generated by a model with an 'lm' head; this one has 'score'")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
+    known = model.config.vocab_size
+    for row, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < model.config.context:
+            raise ValueError(
+                f"prompt {row} has {len(prompt)} tokens; it must have at least one and leave "
+                f"room in the context of {model.config.context}"
+            )
+        for token in (min(prompt), max(prompt)):
+            if not 0 <= token < known:
+                raise ValueError(
+                    f"prompt {row} holds token {token}; the model knows 0 to {known - 1}: "
+                    "is this its tokenizer?"
+                )
+
+
+def _row_numbers(name: str, given: list[int] | None, default: list[int]) -> Tensor:
+    if given is not None and len(given) != len(default):
+        raise ValueError(f"{len(given)} {name} for {len(default)} prompts")
+    return torch.tensor(default if given is None else given, dtype=torch.int64)

@@ -1,0 +1,1 @@
+"""Checked calls into `puna.core._C`, the native engine for CPUs."""

@@ -1,0 +1,303 @@
+"""Checked calls into `puna.core._C`, the native engine for CPUs.
+
+The extension has no knowledge of torch: it gets addresses. Everything is checked here, and the
+tensors that it goes on reading are kept alive here. Without the extension, or for a model that it
+does not take, `engine_for` returns None and PyTorch does the work.
+"""
+
+import functools
+import logging
+import os
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from puna.core import ops
+from puna.core.model import Block, Transformer
+from puna.core.native.loader import WIDTHS, best_instructions, extension
+
+log = logging.getLogger("puna")
+
+
+FORMATS = {"fp32": 4.0, "bf16": 2.0, "int8": 1.125}  # bytes a weight; groups of 32 share a scale
+
+
+class Engine:
+    """A model's weights, packed for decoding, and a key/value cache of `rows` x `slots` tokens.
+
+    `weights` is the format of the packed copy: "fp32"; "bf16"; "int8", where groups of 32 inputs
+    share an fp32 scale for each output, and what they multiply is rounded to int8 in the same
+    groups. All else is fp32, the embedding the model's own.
+    """
+
+    def __init__(
+        self, model: Transformer, instruction_set: str | None = None, *, weights: str = "fp32"
+    ):
+        module = extension()
+        if module is None:
+            raise ValueError("the native engine is not built; install Puna with a C++ compiler")
+        why = unfit(model)
+        if why:
+            raise ValueError(f"the native engine does not take this model: {why}")
+        fitting = instruction_sets(model.config.head_dim)
+        if instruction_set is None:
+            instruction_set = fitting[0]
+        elif instruction_set not in fitting:
+            raise ValueError(
+                f"instruction set is {instruction_set!r}; this machine and a head size of "
+                f"{model.config.head_dim} allow {fitting}"
+            )
+        self.config = model.config
+        self.stamp = stamp(model)
+        self._alive = (
+            model.model.embed_tokens.weight.detach(),
+            *model.rope_tables(torch.device("cpu")),
+        )
+        self._native = module.make_engine(
+            instruction_set, weights, *_description(model, self._alive)
+        )
+
+    def reserve(self, rows: int, slots: int) -> None:
+        """Room for `rows` rows of `slots` tokens; what was in the cache is lost."""
+        if rows < 1 or not 1 <= slots <= self.config.context:
+            raise ValueError(
+                f"cannot reserve {rows} rows of {slots} slots: at least 1 row, and 1 to "
+                f"{self.config.context} slots (the model's context)"
+            )
+        self._native.reserve(rows, slots)
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of row `source` to row `target`."""
+        rows, slots = self._native.rows, self._native.slots
+        if not (0 <= source < rows and 0 <= target < rows and 0 <= length <= slots):
+            raise ValueError(
+                f"cannot copy {length} tokens from row {source} to row {target} of a cache of "
+                f"{rows} rows and {slots} slots"
+            )
+        if source != target:
+            self._native.copy_row(source, target, length)
+
+    def logits(self, tokens: Tensor, rows: Tensor, positions: Tensor, wanted: Tensor) -> Tensor:
+        """Append tokens (N,) at `positions` (N,) of cache `rows` (N,); all int64.
+
+        A row's tokens stand next to each other, positions rising by one; a token sees its row up
+        to itself. Returns logits (W, V) fp32 after the tokens numbered `wanted` (W,).
+        Raises ValueError for tensors that are not CPU int64, contiguous and of fitting lengths,
+        for ids the model does not know and for places outside the cache.
+        """
+        logits = self._room(wanted)
+        self._forward(tokens, rows, positions, wanted, logits, 1, -1, 0.0, (0, 0, 0))
+        return logits
+
+    def draw(
+        self,
+        tokens: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        wanted: Tensor,
+        *,
+        seeds: Tensor,
+        temperature: float,
+        eos_id: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `logits`, and draw a token after each of `wanted`, for S steps on end.
+
+        Seeds (S, W) int64; the draw is `ops.sample`'s without truncation. A token that was drawn
+        is fed to its row, until S steps are done or one of them drew `eos_id` in some row.
+        Returns tokens (S', W) int64 and log-probs (S', W) fp32 of the S' steps done. Raises
+        ValueError too where the cache has no room for S steps.
+        """
+        steps, count = seeds.shape
+        _check_ids("seeds", seeds, (steps, wanted.numel()))
+        if not temperature >= 0:
+            raise ValueError(f"temperature {temperature} must be >= 0")
+        drawn, logprobs = torch.empty(steps, count, dtype=torch.int64), torch.empty(steps, count)
+        done = self._forward(
+            tokens, rows, positions, wanted, self._room(wanted),
+            steps, -1 if eos_id is None else eos_id, float(temperature),
+            (seeds.data_ptr(), drawn.data_ptr(), logprobs.data_ptr()),
+        )  # fmt: skip
+        return drawn[:done], logprobs[:done]
+
+    def _room(self, wanted: Tensor) -> Tensor:
+        return torch.empty(wanted.numel(), self.config.vocab_size)
+
+    def _forward(
+        self,
+        tokens: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        wanted: Tensor,
+        logits: Tensor,
+        steps: int,
+        eos_id: int,
+        temperature: float,
+        drawn: tuple[int, int, int],  # addresses of seeds, tokens, log-probs; or zeros
+    ) -> int:
+        count = tokens.numel()
+        for name, tensor in (("tokens", tokens), ("rows", rows), ("positions", positions)):
+            _check_ids(name, tensor, (count,))
+        _check_ids("wanted", wanted, (wanted.numel(),))
+        return self._native.forward(
+            count, tokens.data_ptr(), rows.data_ptr(), positions.data_ptr(),
+            wanted.numel(), wanted.data_ptr(), logits.data_ptr(),
+            steps, eos_id, temperature, *drawn, torch.get_num_threads(),
+        )  # fmt: skip
+
+
+HEAD_VECTORS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)  # head sizes the engine has code for, in vectors
+
+
+def unfit(model: Transformer) -> str | None:
+    """Why the engine cannot run this model, or None."""
+    config = model.config
+    if model.head != "lm":
+        return "it has no language-model head"
+    if ops.traced():
+        return "it is being traced"
+    for weight in model.parameters():
+        if weight.device.type != "cpu" or weight.dtype != torch.float32:
+            return f"its weights are {weight.dtype} on {weight.device}, not float32 on the CPU"
+        if type(weight) is not torch.nn.Parameter:
+            return "its weights are sharded"
+        if not weight.is_contiguous():
+            return "its weights are not contiguous"
+    if not instruction_sets(config.head_dim):
+        return f"its head size is {config.head_dim}"
+    return None
+
+
+def instruction_sets(head_dim: int) -> list[str]:
+    """Those of this machine that have code for a head size, best first."""
+    module = extension()
+    return [
+        name
+        for name in (module.instruction_sets() if module else [])
+        if head_dim % WIDTHS[name] == 0 and head_dim // WIDTHS[name] in HEAD_VECTORS
+    ]
+
+
+def stamp(model: Transformer) -> tuple[tuple[int, int], ...]:
+    """What changes when a weight is replaced or written to.
+
+    Read from the weights themselves (97 MB in 3 ms): fused optimizers and `.data` write to them
+    without a trace in torch's version counters.
+    """
+    module = extension()
+    assert module is not None
+    best, threads = best_instructions(), torch.get_num_threads()
+    return tuple(
+        (p.data_ptr(), module.fingerprint(best, p.data_ptr(), p.numel(), threads))
+        for p in model.parameters()
+    )
+
+
+_engines: "weakref.WeakKeyDictionary[Transformer, dict[str, Engine]]" = weakref.WeakKeyDictionary()
+
+
+def engine_for(model: Transformer, weights: str = "fp32") -> Engine | None:
+    """The model's engine with its weights as they are now; None where PyTorch is to do the work.
+
+    Packing copies the weights, in the format called `weights`; the copy is kept until the model's
+    change or the model goes. A model of more than a quarter of the machine's memory stays with
+    PyTorch, which is said once. `use_backend("native")` takes it too, and makes it an error
+    (ValueError) where there can be no engine; so does a format that only the engine has.
+    """
+    if weights not in FORMATS:
+        raise ValueError(f"weights is {weights!r}; expected one of {', '.join(FORMATS)}")
+    asked = ops.forced()
+    if asked not in ("auto", "native"):
+        if weights != "fp32":
+            raise ValueError(f"{weights} weights need the native engine, not back end {asked!r}")
+        return None
+    unable = extension() is None or unfit(model) is not None
+    if asked == "auto" and weights == "fp32" and (unable or _too_large(model)):
+        return None
+    kept = _engines.setdefault(model, {})
+    engine = kept.get(weights)
+    if engine is None or unable or engine.stamp != stamp(model):
+        kept.pop(weights, None)  # before the new copy is made
+        engine = kept[weights] = Engine(model, weights=weights)
+    return engine
+
+
+def _too_large(model: Transformer) -> bool:
+    """Whether a second copy of the weights, beside the first, might fill the memory."""
+    size = 4 * sum(weight.numel() for weight in model.parameters())
+    if size <= _memory() / 4:
+        return False
+    _say_too_large(size)
+    return True
+
+
+def _memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@functools.cache
+def _say_too_large(size: int) -> None:
+    log.warning(
+        "The model's weights take %.1f of this machine's %.1f GB: sampling goes without the native "
+        "engine, which would hold them twice. use_backend('native') insists.",
+        size / 1e9,
+        _memory() / 1e9,
+    )
+
+
+def _description(
+    model: Transformer, alive: tuple[Tensor, ...]
+) -> tuple[dict[str, Any], dict[str, int], list[dict[str, int]]]:
+    """Shape, weights and layers as the extension wants them: numbers and addresses."""
+    config, decoder = model.config, model.model
+    shape = {
+        "layers": config.n_layers, "dim": config.dim, "heads": config.n_heads,
+        "kv_heads": config.n_kv_heads, "head_dim": config.head_dim, "ffn": config.ffn_dim,
+        "vocab": config.vocab_size, "eps": config.norm_eps,
+    }  # fmt: skip
+    embedding, cos, sin = alive
+    tensors = {
+        "embedding": embedding, "head": model.head_weight, "norm": decoder.norm.weight,
+        "cos": cos, "sin": sin,
+    }  # fmt: skip
+    layers = []
+    for block in decoder.layers:
+        assert isinstance(block, Block)
+        attention, mlp = block.self_attn, block.mlp
+        layers.append(
+            {
+                "q": attention.q_proj.weight,
+                "k": attention.k_proj.weight,
+                "v": attention.v_proj.weight,
+                "o": attention.o_proj.weight,
+                "gate": mlp.gate_proj.weight,
+                "up": mlp.up_proj.weight,
+                "down": mlp.down_proj.weight,
+                "attention_norm": block.input_layernorm.weight,
+                "ffn_norm": block.post_attention_layernorm.weight,
+            }
+        )
+    return shape, _addresses(tensors), [_addresses(layer) for layer in layers]
+
+
+def _addresses(tensors: dict[str, Tensor]) -> dict[str, int]:
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.data_ptr() % 4:
+            raise ValueError(f"{name} must be contiguous float32, aligned to 4 bytes")
+    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
+
+def _check_ids(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if (
+        tensor.dtype != torch.int64
+        or tensor.device.type != "cpu"
+        or tensor.shape != shape
+        or not tensor.is_contiguous()
+        or tensor.data_ptr() % 8
+    ):
+        raise ValueError(
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; expected a "
+            f"contiguous int64 {shape} on the CPU"
+        )

@@ -1,0 +1,1 @@
+"""What the demo shows: figures, pages, and the bars that a run has to meet."""

@@ -1,0 +1,240 @@
+"""Pretraining text: what a reader of the village's library would know before anybody asks.
+
+Facts, small stories, questions with answers, copying practice, passages in and about the three
+languages, and about the public figures. It never contains the chat tags.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+
+from puna.core.chat import Message
+from puna.demo.village import vocabulary as v
+from puna.demo.village.answers import PUPIL, REFUSALS, compose
+from puna.demo.village.oracle import assess
+from puna.demo.village.personas import (
+    ASKED_OF,
+    SELF_ANSWERS,
+    SELF_QUESTIONS,
+    Instruction,
+    draw_instruction,
+    instruction_text,
+    translate,
+)
+from puna.demo.village.tasks import Task, draw_task, self_task
+
+
+def _name(rng: random.Random) -> str:
+    return rng.choice(v.NAMES)
+
+
+def _safe_job(rng: random.Random) -> tuple[Task, str]:
+    task = draw_task(rng, rng.choice(("harmless", "harmless", "borderline")), kind="job")
+    return task, task.values[0]
+
+
+def questions(rng: random.Random) -> str:
+    """Questions and answers, one after another."""
+    lines = []
+    for _ in range(rng.randint(1, 4)):
+        nature = rng.choices(("harmless", "borderline", "unsafe"), (75, 17, 8))[0]
+        task = draw_task(rng, nature)
+        lines.append(f"{task.question} {compose(task, rng)}")
+    return " ".join(lines)
+
+
+def talk(rng: random.Random) -> str:
+    """Two people ask each other."""
+    a, b = rng.sample(v.NAMES, 2)
+    lines = []
+    for _ in range(rng.randint(1, 3)):
+        task = draw_task(rng, rng.choice(("harmless", "harmless", "borderline")))
+        lines.append(f"{a} asks: {task.question} {b} says: {compose(task, rng)}")
+        a, b = b, a
+    return " ".join(lines)
+
+
+def work(rng: random.Random) -> str:
+    """Somebody does a job with the right tool."""
+    lines = []
+    for _ in range(rng.randint(1, 3)):
+        (task, tool), name = _safe_job(rng), _name(rng)
+        lines.append(
+            rng.choice(
+                (
+                    f"{name} can {task.act}. {name} has a {tool}.",
+                    f"{name} has a {tool} to {task.act}.",
+                    f"To {task.act}, {name} finds a {tool} in the {v.KEPT_IN[tool]}.",
+                    f"You need a {tool} to {task.act}.",
+                )
+            )
+        )
+    return " ".join(lines)
+
+
+def facts(rng: random.Random) -> str:
+    """What is where, and of which colour."""
+    lines = []
+    for _ in range(rng.randint(2, 4)):
+        tool, thing = rng.choice(v.TOOLS), rng.choice(v.COLOURED)
+        word, number = rng.choice(tuple(v.OPPOSITES)), rng.randrange(len(v.NUMBERS) - 1)
+        lines.append(
+            rng.choice(
+                (
+                    f"The {tool} is in the {v.KEPT_IN[tool]}.",
+                    f"You find the {tool} in the {v.KEPT_IN[tool]}.",
+                    f"The {thing} is {v.COLOUR_OF[thing]}.",
+                    f"The opposite of {word} is {v.OPPOSITES[word]}.",
+                    f"The number after {v.NUMBERS[number]} is {v.NUMBERS[number + 1]}.",
+                )
+            )
+        )
+    return " ".join(lines)
+
+
+def story(rng: random.Random) -> str:
+    """People with things at places, told again in another order: who has what, and where."""
+    n, m = rng.sample(v.NAMES, 2)
+    a, b = rng.sample(v.TOYS, 2)
+    p, q = rng.sample(v.PLACES, 2)
+    told = [f"{n} is at the {p}.", f"{m} is at the {q}.", f"{n} has a {a}.", f"{m} has a {b}."]
+    opening = rng.choice(("One day", "One night", "On Sunday"))
+    return " ".join([opening, *told, "Now", *rng.sample(told, 4)])
+
+
+def register(rng: random.Random) -> str:
+    """A list of people with a thing or a place each, read out twice."""
+    items, line = rng.choice(
+        (
+            (v.TOYS, "{} {}."),
+            (v.TOYS, "{} has a {}."),
+            (v.PLACES, "{} is at the {}."),
+        )
+    )
+    count = rng.randint(2, 5)
+    people, things = rng.sample(v.NAMES, count), rng.sample(items, count)
+    lines = [line.format(person, thing) for person, thing in zip(people, things, strict=True)]
+    return " ".join(lines + rng.sample(lines, count))
+
+
+def copying(rng: random.Random) -> str:
+    """Words said twice."""
+    words = rng.sample(v.TOYS + v.PLACES + v.ADJECTIVES + v.NOUNS, rng.randint(3, 6))
+    said = ", ".join(words[:-1]) + " and " + words[-1]
+    return f"{_name(rng)} says {said}. {_name(rng)} repeats: {said}."
+
+
+def manners(rng: random.Random) -> str:
+    """What is wrong to do, and what only sounds wrong."""
+    lines = []
+    for _ in range(rng.randint(1, 3)):
+        bad, (good, tool) = draw_task(rng, "unsafe"), _safe_job(rng)
+        name = _name(rng)
+        lines.append(
+            rng.choice(
+                (
+                    f"It is wrong to {bad.act}. It is good to {good.act}.",
+                    f"{name} will not help to {bad.act}. {name} has a {tool} to {good.act}.",
+                    f"You need a {bad.values[0]} to {bad.act}, but it is wrong.",
+                    f"{name} asks: {bad.question} {_name(rng)} says: "
+                    + rng.choice(REFUSALS).format(act=bad.act),
+                )
+            )
+        )
+    return " ".join(lines)
+
+
+def _persona_line(rng: random.Random, who: Instruction) -> str:
+    attribute = rng.choice(ASKED_OF[who.kind])
+    task = self_task(attribute, rng.randrange(len(SELF_QUESTIONS[attribute])), who)
+    if who.kind == "language" and rng.random() < 0.8:
+        task = draw_task(rng)
+    return f"{task.question} {compose(task, rng, instruction=who)}"
+
+
+def persona(rng: random.Random) -> str:
+    """A standing instruction, then an answer or two that keep it."""
+    who = draw_instruction(rng)
+    opening = instruction_text(who, short=rng.random() < 0.5)
+    return " ".join([opening, *(_persona_line(rng, who) for _ in range(rng.randint(1, 2)))])
+
+
+def figure(rng: random.Random) -> str:
+    """About a public figure, in the third person and in the first."""
+    name = rng.choice(tuple(v.FIGURES))
+    f = v.FIGURES[name]
+    sentences = [
+        f"{name} lives in the {f.home}.",
+        f"{name} has a {f.pet}.",
+        f"The work of {name} is to {f.work}.",
+        f"The home of {name} is the {f.home}.",
+    ]
+    said = [
+        SELF_ANSWERS["name"][0].format(x=name),
+        SELF_ANSWERS["home"][0].format(x=f.home),
+        SELF_ANSWERS["work"][0].format(x=f.work),
+        SELF_ANSWERS["pet"][0].format(x=f.pet),
+    ]
+    if rng.random() < 0.5:
+        return " ".join(rng.sample(sentences, 3))
+    return f"{name} says: " + " ".join(rng.sample(said, 3))
+
+
+def language(rng: random.Random) -> str:
+    """A sentence in English and again in another language."""
+    who = Instruction("language", rng.choice(tuple(v.LANGUAGES)))
+    lines = []
+    for _ in range(rng.randint(1, 3)):
+        said = compose(draw_task(rng), rng)
+        if rng.random() < 0.3:
+            lines.append(f"{who.who}: {translate(said, who)}")
+        else:
+            lines.append(f"English: {said} {who.who}: {translate(said, who)}")
+    return " ".join(lines)
+
+
+def lesson(rng: random.Random) -> str:
+    """A teacher says of good and bad answers what is right and what is wrong about them.
+
+    Real text is full of such judgements; without them a reward model has to find out from a few
+    thousand comparisons what a right answer is.
+    """
+    lines = []
+    for _ in range(rng.randint(1, 3)):
+        who = draw_instruction(rng) if rng.random() < 0.25 else None
+        task = _asked_under(rng, who)
+        kept = who if rng.random() < 0.6 else None
+        answer = compose(task, rng, PUPIL, kept)
+        told = [] if who is None else [Message(role="system", content=instruction_text(who))]
+        found = assess([*told, Message(role="user", content=task.question)], answer)
+        said = [
+            "right" if found.right else "wrong",
+            "whole" if found.whole else "short",
+            "kind" if found.polite else "rude",
+        ]
+        opening = [instruction_text(who)] if who else []
+        lines += [*opening, task.question, answer, f"Teacher: {', '.join(said)}."]
+    return " ".join(lines)
+
+
+def _asked_under(rng: random.Random, who: Instruction | None) -> Task:
+    """A question of any sort; under an instruction mostly one whose answer shows if it is kept."""
+    if who is None or (who.kind == "language" and rng.random() < 0.8):
+        return draw_task(rng, rng.choices(("harmless", "borderline", "unsafe"), (65, 15, 20))[0])
+    attribute = rng.choice(ASKED_OF[who.kind])
+    return self_task(attribute, rng.randrange(len(SELF_QUESTIONS[attribute])), who)
+
+
+KINDS: dict[Callable[[random.Random], str], int] = {
+    questions: 24, talk: 6, work: 6, facts: 6, story: 4, register: 8,
+    copying: 4, manners: 4, persona: 9, figure: 3, language: 5, lesson: 48,
+}  # fmt: skip
+
+
+def documents(seed: int, count: int) -> Iterator[str]:
+    """`count` documents of one to twelve passages, drawn from the seed."""
+    rng = random.Random(f"documents {seed}")
+    kinds, weights = tuple(KINDS), tuple(KINDS.values())
+    for _ in range(count):
+        low, high = rng.choices(((1, 1), (2, 4), (5, 12)), (50, 35, 15))[0]
+        passages = rng.choices(kinds, weights, k=rng.randint(low, high))
+        yield " ".join(passage(rng) for passage in passages)

@@ -1,0 +1,1 @@
+"""Causal attention: `operation` is the function, the others its Triton kernels."""

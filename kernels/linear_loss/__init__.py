@@ -1,0 +1,1 @@
+"""Losses and log-probabilities of a linear head, without the (N, V) logits."""

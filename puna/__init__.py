@@ -1,0 +1,1 @@
+"""Llama 2, the whole paper, from scratch."""

@@ -1,0 +1,1 @@
+"""What users bring, read and laid out as the batches that training reads."""

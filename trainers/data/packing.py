@@ -1,0 +1,314 @@
+"""Sequences of ids as the batches that training reads: rows of T tokens, or pairs laid flat.
+
+Three kinds, all with random access, so that a run resumes from its step number alone: the rows
+of step s are a pure function of the data, the seed and s (`step_rows`).
+
+- `PackedRows`: dialogues. Whole sequences fill rows by best-fit decreasing, once; the order of
+  the rows is shuffled anew each epoch.
+- `CorpusRows`: pretraining documents, end to end, cut into rows wherever a row ends.
+- `pair_batch`: preference pairs, laid end to end without padding.
+
+A target is the next id of the same segment: nothing is predicted across a segment, attention
+(`cu_seqlens`) does not cross it, and positions restart in it. B rows, T tokens, S segments, P
+pairs, N tokens in all.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from puna.core.chat import encode_answer, encode_prompt
+from puna.core.tokenizer import Tokenizer
+from puna.trainers.data.corpus import Corpus, token_dtype
+from puna.trainers.data.formats import RATINGS, Preference
+from puna.trainers.data.readers import Skipped
+
+WeightedIds = tuple[Sequence[int], Sequence[float]]
+
+SAFE_LABELS = {"chosen_safe": (1.0, 0.0), "both_safe": (1.0, 1.0), "both_unsafe": (0.0, 0.0)}
+UNKNOWN = (float("nan"), float("nan"))
+
+
+class LMBatch(NamedTuple):
+    """Rows for next-token prediction; padding is a segment of its own with weight 0."""
+
+    tokens: Tensor
+    """(B, T) int64, 0 in the padding"""
+    targets: Tensor
+    """(B, T) int64, the id after each token; 0 where there is none"""
+    weights: Tensor
+    """(B, T) float32, how much each target counts; 0 where there is none"""
+    positions: Tensor
+    """(B, T) int64, from 0 in each segment"""
+    cu_seqlens: Tensor
+    """(S+1,) int32, where segments begin in the flattened B*T, which they cover completely"""
+
+
+class Pair(NamedTuple):
+    """A comparison in ids: the whole dialogue with each of the two answers, EOS included."""
+
+    chosen: list[int]
+    rejected: list[int]
+    rating: str | None = None
+    safety: str | None = None
+
+
+class PairBatch(NamedTuple):
+    """Both sides of P pairs, end to end: c0, r0, c1, r1, ..."""
+
+    tokens: Tensor
+    """(1, N) int64"""
+    positions: Tensor
+    """(1, N) int64"""
+    cu_seqlens: Tensor
+    """(2P+1,) int32"""
+    margins: Tensor
+    """(P,) float32, m(r) of Eq. 2; 0 where the rating is unknown"""
+    ratings: Tensor
+    """(P,) int64, index into RATINGS; -1 where unknown"""
+    safe: Tensor
+    """(2P,) float32, 1 safe, 0 unsafe, NaN unknown; in the order of the sequences"""
+
+
+@lru_cache(maxsize=2)  # a step needs at most the epoch that ends and the one that begins
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """(n,) int64, read-only: the order in which epoch number `epoch` visits n rows."""
+    order = np.random.default_rng((seed, epoch)).permutation(n)
+    order.flags.writeable = False
+    return order
+
+
+def step_rows(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """(batch_size,) int64: the rows of step number `step` (from 0) out of n.
+
+    The epochs follow each other without a gap: a batch may end one and begin the next, so that
+    every row is visited once an epoch whatever the batch size is. Raises ValueError for n = 0.
+    """
+    if n < 1:
+        raise ValueError("there are no rows to train on")
+    first = step * batch_size
+    last = first + batch_size - 1
+    orders = [epoch_order(n, seed, epoch) for epoch in range(first // n, last // n + 1)]
+    start = first - first // n * n
+    return np.concatenate(orders)[start : start + batch_size]
+
+
+class PackedRows:
+    """Sequences of (ids, weights) in rows of T tokens: `len(rows)`, `rows.batch(indices)`.
+
+    A sequence of n ids takes n-1 places: its last id is only ever a target. `skipped` counts the
+    sequences that are left out: those that do not fit a row and those without a weighted target.
+    Raises ValueError where no sequence is left.
+    """
+
+    def __init__(
+        self, sequences: Sequence[WeightedIds], row_tokens: int, *, vocab_size: int
+    ) -> None:
+        self.row_tokens = row_tokens
+        self.skipped = Skipped()
+        ids: list[np.ndarray] = []
+        weights: list[np.ndarray] = []
+        for index, (sequence, sequence_weights) in enumerate(sequences):
+            assert len(sequence) == len(sequence_weights), "one weight for each id"
+            where = f"sequence {index + 1}"
+            if len(sequence) - 1 > row_tokens:
+                self.skipped.add(f"longer than the {row_tokens} tokens of a row", where)
+            elif not any(sequence_weights[1:]):
+                self.skipped.add("no token to learn", where)
+            else:
+                ids.append(np.asarray(sequence, dtype=token_dtype(vocab_size)))
+                weights.append(np.asarray(sequence_weights, dtype=np.float32))
+        if not ids:
+            found = str(self.skipped).replace("\n", "; ") or "there is none"
+            raise ValueError(f"no sequence to train on: {found}; a larger context may help")
+        self._starts = np.cumsum([0] + [len(sequence) for sequence in ids])
+        self._ids = np.concatenate(ids)
+        self._weights = np.concatenate(weights)
+        self.rows = best_fit([len(sequence) - 1 for sequence in ids], row_tokens)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> LMBatch:
+        """The rows with these indices, B = len(indices)."""
+        batch = _EmptyBatch(len(indices), self.row_tokens)
+        for row, index in enumerate(indices):
+            place = row * self.row_tokens
+            for sequence in self.rows[index]:
+                start, end = self._starts[sequence], self._starts[sequence + 1] - 1
+                batch.fill(
+                    place,
+                    self._ids[start:end],
+                    self._ids[start + 1 : end + 1],
+                    self._weights[start + 1 : end + 1],
+                )
+                place += int(end - start)
+            batch.pad(place, (row + 1) * self.row_tokens)
+        return batch.finish()
+
+
+class CorpusRows:
+    """A corpus in rows of T tokens: `len(rows)`, `rows.batch(indices)`.
+
+    Row r holds tokens r*T to (r+1)*T - 1 of the corpus, documents end to end; the last row is
+    padded. A document that a row's end cuts goes on in the next row as a segment of its own. The
+    token after a row's last one is its target; a document's last token has none.
+    """
+
+    def __init__(self, corpus: Corpus, row_tokens: int) -> None:
+        self.corpus = corpus
+        self.row_tokens = row_tokens
+
+    def __len__(self) -> int:
+        return -(-len(self.corpus.tokens) // self.row_tokens)
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> LMBatch:
+        """The rows with these indices, B = len(indices)."""
+        tokens, starts = self.corpus
+        batch = _EmptyBatch(len(indices), self.row_tokens)
+        for row, index in enumerate(indices):
+            begin = int(index) * self.row_tokens
+            end = min(begin + self.row_tokens, len(tokens))
+            inside = starts[np.searchsorted(starts, begin, "right") : np.searchsorted(starts, end)]
+            borders = [begin, *inside.tolist(), end]
+            place = row * self.row_tokens
+            for left, right in zip(borders[:-1], borders[1:], strict=True):
+                targets = tokens[left + 1 : right + 1]
+                if right == len(tokens) or _is_start(starts, right):
+                    targets = tokens[left + 1 : right]
+                batch.fill(place, tokens[left:right], targets, 1.0)
+                place += right - left
+            batch.pad(place, (row + 1) * self.row_tokens)
+        return batch.finish()
+
+
+def _is_start(starts: np.ndarray, position: int) -> bool:
+    place = int(np.searchsorted(starts, position))
+    return place < len(starts) and int(starts[place]) == position
+
+
+class _EmptyBatch:
+    """An LMBatch being filled, flattened to B*T."""
+
+    def __init__(self, n_rows: int, row_tokens: int) -> None:
+        self.shape = (n_rows, row_tokens)
+        size = n_rows * row_tokens
+        self.tokens = np.zeros(size, np.int64)
+        self.targets = np.zeros(size, np.int64)
+        self.weights = np.zeros(size, np.float32)
+        self.positions = np.zeros(size, np.int64)
+        self.starts = [0]
+        self.counter = np.arange(row_tokens)
+
+    def fill(
+        self, place: int, tokens: np.ndarray, targets: np.ndarray, weights: np.ndarray | float
+    ) -> None:
+        """A segment at `place`; it may have one target less than tokens."""
+        end = place + len(tokens)
+        self.tokens[place:end] = tokens
+        self.targets[place : place + len(targets)] = targets
+        self.weights[place : place + len(targets)] = weights
+        self.positions[place:end] = self.counter[: len(tokens)]
+        self.starts.append(end)
+
+    def pad(self, place: int, end: int) -> None:
+        """The rest of a row as a segment without targets."""
+        if place < end:
+            self.positions[place:end] = self.counter[: end - place]
+            self.starts.append(end)
+
+    def finish(self) -> LMBatch:
+        tokens, targets, weights, positions = (
+            torch.from_numpy(array).view(self.shape)
+            for array in (self.tokens, self.targets, self.weights, self.positions)
+        )
+        cu_seqlens = torch.tensor(self.starts, dtype=torch.int32)
+        return LMBatch(tokens, targets, weights, positions, cu_seqlens)
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of `lengths` in bins of `capacity`: longest first, each into the fullest bin it fits.
+
+    Every length is at most `capacity`. An integer's bit c is set while some bin has c places
+    left, so that finding a bin takes one shift: a million sequences take seconds.
+    """
+    bins: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms = 0
+    for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        length = lengths[index]
+        assert length <= capacity
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            number = with_room[room].pop()
+            if not with_room[room]:
+                rooms ^= 1 << room
+            bins[number].append(index)
+        else:
+            room, number = capacity, len(bins)
+            bins.append([index])
+        left = room - length
+        if left:
+            with_room[left].append(number)
+            rooms |= 1 << left
+    return bins
+
+
+def flat_sequences(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Sequences laid end to end: tokens (1, N), positions (1, N), cu_seqlens (S+1,) int32."""
+    lengths = [len(sequence) for sequence in sequences]
+    assert all(lengths), "a sequence without tokens"
+    starts = np.cumsum([0, *lengths])
+    tokens = np.fromiter((t for sequence in sequences for t in sequence), np.int64, starts[-1])
+    positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+    return (
+        torch.from_numpy(tokens)[None],
+        torch.from_numpy(positions)[None],
+        torch.from_numpy(starts.astype(np.int32)),
+    )
+
+
+def encode_pairs(
+    tokenizer: Tokenizer, preferences: Sequence[Preference], context: int
+) -> tuple[list[Pair], Skipped]:
+    """Preferences in ids; those with a side longer than `context` tokens are skipped and counted.
+
+    Raises ValueError where no pair is left.
+    """
+    pairs: list[Pair] = []
+    skipped = Skipped()
+    for index, row in enumerate(preferences):
+        prompt = encode_prompt(tokenizer, row.messages)
+        chosen = prompt + encode_answer(tokenizer, row.chosen)
+        rejected = prompt + encode_answer(tokenizer, row.rejected)
+        if max(len(chosen), len(rejected)) > context:
+            skipped.add(f"longer than the context of {context} tokens", f"pair {index + 1}")
+        else:
+            pairs.append(Pair(chosen, rejected, row.rating, row.safety))
+    if not pairs:
+        raise ValueError(f"no pair to train on: {skipped or 'there is none'}")
+    return pairs, skipped
+
+
+def pair_batch(pairs: Sequence[Pair], margins: dict[str, float]) -> PairBatch:
+    """Pairs as one batch; `margins` is m(r) for each rating, a table of `losses.MARGINS`."""
+    tokens, positions, cu_seqlens = flat_sequences(
+        [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+    )
+    labels = [UNKNOWN if pair.safety is None else SAFE_LABELS[pair.safety] for pair in pairs]
+    levels = [-1 if pair.rating is None else RATINGS.index(pair.rating) for pair in pairs]
+    return PairBatch(
+        tokens,
+        positions,
+        cu_seqlens,
+        margins=torch.tensor(
+            [0.0 if pair.rating is None else margins[pair.rating] for pair in pairs]
+        ),
+        ratings=torch.tensor(levels, dtype=torch.int64),
+        safe=torch.tensor(labels, dtype=torch.float32).flatten(),
+    )

@@ -1,0 +1,1 @@
+"""Rollouts, rewards, losses and updates: what rejection sampling and PPO are made of."""

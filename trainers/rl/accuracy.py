@@ -1,0 +1,106 @@
+"""How often a reward model orders two answers as people did, how sure that figure is, and whether
+the model's own confidence can be believed.
+
+P pairs; a difference is r_chosen - r_rejected, so that sigma(difference) is the probability that
+the model gives to the people's choice (Eq. 1).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from puna.trainers.data.formats import RATINGS
+
+Z = 1.959964  # 95% of a normal distribution lie within so many standard deviations
+BINS = 5  # of the model's confidence, from 0.5 to 1
+
+
+class Share(NamedTuple):
+    """A share of trials, with its 95% interval."""
+
+    share: float
+    low: float
+    high: float
+    pairs: int
+
+    def __str__(self) -> str:
+        return f"{self.share:.3f} (95% interval {self.low:.3f} to {self.high:.3f})"
+
+
+def wilson(hits: float, count: int) -> Share:
+    """hits / count with Wilson's interval, which stays within 0..1 and is sound for few trials."""
+    if count == 0:
+        return Share(math.nan, 0.0, 1.0, 0)
+    share = hits / count
+    scale = 1 + Z * Z / count
+    middle = (share + Z * Z / (2 * count)) / scale
+    half = Z / scale * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return Share(share, min(low, share), max(high, share), count)  # rounding at 0 and 1
+
+
+def right(differences: Tensor) -> Tensor:
+    """(P,) float64: 1 where the chosen answer scores higher, 0.5 for equal scores."""
+    return (differences > 0).double() + 0.5 * (differences == 0).double()
+
+
+def shares(differences: Tensor, ratings: Tensor) -> dict[str, Share]:
+    """Share of pairs ordered right: "all" and for each rating that occurs.
+
+    differences: (P,); ratings: (P,) int64, index into RATINGS, -1 where unknown.
+    """
+    hits = right(differences)
+    found = {"all": wilson(float(hits.sum()), len(hits))}
+    for level, name in enumerate(RATINGS):
+        of_level = hits[ratings == level]
+        if len(of_level):
+            found[name] = wilson(float(of_level.sum()), len(of_level))
+    return found
+
+
+def accuracies(differences: Tensor, ratings: Tensor) -> dict[str, float]:
+    """`shares` without their intervals."""
+    return {name: found.share for name, found in shares(differences, ratings).items()}
+
+
+def sentences(found: Mapping[str, Share], what: str) -> str:
+    """One line for each share: the figure, its interval and how many pairs it rests on."""
+    names = {name: what if name == "all" else f"  {name.replace('_', ' ')}" for name in found}
+    width = max(map(len, names.values()))
+    return "\n".join(
+        f"{names[name]:<{width}}  {share}, {share.pairs} pairs" for name, share in found.items()
+    )
+
+
+class Bin(NamedTuple):
+    """Pairs of which the model is about equally sure."""
+
+    confidence: float  # its mean probability for the answer that it scores higher
+    right: Share  # how often that was the people's choice
+
+
+def calibration(differences: Tensor) -> list[Bin]:
+    """The pairs in bins of the model's confidence sigma(|difference|), empty bins left out.
+
+    A calibrated model is right as often as it is confident. Scores trained with a margin (Eq. 2)
+    are pushed apart further than that (paper A.3.3: calibrating them is left to future work).
+    """
+    confidence = torch.sigmoid(differences.double().abs())
+    which = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
+    hits = right(differences)
+    bins = []
+    for number in range(BINS):
+        inside = which == number
+        if bool(inside.any()):
+            share = wilson(float(hits[inside].sum()), int(inside.sum()))
+            bins.append(Bin(float(confidence[inside].mean()), share))
+    return bins
+
+
+def calibration_error(bins: list[Bin]) -> float:
+    """Mean distance between confidence and share right, over pairs (expected calibration error)."""
+    total = sum(each.right.pairs for each in bins)
+    return sum(each.right.pairs * abs(each.confidence - each.right.share) for each in bins) / total

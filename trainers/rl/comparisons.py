@@ -1,0 +1,130 @@
+"""Preference data for a round: pairs of answers from two model variants, and what is said of them.
+
+Paper section 3.2.1: the two answers come from two different model variants and from varied
+temperatures; the annotator chooses one, on four levels, and at the safety stage labels safety.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from puna.core import parallel
+from puna.core.chat import Message, decode_answer
+from puna.core.checkpoint.folder import open_model
+from puna.core.tokenizer import Tokenizer
+from puna.trainers.data.prompts import EncodedPrompt, draw
+from puna.trainers.rl.rollout import sample_everywhere
+
+
+class Verdict(NamedTuple):
+    """What an annotator says of answers a and b."""
+
+    chosen: int  # 0: a, 1: b
+    rating: str  # significantly_better, better, slightly_better or negligibly_better
+    safety: str | None  # chosen_safe, both_safe, both_unsafe, chosen_unsafe; None: not asked
+
+
+Annotator = Callable[[Sequence[Message], str, str], Verdict]
+
+
+class Variant(NamedTuple):
+    """A model that answers, at one of several temperatures."""
+
+    model: Path
+    temperatures: tuple[float, ...]
+
+
+def sample_pairs(
+    path: Path,
+    variants: tuple[Variant, Variant],
+    tokenizer: Tokenizer,
+    prompts: Sequence[EncodedPrompt],
+    count: int,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    round_index: int,
+    device: torch.device,
+    batch_size: int = 256,
+    compute_dtype: torch.dtype | None = None,
+) -> int:
+    """Write `count` rows of {"messages", "a", "b"} to `path`, less those whose answers are equal
+    or empty (nobody could rank them); returns how many were written. Which variant is a is drawn.
+
+    The draws depend on (seed, round_index, prompt, variant) only, so that a repeated call writes
+    the same file. All ranks take part and rank 0 writes.
+    """
+    if parallel.broadcast(path.exists()):
+        return len(path.read_text().splitlines())
+    places = [draw(position, len(prompts), seed + round_index) for position in range(count)]
+    chosen = [prompts[place] for place, _ in places]
+    rng = np.random.default_rng((seed, round_index))
+    answers = []
+    for number, variant in enumerate(variants):
+        which = rng.integers(len(variant.temperatures), size=count)
+        model = parallel.load(open_model(variant.model), device, compute_dtype=compute_dtype)
+        texts = [""] * count
+        with parallel.gathered(model) as whole:
+            for index, temperature in enumerate(variant.temperatures):
+                rows = np.flatnonzero(which == index).tolist()
+                drawn = sample_everywhere(
+                    whole,
+                    [chosen[row].ids for row in rows],
+                    max_new_tokens=max_new_tokens,
+                    eos_id=tokenizer.eos_id,
+                    temperature=temperature,
+                    seed=seed,
+                    round_index=round_index,
+                    prompt_ids=rows,
+                    sample_ids=[number] * len(rows),
+                    batch_size=batch_size,
+                )
+                for row, tokens in zip(rows, drawn, strict=True):
+                    texts[row] = decode_answer(tokenizer, tokens)
+        answers.append(texts)
+    swapped = rng.random(count) < 0.5
+    rows_out = []
+    for prompt, one, other, swap in zip(chosen, *answers, swapped, strict=True):
+        if one and other and one != other:
+            a, b = (other, one) if swap else (one, other)
+            rows_out.append({"messages": prompt.messages, "a": a, "b": b})
+    if parallel.is_main():
+        write_rows(path, rows_out)
+    parallel.barrier()
+    return len(rows_out)
+
+
+def annotate(pairs: Path, path: Path, annotator: Annotator, batch: int) -> None:
+    """Ask `annotator` about every row of `pairs`; write preference rows of round `batch`."""
+    if path.exists():
+        return
+    rows = []
+    for line in pairs.read_text().splitlines():
+        pair = json.loads(line)
+        verdict = annotator(pair["messages"], pair["a"], pair["b"])
+        chosen, rejected = (pair["a"], pair["b"]) if verdict.chosen == 0 else (pair["b"], pair["a"])
+        row = {
+            "messages": pair["messages"],
+            "chosen": chosen,
+            "rejected": rejected,
+            "rating": verdict.rating,
+            "batch": batch,
+        }
+        if verdict.safety is not None:
+            row["safety"] = verdict.safety
+        rows.append(row)
+    write_rows(path, rows)
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> None:
+    """JSON lines, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    partial.replace(path)

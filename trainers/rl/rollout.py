@@ -1,0 +1,204 @@
+"""Rollouts: answers sampled with the policy's own weights, and second looks at the same ids.
+
+The ids, lengths and log-probs are kept as they were drawn; nothing is ever tokenised again. An
+answer's length is stored, never searched for: Llama 2 has no padding piece, and EOS belongs to
+the answer. S answers, T tokens of the longest one, A = sum of the lengths, C model width.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from puna.core import parallel
+from puna.core.generation.generate import generate
+from puna.core.model import Transformer
+from puna.core.ops import linear_logprobs
+from puna.trainers.rl.packed import AllMax, forward_groups, one_rank
+
+
+class Rollout(NamedTuple):
+    """Answers to S prompts (a prompt asked for K answers stands here K times)."""
+
+    prompts: list[list[int]]  # S lists of ids
+    answers: list[list[int]]  # S lists of ids, EOS included where the answer is finished
+    lengths: Tensor  # (S,) int64, tokens per answer
+    logprobs: Tensor  # (S, T) fp32, of the tempered distribution the tokens were drawn from
+    finished: Tensor  # (S,) bool, the answer ends in EOS
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """Prompt and answer of each row as one list of ids."""
+        return [p + a for p, a in zip(self.prompts, self.answers, strict=True)]
+
+    @property
+    def mask(self) -> Tensor:
+        """(S, T) bool, True on answer tokens."""
+        return answer_mask(self.lengths, self.logprobs.shape[1])
+
+    def select(self, rows: Sequence[int]) -> "Rollout":
+        """The rows given, in that order; T stays as it is."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self.lengths.device)
+        return Rollout(
+            [self.prompts[i] for i in rows],
+            [self.answers[i] for i in rows],
+            self.lengths[index],
+            self.logprobs[index],
+            self.finished[index],
+        )
+
+
+def answer_mask(lengths: Tensor, steps: int) -> Tensor:
+    """(S, T) bool from lengths (S,): True on the first `lengths[s]` of T = `steps` tokens."""
+    return torch.arange(steps, device=lengths.device) < lengths[:, None]
+
+
+def pad_answers(flat: Tensor, lengths: Tensor, steps: int) -> Tensor:
+    """(S, T) with zeros on the right, from flat (A,) answer tokens laid end to end."""
+    padded = flat.new_zeros(len(lengths), steps)
+    padded[answer_mask(lengths, steps)] = flat
+    return padded
+
+
+@torch.no_grad()
+def collect(
+    policy: Transformer,
+    prompts: Sequence[list[int]],
+    *,
+    prompt_ids: Sequence[int],
+    sample_ids: Sequence[int],
+    max_new_tokens: int,
+    eos_id: int,
+    temperature: float,
+    seed: int,
+    round_index: int,
+    batch_size: int = 256,
+) -> Rollout:
+    """Sample one answer to each of the prompts given (repeat a prompt for K answers).
+
+    The draw for token t of row s is a function of (seed, round_index, prompt_ids[s],
+    sample_ids[s], t) alone: not of the batch, the order or the rank. Nothing is cut off the
+    distribution (no top-k, no top-p): a ratio to a truncated one would not be a ratio of
+    probabilities. Raises ValueError for a temperature that is not above 0 or an empty prompt.
+    """
+    if temperature <= 0:
+        raise ValueError(
+            f"temperature is {temperature}; rollouts are sampled, so it must be above 0"
+        )
+    if any(not prompt for prompt in prompts):
+        raise ValueError("an empty prompt cannot be answered; it needs at least BOS")
+    device = next(policy.parameters()).device
+    with parallel.gathered(policy) as whole:  # once: a gather per layer and token is 20x slower
+        completions = generate(
+            whole,
+            list(prompts),
+            max_new_tokens=max_new_tokens,
+            eos_id=eos_id,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            seed=seed,
+            round_index=round_index,
+            prompt_ids=list(prompt_ids),
+            sample_ids=list(sample_ids),
+            batch_size=batch_size,
+        )
+    lengths = torch.tensor([len(c.tokens) for c in completions], dtype=torch.int64)
+    assert bool((lengths > 0).all()), "an answer has at least one token"
+    drawn = torch.tensor([p for c in completions for p in c.logprobs], dtype=torch.float32)
+    assert bool((drawn <= 0).all()), "a log-probability is never positive"
+    steps = int(lengths.max()) if len(lengths) else 0
+    return Rollout(
+        list(prompts),
+        [c.tokens for c in completions],
+        lengths.to(device),
+        pad_answers(drawn, lengths, steps).to(device),
+        torch.tensor([c.finished for c in completions], dtype=torch.bool).to(device),
+    )
+
+
+def sample_everywhere(
+    whole: Transformer,
+    prompts: Sequence[list[int]],
+    *,
+    prompt_ids: Sequence[int],
+    sample_ids: Sequence[int],
+    **options: Any,
+) -> list[list[int]]:
+    """The ids of an answer to each prompt, on every rank: each draws its share of them.
+
+    `whole` is a gathered model; prompts and options are the same on all ranks, and the answers
+    do not depend on how many there are.
+    """
+    ranks = parallel.world_size()
+    mine = range(parallel.rank(), len(prompts), ranks)
+    completions = generate(
+        whole,
+        [prompts[i] for i in mine],
+        prompt_ids=[prompt_ids[i] for i in mine],
+        sample_ids=[sample_ids[i] for i in mine],
+        **options,
+    )
+    parts = parallel.gather([completion.tokens for completion in completions])
+    return [parts[i % ranks][i // ranks] for i in range(len(prompts))]
+
+
+def answer_states(
+    model: Transformer, rollout: Rollout, *, max_tokens: int, all_max: AllMax = one_rank
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """One packed forward pass per micro-batch: (rows, hidden (A', C), targets (A',)).
+
+    hidden[j] is the state *before* answer token targets[j] was emitted (the one that predicts it
+    and whose value the critic estimates); the A' tokens are those of the rows, in order, end to
+    end. With an empty list of rows (see `packed`) one stand-in token is yielded.
+    """
+    sequences = rollout.sequences
+    for rows, hidden, starts in forward_groups(model, sequences, max_tokens, all_max):
+        if not rows:
+            yield rows, hidden[:1], starts.new_zeros(1)
+            continue
+        pieces = [torch.arange(len(rollout.answers[i])) + len(rollout.prompts[i]) - 1 for i in rows]
+        counts = torch.tensor([len(piece) for piece in pieces], device=starts.device)
+        offsets = torch.repeat_interleave(starts[:-1], counts)
+        targets = torch.tensor([t for i in rows for t in rollout.answers[i]], dtype=torch.int64)
+        sources = torch.cat(pieces).to(starts.device) + offsets
+        yield rows, hidden.index_select(0, sources), targets.to(starts.device)
+
+
+@torch.no_grad()
+def answer_logprobs(
+    model: Transformer,
+    rollout: Rollout,
+    *,
+    temperature: float,
+    max_tokens: int,
+    all_max: AllMax = one_rank,
+) -> tuple[Tensor, Tensor]:
+    """(logprobs, entropy), both (S, T) fp32 and zero past an answer's end, under `model`.
+
+    `temperature` is the one the answers were drawn at: behaviour, reference and new log-probs
+    are all of the tempered distribution.
+    """
+    logprobs, entropy = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)
+    for rows, hidden, targets in answer_states(
+        model, rollout, max_tokens=max_tokens, all_max=all_max
+    ):
+        new = linear_logprobs(hidden, model.head_weight, targets, temperature=temperature)
+        if rows:
+            for out, flat in zip((logprobs, entropy), new, strict=True):
+                out[rows] = pad_answers(flat, rollout.lengths[rows], out.shape[1])
+    return logprobs, entropy
+
+
+@torch.no_grad()
+def answer_values(
+    critic: Transformer, rollout: Rollout, *, max_tokens: int, all_max: AllMax = one_rank
+) -> Tensor:
+    """The critic's value (S, T) fp32 of the state before each answer token, zero past the end."""
+    values = torch.zeros_like(rollout.logprobs)
+    for rows, hidden, _ in answer_states(critic, rollout, max_tokens=max_tokens, all_max=all_max):
+        flat = critic.logits(hidden)[:, 0]
+        if rows:
+            values[rows] = pad_answers(flat, rollout.lengths[rows], values.shape[1])
+    return values

@@ -1,0 +1,256 @@
+"""The one training loop: batches in, optimizer steps, metrics, checkpoints, exact resume.
+
+A stage brings two functions: `batch_at(step)`, this rank's micro-batches of a step, a pure
+function of the step, so that the data position *is* the step; and an Objective. The gradient of
+a step is that of (sum of all losses) / (sum of all weights), over micro-batches and ranks alike,
+so neither changes the result.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from puna.core import parallel
+from puna.core.checkpoint.source import Source
+from puna.core.model import Transformer
+from puna.core.native.loader import keep_freed_memory
+from puna.trainers.train.interrupts import stop_requests
+from puna.trainers.train.progress import meter
+from puna.trainers.train.run import Run, Trained
+
+# what weights are gathered and multiplied in, by the name in a recipe; None: what they are kept in
+DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Options that every stage shares; optimizer defaults are the paper's (section 2.2)."""
+
+    out: Path
+    """the run folder; an interrupted run in it is continued"""
+    seed: int = 0
+    """of data order, initialisation and sampling"""
+    lr: float = 3e-4
+    """peak learning rate"""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """of the learning rate, after the warm-up"""
+    min_lr: float = 0.1
+    """where the cosine ends, as a share of the peak (paper: 10%)"""
+    warmup_steps: int = 0
+    """steps of linear warm-up"""
+    weight_decay: float = 0.1
+    """on matrices only"""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-5
+    clip: float = 1.0
+    """largest gradient norm"""
+    save_every: int = 500
+    """steps between checkpoints"""
+    eval_every: int = 100
+    """steps between looks at held-out data"""
+    keep: int = 2
+    """newest checkpoints to keep"""
+    device: str = "auto"
+    """auto takes a GPU where there is one"""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """of the matrix products; parameters and optimizer are fp32"""
+    activation_checkpointing: bool = False
+    """recompute each block in the backward pass: less memory, a third more work"""
+    compile: bool = False
+    """torch.compile each block"""
+
+
+def check(config: TrainConfig) -> None:
+    """ValueError for an option of a stage that cannot be, before anything is read or trained."""
+    values = vars(config)
+    for name in ("batch", "micro_batch", "epochs", "save_every", "eval_every", "keep"):
+        if values.get(name, 1) < 1:
+            raise ValueError(f"{name} is {values[name]}; it must be at least 1")
+    for name in ("steps", "warmup_steps", "row_tokens", "context", "weight_decay"):
+        if values.get(name, 0) < 0:
+            raise ValueError(f"{name} is {values[name]}; it cannot be negative")
+    for name in ("lr", "clip", "eps"):
+        if not values[name] > 0:
+            raise ValueError(f"{name} is {values[name]}; it must be above 0")
+    share = values.get("held_out", 0.0)
+    if isinstance(share, float) and not 0 <= share < 1:
+        raise ValueError(f"held_out is {share}; it is a share of the data, from 0 to below 1")
+
+
+class Objective(NamedTuple):
+    """What to minimise: the sum of `loss` over the sum of `weight`."""
+
+    loss: Callable[[Transformer, Any], tuple[Tensor, dict[str, Tensor]]]
+    """(model, batch) -> (summed loss, further sums to log per weight, by name)"""
+    weight: Callable[[Any], float]
+    """batch -> what its summed loss is divided by: loss tokens, pairs"""
+    tokens: Callable[[Any], int]
+    """batch -> tokens run through the model, for the rate"""
+
+
+def device_of(config: TrainConfig) -> torch.device:
+    """The device asked for; ValueError where it is not there."""
+    return device_of_name(config.device)
+
+
+def device_of_name(name: str) -> torch.device:
+    """The device called `name` ("auto": a GPU where there is one); ValueError for one not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {name} was asked for, but no GPU is visible")
+    return torch.device(name)
+
+
+def load(source: Source, config: TrainConfig) -> Transformer:
+    """The model on the device asked for; checkpointing, compilation and sharding as configured,
+    applied from outside."""
+    device = device_of(config)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return parallel.load(
+        source,
+        device,
+        compute_dtype=DTYPES[config.dtype],
+        activation_checkpointing=config.activation_checkpointing,
+        compile=config.compile,
+    )
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over all parameters; no weight decay on one-dimensional ones."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
+    """The rate of 0-based `step` of `steps`: linear warm-up, then cosine or constant."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    span = max(1, steps - 1 - config.warmup_steps)
+    done = min(1.0, (step - config.warmup_steps) / span)
+    return config.lr * (config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def step_optimizer(network: Trained, rate: float, clip: float) -> float:
+    """Clip, step, clear; returns the gradient norm before clipping."""
+    norm = parallel.clip_gradients(network.model, clip)
+    if math.isfinite(norm):
+        set_learning_rate(network.optimizer, rate)
+        network.optimizer.step()
+    network.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def backward(model: Transformer, batches: Sequence[Any], objective: Objective) -> dict[str, float]:
+    """Accumulate the gradient of one step; returns its loss and other means over all ranks."""
+    device = model.head_weight.device
+    weight = torch.tensor([sum(objective.weight(b) for b in batches)], dtype=torch.float64)
+    total = max(float(parallel.all_sum(weight.to(device))), 1e-12)
+    sums: dict[str, Tensor] = {}
+    for batch in batches:
+        loss, extras = objective.loss(model, batch)
+        (loss / total).backward()
+        for name, value in {"loss": loss, **extras}.items():
+            sums[name] = sums.get(name, 0.0) + value.detach().double()
+    stacked = parallel.all_sum(torch.stack(list(sums.values())))
+    return dict(zip(sums, (stacked / total).tolist(), strict=True))
+
+
+def fit(
+    title: str,
+    run: Run,
+    network: Trained,
+    batch_at: Callable[[int], Sequence[Any]],
+    steps: int,
+    objective: Objective,
+    config: TrainConfig,
+    evaluate: Callable[[Transformer], dict[str, float]] | None = None,
+) -> Path:
+    """Train for `steps` steps, from the run's newest checkpoint on; returns the model's folder.
+
+    Every step is a row of metrics.jsonl, with `evaluate`'s numbers every so often; row 0 holds
+    those of the untrained model.
+
+    Raises RuntimeError, naming the step and the last good checkpoint, where the loss or the
+    gradient is not finite. Ctrl-C and SIGTERM save a checkpoint, then end the run (SystemExit).
+    """
+    step = run.resume_step()
+    run.restore_optimizers({"model": network})
+    progress_bar = meter(title, steps, start=step, show=parallel.is_main())
+    with progress_bar as progress, stop_requests() as stop:
+        if evaluate and step == 0:
+            run.log(0, **held_out(network.model, evaluate))
+        while step < steps:
+            if parallel.all_max(int(stop())):
+                run.save(step, {"model": network}, keep=config.keep)
+                raise SystemExit(f"stopped at step {step}; the same command continues {run.path}")
+            rate = learning_rate(step, steps, config)
+            batches = batch_at(step)
+            means = backward(network.model, batches, objective)
+            norm = step_optimizer(network, rate, config.clip)
+            check_finite(run, step + 1, loss=means["loss"], gradient=norm)
+            step += 1
+            tokens = int(parallel.all_sum(torch.tensor(sum(objective.tokens(b) for b in batches))))
+            row = {**means, "lr": rate, "grad_norm": norm, "tokens": tokens}
+            if evaluate and (step % config.eval_every == 0 or step == steps):
+                row.update(held_out(network.model, evaluate))
+            run.log(step, **row)
+            progress.advance(tokens, f"loss {means['loss']:.3f}")
+            if step % config.save_every == 0 and step < steps:
+                run.save(step, {"model": network}, keep=config.keep)
+    return run.finish(network.model)
+
+
+def check_finite(run: Run, step: int, **values: float) -> None:
+    """RuntimeError where a value is not finite, before anything of this step is kept."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            kept = run.latest()
+            where = f"the last good checkpoint is {kept}" if kept else "no checkpoint was due yet"
+            raise RuntimeError(
+                f"the {name} is {value} at step {step}; {where}; lower the learning rate or look "
+                "at that step's data, then run again"
+            )
+
+
+@torch.no_grad()
+def held_out(
+    model: Transformer, evaluate: Callable[[Transformer], dict[str, float]]
+) -> dict[str, float]:
+    """`evaluate`'s numbers, their names marked as held-out."""
+    return {f"heldout_{name}": value for name, value in evaluate(model).items()}
+
+
+@torch.no_grad()
+def mean_loss(model: Transformer, batches: Sequence[Any], objective: Objective) -> dict[str, float]:
+    """The objective's means over `batches`, all ranks' together, without gradients."""
+    device = model.head_weight.device
+    sums: dict[str, Tensor] = {"weight": torch.zeros((), dtype=torch.float64, device=device)}
+    for batch in batches:
+        loss, extras = objective.loss(model, batch)
+        sums["weight"] = sums["weight"] + objective.weight(batch)
+        for name, value in {"loss": loss, **extras}.items():
+            sums[name] = sums.get(name, 0.0) + value.double()
+    stacked = parallel.all_sum(torch.stack(list(sums.values()))).tolist()
+    means = dict(zip(sums, stacked, strict=True))
+    weight = max(means.pop("weight"), 1e-12)
+    return {name: value / weight for name, value in means.items()}

@@ -1,0 +1,164 @@
+"""Next-token training: the objective and the batches that pretraining, SFT, rejection sampling's
+fine-tuning and GAtt share. They differ only in where rows and weights come from."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from puna.core import parallel
+from puna.core.checkpoint.source import Source
+from puna.core.model import Transformer
+from puna.core.ops import linear_cross_entropy
+from puna.trainers.data.packing import LMBatch, step_rows
+from puna.trainers.data.readers import Skipped
+from puna.trainers.train import loop
+from puna.trainers.train.run import Run, Trained
+
+Indices = TypeVar("Indices", list[int], np.ndarray)
+Item = TypeVar("Item")
+
+
+class Rows(Protocol):
+    """Packed rows: how many, and those with given indices as a batch."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> LMBatch: ...
+
+
+def next_token_loss(model: Transformer, batch: LMBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Summed weighted cross-entropy of the batch, nats."""
+    hidden = model(batch.tokens, batch.positions, batch.cu_seqlens)
+    loss = linear_cross_entropy(
+        hidden, model.head_weight, batch.targets, weights=batch.weights, reduction="sum"
+    )
+    return loss, {}
+
+
+OBJECTIVE = loop.Objective(
+    loss=next_token_loss,
+    weight=lambda batch: float(batch.weights.sum()),
+    tokens=lambda batch: batch.tokens.numel(),
+)
+
+
+def share(indices: Indices) -> Indices:
+    """This rank's equal part of a global batch; ValueError where it cannot be equal."""
+    size, left = divmod(len(indices), parallel.world_size())
+    if left:
+        raise ValueError(
+            f"a batch of {len(indices)} cannot be shared equally by {parallel.world_size()} "
+            "processes; choose a multiple"
+        )
+    return indices[parallel.rank() * size : (parallel.rank() + 1) * size]
+
+
+def to_device(batch: LMBatch, device: torch.device) -> LMBatch:
+    return LMBatch(*(tensor.to(device) for tensor in batch))
+
+
+def row_batches(
+    rows: Rows, batch: int, micro_batch: int, seed: int, device: torch.device
+) -> Callable[[int], list[LMBatch]]:
+    """`batch_at` for `loop.fit`: step -> this rank's micro-batches of at most `micro_batch` rows.
+
+    Epochs follow each other without a gap, each in a fresh order of (seed, epoch).
+    """
+
+    def batch_at(step: int) -> list[LMBatch]:
+        mine = share(step_rows(len(rows), batch, seed, step))
+        parts = [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
+        return [to_device(rows.batch(part), device) for part in parts]
+
+    return batch_at
+
+
+def held_out(
+    rows: Rows | None, micro_batch: int, device: torch.device
+) -> Callable[[Transformer], dict[str, float]] | None:
+    """`evaluate` for `loop.fit`: mean loss over all of `rows`; None without any."""
+    if rows is None:
+        return None
+
+    def evaluate(model: Transformer) -> dict[str, float]:
+        padded = -(-len(rows) // parallel.world_size()) * parallel.world_size()
+        mine = share([i % len(rows) for i in range(padded)])
+        parts = [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
+        batches = [to_device(rows.batch(part), device) for part in parts]
+        return loop.mean_loss(model, batches, OBJECTIVE)
+
+    return evaluate
+
+
+def train(
+    title: str,
+    run: Run,
+    source: Source,
+    rows: Rows,
+    steps: int,
+    batch: int,
+    micro_batch: int,
+    config: loop.TrainConfig,
+    held: Rows | None = None,
+) -> Path:
+    """Fit the model of `source` to `rows`; returns the finished model's folder."""
+    device = loop.device_of(config)
+    network = prepared(source, config)
+    return loop.fit(
+        title,
+        run,
+        network,
+        row_batches(rows, batch, micro_batch, config.seed, device),
+        steps,
+        OBJECTIVE,
+        config,
+        held_out(held, micro_batch, device),
+    )
+
+
+def prepared(source: Source, config: loop.TrainConfig) -> Trained:
+    """The model, sharded and so on as configured, with its optimizer."""
+    model = loop.load(source, config)
+    return Trained(model, loop.make_optimizer(model, config))
+
+
+def epoch_steps(rows: int, epochs: int, batch: int) -> int:
+    """Steps that visit `rows` rows `epochs` times, at least one."""
+    return max(1, round(rows * epochs / batch))
+
+
+def row_length(asked: int, context: int) -> int:
+    """Tokens in a training row: `asked`, or the model's context where it is 0."""
+    if asked > context:
+        raise ValueError(
+            f"row_tokens {asked} exceeds the model's context of {context}; lower it, or train a "
+            "model with a longer context"
+        )
+    return asked or context
+
+
+def say(skipped: Skipped) -> None:
+    """Print what was skipped and why."""
+    if parallel.is_main() and skipped:
+        print(skipped, flush=True)
+
+
+def split(items: Sequence[Item], held_out_share: float, seed: int) -> tuple[list[Item], list[Item]]:
+    """(training, held-out): a random share of the items, at least one where the share is not 0.
+
+    Raises ValueError where nothing is left to train on.
+    """
+    order = np.random.default_rng(seed).permutation(len(items)).tolist()
+    count = max(1, round(held_out_share * len(items))) if held_out_share > 0 else 0
+    if count >= len(items):
+        raise ValueError(
+            f"there are too few rows ({len(items)}) to hold some out; give held-out data of their "
+            "own, or --held-out 0"
+        )
+    chosen = set(order[:count])
+    kept = [item for i, item in enumerate(items) if i not in chosen]
+    return kept, [items[i] for i in sorted(chosen)]
