@@ -269,8 +269,8 @@ def switch(out: Path, rounds: int) -> dict[str, dict[str, int]]:
     for number in range(1, rounds + 1):
         samples = read_samples(rejection_folder(out, number) / "samples.jsonl")
         raw = torch.tensor([[s["helpfulness"], s["safety"]] for s in samples])
-        tagged = torch.tensor([s["risky"] for s in samples])
-        found[f"rlhf-v{number}"] = rewards.combine(raw[:, 0], raw[:, 1], tagged).branches
+        is_safety = torch.tensor([s["is_safety"] for s in samples])
+        found[f"rlhf-v{number}"] = rewards.combine(raw[:, 0], raw[:, 1], is_safety).branches
     return found
 
 

@@ -143,7 +143,7 @@ def tiny(tmp_path_factory):
     trained = sft.run(
         sft.SFTConfig(
             model=root / "lm", data=[root / "dialogues.jsonl"], out=root / "chat-run",
-            epochs=30, batch=4, lr=1e-2, held_out=0.0, device="cpu", save_every=10_000,
+            epochs=30, batch=4, lr=1e-2, eval_share=0.0, device="cpu", save_every=10_000,
         )
     )  # fmt: skip
     trained.rename(root / "chat")

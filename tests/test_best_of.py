@@ -12,7 +12,7 @@ from puna.trainers.rl.best_of import best_of, read_samples, reward_curve, write_
 def sample(question, score, *, finished=True, number=0, round=1, answer="yes"):
     return {
         "messages": [{"role": "user", "content": question}],
-        "risky": False,
+        "is_safety": False,
         "answer": answer,
         "tokens": [5, 2],
         "finished": finished,

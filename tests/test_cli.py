@@ -116,7 +116,7 @@ MISTAKES = {
     "sft {0}/recipe.toml --model {1}/lm --data {0}/bad.jsonl --out {0}/o": "did you mean epochs",
     "sft none.toml --model {1}/lm": "no recipe 'none.toml': no such file, and Puna ships",
     "sft --model {1}/lm --data {0}/bad.jsonl --out {0}/o": "bad.jsonl:2: not JSON",
-    "sft --model {1}/lm --data {0}/full.jsonl --held-out 0 --out {0}/o": "longer than",
+    "sft --model {1}/lm --data {0}/full.jsonl --eval-share 0 --out {0}/o": "longer than",
     "sft --model {0}/cut --data {1}/dialogues.jsonl --out {0}/o": "damaged or cut short",
     "sft --model {1}/lm --data {1}/dialogues.jsonl --batch 0 --out {0}/o": "batch is 0",
     "reward --model {1}/lm --data {1}/dialogues.jsonl --out {0}/o": "dialogues.jsonl:1: ",
@@ -192,7 +192,7 @@ def test_pretraining_on_shakespeare(shared, tmp_path, capsys):
         f"--row-tokens 64 --tokenizer {shared}/stories260K/tok512.model --out {out}".split()
     )
     assert status == 0
-    held = [row["heldout_loss"] for row in metrics(out) if "heldout_loss" in row]
+    held = [row["eval_loss"] for row in metrics(out) if "eval_loss" in row]
     assert held[-1] < held[0] - 1
     assert load_model(out / "model").config.vocab_size == 512
 
@@ -202,7 +202,7 @@ def test_fine_tuning_on_dolly(shared, stories, tmp_path):
     data = beginning(shared / "instruct" / "dolly_hh_1000.jsonl", tmp_path / "dolly.jsonl", 40)
     out = tmp_path / "run"
     assert main(f"sft examples/dolly.toml --model {stories} --data {data} --out {out}".split()) == 0
-    held = [row["heldout_loss"] for row in metrics(out) if "heldout_loss" in row]
+    held = [row["eval_loss"] for row in metrics(out) if "eval_loss" in row]
     assert held[-1] < held[0] - 0.1
 
 
@@ -227,6 +227,4 @@ def test_reward_models_on_comparisons_of_people(shared, stories, tmp_path, capsy
     assert sum(losses[-4:]) < sum(losses[:4]) - 0.2
     if recipe == "tulu1":
         assert "a tie where a ranking is asked for" in shown
-        assert any(
-            f"heldout_accuracy{r}" in metrics(out)[-1] for r in ("_better", "_slightly_better")
-        )
+        assert any(f"eval_accuracy{r}" in metrics(out)[-1] for r in ("_better", "_slightly_better"))

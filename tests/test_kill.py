@@ -16,14 +16,14 @@ from puna.core.checkpoint.folder import load_model
 COMMON = "--device cpu --save-every 1 --lr 1e-3 --batch 4"
 STAGES = {
     "pretrain": "--data {0}/text.jsonl --tokenizer {0}/tokenizer.model --context 48 --steps 6 "
-    "--held-out 0.1 --eval-every 2",
-    "sft": "--model {0}/lm --data {0}/dialogues.jsonl --held-out 0.1 --eval-every 3 --epochs 3",
-    "reward": "--model {0}/chat --data {0}/preferences.jsonl --held-out 0.2 --eval-every 3",
+    "--eval-share 0.1 --eval-every 2",
+    "sft": "--model {0}/lm --data {0}/dialogues.jsonl --eval-share 0.1 --eval-every 3 --epochs 3",
+    "reward": "--model {0}/chat --data {0}/preferences.jsonl --eval-share 0.2 --eval-every 3",
     "gatt": "--model {0}/chat --dialogues {0}/ghosts.jsonl --max-new-tokens 12 --epochs 4",
     "rejection": "--policy {0}/chat --helpfulness {0}/helpfulness --safety {0}/safety --chunk 4 "
     "--prompts {0}/prompts.jsonl --samples 3 --max-new-tokens 12 --epochs 4 --batch 1",
     "ppo": "--policy {0}/chat --helpfulness {0}/helpfulness --safety {0}/safety --iterations 5 "
-    "--prompts {0}/prompts.jsonl --held-out {0}/prompts.jsonl --minibatch 2 --max-new-tokens 8 "
+    "--prompts {0}/prompts.jsonl --eval-share {0}/prompts.jsonl --minibatch 2 --max-new-tokens 8 "
     "--eval-every 2 --patience 9",
 }
 CALL = "import sys; from puna.cli.main import main; sys.exit(main({argv!r}))"
@@ -36,7 +36,7 @@ def judge(messages, a, b):
     return Verdict(int(len(b) > len(a)), "better", "both_safe")
 
 prompts = [Path({tiny!r}) / "prompts.jsonl"]
-small = dict(batch=8, micro_batch=8, lr=1e-3, save_every=1, held_out=0.2)
+small = dict(batch=8, micro_batch=8, lr=1e-3, save_every=1, eval_share=0.2)
 rlhf.run(
     rlhf.RLHFConfig(
         out=Path({out!r}), model=Path({tiny!r}) / "chat", prompts=prompts,

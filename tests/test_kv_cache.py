@@ -28,7 +28,7 @@ def test_starts_empty_and_finite():
     assert cache.k.shape == cache.v.shape == (3, B, SLOTS, K, D)
     assert cache.k.dtype == cache.v.dtype == torch.bfloat16
     assert (cache.k == 0).all() and (cache.v == 0).all() and (cache.lengths == 0).all()
-    assert cache.slots == SLOTS
+    assert cache.max_tokens == SLOTS
 
 
 def test_fill_writes_the_first_slots_of_its_layer():
@@ -66,5 +66,5 @@ def test_keep(rows):
 
 
 def test_too_many_tokens():
-    with pytest.raises(ValueError, match="8 tokens do not fit a cache of 7 slots"):
+    with pytest.raises(ValueError, match="8 tokens do not fit a cache of 7"):
         KVCache(CONFIG, B, SLOTS).fill(0, torch.zeros(B, 8, K, D), torch.zeros(B, 8, K, D))

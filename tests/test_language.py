@@ -60,10 +60,10 @@ def test_micro_batches_visit_every_row_once_an_epoch_and_depend_on_the_step_only
 def test_the_held_out_loss_is_the_mean_over_all_weights(rows, model, micro_batch):
     batch = rows.batch(range(len(rows)))
     expected = next_token.next_token_loss(model, batch)[0] / batch.weights.sum()
-    evaluate = next_token.held_out(rows, micro_batch, CPU)
-    found = loop.held_out(model, evaluate)
-    assert found == {"heldout_loss": pytest.approx(expected.item(), rel=1e-6)}
-    assert next_token.held_out(None, 1, CPU) is None
+    evaluate = next_token.evaluation(rows, micro_batch, CPU)
+    found = loop.evaluated(model, evaluate)
+    assert found == {"eval_loss": pytest.approx(expected.item(), rel=1e-6)}
+    assert next_token.evaluation(None, 1, CPU) is None
 
 
 def test_a_batch_is_shared_equally_or_refused(monkeypatch):
@@ -88,7 +88,7 @@ def test_a_split_loses_nothing_and_is_the_same_every_time(count, share, seed):
 
 
 def test_one_row_cannot_be_held_out():
-    with pytest.raises(ValueError, match=r"too few rows \(1\) to hold some out; .*--held-out 0"):
+    with pytest.raises(ValueError, match=r"too few rows \(1\) to hold some out; .*--eval-share 0"):
         next_token.split(["a"], 0.02, 0)
 
 

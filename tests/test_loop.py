@@ -165,8 +165,8 @@ def test_held_out_numbers_stand_at_the_start_now_and_then_and_at_the_end(tmp_pat
     config = configured(tmp_path, eval_every=3)
     train(config, evaluate=lambda model: {"loss": 1.5, "accuracy": 0.5})
     rows = metrics(tmp_path)
-    assert [row["step"] for row in rows if "heldout_loss" in row] == [0, 3, 6, 8]
-    assert rows[0] == {"step": 0, "heldout_loss": 1.5, "heldout_accuracy": 0.5}
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 3, 6, 8]
+    assert rows[0] == {"step": 0, "eval_loss": 1.5, "eval_accuracy": 0.5}
 
 
 def test_only_the_newest_checkpoints_are_kept(whole, tmp_path):

@@ -97,7 +97,7 @@ def test_with_a_cache_as_without(first):
     """Fill with the first tokens, then one at a time: the same hidden states."""
     model, tokens = make(), random_tokens(3, 9)
     whole = model(tokens)
-    cache = KVCache(GQA, batch=3, slots=9)
+    cache = KVCache(GQA, batch=3, max_tokens=9)
     parts = [model(tokens[:, :first], cache=cache)]
     cache.lengths += first
     for t in range(first, 9):
@@ -109,7 +109,7 @@ def test_with_a_cache_as_without(first):
 def test_rows_of_different_lengths_in_one_cache():
     model, tokens = make(), random_tokens(3, 9)
     lengths = torch.tensor([2, 6, 4])
-    cache = KVCache(GQA, batch=3, slots=10)
+    cache = KVCache(GQA, batch=3, max_tokens=10)
     model(tokens[:, :6], cache=cache)  # each row right-padded to six with whatever stands there
     cache.lengths = lengths
     new = random_tokens(3, 1, seed=1)

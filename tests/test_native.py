@@ -228,9 +228,9 @@ def test_what_the_engine_does_not_take():
 
 def test_bad_input():
     engine = Engine(build(SHAPES[0]))
-    with pytest.raises(ValueError, match="at least 1 row, and 1 to 96 slots"):
+    with pytest.raises(ValueError, match="at least 1 row, and 1 to 96 tokens"):
         engine.reserve(0, 8)
-    with pytest.raises(ValueError, match="1 to 96 slots"):
+    with pytest.raises(ValueError, match="1 to 96 tokens"):
         engine.reserve(1, 97)
     engine.reserve(2, 8)
     one = torch.zeros(1, dtype=torch.int64)

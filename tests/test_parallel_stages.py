@@ -35,7 +35,7 @@ COMMON = ["--save-every", "1000", "--eval-every", "5", "--lr", "1e-3", "--device
 STAGES: dict[str, list[str]] = {
     "pretrain": (
         "--data {0}/text.jsonl --tokenizer {0}/tokenizer.model --size mini --context 64 --batch 4 "
-        "--micro-batch 1 --steps 10 --held-out 0.1"
+        "--micro-batch 1 --steps 10 --eval-share 0.1"
     ).split(),
     "sft": "--model {0}/lm --data {0}/dialogues.jsonl --batch 4 --micro-batch 1 --epochs 2".split(),
     "reward": (
@@ -44,8 +44,8 @@ STAGES: dict[str, list[str]] = {
     ).split(),
     "ppo": (
         "--policy {0}/lm --helpfulness {0}/helpfulness --safety {0}/safety "
-        "--prompts {0}/prompts.jsonl --held-out {0}/prompts.jsonl --iterations 10 --batch 8 "
-        "--minibatch 4 --max-new-tokens 6 --micro-batch-tokens 64 --held-out-count 5"
+        "--prompts {0}/prompts.jsonl --eval-share {0}/prompts.jsonl --iterations 10 --batch 8 "
+        "--minibatch 4 --max-new-tokens 6 --micro-batch-tokens 64 --eval-share-count 5"
     ).split(),
     # 11 prompts in chunks of 5: in the last chunk a rank has none
     "rejection": (

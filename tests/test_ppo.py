@@ -85,7 +85,7 @@ def metrics(out: Path) -> list[dict[str, float]]:
 def whole(world):
     """A finished run, with held-out prompts."""
     out = world / "whole"
-    ppo.run(configured(world, out, held_out=[world / "held_out.jsonl"]))
+    ppo.run(configured(world, out, eval_prompts=[world / "held_out.jsonl"]))
     return out
 
 
@@ -106,19 +106,19 @@ def test_a_run_logs_what_one_needs_to_see(whole):
     rows = metrics(whole)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
     wanted = (
-        "reward", "reward_helpfulness", "reward_safety", "branch_tagged", "branch_unsafe",
+        "reward", "reward_helpfulness", "reward_safety", "branch_is_safety", "branch_unsafe",
         "branch_helpfulness", "kl", "kl_token_k1", "kl_token_k3", "answer_tokens", "unfinished",
         "explained_variance", "value_loss", "critic_grad_norm",
     )  # fmt: skip
     for row in rows[1:]:
         assert all(math.isfinite(row[name]) for name in wanted)
-        assert row["branch_tagged"] + row["branch_unsafe"] + row["branch_helpfulness"] == 8
+        assert row["branch_is_safety"] + row["branch_unsafe"] + row["branch_helpfulness"] == 8
     assert all(
         name in rows[2]
         for name in ("ratio", "clip_fraction", "entropy", "policy_loss", "policy_grad_norm")
     )
     assert "ratio" not in rows[1] and rows[1]["lr"] == 0.0  # the critic's warm-up
-    assert "heldout_reward" in rows[0] and "heldout_reward" in rows[4]
+    assert "eval_reward" in rows[0] and "eval_reward" in rows[4]
     assert abs(rows[1]["kl"]) < 1e-4 and rows[5]["kl_token_k3"] > 0
 
 
@@ -134,7 +134,10 @@ def test_the_finished_model_is_the_trained_policy(world, whole):
     after = load_model(whole / "model").state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert (whole / "model" / "tokenizer.model").exists()
-    assert ppo.run(configured(world, whole, held_out=[world / "held_out.jsonl"])) == whole / "model"
+    assert (
+        ppo.run(configured(world, whole, eval_prompts=[world / "held_out.jsonl"]))
+        == whole / "model"
+    )
 
 
 def test_trap_12_the_critic_is_its_own_model_with_a_fresh_head_and_is_checkpointed(world, whole):
@@ -167,7 +170,7 @@ def test_trap_12_the_fresh_head_is_small(world, tmp_path, start):
 
 def test_a_run_killed_at_any_moment_continues_exactly(world, whole, tmp_path):
     """kill -9 of a real process, some iterations after a checkpoint; then the same command."""
-    config = configured(world, tmp_path / "killed", held_out=[world / "held_out.jsonl"])
+    config = configured(world, tmp_path / "killed", eval_prompts=[world / "held_out.jsonl"])
     recipe = tmp_path / "ppo.toml"
     recipe.write_text(to_toml(config))
     command = [sys.executable, "-m", "puna.trainers.ppo", str(recipe)]
@@ -195,7 +198,7 @@ def test_resuming_reads_policy_critic_and_both_optimizers(world, whole, tmp_path
     shutil.copytree(whole, out)
     shutil.rmtree(out / "model")
     shutil.rmtree(out / "checkpoints" / "step-000004")
-    config = configured(world, out, held_out=[world / "held_out.jsonl"])
+    config = configured(world, out, eval_prompts=[world / "held_out.jsonl"])
     recorded = (out / "config.toml").read_text().replace(str(whole), str(out))
     (out / "config.toml").write_text(recorded)
     ppo.run(config)
@@ -224,7 +227,7 @@ def test_bad_sizes_are_refused_with_a_way_out(world, tmp_path):
     config = configured(world, tmp_path / "x")
     with pytest.raises(ValueError, match="batch 10 is not a multiple of minibatch 4"):
         ppo.run(replace(config, batch=10))
-    with pytest.raises(ValueError, match="patience needs held_out"):
+    with pytest.raises(ValueError, match="patience needs eval_prompts"):
         ppo.run(replace(config, patience=2))
     with pytest.raises(ValueError, match="max_new_tokens 64 leaves no room"):
         ppo.run(replace(config, max_new_tokens=64))
@@ -243,7 +246,7 @@ def test_models_with_different_tokenizers_are_refused(world, tmp_path):
 
 def test_early_stopping_takes_the_best_model(world, tmp_path, monkeypatch):
     rewards = iter([0.0, 2.0, 1.0, 1.5, 1.5])
-    monkeypatch.setattr(ppo, "held_out", lambda stage: {"heldout_reward": next(rewards)})
+    monkeypatch.setattr(ppo, "evaluate", lambda stage: {"eval_reward": next(rewards)})
     saved = []
     save_best = ppo.save_best
 
@@ -254,7 +257,7 @@ def test_early_stopping_takes_the_best_model(world, tmp_path, monkeypatch):
     monkeypatch.setattr(ppo, "save_best", watched)
     held = [world / "held_out.jsonl"]
     config = configured(
-        world, tmp_path / "run", held_out=held, patience=2, eval_every=1, iterations=9
+        world, tmp_path / "run", eval_prompts=held, patience=2, eval_every=1, iterations=9
     )
     final = load_model(ppo.run(config)).state_dict()
     assert [row["step"] for row in metrics(config.out)] == [0, 1, 2, 3]
@@ -264,15 +267,15 @@ def test_early_stopping_takes_the_best_model(world, tmp_path, monkeypatch):
 
 def test_where_nothing_is_better_the_first_model_stays(world, tmp_path, monkeypatch):
     rewards = iter([3.0, 2.0, 1.0, 1.5])
-    monkeypatch.setattr(ppo, "held_out", lambda stage: {"heldout_reward": next(rewards)})
+    monkeypatch.setattr(ppo, "evaluate", lambda stage: {"eval_reward": next(rewards)})
     held = [world / "held_out.jsonl"]
-    config = configured(world, tmp_path / "run", held_out=held, patience=3, eval_every=1)
+    config = configured(world, tmp_path / "run", eval_prompts=held, patience=3, eval_every=1)
     final, first = (load_model(p).state_dict() for p in (ppo.run(config), world / "policy"))
     assert all(torch.equal(final[name], first[name]) for name in first)
 
 
 def test_stopping_rules():
-    rows = [{"heldout_reward": r, "kl": 0.1} for r in (1.0, 3.0, 2.0)]
+    rows = [{"eval_reward": r, "kl": 0.1} for r in (1.0, 3.0, 2.0)]
     assert stop_reason(rows, 0, None) is None
     assert stop_reason(rows, 2, None) is None
     assert "no better held-out reward in 1" in stop_reason(rows, 1, None)
@@ -289,7 +292,7 @@ def test_a_high_kl_ends_the_run(world, tmp_path):
 
 
 def test_two_ranks_give_the_numbers_of_one(world, whole, tmp_path):
-    config = configured(world, tmp_path / "ranks", held_out=[world / "held_out.jsonl"])
+    config = configured(world, tmp_path / "ranks", eval_prompts=[world / "held_out.jsonl"])
     recipe = tmp_path / "ppo.toml"
     recipe.write_text(to_toml(config))
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

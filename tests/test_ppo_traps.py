@@ -234,7 +234,7 @@ def test_metrics_count_the_branches_of_the_switch():
     scores = score_answers(nets, rollout, tagged, SETTINGS)
     experience = make_experience(nets, rollout, scores, SETTINGS)
     metrics = rollout_metrics(experience, scores, one_sum)
-    assert metrics["branch_tagged"] == 2
-    names = ("tagged", "unsafe", "helpfulness")
+    assert metrics["branch_is_safety"] == 2
+    names = ("is_safety", "unsafe", "helpfulness")
     assert sum(metrics[f"branch_{name}"] for name in names) == 4
     assert one_rank(3) == 3

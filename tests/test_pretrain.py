@@ -23,7 +23,7 @@ def configured(tiny: Path, out: Path, **options) -> PretrainConfig:
         "micro_batch": 2,
         "steps": 12,
         "lr": 3e-3,
-        "held_out": 0.1,
+        "eval_share": 0.1,
         "eval_every": 6,
         "device": "cpu",
     }
@@ -42,7 +42,7 @@ def whole(tiny, tmp_path_factory):
 
 
 def test_the_held_out_loss_falls(whole):
-    held = [row["heldout_loss"] for row in metrics(whole) if "heldout_loss" in row]
+    held = [row["eval_loss"] for row in metrics(whole) if "eval_loss" in row]
     assert len(held) == 3 and held[0] > 5.5 and held[2] < held[1] < held[0] - 0.5
 
 
@@ -89,7 +89,7 @@ def test_the_first_loss_is_that_of_the_freshly_initialised_model(tiny, whole):
         total += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
         count += len(ids) - 1
     assert config.seed == 0
-    assert metrics(whole)[0]["heldout_loss"] == pytest.approx(total / count, abs=1e-5)
+    assert metrics(whole)[0]["eval_loss"] == pytest.approx(total / count, abs=1e-5)
 
 
 def test_the_seed_decides(tiny, whole, tmp_path):
@@ -101,18 +101,18 @@ def test_the_seed_decides(tiny, whole, tmp_path):
 
 def test_without_steps_it_is_one_epoch_of_a_text_file(tiny, tmp_path):
     (tmp_path / "book.txt").write_text("red blue green cup tree lamp " * 60)
-    options = {"data": [tmp_path / "book.txt"], "steps": 0, "row_tokens": 16, "held_out": 0.0}
+    options = {"data": [tmp_path / "book.txt"], "steps": 0, "row_tokens": 16, "eval_share": 0.0}
     pretrain.run(configured(tiny, tmp_path / "run", **options))
     tokens = sum(row["tokens"] for row in metrics(tmp_path / "run"))
     ids = Tokenizer(tiny / "tokenizer.model").encode("red blue green cup tree lamp " * 60)
-    assert abs(tokens - len(ids)) <= 64 and "heldout_loss" not in metrics(tmp_path / "run")[0]
+    assert abs(tokens - len(ids)) <= 64 and "eval_loss" not in metrics(tmp_path / "run")[0]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"size": "8b"}, "unknown model size '8b'; known sizes: 7b"),
-        ({"held_out": 1.0}, "held_out is 1.0; it is a share of the data"),
+        ({"eval_share": 1.0}, "eval_share is 1.0; it is a share of the data"),
         ({"steps": -1}, "steps is -1; it cannot be negative"),
         ({"micro_batch": 0}, "micro_batch is 0; it must be at least 1"),
         ({"row_tokens": 64}, "row_tokens 64 exceeds the model's context of 48"),

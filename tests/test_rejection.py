@@ -101,7 +101,7 @@ def test_k_answers_to_each_prompt_are_sampled_and_scored(world, whole):
             hidden = judge(torch.tensor([ids]))[0, -1]
             expected = (hidden @ judge.score.weight[0]).item()
             assert one[name] == pytest.approx(expected, abs=1e-4)
-        unsafe = one["risky"] or one["safety"] < -1.7346
+        unsafe = one["is_safety"] or one["safety"] < -1.7346
         assert one["score"] == one["safety" if unsafe else "helpfulness"]
 
 
@@ -168,7 +168,7 @@ def test_earlier_rounds_stay_in_the_pool_and_are_scored_again(world, whole, tmp_
             if s["messages"] == one["messages"] and s["finished"] and s["answer"]
         ]
         assert best["score"] == pytest.approx(max([one["score"], *rivals]), abs=1e-4)
-        if best["round"] == 1 and not best["risky"] and best["score"] == best["helpfulness"]:
+        if best["round"] == 1 and not best["is_safety"] and best["score"] == best["helpfulness"]:
             ids = encode_prompt(tokenizer, best["messages"]) + best["tokens"]
             hidden = judge(torch.tensor([ids]))[0, -1]
             assert best["score"] == pytest.approx((hidden @ judge.score.weight[0]).item(), abs=1e-4)

@@ -101,9 +101,9 @@ def good_evaluation():
             )
         },
         "switch": {
-            "rlhf-v1": {"tagged": 3200, "unsafe": 410, "helpfulness": 10_790},
-            "rlhf-v2": {"tagged": 3200, "unsafe": 300, "helpfulness": 10_900},
-            "rlhf-v3": {"tagged": 3200, "unsafe": 90, "helpfulness": 11_110},
+            "rlhf-v1": {"is_safety": 3200, "unsafe": 410, "helpfulness": 10_790},
+            "rlhf-v2": {"is_safety": 3200, "unsafe": 300, "helpfulness": 10_900},
+            "rlhf-v3": {"is_safety": 3200, "unsafe": 90, "helpfulness": 11_110},
         },
         "best_of_k": {
             f"rlhf-v{n}": [
@@ -145,12 +145,12 @@ def write_run(folder, evaluation):
             for n in range(1, 401)
         ]
         for row in rows[49::50]:
-            row["heldout_loss"] = row["loss"] + 0.05
+            row["eval_loss"] = row["loss"] + 0.05
         lines = [json.dumps(row) for row in rows]
         (folder / name / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 401, "lo']))
     ppo = folder / "rlhf" / "round-3" / "ppo"
     ppo.mkdir(parents=True, exist_ok=True)
-    rows = [{"step": 0, "heldout_reward": 0.2, "heldout_safety": 0.1, "heldout_helpfulness": 1.0}]
+    rows = [{"step": 0, "eval_reward": 0.2, "eval_safety": 0.1, "eval_helpfulness": 1.0}]
     for n in range(1, 101):
         reward = 3 * (1 - math.exp(-n / 40)) + rng.gauss(0, 0.2)
         row = {
@@ -161,7 +161,7 @@ def write_run(folder, evaluation):
             "kl": n / 50 + rng.gauss(0, 0.1),
             "entropy": 0.7 - n / 300,
         }
-        rows.append(row | ({"heldout_reward": reward - 0.1} if n % 25 == 0 else {}))
+        rows.append(row | ({"eval_reward": reward - 0.1} if n % 25 == 0 else {}))
     (ppo / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (ppo / "config.toml").write_text("beta = 0.1\nlr = 1.5e-4\niterations = 100\nbatch = 128\n")
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
@@ -299,7 +299,7 @@ def test_a_tiny_run_reports(tmp_path):
         del row["greedy"]
     evaluation["reward_models"]["safety"] = {"accuracy": {"all": 0.5, "better": 1.0}}
     evaluation["best_of_k"] = {"rlhf-v1": [{"k": 1, "best": 1.0, "mean": 1.0, "median": 1.0}]}
-    evaluation["switch"] = {"rlhf-v1": {"tagged": 0, "unsafe": 0, "helpfulness": 0}}
+    evaluation["switch"] = {"rlhf-v1": {"is_safety": 0, "unsafe": 0, "helpfulness": 0}}
     evaluation["gatt"] = {"greedy": {"with": {}, "without": {"1": 1.0}}}
     write_run(tmp_path, evaluation)
     (tmp_path / "pretrain" / "metrics.jsonl").write_text('{"step": 1, "loss": 6.0}\n')

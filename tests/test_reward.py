@@ -28,7 +28,7 @@ def configured(tiny: Path, out: Path, **options) -> RewardConfig:
         "batch": 16,
         "micro_batch": 3,
         "lr": 3e-3,
-        "held_out": 0.25,
+        "eval_share": 0.25,
         "device": "cpu",
     }
     return RewardConfig(out=out, **(values | options))
@@ -82,7 +82,7 @@ def test_training_and_scoring_read_the_same_score_at_eos(tiny, pairs):
 @pytest.mark.parametrize("margin", ["none", "small", "large"])
 def test_the_first_loss_is_eq_2_with_the_papers_margins(tiny, pairs, tmp_path, margin):
     table = {"none": (0, 0, 0, 0), "small": (1, 2 / 3, 1 / 3, 0), "large": (3, 2, 1, 0)}[margin]
-    config = configured(tiny, tmp_path, margin=margin, batch=48, held_out=0.0)
+    config = configured(tiny, tmp_path, margin=margin, batch=48, eval_share=0.0)
     model = started(tiny, tmp_path / "other")
     reward.run(config)
     expected = []
@@ -94,7 +94,7 @@ def test_the_first_loss_is_eq_2_with_the_papers_margins(tiny, pairs, tmp_path, m
 
 
 def test_the_safety_loss_is_added_with_its_weight(tiny, pairs, tmp_path):
-    config = configured(tiny, tmp_path, safety_weight=0.7, batch=48, held_out=0.0)
+    config = configured(tiny, tmp_path, safety_weight=0.7, batch=48, eval_share=0.0)
     model = started(tiny, tmp_path / "other")
     reward.run(config)
     row = metrics(tmp_path)[0]
@@ -116,12 +116,12 @@ def test_training_ranks_better_and_says_how_well_with_intervals(tiny, tmp_path, 
     reward.run(config)
     rows = metrics(tmp_path)
     assert rows[-1]["loss"] < rows[1]["loss"] - 0.1
-    assert rows[-1]["heldout_accuracy"] > 0.6
-    assert any(f"heldout_accuracy_{rating}" in rows[-1] for rating in RATINGS)
+    assert rows[-1]["eval_accuracy"] > 0.6
+    assert any(f"eval_accuracy_{rating}" in rows[-1] for rating in RATINGS)
     shown = capsys.readouterr().out
     found = re.search(r"held-out accuracy\s+(\S+) \(95% interval (\S+) to (\S+)\), 12 pairs", shown)
     share, low, high = map(float, found.groups())
-    assert share == pytest.approx(rows[-1]["heldout_accuracy"], abs=1e-3)
+    assert share == pytest.approx(rows[-1]["eval_accuracy"], abs=1e-3)
     assert low < share <= high and "slightly better" in shown
 
 
@@ -132,7 +132,7 @@ def test_the_warm_up_is_three_percent_of_the_steps_at_least_five(tiny, tmp_path)
 
 
 def test_a_batch_larger_than_the_data_is_said(tiny, tmp_path, capsys):
-    reward.run(configured(tiny, tmp_path, batch=512, held_out=0.0))
+    reward.run(configured(tiny, tmp_path, batch=512, eval_share=0.0))
     assert "a batch of 512 exceeds the 48 pairs" in capsys.readouterr().out
     assert len(metrics(tmp_path)) == 1
 
@@ -155,8 +155,8 @@ def test_graded_comparisons_of_a_and_b_are_mapped_by_the_recipe(tiny, tmp_path, 
     reward.run(configured(tiny, tmp_path / "mapped", **options))
     shown = capsys.readouterr().out
     assert "skipped 6 rows: a tie where a ranking is asked for" in shown
-    assert {"heldout_accuracy_better", "heldout_accuracy_slightly_better"} >= {
-        name for name in metrics(tmp_path / "mapped")[-1] if name.startswith("heldout_accuracy_")
+    assert {"eval_accuracy_better", "eval_accuracy_slightly_better"} >= {
+        name for name in metrics(tmp_path / "mapped")[-1] if name.startswith("eval_accuracy_")
     }
 
 

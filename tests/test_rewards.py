@@ -91,8 +91,8 @@ def raw(probability):
     [
         (0.10, 0.90, False, -2.197, "unsafe"),
         (0.20, 0.90, False, 2.197, "helpfulness"),
-        (0.20, 0.90, True, raw(0.20), "tagged"),
-        (0.10, 0.90, True, -2.197, "tagged"),
+        (0.20, 0.90, True, raw(0.20), "is_safety"),
+        (0.10, 0.90, True, -2.197, "is_safety"),
         (0.1501, 0.30, False, raw(0.30), "helpfulness"),
         (0.1499, 0.30, False, raw(0.1499), "unsafe"),
     ],
@@ -103,7 +103,7 @@ def test_combine_is_equation_four(safety, helpful, tagged, expected, branch):
     )
     assert combined.raw.item() == pytest.approx(expected, abs=1e-3)
     assert combined.from_safety.item() is (branch != "helpfulness")
-    counts = {"tagged": 0, "unsafe": 0, "helpfulness": 0}
+    counts = {"is_safety": 0, "unsafe": 0, "helpfulness": 0}
     assert combined.branches == counts | {branch: 1}
 
 

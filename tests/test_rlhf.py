@@ -32,7 +32,7 @@ def configured(tiny: Path, out: Path, **options) -> RLHFConfig:
         "temperatures": [1.0, 1.5],
         "max_new_tokens": 8,
         "device": "cpu",
-        "reward": {**SMALL, "held_out": 0.2},
+        "reward": {**SMALL, "eval_share": 0.2},
         "safety": {"safety_weight": 0.5},
         "rejection": {"samples": 3, "chunk": 8, "epochs": 1, "batch": 2, "micro_batch": 2},
         "ppo": {"iterations": 2, "batch": 8, "minibatch": 4, "lr": 1e-4, "save_every": 1},

@@ -83,7 +83,7 @@ def test_metrics_are_one_history(tmp_path):
 
 def test_a_run_without_a_checkpoint_starts_its_history_anew(tmp_path):
     run = opened(tmp_path)
-    run.log(0, heldout_loss=1.0)
+    run.log(0, eval_loss=1.0)
     run.log(1, loss=1.0)
     assert opened(tmp_path).resume_step() == 0
     assert run.metrics.read_text() == ""

@@ -24,7 +24,7 @@ def configured(tiny: Path, out: Path, **options) -> SFTConfig:
         "micro_batch": 2,
         "row_tokens": 64,
         "lr": 1e-2,
-        "held_out": 0.1,
+        "eval_share": 0.1,
         "device": "cpu",
     }
     return SFTConfig(out=out, **(values | options))
@@ -52,18 +52,18 @@ def answer_loss(tiny: Path, messages_of_all) -> float:
 
 def test_only_answers_count_and_packed_dialogues_do_not_see_each_other(tiny, tmp_path):
     """The first step over all rows has the mean loss of each dialogue's answers alone."""
-    config = configured(tiny, tmp_path, epochs=1, held_out=0.0, row_tokens=0)
-    config.held_out_data = [tiny / "dialogues.jsonl"]
+    config = configured(tiny, tmp_path, epochs=1, eval_share=0.0, row_tokens=0)
+    config.eval_data = [tiny / "dialogues.jsonl"]
     sft.run(config)
     dialogues, _ = read_dialogues(tiny / "dialogues.jsonl")
     expected = answer_loss(tiny, [d.messages for d in dialogues])
-    assert metrics(tmp_path)[0]["heldout_loss"] == pytest.approx(expected, abs=1e-5)
+    assert metrics(tmp_path)[0]["eval_loss"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_two_epochs_see_every_dialogue_twice_and_the_held_out_loss_falls(tiny, tmp_path, capsys):
     sft.run(configured(tiny, tmp_path, batch=2))
     rows = metrics(tmp_path)
-    assert rows[-1]["heldout_loss"] < rows[0]["heldout_loss"] - 0.3
+    assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.3
     tokenizer = Tokenizer(tiny / "tokenizer.model")
     dialogues, _ = read_dialogues(tiny / "dialogues.jsonl")
     kept, held = sft.language.split(dialogues, 0.1, 0)
@@ -79,7 +79,7 @@ def test_further_columns_and_held_out_data_of_their_own(tiny, tmp_path):
         tiny,
         tmp_path / "run",
         data=[tmp_path / "qa.jsonl"],
-        held_out_data=[tmp_path / "qa.jsonl"],
+        eval_data=[tmp_path / "qa.jsonl"],
         columns=Columns(prompt="question", response="answer"),
     )
     sft.run(config)
@@ -93,7 +93,7 @@ def test_further_columns_and_held_out_data_of_their_own(tiny, tmp_path):
             for row in rows
         ],
     )
-    assert metrics(tmp_path / "run")[0]["heldout_loss"] == pytest.approx(expected, abs=1e-5)
+    assert metrics(tmp_path / "run")[0]["eval_loss"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_what_is_skipped_is_counted_and_named(tiny, tmp_path, capsys):
@@ -109,14 +109,14 @@ def test_what_is_skipped_is_counted_and_named(tiny, tmp_path, capsys):
     ]
     path = tmp_path / "odd.jsonl"
     path.write_text("".join(json.dumps({"messages": d}) + "\n" for d in dialogues))
-    sft.run(configured(tiny, tmp_path / "run", data=[path], held_out=0.0))
+    sft.run(configured(tiny, tmp_path / "run", data=[path], eval_share=0.0))
     shown = capsys.readouterr().out
     assert "roles do not alternate" in shown and f"(first {path}:3)" in shown
     assert "chat tag" in shown and "empty" in shown
     assert "skipped 1 row: longer than" in shown
     with pytest.raises(ValueError, match="no sequence to train on.*longer than"):
         path.write_text(json.dumps({"messages": dialogues[1]}) + "\n")
-        sft.run(configured(tiny, tmp_path / "other", data=[path], held_out=0.0))
+        sft.run(configured(tiny, tmp_path / "other", data=[path], eval_share=0.0))
 
 
 def test_starting_points_that_cannot_be(tiny, tmp_path):
@@ -129,7 +129,7 @@ def test_starting_points_that_cannot_be(tiny, tmp_path):
     with pytest.raises(ValueError, match="row_tokens 999 exceeds the model's context of 256"):
         sft.run(configured(tiny, tmp_path / "c", row_tokens=999))
     (tmp_path / "one.jsonl").write_text('{"prompt": "red", "response": "blue"}\n')
-    with pytest.raises(ValueError, match="too few rows .* --held-out 0"):
+    with pytest.raises(ValueError, match="too few rows .* --eval-share 0"):
         sft.run(configured(tiny, tmp_path / "d", data=[tmp_path / "one.jsonl"]))
 
 

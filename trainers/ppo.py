@@ -51,7 +51,7 @@ from puna.trainers.train.progress import meter
 from puna.trainers.train.run import Run, Trained
 
 SHOWN = 8  # answers written to samples/ at a time
-HELD_OUT_ROUND = -1  # held-out answers are drawn with the same random numbers every time
+EVAL_ROUND = -1  # held-out answers are drawn with the same random numbers every time
 
 
 @dataclass(kw_only=True)
@@ -66,7 +66,7 @@ class PPOConfig(loop.TrainConfig):
     """safety reward model"""
     prompts: list[Path]
     """prompt files to sample from"""
-    held_out: list[Path] = field(default_factory=list)
+    eval_prompts: list[Path] = field(default_factory=list)
     """prompt files for held-out reward and early stopping"""
     iterations: int = 400
     """rollouts (paper: 200-400, stopped early)"""
@@ -107,7 +107,7 @@ class PPOConfig(loop.TrainConfig):
     go on to the end and take the last"""
     max_kl: float | None = None
     """stop when the mean KL of an answer, in nats, exceeds it"""
-    held_out_count: int = 512
+    eval_count: int = 512
     """held-out prompts per evaluation"""
     micro_batch_tokens: int = 16384
     """most tokens in one forward pass"""
@@ -127,7 +127,7 @@ class Stage(NamedTuple):
     settings: Settings
     tokenizer: Tokenizer
     prompts: list[EncodedPrompt]
-    held_out: list[EncodedPrompt]
+    eval_prompts: list[EncodedPrompt]
 
 
 def run(config: PPOConfig) -> Path:
@@ -144,10 +144,10 @@ def run(config: PPOConfig) -> Path:
         "critic": Trained(stage.models.critic, loop.make_optimizer(stage.models.critic, config)),
     }
     folder.restore_optimizers(networks)
-    if stage.held_out and parallel.broadcast(not history(folder.metrics)):
+    if stage.eval_prompts and parallel.broadcast(not history(folder.metrics)):
         if config.patience:
             save_best(folder, stage.models.policy)  # it may stay the best
-        folder.log(0, **held_out(stage))
+        folder.log(0, **evaluate(stage))
     bar = meter("ppo", config.iterations, start=iteration, unit="answers", show=parallel.is_main())
     with bar as progress, stop_requests() as stop:
         while iteration < config.iterations:
@@ -158,8 +158,8 @@ def run(config: PPOConfig) -> Path:
                 )
             row = train_iteration(stage, folder, networks, iteration)
             iteration += 1
-            if stage.held_out and iteration % config.eval_every == 0:
-                row |= held_out(stage)
+            if stage.eval_prompts and iteration % config.eval_every == 0:
+                row |= evaluate(stage)
             folder.log(iteration, **row)
             progress.advance(config.batch, f"reward {row['reward']:.3f} kl {row['kl']:.2f}")
             if ended(config, folder, stage.models.policy):
@@ -198,8 +198,8 @@ def check(config: PPOConfig) -> None:
         raise ValueError(
             f"temperature is {config.temperature}; answers are sampled: set it above 0"
         )
-    if config.patience and not config.held_out:
-        raise ValueError("patience needs held_out prompts to look at; name some or set it to 0")
+    if config.patience and not config.eval_prompts:
+        raise ValueError("patience needs eval_prompts to look at; name some or set it to 0")
 
 
 def open_stage(config: PPOConfig, folder: Run, tokenizer: Tokenizer) -> Stage:
@@ -230,8 +230,8 @@ def open_stage(config: PPOConfig, folder: Run, tokenizer: Tokenizer) -> Stage:
         )
     prompts, skipped = load_prompts(config.prompts, tokenizer, room)
     held: list[EncodedPrompt] = []
-    if config.held_out:
-        held, unusable = load_prompts(config.held_out, tokenizer, room)
+    if config.eval_prompts:
+        held, unusable = load_prompts(config.eval_prompts, tokenizer, room)
         skipped.merge(unusable)
     if skipped and parallel.is_main():
         print(skipped)
@@ -241,7 +241,7 @@ def open_stage(config: PPOConfig, folder: Run, tokenizer: Tokenizer) -> Stage:
         settings_of(config),
         tokenizer,
         prompts,
-        held[: config.held_out_count],
+        held[: config.eval_count],
     )
 
 
@@ -273,7 +273,7 @@ def train_iteration(
     prompts = [stage.prompts[index] for index, _ in picks]
     rollout = sample(stage, prompts, [i for i, _ in picks], [e for _, e in picks], iteration)
     sampled = time.monotonic()
-    scores = score_answers(stage.models, rollout, risky(prompts), stage.settings)
+    scores = score_answers(stage.models, rollout, is_safety(prompts), stage.settings)
     experience = make_experience(stage.models, rollout, scores, stage.settings)
     row = rollout_metrics(experience, scores, stage.settings.all_sum)
     judged = time.monotonic()
@@ -342,21 +342,21 @@ def sample(
     )
 
 
-def risky(prompts: list[EncodedPrompt]) -> torch.Tensor:
-    return torch.tensor([prompt.risky for prompt in prompts], dtype=torch.bool)
+def is_safety(prompts: list[EncodedPrompt]) -> torch.Tensor:
+    return torch.tensor([prompt.is_safety for prompt in prompts], dtype=torch.bool)
 
 
-def held_out(stage: Stage) -> dict[str, float]:
+def evaluate(stage: Stage) -> dict[str, float]:
     """Mean reward of the policy on the held-out prompts: always the same prompts and draws."""
-    numbers = range(parallel.rank(), len(stage.held_out), parallel.world_size())
-    prompts = [stage.held_out[i] for i in numbers]
-    rollout = sample(stage, prompts, list(numbers), [0] * len(prompts), HELD_OUT_ROUND)
-    scores = score_answers(stage.models, rollout, risky(prompts), stage.settings)
+    numbers = range(parallel.rank(), len(stage.eval_prompts), parallel.world_size())
+    prompts = [stage.eval_prompts[i] for i in numbers]
+    rollout = sample(stage, prompts, list(numbers), [0] * len(prompts), EVAL_ROUND)
+    scores = score_answers(stage.models, rollout, is_safety(prompts), stage.settings)
     totals = Totals(rollout.lengths.device)
-    totals.add("heldout_reward", scores.settled)
-    totals.add("heldout_helpfulness", scores.helpfulness)
-    totals.add("heldout_safety", scores.safety)
-    totals.add("heldout_unfinished", (~rollout.finished).double())
+    totals.add("eval_reward", scores.settled)
+    totals.add("eval_helpfulness", scores.helpfulness)
+    totals.add("eval_safety", scores.safety)
+    totals.add("eval_unfinished", (~rollout.finished).double())
     return totals.means(stage.settings.all_sum)
 
 

@@ -40,7 +40,7 @@ class PretrainConfig(loop.TrainConfig):
     """rows in one forward pass"""
     steps: int = 0
     """optimizer steps; 0 takes one epoch"""
-    held_out: float = 0.01
+    eval_share: float = 0.01
     """share of the tokens, the last ones, kept for the held-out loss"""
 
 
@@ -53,8 +53,8 @@ def run(config: PretrainConfig) -> Path:
         return folder.final
     corpus = load_corpus(config, tokenizer)
     training, held = corpus, None
-    if config.held_out > 0:
-        training, held = split_corpus(corpus, config.held_out)
+    if config.eval_share > 0:
+        training, held = split_corpus(corpus, config.eval_share)
     source = new_model(config, folder, tokenizer.vocab_size)
     row_tokens = next_token.row_length(config.row_tokens, source.config.context)
     rows = CorpusRows(training, row_tokens)

@@ -140,14 +140,14 @@ class Judges:
         self.helpfulness = frozen(config.helpfulness, "score", config)
         self.safety = frozen(config.safety, "score", config)
 
-    def scores(self, sequences: Sequence[list[int]], risky: Sequence[bool]) -> list[Verdict]:
+    def scores(self, sequences: Sequence[list[int]], is_safety: Sequence[bool]) -> list[Verdict]:
         """What each dialogue (ids) is worth; the same number of calls on every rank."""
         helpfulness, safety = (
             score(model, sequences, max_tokens=self.max_tokens, all_max=parallel.all_max)
             for model in (self.helpfulness, self.safety)
         )
-        tagged = torch.tensor(list(risky), dtype=torch.bool, device=safety.device)
-        raw = combine(helpfulness, safety, tagged).raw
+        is_safety = torch.tensor(list(is_safety), dtype=torch.bool, device=safety.device)
+        raw = combine(helpfulness, safety, is_safety).raw
         columns = (raw.tolist(), helpfulness.tolist(), safety.tolist())
         return [Verdict(*row) for row in zip(*columns, strict=True)]
 
@@ -251,12 +251,12 @@ def sample_chunk(
         round_index=config.round,
         batch_size=config.generation_batch,
     )
-    scores = judges.scores(rollout.sequences, [prompts[number].risky for number, _ in rows])
+    scores = judges.scores(rollout.sequences, [prompts[number].is_safety for number, _ in rows])
     finished = rollout.finished.tolist()
     return [
         Sample(
             messages=prompts[number].messages,
-            risky=prompts[number].risky,
+            is_safety=prompts[number].is_safety,
             answer=decode_answer(tokenizer, rollout.answers[row]),
             tokens=rollout.answers[row],
             finished=finished[row],
@@ -314,7 +314,7 @@ def score_pool(
             else:
                 kept.append(sample)
                 sequences.append(sequence)
-    scores = judges.scores(sequences, [sample["risky"] for sample in kept])
+    scores = judges.scores(sequences, [sample["is_safety"] for sample in kept])
     for sample, verdict in zip(kept, scores, strict=True):
         sample["score"] = verdict.score
         sample["helpfulness"], sample["safety"] = verdict.helpfulness, verdict.safety

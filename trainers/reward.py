@@ -41,9 +41,9 @@ class RewardConfig(loop.TrainConfig):
     """names of the file's columns"""
     ratings: Ratings = field(default_factory=dict)
     """what the file's ratings and safety labels are called"""
-    held_out_data: list[Path] = field(default_factory=list)
+    eval_data: list[Path] = field(default_factory=list)
     """comparisons for the held-out accuracy; left out: a share of `data`"""
-    held_out: float = 0.05
+    eval_share: float = 0.05
     """share of `data` kept for the held-out accuracy, where no file is given"""
     margin: Literal["none", "small", "large"] = "small"
     """m(r) of Table 27 (which one the final models used is not said)"""
@@ -129,11 +129,11 @@ def load_pairs(
     """(training pairs, held-out pairs); what was skipped is printed."""
     rows, skipped = load_preferences(config.data, config.columns, config.ratings)
     held_rows: list[Preference] = []
-    if config.held_out_data:
-        held_rows, unusable = load_preferences(config.held_out_data, config.columns, config.ratings)
+    if config.eval_data:
+        held_rows, unusable = load_preferences(config.eval_data, config.columns, config.ratings)
         skipped.merge(unusable)
-    elif config.held_out > 0:
-        rows, held_rows = next_token.split(rows, config.held_out, config.seed)
+    elif config.eval_share > 0:
+        rows, held_rows = next_token.split(rows, config.eval_share, config.seed)
     pairs, over_long = encode_pairs(tokenizer, rows, context)
     skipped.merge(over_long)
     held: list[Pair] = []

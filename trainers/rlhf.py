@@ -205,7 +205,7 @@ def round_prompts(config: RLHFConfig, number: int, folder: Path) -> list[Path]:
         rows = [row for file in config.prompts for row in read_prompts(file)[0]]
         places = [(number - 1) * config.round_prompts + i for i in range(config.round_prompts)]
         chosen = [rows[draw(place, len(rows), config.seed)[0]] for place in places]
-        write_rows(path, [row._asdict() for row in chosen])
+        write_rows(path, [{"messages": p.messages, "safety": p.is_safety} for p in chosen])
     parallel.barrier()
     return [path]
 

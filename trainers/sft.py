@@ -30,9 +30,9 @@ class SFTConfig(loop.TrainConfig):
     """.jsonl of `messages`, or of `prompt` and `response`"""
     columns: Columns = field(default_factory=Columns)
     """names of the file's columns"""
-    held_out_data: list[Path] = field(default_factory=list)
+    eval_data: list[Path] = field(default_factory=list)
     """dialogues for the held-out loss; left out: a share of `data`"""
-    held_out: float = 0.02
+    eval_share: float = 0.02
     """share of `data` kept for the held-out loss, where no file is given"""
     epochs: int = 2
     """passes over the data (paper: 2)"""
@@ -55,11 +55,11 @@ def run(config: SFTConfig) -> Path:
         return folder.final
     dialogues, skipped = load_dialogues(config.data, config.columns)
     held_dialogues: list[Dialogue] = []
-    if config.held_out_data:
-        held_dialogues, unusable = load_dialogues(config.held_out_data, config.columns)
+    if config.eval_data:
+        held_dialogues, unusable = load_dialogues(config.eval_data, config.columns)
         skipped.merge(unusable)
-    elif config.held_out > 0:
-        dialogues, held_dialogues = next_token.split(dialogues, config.held_out, config.seed)
+    elif config.eval_share > 0:
+        dialogues, held_dialogues = next_token.split(dialogues, config.eval_share, config.seed)
     source = open_start(folder, config.model, head="lm")
     row_tokens = next_token.row_length(config.row_tokens, source.config.context)
     tokenizer = Tokenizer(tokenizer_file)

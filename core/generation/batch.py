@@ -41,12 +41,12 @@ class Batch:
         first = dict.fromkeys(tuple(self.prompts[i]) for i in rows)
         place = {prompt: slot for slot, prompt in enumerate(first)}
         longest = max(map(len, first))
-        slots = max(self.lengths[i] + self.limits[i] for i in rows)
+        max_tokens = max(self.lengths[i] + self.limits[i] for i in rows)
         tokens = torch.zeros(len(first), longest, dtype=torch.int64)
         for slot, prompt in enumerate(first):
             tokens[slot, : len(prompt)] = torch.tensor(prompt)
         dtype = self.model.head_weight.dtype
-        cache = KVCache(self.model.config, len(first), slots, device=self.device, dtype=dtype)
+        cache = KVCache(self.model.config, len(first), max_tokens, device=self.device, dtype=dtype)
         hidden = self.model(tokens.to(self.device), cache=cache)
         copies = torch.tensor([place[tuple(self.prompts[i])] for i in rows], device=self.device)
         if len(first) < len(rows):

@@ -11,18 +11,18 @@ from puna.core.config import ModelConfig
 
 
 class KVCache:
-    """Room for `slots` tokens in each of `batch` rows, rows filled to their own lengths."""
+    """Room for `max_tokens` tokens in each of `batch` rows, which fill to their own lengths."""
 
     def __init__(
         self,
         config: ModelConfig,
         batch: int,
-        slots: int,
+        max_tokens: int,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
-        shape = (config.n_layers, batch, config.n_kv_heads, slots, config.head_dim)
+        shape = (config.n_layers, batch, config.n_kv_heads, max_tokens, config.head_dim)
         # Zeros, not empty: NaN left in memory would survive a masked softmax as 0 * NaN.
         self._k = torch.zeros(shape, device=device, dtype=dtype)
         self._v = torch.zeros(shape, device=device, dtype=dtype)
@@ -39,7 +39,7 @@ class KVCache:
         return self._v.transpose(2, 3)
 
     @property
-    def slots(self) -> int:
+    def max_tokens(self) -> int:
         return self._k.shape[3]
 
     @property
@@ -56,8 +56,8 @@ class KVCache:
 
     def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the first tokens of every row: k and v (B, T, K, D)."""
-        if k.shape[1] > self.slots:
-            raise ValueError(f"{k.shape[1]} tokens do not fit a cache of {self.slots} slots")
+        if k.shape[1] > self.max_tokens:
+            raise ValueError(f"{k.shape[1]} tokens do not fit a cache of {self.max_tokens}")
         self.k[layer, :, : k.shape[1]] = k
         self.v[layer, :, : v.shape[1]] = v
 

@@ -25,7 +25,7 @@ FORMATS = {"fp32": 4.0, "bf16": 2.0, "int8": 1.125}  # bytes a weight; groups of
 
 
 class Engine:
-    """A model's weights, packed for decoding, and a key/value cache of `rows` x `slots` tokens.
+    """A model's weights, packed for decoding, and a key/value cache: rows of `max_tokens` tokens.
 
     `weights` is the format of the packed copy: "fp32"; "bf16"; "int8", where groups of 32 inputs
     share an fp32 scale for each output, and what they multiply is rounded to int8 in the same
@@ -59,22 +59,22 @@ class Engine:
             instruction_set, weights, *_description(model, self._alive)
         )
 
-    def reserve(self, rows: int, slots: int) -> None:
-        """Room for `rows` rows of `slots` tokens; what was in the cache is lost."""
-        if rows < 1 or not 1 <= slots <= self.config.context:
+    def reserve(self, rows: int, max_tokens: int) -> None:
+        """Room for `rows` rows of `max_tokens` tokens; what was in the cache is lost."""
+        if rows < 1 or not 1 <= max_tokens <= self.config.context:
             raise ValueError(
-                f"cannot reserve {rows} rows of {slots} slots: at least 1 row, and 1 to "
-                f"{self.config.context} slots (the model's context)"
+                f"cannot reserve {rows} rows of {max_tokens} tokens: at least 1 row, and 1 to "
+                f"{self.config.context} tokens (the model's context)"
             )
-        self._native.reserve(rows, slots)
+        self._native.reserve(rows, max_tokens)
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of row `source` to row `target`."""
-        rows, slots = self._native.rows, self._native.slots
-        if not (0 <= source < rows and 0 <= target < rows and 0 <= length <= slots):
+        rows, max_tokens = self._native.rows, self._native.slots
+        if not (0 <= source < rows and 0 <= target < rows and 0 <= length <= max_tokens):
             raise ValueError(
                 f"cannot copy {length} tokens from row {source} to row {target} of a cache of "
-                f"{rows} rows and {slots} slots"
+                f"{rows} rows of {max_tokens} tokens"
             )
         if source != target:
             self._native.copy_row(source, target, length)

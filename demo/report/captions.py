@@ -24,7 +24,7 @@ from puna.demo.report.results import (
 def losses(pretrain: Rows, sft: Rows) -> str:
     here = []
     for name, rows in (("pretraining", pretrain), ("SFT", sft)):
-        held, train = (series(rows, key)[1] for key in ("heldout_loss", "loss"))
+        held, train = (series(rows, key)[1] for key in ("eval_loss", "loss"))
         if train:
             ends = f"{first_and_last(train)[1]:.2f}"
             ends += f" (held-out {held[-1]:.2f})" if held else ""

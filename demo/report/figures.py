@@ -37,7 +37,7 @@ PPO_PANELS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
     (
         "Reward of the answers (raw score of Eq. 4)",
         "raw score",
-        (("reward", "training", BLUE), ("heldout_reward", "held-out", ORANGE)),
+        (("reward", "training", BLUE), ("eval_reward", "held-out", ORANGE)),
     ),
     (
         "Score by each reward model",
@@ -62,7 +62,7 @@ def losses(pretrain: Rows, sft: Rows) -> Figure | None:
         steps, values = series(rows, "loss")
         ax.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.6)
         ax.plot(steps, _smooth(values), color=BLUE, linewidth=1.6)
-        held_steps, held = series(rows, "heldout_loss")
+        held_steps, held = series(rows, "eval_loss")
         ax.plot(held_steps, held, "o", color=ORANGE, markersize=3.5, markeredgecolor=PAPER)
         ax.set_ylim(0, max(values) * 1.05)
         drawing.room_for_labels(ax, steps[-1])
@@ -156,7 +156,7 @@ def ppo(rows: Rows) -> Figure | None:
             steps, values = series(rows, key)
             if not steps:
                 continue
-            if key.startswith("heldout"):
+            if key.startswith("eval_"):
                 last = values[-1]
                 ax.plot(steps, values, "-o", ms=3.5, color=colour, linewidth=1.5)
             else:

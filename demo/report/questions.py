@@ -207,7 +207,7 @@ def _switch(evaluation: Evaluation) -> dict[str, str]:
 
     found = {
         "version_scored": title(counted[-1]) if counted else "the last version",
-        "tagged": share("tagged"),
+        "tagged": share("is_safety"),
         "unsafe": share("unsafe"),
         "untouched": share("helpfulness"),
         "last_name": title(last) if last else "the last version",

@@ -25,7 +25,7 @@ PAPER_ACCURACY = {
     "safety": (0.553, 0.657, 0.763, 0.943),
 }
 BRANCHES = (
-    ("tagged", "safety model: tagged prompt", ORANGE),
+    ("is_safety", "safety model: tagged prompt", ORANGE),
     ("unsafe", "safety model: score under 0.15", GOLD),
     ("helpfulness", "helpfulness model", BLUE),
 )

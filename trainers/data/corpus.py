@@ -83,13 +83,13 @@ def open_corpus(path: Path, tokenizer: Tokenizer) -> Corpus:
     return Corpus(tokens, np.concatenate(starts))
 
 
-def split_corpus(corpus: Corpus, held_out: float) -> tuple[Corpus, Corpus]:
-    """(training part, held-out part): the last `held_out` (0..1) of the tokens, cut anywhere.
+def split_corpus(corpus: Corpus, eval_share: float) -> tuple[Corpus, Corpus]:
+    """(training part, held-out part): the last `eval_share` (0..1) of the tokens, cut anywhere.
 
     A cut document goes on in the held-out part without a BOS.
     """
-    assert 0.0 < held_out < 1.0
+    assert 0.0 < eval_share < 1.0
     tokens, starts = corpus
-    cut = len(tokens) - round(len(tokens) * held_out)
+    cut = len(tokens) - round(len(tokens) * eval_share)
     first = int(np.searchsorted(starts, cut))
     return Corpus(tokens[:cut], starts[:first]), Corpus(tokens[cut:], starts[first:] - cut)

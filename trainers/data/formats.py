@@ -54,7 +54,7 @@ class Prompt(NamedTuple):
     """A dialogue that ends with a user message, to be answered by a model."""
 
     messages: list[Message]
-    safety: bool = False
+    is_safety: bool = False
     """Whether it was written to draw out an unsafe answer (Eq. 4's is_safety)."""
 
 

@@ -15,7 +15,7 @@ from puna.trainers.data.readers import Skipped, read_prompts
 class EncodedPrompt(NamedTuple):
     messages: list[Message]
     ids: list[int]  # up to where the answer begins
-    risky: bool  # the paper's is_safety(p): tagged as likely to elicit unsafe answers
+    is_safety: bool  # the paper's is_safety(p): tagged as likely to elicit unsafe answers
 
 
 def load_prompts(
@@ -36,7 +36,7 @@ def load_prompts(
             if len(ids) > longest:
                 skipped.add(f"longer than {longest} tokens", f"{path}, prompt {number}")
             else:
-                prompts.append(EncodedPrompt(list(row.messages), ids, bool(row.safety)))
+                prompts.append(EncodedPrompt(list(row.messages), ids, row.is_safety))
     if not prompts:
         found = str(skipped).replace("\n", "; ") or "no file was named"
         raise ValueError(f"no prompt to sample from: {found}")

@@ -21,7 +21,7 @@ class Sample(TypedDict):
     """One scored answer."""
 
     messages: list[Message]  # up to the last user message
-    risky: bool  # the prompt carries the safety tag
+    is_safety: bool  # the prompt carries the safety tag
     answer: str  # the text
     tokens: list[int]  # the ids as they were drawn, EOS included
     finished: bool

@@ -25,13 +25,13 @@ def history(metrics: Path) -> list[dict[str, Any]]:
 
 def rewards(rows: list[dict[str, Any]]) -> list[float]:
     """The held-out rewards in the order of the evaluations."""
-    return [row["heldout_reward"] for row in rows if "heldout_reward" in row]
+    return [row["eval_reward"] for row in rows if "eval_reward" in row]
 
 
 def is_best(rows: list[dict[str, Any]]) -> bool:
     """Whether the last row is an evaluation, and better than every one before."""
     found = rewards(rows)
-    return "heldout_reward" in rows[-1] and found[-1] > max(found[:-1], default=-math.inf)
+    return "eval_reward" in rows[-1] and found[-1] > max(found[:-1], default=-math.inf)
 
 
 def stop_reason(rows: list[dict[str, Any]], patience: int, max_kl: float | None) -> str | None:

@@ -1,6 +1,6 @@
 """From answers to rewards: two reward models, and the paper's Eq. 4.
 
-    R_c = R_s  if the prompt is tagged as risky or sigma(R_s) < 0.15,  else R_h
+    R_c = R_s  if is_safety(prompt) or sigma(R_s) < 0.15,  else R_h
     R   = WHITEN(LOGIT(sigma(R_c))) - beta * KL(policy || reference)
 
 The logit undoes the sigmoid, so the raw score of the chosen model is whitened. S answers,
@@ -57,15 +57,15 @@ class Combined(NamedTuple):
 
     raw: Tensor  # (S,) fp32, the chosen model's raw score: logit(sigma(R_c))
     from_safety: Tensor  # (S,) bool, True where the safety model's score was taken
-    branches: dict[str, int]  # how many by "tagged", "unsafe" (below 0.15), "helpfulness"
+    branches: dict[str, int]  # how many by "is_safety", "unsafe" (below 0.15), "helpfulness"
 
 
-def combine(helpfulness: Tensor, safety: Tensor, tagged: Tensor) -> Combined:
-    """Eq. 4's switch between raw scores helpfulness (S,) and safety (S,); tagged (S,) bool."""
-    unsafe = (safety < RAW_SAFETY_THRESHOLD) & ~tagged
-    from_safety = tagged | unsafe
+def combine(helpfulness: Tensor, safety: Tensor, is_safety: Tensor) -> Combined:
+    """Eq. 4's switch between raw scores helpfulness (S,) and safety (S,); is_safety (S,) bool."""
+    unsafe = (safety < RAW_SAFETY_THRESHOLD) & ~is_safety
+    from_safety = is_safety | unsafe
     counts = {
-        "tagged": int(tagged.sum()),
+        "is_safety": int(is_safety.sum()),
         "unsafe": int(unsafe.sum()),
         "helpfulness": int((~from_safety).sum()),
     }

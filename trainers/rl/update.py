@@ -80,14 +80,16 @@ class Experience(NamedTuple):
         return Experience(self.rollout.select(rows), *(x[index] for x in self[1:]))
 
 
-def score_answers(models: Models, rollout: Rollout, tagged: Tensor, settings: Settings) -> Scores:
-    """Both reward models on each answer, and Eq. 4's switch; tagged (S,) bool."""
+def score_answers(
+    models: Models, rollout: Rollout, is_safety: Tensor, settings: Settings
+) -> Scores:
+    """Both reward models on each answer, and Eq. 4's switch; is_safety (S,) bool."""
     sequences = rollout.sequences
     helpfulness, safety = (
         score(model, sequences, max_tokens=settings.max_tokens, all_max=settings.all_max)
         for model in (models.helpfulness, models.safety)
     )
-    combined = combine(helpfulness, safety, tagged.to(safety.device))
+    combined = combine(helpfulness, safety, is_safety.to(safety.device))
     settled = settle_unfinished(
         combined.raw, rollout.finished, settings.unfinished, settings.unfinished_penalty
     )

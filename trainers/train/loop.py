@@ -78,9 +78,9 @@ def check(config: TrainConfig) -> None:
     for name in ("lr", "clip", "eps"):
         if not values[name] > 0:
             raise ValueError(f"{name} is {values[name]}; it must be above 0")
-    share = values.get("held_out", 0.0)
+    share = values.get("eval_share", 0.0)
     if isinstance(share, float) and not 0 <= share < 1:
-        raise ValueError(f"held_out is {share}; it is a share of the data, from 0 to below 1")
+        raise ValueError(f"eval_share is {share}; it is a share of the data, from 0 to below 1")
 
 
 class Objective(NamedTuple):
@@ -198,7 +198,7 @@ def fit(
     progress_bar = meter(title, steps, start=step, show=parallel.is_main())
     with progress_bar as progress, stop_requests() as stop:
         if evaluate and step == 0:
-            run.log(0, **held_out(network.model, evaluate))
+            run.log(0, **evaluated(network.model, evaluate))
         while step < steps:
             if parallel.all_max(int(stop())):
                 run.save(step, {"model": network}, keep=config.keep)
@@ -212,7 +212,7 @@ def fit(
             tokens = int(parallel.all_sum(torch.tensor(sum(objective.tokens(b) for b in batches))))
             row = {**means, "lr": rate, "grad_norm": norm, "tokens": tokens}
             if evaluate and (step % config.eval_every == 0 or step == steps):
-                row.update(held_out(network.model, evaluate))
+                row.update(evaluated(network.model, evaluate))
             run.log(step, **row)
             progress.advance(tokens, f"loss {means['loss']:.3f}")
             if step % config.save_every == 0 and step < steps:
@@ -233,11 +233,11 @@ def check_finite(run: Run, step: int, **values: float) -> None:
 
 
 @torch.no_grad()
-def held_out(
+def evaluated(
     model: Transformer, evaluate: Callable[[Transformer], dict[str, float]]
 ) -> dict[str, float]:
     """`evaluate`'s numbers, their names marked as held-out."""
-    return {f"heldout_{name}": value for name, value in evaluate(model).items()}
+    return {f"eval_{name}": value for name, value in evaluate(model).items()}
 
 
 @torch.no_grad()

@@ -77,7 +77,7 @@ def row_batches(
     return batch_at
 
 
-def held_out(
+def evaluation(
     rows: Rows | None, micro_batch: int, device: torch.device
 ) -> Callable[[Transformer], dict[str, float]] | None:
     """`evaluate` for `loop.fit`: mean loss over all of `rows`; None without any."""
@@ -116,7 +116,7 @@ def train(
         steps,
         OBJECTIVE,
         config,
-        held_out(held, micro_batch, device),
+        evaluation(held, micro_batch, device),
     )
 
 
@@ -147,17 +147,17 @@ def say(skipped: Skipped) -> None:
         print(skipped, flush=True)
 
 
-def split(items: Sequence[Item], held_out_share: float, seed: int) -> tuple[list[Item], list[Item]]:
+def split(items: Sequence[Item], eval_share: float, seed: int) -> tuple[list[Item], list[Item]]:
     """(training, held-out): a random share of the items, at least one where the share is not 0.
 
     Raises ValueError where nothing is left to train on.
     """
     order = np.random.default_rng(seed).permutation(len(items)).tolist()
-    count = max(1, round(held_out_share * len(items))) if held_out_share > 0 else 0
+    count = max(1, round(eval_share * len(items))) if eval_share > 0 else 0
     if count >= len(items):
         raise ValueError(
             f"there are too few rows ({len(items)}) to hold some out; give held-out data of their "
-            "own, or --held-out 0"
+            "own, or --eval-share 0"
         )
     chosen = set(order[:count])
     kept = [item for i, item in enumerate(items) if i not in chosen]
