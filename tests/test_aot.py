@@ -70,7 +70,7 @@ def run(*command, interpret=False):
 
 
 def test_compiles_for_gpus_that_are_not_there():
-    done = run("-m", "puna.benchmarks.aot.run", "--targets", "sm_90,gfx942", "--only", "swiglu,gae")
+    done = run("-m", "puna.benchmarks.aot", "--targets", "sm_90,gfx942", "--only", "swiglu,gae")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in done.stdout.splitlines() if "_kernel" in line]
     assert len(rows) == 6 and all(" 128 " in row for row in rows)
@@ -91,13 +91,13 @@ def test_what_is_wrong_is_found(tmp_path, target):
 
 
 def test_refuses_to_interpret():
-    done = run("-m", "puna.benchmarks.aot.run", interpret=True)
+    done = run("-m", "puna.benchmarks.aot", interpret=True)
     assert done.returncode == 1 and done.stderr.startswith("TRITON_INTERPRET=1 is set")
     assert len(done.stderr.splitlines()) == 1
     done = run("-m", "puna.benchmarks.aot.traffic")
     assert done.returncode == 1 and done.stderr.startswith("Set TRITON_INTERPRET=1")
     for flags in (["--targets", "sm_1"], ["--only", "nothing"]):
-        assert run("-m", "puna.benchmarks.aot.run", *flags).returncode == 1
+        assert run("-m", "puna.benchmarks.aot", *flags).returncode == 1
 
 
 def test_every_kernel_has_a_bound():

@@ -23,7 +23,7 @@ STAGES = {
     "rejection": "--policy {0}/chat --helpfulness {0}/helpfulness --safety {0}/safety --chunk 4 "
     "--prompts {0}/prompts.jsonl --samples 3 --max-new-tokens 12 --epochs 4 --batch 1",
     "ppo": "--policy {0}/chat --helpfulness {0}/helpfulness --safety {0}/safety --iterations 5 "
-    "--prompts {0}/prompts.jsonl --eval-share {0}/prompts.jsonl --minibatch 2 --max-new-tokens 8 "
+    "--prompts {0}/prompts.jsonl --eval-prompts {0}/prompts.jsonl --minibatch 2 --max-new-tokens 8 "
     "--eval-every 2 --patience 9",
 }
 CALL = "import sys; from puna.cli.main import main; sys.exit(main({argv!r}))"

@@ -44,8 +44,8 @@ STAGES: dict[str, list[str]] = {
     ).split(),
     "ppo": (
         "--policy {0}/lm --helpfulness {0}/helpfulness --safety {0}/safety "
-        "--prompts {0}/prompts.jsonl --eval-share {0}/prompts.jsonl --iterations 10 --batch 8 "
-        "--minibatch 4 --max-new-tokens 6 --micro-batch-tokens 64 --eval-share-count 5"
+        "--prompts {0}/prompts.jsonl --eval-prompts {0}/prompts.jsonl --iterations 10 --batch 8 "
+        "--minibatch 4 --max-new-tokens 6 --micro-batch-tokens 64 --eval-count 5"
     ).split(),
     # 11 prompts in chunks of 5: in the last chunk a rank has none
     "rejection": (

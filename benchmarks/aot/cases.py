@@ -151,8 +151,8 @@ def _swiglus() -> list[Case]:
 
 
 def _attention() -> list[Case]:
-    forward = _module("attention_forward").attention_forward
-    backward = _module("attention_backward").attention_backward
+    forward = _module("attention.forward").attention_forward
+    backward = _module("attention.backward").attention_backward
     decode = _module("decode_attention").decode_attention_forward
 
     def inputs(m: Maker, n: int, kv: int, packed: bool) -> list[Any]:
@@ -180,7 +180,7 @@ def _attention() -> list[Case]:
 
 
 def _linear() -> list[Case]:
-    sums, softmax = _module("linear_cross_entropy_sum"), _module("linear_softmax")
+    sums, softmax = _module("linear_loss.cross_entropy_sum"), _module("linear_loss.softmax")
 
     def inputs(m: Maker, n: int) -> list[Any]:
         return [m.bf16(n, C), m.bf16(V, C), m.integers(V, n)]
@@ -241,8 +241,9 @@ def _gae() -> Case:
 def kernels() -> set[str]:
     """The names of all kernels of kernels/."""
     folder = Path(import_module("puna.kernels").__path__[0])
-    files = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
-    found = {name: value for file in files for name, value in vars(_module(file)).items()}
+    files = [path for path in folder.rglob("*.py") if path.stem != "__init__"]
+    names = [".".join(path.relative_to(folder).with_suffix("").parts) for path in files]
+    found = {name: value for file in names for name, value in vars(_module(file)).items()}
     return {
         n for n, value in found.items() if n.endswith("_kernel") and hasattr(value, "arg_names")
     }
