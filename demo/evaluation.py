@@ -32,6 +32,7 @@ HELD_OUT_PROMPTS = 500  # of each kind
 HELD_OUT_PAIRS = 2_500  # comparisons of each kind a round, before pairs of equal answers go
 PERSONA_DIALOGUES = 200  # of 20 exchanges
 OWN_ANSWERS = 1_800  # mixed into Ghost Attention's data
+KINDS = ("helpfulness", "safety")  # of reward models, prompts and comparisons
 SHOWN = 6  # conversations in the report
 
 
@@ -127,7 +128,7 @@ def reward_models(
 ) -> dict[str, Any]:
     """The last reward models on held-out comparisons of every round, and their history."""
     found = {}
-    for kind in ("helpfulness", "safety"):
+    for kind in KINDS:
         files = held_out_comparisons(out, versions, kind, len(rounds), seed, scale)
         folder = out / "rlhf" / f"round-{len(rounds)}" / kind / "model"
         model, tokenizer = load_model(folder), Tokenizer(tokenizer_path(folder))
@@ -182,7 +183,7 @@ def held_out_comparisons(
             device=torch.device("cpu"),
             batch_size=512,
         )
-        annotate(pairs, file, annotator, number)
+        annotate(pairs, file, annotator, tokenizer, number)
         files.append(file)
     return files
 
@@ -268,9 +269,10 @@ def switch(out: Path, rounds: int) -> dict[str, dict[str, int]]:
     found = {}
     for number in range(1, rounds + 1):
         samples = read_samples(rejection_folder(out, number) / "samples.jsonl")
-        raw = torch.tensor([[s["helpfulness"], s["safety"]] for s in samples])
+        raw = torch.tensor([[s["scores"][kind] for kind in KINDS] for s in samples])
         is_safety = torch.tensor([s["is_safety"] for s in samples])
-        found[f"rlhf-v{number}"] = rewards.combine(raw[:, 0], raw[:, 1], is_safety).branches
+        _, branches = rewards.switch(raw[:, 0], raw[:, 1], is_safety)
+        found[f"rlhf-v{number}"] = {name: int(taken.sum()) for name, taken in branches.items()}
     return found
 
 

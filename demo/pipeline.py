@@ -187,7 +187,7 @@ class Demo:
             dialogues=[str(self.data / "gatt.jsonl")],
             mix=[str(mix), str(self.data / "personas.jsonl")],
         )
-        gatt.run(config, judge=oracle.keeps)
+        gatt.run(config, judge=oracle.judge)
 
 
 def annotators(seed: int) -> Mapping[str, Any]:

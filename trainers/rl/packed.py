@@ -2,29 +2,21 @@
 
 A batch is cut into micro-batches by tokens, so that memory is bounded whatever the lengths are.
 Where parameters are sharded every rank has to run the same number of forward passes, or the
-collectives inside them never meet: `all_max` makes the number common, and a rank that has run
-out of sequences runs its shortest one again and throws the result away.
+collectives inside them never meet: a rank that has run out of sequences runs its shortest one
+again and throws the result away.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from puna.core import parallel
 from puna.core.model import Transformer
 from puna.trainers.data.packing import flat_sequences
 
-AllMax = Callable[[int], int]
 
-
-def one_rank(number: int) -> int:
-    """The maximum over ranks of a run that has one rank."""
-    return number
-
-
-def micro_batches(
-    lengths: Sequence[int], max_tokens: int, all_max: AllMax = one_rank
-) -> list[list[int]]:
+def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Indices of sequences, in order, in groups of at most `max_tokens` (one may be longer).
 
     The groups cover every sequence once; empty groups at the end are there only to keep ranks
@@ -38,14 +30,11 @@ def micro_batches(
             room = max_tokens
         groups[-1].append(index)
         room -= length
-    return groups + [[] for _ in range(all_max(len(groups)) - len(groups))]
+    return groups + [[] for _ in range(parallel.all_max(len(groups)) - len(groups))]
 
 
 def forward_groups(
-    model: Transformer,
-    sequences: Sequence[list[int]],
-    max_tokens: int,
-    all_max: AllMax = one_rank,
+    model: Transformer, sequences: Sequence[list[int]], max_tokens: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Run `model` over the sequences; yield per micro-batch (indices, hidden (N, C), starts).
 
@@ -62,7 +51,7 @@ def forward_groups(
         )
     device = next(model.parameters()).device
     shortest = min(range(len(lengths)), key=lengths.__getitem__, default=-1)
-    for group in micro_batches(lengths, max_tokens, all_max):
+    for group in micro_batches(lengths, max_tokens):
         members = [sequences[i] for i in group] or [sequences[shortest] if lengths else [0]]
         tokens, positions, cu_seqlens = (x.to(device) for x in flat_sequences(members))
         hidden = model(tokens, positions=positions, cu_seqlens=cu_seqlens)[0]

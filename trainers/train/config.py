@@ -74,11 +74,16 @@ def load_recipe(cls: type, path: Path) -> dict[str, Any]:
     return values
 
 
-def check_keys(cls: type, values: dict[str, Any], where: str) -> None:
-    """ValueError naming the nearest known keys where `values` has one that `cls` has not."""
+def check_keys(
+    cls: type, values: dict[str, Any], where: str, taken: Mapping[str, str] | None = None
+) -> None:
+    """ValueError naming the nearest known keys where `values` has one that `cls` has not, or one
+    that is `taken`: set by somebody else, with what to say instead."""
     known = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
+        if taken and key in taken:
+            raise ValueError(f"{where}: '{key}' cannot be set here: {taken[key]}")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)
             raise ValueError(f"{where}: unknown key '{key}'; did you mean {', '.join(near)}?")
