@@ -66,7 +66,7 @@ def test_two_epochs_see_every_dialogue_twice_and_the_held_out_loss_falls(tiny, t
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.3
     tokenizer = Tokenizer(tiny / "tokenizer.model")
     dialogues, _ = read_dialogues(tiny / "dialogues.jsonl")
-    kept, held = sft.language.split(dialogues, 0.1, 0)
+    kept, held = sft.next_token.split(dialogues, 0.1, 0)
     packed = sft.pack(tokenizer, kept, 64)
     assert len(rows) - 1 == round(2 * len(packed) / 2) and len(held) == 5
     assert "sft: " in capsys.readouterr().out

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 import tyro
 
+from puna.trainers.train.ranges import Options, check_ranges, drafts, enforce
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -31,20 +33,24 @@ def parse(cls: type[Config], argv: Sequence[str], prog: str) -> Config:
     """The configuration of `argv`: an optional recipe first, then flags.
 
     Raises ValueError for a recipe that cannot be found or read, or has an unknown key or a value
-    of the wrong type; prints usage and exits for wrong flags, as command lines do.
+    of the wrong type, and for options that cannot be (`ranges`); prints usage and exits for wrong
+    flags, as command lines do.
     """
     arguments = list(argv)
     values: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("-"):
         values = load_recipe(cls, find_recipe(arguments.pop(0)))
-    default = from_values(cls, values)
-    return tyro.cli(
-        cls,
-        args=arguments,
-        default=default,
-        prog=f"{prog} [recipe.toml]",
-        description=(cls.__doc__ or "").strip(),
-    )
+    with drafts():
+        config = tyro.cli(
+            cls,
+            args=arguments,
+            default=from_values(cls, values),
+            prog=f"{prog} [recipe.toml]",
+            description=(cls.__doc__ or "").strip(),
+        )
+    if isinstance(config, Options):
+        enforce(config)
+    return config
 
 
 def find_recipe(name: str) -> Path:
@@ -68,7 +74,10 @@ def load_recipe(cls: type, path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not TOML: {error}") from error
     check_keys(cls, values, str(path))
     try:
-        from_values(cls, values)
+        with drafts():
+            draft = from_values(cls, values)
+        if isinstance(draft, Options):
+            check_ranges(draft)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return values
@@ -97,7 +106,10 @@ def from_values(cls: type[Config], values: dict[str, Any], table: str = "") -> C
             arguments[field.name] = convert(hints[field.name], values[field.name], name)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             arguments[field.name] = tyro.MISSING
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise ValueError(f"[{table[:-1]}] {error}" if table else str(error)) from error
 
 
 def convert(hint: Any, value: Any, name: str) -> Any:
