@@ -31,7 +31,7 @@ from puna.trainers.data.packing import PackedRows
 from puna.trainers.rl.rollout import sample_everywhere
 from puna.trainers.sft import load_dialogues
 from puna.trainers.train import loop, next_token
-from puna.trainers.train.config import parse
+from puna.trainers.train.command import command
 from puna.trainers.train.progress import meter
 from puna.trainers.train.ranges import Count, CountOrNone, Share, Temperature
 from puna.trainers.train.run import Run, open_start
@@ -290,9 +290,7 @@ def _load_turns(path: Path, dialogues: Sequence[GhostDialogue]) -> list[list[Exc
 
 
 def main() -> None:
-    parallel.init()
-    run(parse(GAttConfig, sys.argv[1:], "python -m puna.trainers.gatt"))
-    parallel.close()
+    sys.exit(command("python -m puna.trainers.gatt", GAttConfig, run))
 
 
 if __name__ == "__main__":

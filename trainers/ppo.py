@@ -45,7 +45,7 @@ from puna.trainers.rl.update import (
     update,
 )
 from puna.trainers.train import loop
-from puna.trainers.train.config import parse
+from puna.trainers.train.command import command
 from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.progress import meter
 from puna.trainers.train.ranges import (
@@ -406,9 +406,7 @@ def write_samples(
 
 
 def main() -> None:
-    parallel.init()
-    run(parse(PPOConfig, sys.argv[1:], "python -m puna.trainers.ppo"))
-    parallel.close()
+    sys.exit(command("python -m puna.trainers.ppo", PPOConfig, run))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from puna.trainers.rl.rewards import combine, score
 from puna.trainers.rl.rollout import collect
 from puna.trainers.sft import load_dialogues
 from puna.trainers.train import loop, next_token
-from puna.trainers.train.config import parse
+from puna.trainers.train.command import command
 from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.progress import meter
 from puna.trainers.train.ranges import Count, CountOrNone, Temperature
@@ -333,9 +333,7 @@ def summary(fresh: list[Sample], kept: list[Sample], samples: int) -> dict[str, 
 
 
 def main() -> None:
-    parallel.init()
-    run(parse(RejectionConfig, sys.argv[1:], "python -m puna.trainers.rejection"))
-    parallel.close()
+    sys.exit(command("python -m puna.trainers.rejection", RejectionConfig, run))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ from puna.trainers.rl.comparisons import (
     write_rows,
 )
 from puna.trainers.train import loop, next_token
-from puna.trainers.train.config import check_keys, from_values, parse
+from puna.trainers.train.command import command
+from puna.trainers.train.config import check_keys, from_values
 from puna.trainers.train.ranges import (
     Above,
     AtLeast,
@@ -337,9 +338,7 @@ def record(
 
 
 def main() -> None:
-    parallel.init()
-    run(parse(RLHFConfig, sys.argv[1:], "python -m puna.trainers.rlhf"))
-    parallel.close()
+    sys.exit(command("python -m puna.trainers.rlhf", RLHFConfig, run))
 
 
 if __name__ == "__main__":

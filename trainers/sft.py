@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from puna.core import parallel
 from puna.core.chat import encode_dialogue
 from puna.core.checkpoint.folder import tokenizer_path
 from puna.core.tokenizer import Tokenizer
@@ -17,7 +16,7 @@ from puna.trainers.data.formats import Columns, Dialogue
 from puna.trainers.data.packing import PackedRows
 from puna.trainers.data.readers import Skipped, read_dialogues
 from puna.trainers.train import loop, next_token
-from puna.trainers.train.config import parse
+from puna.trainers.train.command import command
 from puna.trainers.train.ranges import Count, CountOrNone, ShareOf
 from puna.trainers.train.run import Run, open_start
 
@@ -96,9 +95,7 @@ def pack(tokenizer: Tokenizer, dialogues: list[Dialogue], row_tokens: int) -> Pa
 
 
 def main() -> None:
-    parallel.init()
-    run(parse(SFTConfig, sys.argv[1:], "python -m puna.trainers.sft"))
-    parallel.close()
+    sys.exit(command("python -m puna.trainers.sft", SFTConfig, run))
 
 
 if __name__ == "__main__":
