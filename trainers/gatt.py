@@ -33,7 +33,7 @@ from puna.trainers.sft import load_dialogues
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.command import command
 from puna.trainers.train.progress import meter
-from puna.trainers.train.ranges import Count, CountOrNone, Share, Temperature
+from puna.trainers.train.ranges import Batch, Count, CountOrNone, Share, Temperature
 from puna.trainers.train.run import Run, open_start
 
 Judge = Callable[[str, str, str], bool]  # (instruction, question, answer) -> does it obey
@@ -53,7 +53,7 @@ class GAttConfig(loop.RowsConfig):
     """ordinary dialogues to train on besides"""
     shorten: Share = 0.5
     """how often the instruction is replaced by its short form (paper: half of the time)"""
-    samples: Count = 1
+    samples: Batch = 1
     """answers drawn for each turn; the first that a judge accepts is taken"""
     targets: Count = 5
     """examples made of one dialogue, each ending at another turn"""
@@ -66,7 +66,7 @@ class GAttConfig(loop.RowsConfig):
     epochs: Count = 1
     lr: float = 2e-5
     """peak (the paper does not say; this is SFT's)"""
-    generation_batch: Count = 256
+    generation_batch: Batch = 256
     """answers sampled side by side"""
 
 

@@ -50,6 +50,7 @@ from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.progress import meter
 from puna.trainers.train.ranges import (
     Above,
+    Batch,
     Below,
     Count,
     CountOrNone,
@@ -80,9 +81,9 @@ class PPOConfig(loop.TrainConfig):
     """prompt files for held-out reward and early stopping"""
     iterations: Count = 400
     """rollouts (paper: 200-400, stopped early)"""
-    batch: Count = 512
+    batch: Batch = 512
     """answers per iteration, all ranks together (paper)"""
-    minibatch: Count = 64
+    minibatch: Batch = 64
     """answers per gradient step (paper)"""
     beta: Weight = 0.01
     """weight of KL (paper: 0.01 for 7b and 13b, 0.005 for 34b and 70b)"""
@@ -121,7 +122,7 @@ class PPOConfig(loop.TrainConfig):
     """held-out prompts per evaluation"""
     micro_batch_tokens: Count = 16384
     """most tokens in one forward pass"""
-    generation_batch: Count = 256
+    generation_batch: Batch = 256
     """answers sampled side by side"""
     ratio_tolerance: Rate = 1e-3
     """largest mean |log ratio| of an iteration's first mini-batch; about 2e-2 in bf16"""

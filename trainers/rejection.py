@@ -38,7 +38,7 @@ from puna.trainers.train import loop, next_token
 from puna.trainers.train.command import command
 from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.progress import meter
-from puna.trainers.train.ranges import Count, CountOrNone, Temperature
+from puna.trainers.train.ranges import Batch, Count, CountOrNone, Temperature
 from puna.trainers.train.run import Run, open_start
 
 
@@ -64,16 +64,16 @@ class RejectionConfig(loop.RowsConfig):
     a version would otherwise forget"""
     round: Count = 1
     """number of this RLHF version; part of the random numbers"""
-    samples: Count = 20
+    samples: Batch = 20
     """K, answers to each prompt (paper: not said; its Fig. 26 uses 20)"""
     temperature: Temperature = 1.2
     """of the answers (paper: 1.2 to 1.3 is best for its RLHF model; tune it for every version)"""
     max_new_tokens: Count = 512
     """longest answer, tokens"""
-    chunk: Count = 64
+    chunk: Batch = 64
     """prompts sampled and scored at a time, all processes together; an interruption loses at most
     one chunk"""
-    generation_batch: Count = 256
+    generation_batch: Batch = 256
     """answers sampled side by side"""
     micro_batch_tokens: Count = 16384
     """most tokens in one scoring pass"""

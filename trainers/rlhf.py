@@ -40,6 +40,7 @@ from puna.trainers.train.ranges import (
     Above,
     AtLeast,
     AtMost,
+    Batch,
     Count,
     CountOrNone,
     Options,
@@ -79,7 +80,7 @@ class RLHFConfig(Options):
     """comparisons a round"""
     safety_pairs: Count = 1000
     """comparisons a round"""
-    temperatures: Annotated[list[float], Above(0), AtLeast(0.001), AtMost(1000)] = field(
+    temperatures: Annotated[list[float], Above(0), AtLeast(0.01), AtMost(1000)] = field(
         default_factory=lambda: [0.8, 1.0, 1.2]
     )
     """the answers to compare are drawn at one of these"""
@@ -92,7 +93,7 @@ class RLHFConfig(Options):
     device: str = "auto"
     dtype: Literal["fp32", "bf16"] = "fp32"
     """of the matrix products in what this loop samples and scores itself; each stage has its own"""
-    generation_batch: Count = 256
+    generation_batch: Batch = 256
     """answers sampled side by side"""
     reward: dict[str, Any] = field(default_factory=dict)
     """table: options of `puna reward` for both reward models"""

@@ -24,6 +24,7 @@ from puna.trainers.train.progress import meter
 from puna.trainers.train.ranges import (
     Above,
     AtLeast,
+    Batch,
     Below,
     Count,
     CountOrNone,
@@ -82,9 +83,9 @@ class TrainConfig(Options):
 class RowsConfig(TrainConfig):
     """Options of the stages that train on batches of rows."""
 
-    batch: Count = 64
+    batch: Batch = 64
     """rows in a step, all processes together"""
-    micro_batch: Count = 8
+    micro_batch: Batch = 8
     """rows in one forward pass"""
 
 

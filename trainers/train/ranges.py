@@ -88,14 +88,15 @@ class ShareOf(Below):
 LARGEST = AtMost(2**31 - 1)  # of every number whose own ranges have no upper end
 
 Count = Annotated[int, AtLeast(1)]
+Batch = Annotated[int, AtLeast(1), AtMost(2**20)]  # of what is in memory at once
 CountOrNone = Annotated[int, AtLeast(0)]  # where 0 has a meaning of its own
 Seed = Annotated[int, AtLeast(0), AtMost(2**63 - 1)]
 Rate = Annotated[float, Above(0)]
 Weight = Annotated[float, AtLeast(0)]
 Share = Annotated[float, AtLeast(0), AtMost(1)]
 # Outside of these bounds the tempered logits leave fp32, or every token is as likely as another.
-Temperature = Annotated[float, Above(0), AtLeast(0.001), AtMost(1000)]
-TemperatureOrGreedy = Annotated[float, AtLeast(0), ZeroOrAtLeast(0.001), AtMost(1000)]
+Temperature = Annotated[float, Above(0), AtLeast(0.01), AtMost(1000)]
+TemperatureOrGreedy = Annotated[float, AtLeast(0), ZeroOrAtLeast(0.01), AtMost(1000)]
 
 
 _drafting: ContextVar[bool] = ContextVar("drafting", default=False)
