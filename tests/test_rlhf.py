@@ -183,8 +183,8 @@ def test_going_on_trains_the_last_reward_models_with_fresh_data_only(tiny, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"versions": 0}, "there must be at least one version"),
-        ({"ppo_versions": 3}, "not more with PPO than there are"),
+        ({"versions": 0}, "versions is 0; it must be at least 1"),
+        ({"ppo_versions": 3}, "there must not be more with PPO than there are"),
         ({"ppo": {"iteration": 3}}, r"\[ppo\]: unknown key 'iteration'; did you mean iterations"),
         ({"ppo": {"iterations": "many"}}, "'ppo.iterations' is 'many'; expected a whole number"),
         ({"reward": {"margins": "small"}}, r"\[reward\]: unknown key 'margins'; .*margin"),
@@ -193,10 +193,11 @@ def test_going_on_trains_the_last_reward_models_with_fresh_data_only(tiny, tmp_p
         ({"helpfulness_prompts": []}, "helpfulness_prompts is empty; name files of prompts"),
         ({"rejection": {"student": "x"}}, r"\[rejection\]: 'student' .* the loop's own `student`"),
         ({"rejection": {"pools": ["x"]}}, r"\[rejection\]: 'pools' cannot be set here"),
+        ({"ppo": {"batch": 8, "minibatch": 3}}, "batch 8 is not a multiple of minibatch 3"),
         ({"ppo": {"policy": "x"}}, r"\[ppo\]: 'policy' cannot be set here"),
         ({"ppo": {"prompts": ["x"]}}, r"\[ppo\]: 'prompts' .* `prompts` and `ppo_prompts`"),
         ({"safety": {"data": ["x"]}}, r"\[safety\]: 'data' .* `helpfulness_data`"),
-        ({"ppo": {"patience": 2}}, r"\[ppo\] patience needs eval_prompts"),
+        ({"ppo": {"patience": 2}}, r"patience in \[ppo\] needs eval_prompts"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_trained(tiny, tmp_path, options, message):

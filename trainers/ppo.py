@@ -48,7 +48,7 @@ from puna.trainers.rl.rewards import (
 from puna.trainers.rl.rollout import Rollout, as_answers, collect
 from puna.trainers.rl.update import Rates, Totals, make_experience, rollout_metrics, update
 from puna.trainers.train import loop
-from puna.trainers.train.config import parse
+from puna.trainers.train.command import command
 from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.next_token import say
 from puna.trainers.train.progress import meter
@@ -291,9 +291,7 @@ def write_samples(folder: Run, iteration: int, answers: list[Answer], scores: Sc
 
 
 def main() -> None:
-    parallel.init()
-    run(parse(PPOConfig, sys.argv[1:], "python -m puna.trainers.ppo"))
-    parallel.close()
+    sys.exit(command("python -m puna.trainers.ppo", PPOConfig, run))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ last versions PPO goes on from there.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,8 @@ from puna.trainers.rl.rewards import Reward
 from puna.trainers.rl.rounds import KINDS, compare, record, round_prompts
 from puna.trainers.rl.rounds import Waiting as Waiting
 from puna.trainers.train import loop
-from puna.trainers.train.config import check_keys, from_values, parse
+from puna.trainers.train.command import command
+from puna.trainers.train.config import check_keys, from_values
 from puna.trainers.train.run import claim
 
 
@@ -109,18 +110,16 @@ def run(
 
 def check(config: RLHFConfig, reward: Reward | None = None) -> None:
     """ValueError for options that cannot be, before anything is trained."""
-    if config.versions < 1 or not 0 <= config.ppo_versions <= config.versions:
-        raise ValueError(
-            f"versions is {config.versions} and ppo_versions {config.ppo_versions}; there must be "
-            "at least one version, and not more with PPO than there are"
-        )
     for table, (cls, taken) in STAGES.items():
         check_keys(cls, getattr(config, table), f"[{table}]", taken)
         from_values(cls, getattr(config, table), f"{table}.")
-    if not config.temperatures:
-        raise ValueError("temperatures is empty; name at least one to draw answers at")
-    if config.ppo.get("patience") and config.ppo_versions and not config.eval_prompts:
-        raise ValueError("[ppo] patience needs eval_prompts to look at; name some or set it to 0")
+    # Whole configurations, too: what does not fit together must not wait for the annotators.
+    judges = {} if reward else {kind: config.model for kind in KINDS}
+    rejection_config(config, 1, config.prompts, config.model, None, judges)
+    if config.ppo_versions:
+        ppo.check(ppo_config(config, 1, config.model, judges))
+    for kind in judges:
+        reward_config(config, 1, kind, config.model, None)
     for kind in KINDS:
         if reward is None and not getattr(config, f"{kind}_prompts"):
             raise ValueError(
@@ -143,13 +142,15 @@ def play_round(
     if reward is None:
         compare(config, number, folder, models, annotators)
         before = accuracy_of(config, last, folder)
-        judges = {k: train_reward(config, number, k, folder, models[-1], last) for k in KINDS}
-    model = run_rejection(config, number, folder, models[-1], last, judges, reward)
+        judges = {k: run_reward(reward_config(config, number, k, models[-1], last)) for k in KINDS}
+    prompts = round_prompts(config, number, folder)
+    sampled = rejection_config(config, number, prompts, models[-1], last, judges)
+    model = rejection.run(sampled, reward)
     pool = folder / "rejection" / "selected.jsonl"
     if config.student is not None:
         teach(config, folder, config.student, pool)
     if number > config.versions - config.ppo_versions:
-        model = run_ppo(config, folder, model, judges, reward)
+        model = ppo.run(ppo_config(config, number, model, judges), reward)
     version = Version(number, model, judges, pool)
     after = accuracy_of(config, version, folder)
     if parallel.is_main():
@@ -170,27 +171,25 @@ def stage_options(
     }
 
 
-def run_rejection(
+def rejection_config(
     config: RLHFConfig,
     number: int,
-    folder: Path,
+    prompts: Sequence[Path],
     policy: Path,
     last: Version | None,
     judges: Mapping[str, Path],
-    reward: Reward | None,
-) -> Path:
-    """The round's rejection sampling from the newest model; returns what it fine-tuned."""
-    prompts = [*round_prompts(config, number, folder), *config.rejection_prompts]
+) -> rejection.RejectionConfig:
+    """The round's rejection sampling from the newest model."""
     options = {
         **stage_options(config, config.rejection, judges),
-        "prompts": [str(path) for path in prompts],
-        "out": str(folder / "rejection"),
+        "prompts": [str(path) for path in [*prompts, *config.rejection_prompts]],
+        "out": str(config.out / f"round-{number}" / "rejection"),
         "policy": str(policy),
         "student": str(config.model),
         "round": number,
         "pools": [] if last is None else [str(last.pool)],
     }
-    return rejection.run(from_values(rejection.RejectionConfig, options), reward)
+    return from_values(rejection.RejectionConfig, options)
 
 
 def teach(config: RLHFConfig, folder: Path, student: Path, pool: Path) -> Path:
@@ -204,27 +203,23 @@ def teach(config: RLHFConfig, folder: Path, student: Path, pool: Path) -> Path:
     return rejection.run(from_values(rejection.RejectionConfig, options))
 
 
-def run_ppo(
-    config: RLHFConfig,
-    folder: Path,
-    policy: Path,
-    judges: Mapping[str, Path],
-    reward: Reward | None,
-) -> Path:
+def ppo_config(
+    config: RLHFConfig, number: int, policy: Path, judges: Mapping[str, Path]
+) -> PPOConfig:
     """PPO on top of the round's rejection sampling."""
     options = {
         **stage_options(config, config.ppo, judges),
         "prompts": [str(path) for path in [*config.prompts, *config.ppo_prompts]],
         "eval_prompts": [str(path) for path in config.eval_prompts],
-        "out": str(folder / "ppo"),
+        "out": str(config.out / f"round-{number}" / "ppo"),
         "policy": str(policy),
     }
-    return ppo.run(from_values(PPOConfig, options), reward)
+    return from_values(PPOConfig, options)
 
 
-def train_reward(
-    config: RLHFConfig, number: int, kind: str, folder: Path, chat: Path, last: Version | None
-) -> Path:
+def reward_config(
+    config: RLHFConfig, number: int, kind: str, chat: Path, last: Version | None
+) -> RewardConfig:
     """The round's reward model of this kind."""
     rounds = [config.out / f"round-{n}" / f"{kind}.jsonl" for n in range(1, number + 1)]
     start = chat
@@ -236,11 +231,11 @@ def train_reward(
         "device": config.device,
         **config.reward,
         **getattr(config, kind),
-        "out": str(folder / kind),
+        "out": str(config.out / f"round-{number}" / kind),
         "model": str(start),
         "data": [str(path) for path in data],
     }
-    return run_reward(from_values(RewardConfig, options))
+    return from_values(RewardConfig, options)
 
 
 def accuracy_of(
@@ -263,9 +258,7 @@ def accuracy_of(
 
 
 def main() -> None:
-    parallel.init()
-    run(parse(RLHFConfig, sys.argv[1:], "python -m puna.trainers.rlhf"))
-    parallel.close()
+    sys.exit(command("python -m puna.trainers.rlhf", RLHFConfig, run))
 
 
 if __name__ == "__main__":

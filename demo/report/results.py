@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from puna.trainers.train.config import tomllib
+from puna.trainers.train.recipes import tomllib
 
 Evaluation = dict[str, Any]
 Rows = list[dict[str, Any]]
