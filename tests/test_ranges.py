@@ -163,6 +163,18 @@ def test_tables_of_the_loop_are_held_to_their_stages_ranges():
         rlhf.run(rlhf.RLHFConfig(**given))
 
 
+def test_the_loops_early_stopping_needs_prompts_to_look_at(capsys):
+    absent = flags(rlhf.RLHFConfig)
+    assert main(["rlhf", "7b/rlhf.toml", *absent]) == 1
+    assert capsys.readouterr().err == (
+        "puna rlhf: patience in [ppo] needs eval_prompts to look at; name some or set it to 0\n"
+    )
+    given = ["--eval-prompts", "held"]
+    config = parse(rlhf.RLHFConfig, ["7b/rlhf.toml", *absent, *given], "puna rlhf")
+    assert config.eval_prompts == [Path("held")] and config.ppo["patience"] == 5
+    assert parse(rlhf.RLHFConfig, ["7b/rlhf.toml", *absent, "--ppo-versions", "0"], "puna rlhf")
+
+
 @dataclass(kw_only=True)
 class Inner(Options):
     share: Annotated[float, AtLeast(0), AtMost(1)] = 0.5

@@ -69,6 +69,8 @@ class RLHFConfig(Options):
     """further comparisons, used in every round"""
     safety_data: list[Path] = field(default_factory=list)
     """further comparisons, used in every round"""
+    eval_prompts: list[Path] = field(default_factory=list)
+    """held-out prompts that PPO stops early by (`patience` in [ppo])"""
     round_prompts: CountOrNone = 0
     """prompts that one round's rejection sampling takes, each round the next of a shuffled order
     (the best answers to earlier ones stay in the pool); 0: all of them every time"""
@@ -105,6 +107,12 @@ class RLHFConfig(Options):
     """table: options of `puna rejection`"""
     ppo: dict[str, Any] = field(default_factory=dict)
     """table: options of `puna ppo`"""
+
+    def check(self) -> None:
+        if self.ppo_versions and self.ppo.get("patience") and not self.eval_prompts:
+            raise ValueError(
+                "patience in [ppo] needs eval_prompts to look at; name some or set it to 0"
+            )
 
 
 class Waiting(RuntimeError):
