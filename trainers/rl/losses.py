@@ -104,12 +104,6 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return logprobs - ref_logprobs
 
 
-def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Half the squared log-ratio per sampled token: biased, but as a loss on the policy's own
-    samples its gradient is the KL's."""
-    return 0.5 * (logprobs - ref_logprobs).square()
-
-
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """exp(-x) - 1 + x of the log-ratio x per sampled token: unbiased, low variance and never
     negative: the form to log."""
