@@ -179,7 +179,7 @@ def test_going_on_trains_the_last_reward_models_with_fresh_data_only(tiny, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"versions": 0}, "there must be at least one version"),
+        ({"versions": 0}, "versions is 0; it must be at least 1"),
         ({"ppo_versions": 3}, "not more with PPO than there are"),
         ({"ppo": {"iteration": 3}}, r"\[ppo\]: unknown key 'iteration'; did you mean iterations"),
         ({"ppo": {"iterations": "many"}}, "'ppo.iterations' is 'many'; expected a whole number"),
