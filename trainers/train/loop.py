@@ -69,6 +69,8 @@ class TrainConfig(Options):
     """steps between looks at held-out data"""
     keep: Count = 2
     """newest checkpoints to keep"""
+    log: Literal["none", "tensorboard", "trackio"] = "none"
+    """where else to show the metrics, by a package of its own: pip install "puna[tensorboard]" """
     device: str = "auto"
     """auto takes a GPU where there is one"""
     dtype: Literal["fp32", "bf16"] = "fp32"

@@ -26,6 +26,7 @@ from puna.core.checkpoint.folder import atomic_folder, open_model, write_tensors
 from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer
 from puna.trainers.train.config import to_toml
+from puna.trainers.train.viewers import viewer
 
 
 class Trained(NamedTuple):
@@ -45,6 +46,7 @@ class Run:
         self.tokenizer = tokenizer
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self._show = viewer(getattr(config, "log", "none"), path)
         if parallel.is_main():
             claim(path, config)
             self.checkpoints.mkdir(exist_ok=True)
@@ -69,10 +71,11 @@ class Run:
         return sorted(self.checkpoints.glob("step-*"), key=lambda path: int(path.name[5:]))
 
     def log(self, step: int, **values: float | int | str) -> None:
-        """Append one row to metrics.jsonl."""
+        """Append one row to metrics.jsonl, and show it where the configuration asks for that."""
         if parallel.is_main():
             with self.metrics.open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
+            self._show(step, {k: v for k, v in values.items() if not isinstance(v, str)})
 
     def save(self, step: int, networks: dict[str, Trained], *, keep: int) -> None:
         """Write checkpoints/step-N and drop all but the newest `keep`.
