@@ -14,7 +14,6 @@ from torch import Tensor
 from puna.core import parallel
 from puna.core.generation.generate import generate
 from puna.core.model import Transformer
-from puna.core.ops import linear_logprobs
 from puna.trainers.rl.packed import AllMax, forward_groups, one_rank
 
 
@@ -184,7 +183,7 @@ def answer_logprobs(
     for rows, hidden, targets in answer_states(
         model, rollout, max_tokens=max_tokens, all_max=all_max
     ):
-        new = linear_logprobs(hidden, model.head_weight, targets, temperature=temperature)
+        new = model.logprobs(hidden, targets, temperature=temperature)
         if rows:
             for out, flat in zip((logprobs, entropy), new, strict=True):
                 out[rows] = pad_answers(flat, rollout.lengths[rows], out.shape[1])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from puna.core.model import Transformer
-from puna.core.ops import gae, linear_logprobs
+from puna.core.ops import gae
 from puna.trainers.rl.losses import (
     AllSum,
     identity,
@@ -217,9 +217,7 @@ def policy_pass(
     for rows, hidden, targets in answer_states(
         policy, part.rollout, max_tokens=settings.max_tokens, all_max=settings.all_max
     ):
-        logprobs, entropy = linear_logprobs(
-            hidden, policy.head_weight, targets, temperature=settings.temperature
-        )
+        logprobs, entropy = policy.logprobs(hidden, targets, temperature=settings.temperature)
         if not rows:
             (0.0 * logprobs.sum()).backward()
             continue
