@@ -52,7 +52,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     model = load_model(config.model, device=loop.device_of_name(config.device))
     pairs, skipped = load_pairs(config, model.config.context)
     next_token.say(skipped)
-    differences, ratings = margins_of(model, pairs, config.micro_batch, model.head_weight.device)
+    differences, ratings = margins_of(model, pairs, config.micro_batch, model.device)
     by_rating = accuracy.shares(differences, ratings)
     by_safety = safety_shares(differences, pairs)
     bins = accuracy.calibration(differences)

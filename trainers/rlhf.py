@@ -252,7 +252,7 @@ def accuracy_of(
         rows, _ = read_preferences(folder / f"{kind}.jsonl")
         tokenizer = Tokenizer(tokenizer_path(path))
         pairs, _ = encode_pairs(tokenizer, rows, model.config.context)
-        device = model.head_weight.device
+        device = model.device
         found[kind] = accuracies(*margins_of(model, pairs, 64, device))
     return found
 

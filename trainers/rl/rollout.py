@@ -15,7 +15,6 @@ from puna.core import parallel
 from puna.core.chat import decode_answer
 from puna.core.generation.generate import generate
 from puna.core.model import Transformer
-from puna.core.ops import linear_logprobs
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.prompts import EncodedPrompt
 from puna.trainers.rl.packed import forward_groups
@@ -192,7 +191,7 @@ def answer_logprobs(
     """
     logprobs, entropy = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)
     for rows, hidden, targets in answer_states(model, rollout, max_tokens=max_tokens):
-        new = linear_logprobs(hidden, model.head_weight, targets, temperature=temperature)
+        new = model.logprobs(hidden, targets, temperature=temperature)
         if rows:
             for out, flat in zip((logprobs, entropy), new, strict=True):
                 out[rows] = pad_answers(flat, rollout.lengths[rows], out.shape[1])

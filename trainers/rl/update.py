@@ -12,7 +12,7 @@ from torch import Tensor
 
 from puna.core import parallel
 from puna.core.model import Transformer
-from puna.core.ops import gae, linear_logprobs
+from puna.core.ops import gae
 from puna.trainers.rl.config import PPOConfig
 from puna.trainers.rl.losses import k1, k3, moments, policy_loss, value_loss, whiten
 from puna.trainers.rl.rewards import Scores, settle_unfinished, token_rewards
@@ -157,9 +157,7 @@ def policy_pass(
     for rows, hidden, targets in answer_states(
         policy, part.rollout, max_tokens=config.micro_batch_tokens
     ):
-        logprobs, entropy = linear_logprobs(
-            hidden, policy.head_weight, targets, temperature=config.temperature
-        )
+        logprobs, entropy = policy.logprobs(hidden, targets, temperature=config.temperature)
         if not rows:
             (0.0 * logprobs.sum()).backward()
             continue

@@ -170,7 +170,7 @@ def step_optimizer(network: Trained, rate: float, clip: float) -> float:
 
 def backward(model: Transformer, batches: Sequence[Any], objective: Objective) -> dict[str, float]:
     """Accumulate the gradient of one step; returns its loss and other means over all ranks."""
-    device = model.head_weight.device
+    device = model.device
     weight = torch.tensor([sum(objective.weight(b) for b in batches)], dtype=torch.float64)
     total = max(float(parallel.all_sum(weight.to(device))), 1e-12)
     sums: dict[str, Tensor] = {}
@@ -251,7 +251,7 @@ def evaluated(
 @torch.no_grad()
 def mean_loss(model: Transformer, batches: Sequence[Any], objective: Objective) -> dict[str, float]:
     """The objective's means over `batches`, all ranks' together, without gradients."""
-    device = model.head_weight.device
+    device = model.device
     sums: dict[str, Tensor] = {"weight": torch.zeros((), dtype=torch.float64, device=device)}
     for batch in batches:
         loss, extras = objective.loss(model, batch)

@@ -12,7 +12,6 @@ from torch import Tensor
 from puna.core import parallel
 from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer
-from puna.core.ops import linear_cross_entropy
 from puna.trainers.data.packing import LMBatch, step_rows
 from puna.trainers.data.readers import Skipped
 from puna.trainers.train import loop
@@ -33,10 +32,7 @@ class Rows(Protocol):
 def next_token_loss(model: Transformer, batch: LMBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """Summed weighted cross-entropy of the batch, nats."""
     hidden = model(batch.tokens, batch.positions, batch.cu_seqlens)
-    loss = linear_cross_entropy(
-        hidden, model.head_weight, batch.targets, weights=batch.weights, reduction="sum"
-    )
-    return loss, {}
+    return model.cross_entropy(hidden, batch.targets, weights=batch.weights, reduction="sum"), {}
 
 
 OBJECTIVE = loop.Objective(
