@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
@@ -9,17 +10,18 @@ from puna.benchmarks.kernels.run import run_kernels
 from puna.benchmarks.models.decode_peers import check_llama2c
 from puna.benchmarks.models.weights import bench_weights
 from puna.benchmarks.suite import run_suite
+from puna.trainers.train.ranges import AtLeast, AtMost, Count, Options
 
 
 @dataclass(kw_only=True)
-class BenchConfig:
+class BenchConfig(Options):
     """Measure Puna beside its peers; prints a table, and as the last line one JSON document."""
 
-    rounds: int = 5
+    rounds: Count = 5
     """times that each provider is timed, in turn; the median is shown"""
     device: str = "cpu"
     """cpu or cuda"""
-    threads: int = 0
+    threads: Annotated[int, AtLeast(0), AtMost(1024)] = 0
     """CPU threads; 0 takes PyTorch's own choice (OMP_NUM_THREADS or the cores)"""
     save: bool = False
     """also write benchmarks/results/<machine>/<what>.json"""
@@ -139,8 +141,6 @@ def measure(config: BenchConfig, what: str) -> None:
 
 def prepare(config: BenchConfig) -> torch.device:
     """The device, with the threads set. ValueError for settings that cannot be measured."""
-    if config.rounds < 1:
-        raise ValueError(f"rounds is {config.rounds}; measure at least one")
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("device is cuda, but PyTorch finds none here; use --device cpu")
     if config.threads:

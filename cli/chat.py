@@ -3,29 +3,30 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from puna.core.chat import Message, check_dialogue, encode_prompt
 from puna.core.checkpoint.folder import load_model, tokenizer_path
 from puna.core.generation.generate import stream
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer, stream_text
+from puna.trainers.train.ranges import Above, AtMost, Count, Options, Seed, TemperatureOrGreedy
 
 
 @dataclass(kw_only=True)
-class ChatConfig:
+class ChatConfig(Options):
     """Talk to a chat model. An empty line or Ctrl-D ends, /new starts a new dialogue."""
 
     model: Path
     """a model folder"""
     system: str = ""
     """system message: an instruction that should hold for the whole dialogue"""
-    temperature: float = 0.6
+    temperature: TemperatureOrGreedy = 0.6
     """0 is greedy (Meta's default: 0.6)"""
-    top_p: float = 0.9
+    top_p: Annotated[float, Above(0), AtMost(1)] = 0.9
     """keep the most likely tokens up to this mass (Meta's default: 0.9)"""
-    max_new_tokens: int = 256
-    seed: int = 0
+    max_new_tokens: Count = 256
+    seed: Seed = 0
     device: str = "cpu"
     weights: Literal["fp32", "bf16", "int8"] = "fp32"
     """numbers that are read on the CPU: rounded ones are faster and a little worse"""

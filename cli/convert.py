@@ -7,10 +7,11 @@ from typing import Literal
 import torch
 
 from puna.core.checkpoint.convert import convert
+from puna.trainers.train.ranges import Count, Options
 
 
 @dataclass
-class ConvertConfig:
+class ConvertConfig(Options):
     """Convert a model: a model folder (Puna's and Hugging Face's are one), Meta's folder or a
     llama2.c .bin, into a model folder or, where the target's name ends so, a .bin."""
 
@@ -22,7 +23,7 @@ class ConvertConfig:
     """A tokenizer.model to put into the folder (default: the source's own)."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
     """Type of the weights in the folder; a .bin always has float32."""
-    context: int = 4096
+    context: Count = 4096
     """Longest sequence in tokens, for Meta's folders, which do not say (Llama 2: 4096)."""
 
 

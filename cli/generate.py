@@ -3,16 +3,25 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from puna.core.chat import Message, encode_prompt
 from puna.core.checkpoint.folder import load_model, tokenizer_path
 from puna.core.generation.generate import stream
 from puna.core.tokenizer import Tokenizer, stream_text
+from puna.trainers.train.ranges import (
+    Above,
+    AtMost,
+    Count,
+    CountOrNone,
+    Options,
+    Seed,
+    TemperatureOrGreedy,
+)
 
 
 @dataclass(kw_only=True)
-class GenerateConfig:
+class GenerateConfig(Options):
     """Continue a prompt with a model; the text is printed as it is drawn."""
 
     model: Path
@@ -25,14 +34,14 @@ class GenerateConfig:
     """the prompt is a user's message: use the chat format"""
     system: str = ""
     """system message, with --chat"""
-    temperature: float = 0.6
+    temperature: TemperatureOrGreedy = 0.6
     """0 is greedy (Meta's default: 0.6)"""
-    top_p: float = 0.9
+    top_p: Annotated[float, Above(0), AtMost(1)] = 0.9
     """keep the most likely tokens up to this mass (Meta's default: 0.9)"""
-    top_k: int = 0
+    top_k: CountOrNone = 0
     """keep so many of the most likely tokens; 0 is off"""
-    max_new_tokens: int = 256
-    seed: int = 0
+    max_new_tokens: Count = 256
+    seed: Seed = 0
     device: str = "cpu"
     weights: Literal["fp32", "bf16", "int8"] = "fp32"
     """numbers that are read on the CPU: rounded ones are faster and a little worse"""

@@ -8,8 +8,6 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from puna.core import parallel
-
 
 class Verb(NamedTuple):
     module: str
@@ -73,21 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_verb(name: str, arguments: Sequence[str]) -> int:
     verb = VERBS[name]
     module = importlib.import_module(verb.module)
-    from puna.trainers.train.config import parse
+    from puna.trainers.train.command import command
 
-    parallel.init()
-    try:
-        config = parse(getattr(module, verb.config), arguments, f"puna {name}")
-        getattr(module, verb.function)(config)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"puna {name}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"puna {name}: interrupted", file=sys.stderr)
-        return 130
-    finally:
-        parallel.close()
-    return 0
+    config, work = getattr(module, verb.config), getattr(module, verb.function)
+    return command(f"puna {name}", config, work, arguments)
 
 
 def usage() -> str:

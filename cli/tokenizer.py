@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
 from rich.table import Table
@@ -12,26 +13,27 @@ from puna.core.tokenizer import Tokenizer, train_tokenizer
 from puna.trainers.data.corpus import encode_corpus, save_corpus
 from puna.trainers.data.formats import Columns
 from puna.trainers.data.readers import read_texts
+from puna.trainers.train.ranges import AtLeast, AtMost, Options
 
 
 @dataclass
-class TrainTokenizer:
+class TrainTokenizer(Options):
     """Train a SentencePiece tokenizer with Llama 2's settings."""
 
     data: tuple[Path, ...]
     """Texts: .txt files, or .jsonl files with a text column."""
     output: Path
     """The tokenizer.model to write."""
-    vocab_size: int = 32_000
+    vocab_size: Annotated[int, AtLeast(260)] = 32_000
     """Number of pieces, with 3 control and 256 byte pieces among them (paper 2.2: 32k)."""
-    character_coverage: float = 0.99995
+    character_coverage: Annotated[float, AtLeast(0.98), AtMost(1)] = 0.99995
     """Share of the text's characters that get a piece; the rest are bytes (Llama 2's value)."""
     columns: Columns = Columns()
     """The names of the columns in .jsonl files."""
 
 
 @dataclass
-class Encode:
+class Encode(Options):
     """Show the ids and pieces of a text, or write whole files as a corpus for pretraining."""
 
     tokenizer: Path
@@ -47,7 +49,7 @@ class Encode:
 
 
 @dataclass
-class Inspect:
+class Inspect(Options):
     """Describe a tokenizer, and how well it fits some text."""
 
     tokenizer: Path

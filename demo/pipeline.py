@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from puna.core.tokenizer import train_tokenizer
 from puna.demo import evaluation
@@ -21,6 +21,7 @@ from puna.demo.village import oracle, world
 from puna.trainers import gatt, pretrain, rlhf, sft
 from puna.trainers.rl.comparisons import write_rows
 from puna.trainers.train.config import find_recipe, from_values, load_recipe
+from puna.trainers.train.ranges import Above, AtMost, Options, Seed
 from puna.trainers.train.run import claim
 
 Config = TypeVar("Config")
@@ -28,14 +29,14 @@ VOCABULARY = 1024  # nearly every word of the world is one piece: 20 exchanges f
 
 
 @dataclass(kw_only=True)
-class DemoConfig:
+class DemoConfig(Options):
     """Run all of Llama 2 on a small made-up world, on this machine's CPU."""
 
     out: Path = Path("runs/demo")
     """folder of the run; an interrupted run in it is continued"""
-    seed: int = 0
+    seed: Seed = 0
     """of the world and of every stage"""
-    scale: float = 1.0
+    scale: Annotated[float, Above(0), AtMost(1000)] = 1.0
     """amount of data and steps; 0.03 takes about a minute and shows only that all runs"""
 
 

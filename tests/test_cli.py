@@ -123,7 +123,7 @@ MISTAKES = {
     "gatt --model {1}/chat --dialogues {0}/bad.jsonl --out {0}/o": "bad.jsonl:1: ",
     "evaluate --model {1}/chat --data {1}/preferences.jsonl": "is a language model",
     "rlhf demo/rlhf.toml --out {0}/o --model {1}/chat --prompts {1}/prompts.jsonl --versions 0 "
-    "--helpfulness-prompts {1}/prompts.jsonl --safety-prompts {1}/prompts.jsonl": "at least one",
+    "--helpfulness-prompts {1}/prompts.jsonl --safety-prompts {1}/prompts.jsonl": "versions is 0; ",
 }
 
 

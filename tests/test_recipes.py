@@ -7,6 +7,7 @@ blocks stand for all; that a full-depth model has the right parameters is checke
 
 import dataclasses
 import importlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,9 +33,12 @@ from puna.trainers.rl.rollout import Rollout
 from puna.trainers.rlhf import check as check_rlhf
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.config import from_values, load_recipe
+from puna.trainers.train.recipes import known_recipes, read_recipe
 
 ROOT = Path(__file__).parent.parent / "recipes"
-RECIPES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.toml"))
+RECIPES = known_recipes()
+# What each recipe said when there was a whole file for each stage at each size.
+WRITTEN_OUT = json.loads((Path(__file__).parent / "data" / "recipes.json").read_text())
 SIZES = ("7b", "13b", "34b", "70b")
 STAGES = "pretrain sft reward_helpfulness reward_safety rejection ppo gatt rlhf".split()
 CLASSES = {
@@ -46,7 +50,6 @@ CLASSES = {
     "gatt": "GAttConfig",
     "rlhf": "RLHFConfig",
 }
-EXAMPLES = {"shakespeare": "pretrain", "dolly": "sft", "hh": "reward", "tulu1": "reward"}
 EXAMPLES = {"shakespeare": "pretrain", "dolly": "sft", "hh": "reward", "tulu1": "reward"}
 ADAMW = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-5, "weight_decay": 0.1, "clip": 1.0}
 PAPER: dict[str, dict[str, Any]] = {
@@ -91,18 +94,52 @@ BY_SIZE: dict[str, dict[str, tuple[float, ...]]] = {
 PARAMETERS = (6_738_415_616, 13_015_864_320, 33_743_970_304, 68_976_648_192)
 
 
-def config_of(recipe: str) -> Any:
-    """The recipe with its stage's Config; ValueError for a key that it does not have."""
+def class_of(recipe: str) -> Any:
+    """The Config that a recipe is for."""
     stem = Path(recipe).stem.split("_")[0]
     stage = EXAMPLES.get(stem, stem)  # examples are called after their data
     stage = EXAMPLES.get(stage, stage)
-    cls = getattr(importlib.import_module(f"puna.trainers.{stage}"), CLASSES[stage])
+    return getattr(importlib.import_module(f"puna.trainers.{stage}"), CLASSES[stage])
+
+
+def config_of(recipe: str) -> Any:
+    """The recipe with its stage's Config; ValueError for a key that it does not have."""
+    cls = class_of(recipe)
     return from_values(cls, load_recipe(cls, ROOT / recipe))
 
 
 def test_each_size_has_a_recipe_for_each_stage() -> None:
     expected = {f"{name}/{stage}.toml" for name in SIZES for stage in STAGES}
     assert expected <= set(RECIPES)
+
+
+@pytest.mark.parametrize("recipe", [name for name in WRITTEN_OUT if "b/rlhf" not in name])
+def test_bases_and_overlays_say_what_was_written_out(recipe: str) -> None:
+    assert read_recipe(ROOT / recipe) == WRITTEN_OUT[recipe]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_loop_does_what_was_written_out_and_stops_ppo_early(name: str) -> None:
+    """Its tables hold more than before: what each stage is told is the same but for patience,
+    which they had forgotten."""
+    before, now = WRITTEN_OUT[f"{name}/rlhf.toml"], read_recipe(ROOT / name / "rlhf.toml")
+    tables = ("reward", "safety", "rejection", "ppo")
+    assert set(before) == set(now) and set(tables) <= set(now)
+    assert all(before[key] == now[key] for key in before if key not in tables)
+
+    def told(values: dict[str, Any]) -> list[Any]:
+        common = {"max_new_tokens": values["max_new_tokens"]}
+        return [
+            from_values(class_of("reward.toml"), values["reward"]),
+            from_values(class_of("reward.toml"), values["reward"] | values["safety"]),
+            from_values(class_of("rejection.toml"), common | values["rejection"]),
+            from_values(class_of("ppo.toml"), common | values["ppo"]),
+        ]
+
+    old, new = told(before), told(now)
+    assert (old[-1].patience, new[-1].patience) == (0, 5)
+    old[-1].patience = 5
+    assert old == new
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -22,10 +22,11 @@ from puna.trainers.reward import load_preferences, margins_of
 from puna.trainers.rl import accuracy
 from puna.trainers.rl.accuracy import Bin, Share
 from puna.trainers.train import loop, next_token
+from puna.trainers.train.ranges import Batch, Options
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(Options):
     """Measure a reward model on comparisons: accuracy by rating, calibration."""
 
     model: Path
@@ -38,7 +39,7 @@ class EvaluateConfig:
     """what the file's ratings and safety labels are called"""
     out: Path | None = None
     """.json file to write the figures to"""
-    micro_batch: int = 64
+    micro_batch: Batch = 64
     """pairs in one forward pass"""
     device: str = "auto"
     """auto takes a GPU where there is one"""

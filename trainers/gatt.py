@@ -31,15 +31,16 @@ from puna.trainers.data.packing import PackedRows
 from puna.trainers.rl.rollout import sample_everywhere
 from puna.trainers.sft import load_dialogues
 from puna.trainers.train import loop, next_token
-from puna.trainers.train.config import parse
+from puna.trainers.train.command import command
 from puna.trainers.train.progress import meter
+from puna.trainers.train.ranges import Batch, Count, CountOrNone, Share, Temperature
 from puna.trainers.train.run import Run, open_start
 
 Judge = Callable[[str, str, str], bool]  # (instruction, question, answer) -> does it obey
 
 
 @dataclass(kw_only=True)
-class GAttConfig(loop.TrainConfig):
+class GAttConfig(loop.RowsConfig):
     """Ghost Attention (paper section 3.3): teach a chat model to keep a system message."""
 
     model: Path
@@ -50,26 +51,22 @@ class GAttConfig(loop.TrainConfig):
     """.jsonl of `instruction` and `short`, drawn for dialogues that have none of their own"""
     mix: list[Path] = field(default_factory=list)
     """ordinary dialogues to train on besides"""
-    shorten: float = 0.5
+    shorten: Share = 0.5
     """how often the instruction is replaced by its short form (paper: half of the time)"""
-    samples: int = 1
+    samples: Batch = 1
     """answers drawn for each turn; the first that a judge accepts is taken"""
-    targets: int = 5
+    targets: Count = 5
     """examples made of one dialogue, each ending at another turn"""
-    window: int = 0
+    window: CountOrNone = 0
     """earlier exchanges that the sampling model sees; 0: all"""
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     """of the sampled answers"""
-    max_new_tokens: int = 256
+    max_new_tokens: Count = 256
     """longest answer, tokens"""
-    epochs: int = 1
+    epochs: Count = 1
     lr: float = 2e-5
     """peak (the paper does not say; this is SFT's)"""
-    batch: int = 64
-    """rows in a step, all processes together"""
-    micro_batch: int = 8
-    """rows in one forward pass"""
-    generation_batch: int = 256
+    generation_batch: Batch = 256
     """answers sampled side by side"""
 
 
@@ -84,7 +81,6 @@ def run(config: GAttConfig, judge: Judge | None = None) -> Path:
 
     `judge` decides which answers may become targets; without one every finished answer does.
     """
-    loop.check(config)
     tokenizer_file = tokenizer_path(config.model)
     folder = Run(config.out, config, tokenizer=tokenizer_file)
     if folder.done:
@@ -294,9 +290,7 @@ def _load_turns(path: Path, dialogues: Sequence[GhostDialogue]) -> list[list[Exc
 
 
 def main() -> None:
-    parallel.init()
-    run(parse(GAttConfig, sys.argv[1:], "python -m puna.trainers.gatt"))
-    parallel.close()
+    sys.exit(command("python -m puna.trainers.gatt", GAttConfig, run))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 
@@ -45,9 +45,20 @@ from puna.trainers.rl.update import (
     update,
 )
 from puna.trainers.train import loop
-from puna.trainers.train.config import parse
+from puna.trainers.train.command import command
 from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.progress import meter
+from puna.trainers.train.ranges import (
+    Above,
+    Batch,
+    Below,
+    Count,
+    CountOrNone,
+    Rate,
+    Share,
+    Temperature,
+    Weight,
+)
 from puna.trainers.train.run import Run, Trained
 
 SHOWN = 8  # answers written to samples/ at a time
@@ -68,55 +79,64 @@ class PPOConfig(loop.TrainConfig):
     """prompt files to sample from"""
     eval_prompts: list[Path] = field(default_factory=list)
     """prompt files for held-out reward and early stopping"""
-    iterations: int = 400
+    iterations: Count = 400
     """rollouts (paper: 200-400, stopped early)"""
-    batch: int = 512
+    batch: Batch = 512
     """answers per iteration, all ranks together (paper)"""
-    minibatch: int = 64
+    minibatch: Batch = 64
     """answers per gradient step (paper)"""
-    beta: float = 0.01
+    beta: Weight = 0.01
     """weight of KL (paper: 0.01 for 7b and 13b, 0.005 for 34b and 70b)"""
-    ratio_clip: float = 0.2
+    ratio_clip: Annotated[float, Above(0), Below(1)] = 0.2
     """half width of the interval around ratio 1 (paper)"""
     lr: float = 1e-6
     """constant (paper)"""
     schedule: Literal["cosine", "constant"] = "constant"
-    critic_lr: float | None = None
+    critic_lr: Annotated[float | None, Above(0)] = None
     """the critic's learning rate; the policy's where left out"""
     critic: Literal["helpfulness", "policy"] = "helpfulness"
     """whose weights the critic starts from, with a fresh head"""
-    critic_warmup: int = 0
+    critic_warmup: CountOrNone = 0
     """iterations at the beginning that train the critic alone"""
-    value_clip: float | None = 0.2
+    value_clip: Annotated[float | None, Above(0)] = 0.2
     """how far a value may move since the rollout; in units of the whitened reward"""
-    gamma: float = 1.0
+    gamma: Share = 1.0
     """discount per token"""
-    lam: float = 0.95
+    lam: Share = 0.95
     """of generalised advantage estimation"""
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     """of the answers; all log-probs are taken at it"""
-    max_new_tokens: int = 512
+    max_new_tokens: Count = 512
     """longest answer, tokens"""
     unfinished: Literal["keep", "subtract", "replace", "mask"] = "subtract"
     """an answer without EOS: keep its score; subtract the penalty; replace the score by minus
     the penalty; mask it out of loss and whitening"""
-    unfinished_penalty: float = 1.0
+    unfinished_penalty: Weight = 1.0
     """in units of the raw score"""
-    patience: int = 0
+    patience: CountOrNone = 0
     """stop after so many evaluations without a better held-out reward and take the best model; 0:
     go on to the end and take the last"""
-    max_kl: float | None = None
+    max_kl: Annotated[float | None, Above(0)] = None
     """stop when the mean KL of an answer, in nats, exceeds it"""
-    eval_count: int = 512
+    eval_count: Count = 512
     """held-out prompts per evaluation"""
-    micro_batch_tokens: int = 16384
+    micro_batch_tokens: Count = 16384
     """most tokens in one forward pass"""
-    generation_batch: int = 256
+    generation_batch: Batch = 256
     """answers sampled side by side"""
-    ratio_tolerance: float = 1e-3
+    ratio_tolerance: Rate = 1e-3
     """largest mean |log ratio| of an iteration's first mini-batch; about 2e-2 in bf16"""
     save_every: int = 20
     eval_every: int = 10
+
+    def check(self) -> None:
+        if self.batch % self.minibatch:
+            raise ValueError(
+                f"batch {self.batch} is not a multiple of minibatch {self.minibatch}; "
+                "one pass in equal gradient steps needs that"
+            )
+        if self.patience and not self.eval_prompts:
+            raise ValueError("patience needs eval_prompts to look at; name some or set it to 0")
 
 
 class Stage(NamedTuple):
@@ -387,9 +407,7 @@ def write_samples(
 
 
 def main() -> None:
-    parallel.init()
-    run(parse(PPOConfig, sys.argv[1:], "python -m puna.trainers.ppo"))
-    parallel.close()
+    sys.exit(command("python -m puna.trainers.ppo", PPOConfig, run))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ document's border.
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
-from puna.core import parallel
 from puna.core.checkpoint.source import Source, fresh
 from puna.core.config import size
 from puna.core.tokenizer import Tokenizer
@@ -16,12 +16,13 @@ from puna.trainers.data.corpus import Corpus, encode_corpus, open_corpus, split_
 from puna.trainers.data.packing import CorpusRows
 from puna.trainers.data.readers import Skipped, read_texts
 from puna.trainers.train import loop, next_token
-from puna.trainers.train.config import parse
+from puna.trainers.train.command import command
+from puna.trainers.train.ranges import CountOrNone, ShareOf
 from puna.trainers.train.run import Run, open_start
 
 
 @dataclass(kw_only=True)
-class PretrainConfig(loop.TrainConfig):
+class PretrainConfig(loop.RowsConfig):
     """Train a language model from scratch on text."""
 
     data: list[Path]
@@ -30,23 +31,20 @@ class PretrainConfig(loop.TrainConfig):
     """tokenizer.model; its vocabulary is the model's"""
     size: str = "mini"
     """model shape: 7b, 13b, 34b, 70b, or a small one (15m, 110m, 1b, demo, mini)"""
-    context: int = 0
+    context: CountOrNone = 0
     """longest sequence the model is made for, tokens; 0 takes the shape's own"""
-    row_tokens: int = 0
+    row_tokens: CountOrNone = 0
     """tokens in a training row; 0 takes the context (paper: 4096)"""
     batch: int = 8
     """rows in a step, all processes together (paper: 4M tokens)"""
-    micro_batch: int = 8
-    """rows in one forward pass"""
-    steps: int = 0
+    steps: CountOrNone = 0
     """optimizer steps; 0 takes one epoch"""
-    eval_share: float = 0.01
+    eval_share: Annotated[float, ShareOf()] = 0.01
     """share of the tokens, the last ones, kept for the held-out loss"""
 
 
 def run(config: PretrainConfig) -> Path:
     """Train, or continue, the run in `config.out`; returns the finished model's folder."""
-    loop.check(config)
     tokenizer = Tokenizer(config.tokenizer)
     folder = Run(config.out, config, tokenizer=config.tokenizer)
     if folder.done:
@@ -96,9 +94,7 @@ def load_corpus(config: PretrainConfig, tokenizer: Tokenizer) -> Corpus:
 
 
 def main() -> None:
-    parallel.init()
-    run(parse(PretrainConfig, sys.argv[1:], "python -m puna.trainers.pretrain"))
-    parallel.close()
+    sys.exit(command("python -m puna.trainers.pretrain", PretrainConfig, run))
 
 
 if __name__ == "__main__":

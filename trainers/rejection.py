@@ -35,14 +35,15 @@ from puna.trainers.rl.rewards import combine, score
 from puna.trainers.rl.rollout import collect
 from puna.trainers.sft import load_dialogues
 from puna.trainers.train import loop, next_token
-from puna.trainers.train.config import parse
+from puna.trainers.train.command import command
 from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.progress import meter
+from puna.trainers.train.ranges import Batch, Count, CountOrNone, Temperature
 from puna.trainers.train.run import Run, open_start
 
 
 @dataclass(kw_only=True)
-class RejectionConfig(loop.TrainConfig):
+class RejectionConfig(loop.RowsConfig):
     """Rejection-sampling fine-tuning (paper section 3.2.3)."""
 
     policy: Path
@@ -61,30 +62,26 @@ class RejectionConfig(loop.TrainConfig):
     mix: list[Path] = field(default_factory=list)
     """demonstrations to train on besides: of skills that the reward models cannot judge and that
     a version would otherwise forget"""
-    round: int = 1
+    round: Count = 1
     """number of this RLHF version; part of the random numbers"""
-    samples: int = 20
+    samples: Batch = 20
     """K, answers to each prompt (paper: not said; its Fig. 26 uses 20)"""
-    temperature: float = 1.2
+    temperature: Temperature = 1.2
     """of the answers (paper: 1.2 to 1.3 is best for its RLHF model; tune it for every version)"""
-    max_new_tokens: int = 512
+    max_new_tokens: Count = 512
     """longest answer, tokens"""
-    chunk: int = 64
+    chunk: Batch = 64
     """prompts sampled and scored at a time, all processes together; an interruption loses at most
     one chunk"""
-    generation_batch: int = 256
+    generation_batch: Batch = 256
     """answers sampled side by side"""
-    micro_batch_tokens: int = 16384
+    micro_batch_tokens: Count = 16384
     """most tokens in one scoring pass"""
-    epochs: int = 2
+    epochs: Count = 2
     """passes over the selected answers"""
     lr: float = 2e-5
     """peak (the paper does not say; this is SFT's)"""
-    batch: int = 64
-    """rows in a step, all processes together"""
-    micro_batch: int = 8
-    """rows in one forward pass"""
-    row_tokens: int = 0
+    row_tokens: CountOrNone = 0
     """tokens in a row; 0 takes the model's context"""
 
 
@@ -336,9 +333,7 @@ def summary(fresh: list[Sample], kept: list[Sample], samples: int) -> dict[str, 
 
 
 def main() -> None:
-    parallel.init()
-    run(parse(RejectionConfig, sys.argv[1:], "python -m puna.trainers.rejection"))
-    parallel.close()
+    sys.exit(command("python -m puna.trainers.rejection", RejectionConfig, run))
 
 
 if __name__ == "__main__":

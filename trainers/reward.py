@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -24,12 +24,13 @@ from puna.trainers.data.readers import Skipped, read_preferences
 from puna.trainers.rl.accuracy import accuracies, sentences, shares
 from puna.trainers.rl.losses import MARGINS, ranking_loss, safety_loss
 from puna.trainers.train import loop, next_token
-from puna.trainers.train.config import parse
+from puna.trainers.train.command import command
+from puna.trainers.train.ranges import Count, ShareOf, Weight
 from puna.trainers.train.run import Run, open_start
 
 
 @dataclass(kw_only=True)
-class RewardConfig(loop.TrainConfig):
+class RewardConfig(loop.RowsConfig):
     """Train a reward model on comparisons of two answers."""
 
     model: Path
@@ -43,16 +44,16 @@ class RewardConfig(loop.TrainConfig):
     """what the file's ratings and safety labels are called"""
     eval_data: list[Path] = field(default_factory=list)
     """comparisons for the held-out accuracy; left out: a share of `data`"""
-    eval_share: float = 0.05
+    eval_share: Annotated[float, ShareOf()] = 0.05
     """share of `data` kept for the held-out accuracy, where no file is given"""
     margin: Literal["none", "small", "large"] = "small"
     """m(r) of Table 27 (which one the final models used is not said)"""
-    safety_weight: float = 0.0
+    safety_weight: Weight = 0.0
     """weight of the safety auxiliary loss, ours: the paper gives neither formula nor weight"""
-    center_weight: float = 0.0
+    center_weight: Weight = 0.0
     """weight of the squared mean score of a pair, ours: Eq. 4 cuts at sigma(r) = 0.15 and lets
     scores of both models compete, but the ranking loss leaves each one's zero point free"""
-    epochs: int = 1
+    epochs: Count = 1
     """passes over the data (paper: 1, more overfits)"""
     lr: float = 1e-5
     """peak (paper: 5e-6 for 70b, 1e-5 for the others)"""
@@ -69,7 +70,6 @@ def run(config: RewardConfig) -> Path:
 
     At the end the held-out accuracy is printed with its 95% interval.
     """
-    loop.check(config)
     tokenizer_file = tokenizer_path(config.model)
     folder = Run(config.out, config, tokenizer=tokenizer_file)
     if folder.done:
@@ -225,9 +225,7 @@ def evaluation(
 
 
 def main() -> None:
-    parallel.init()
-    run(parse(RewardConfig, sys.argv[1:], "python -m puna.trainers.reward"))
-    parallel.close()
+    sys.exit(command("python -m puna.trainers.reward", RewardConfig, run))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from puna.core import parallel
 from puna.core.checkpoint.folder import open_model, open_source, tokenizer_path
@@ -34,14 +34,25 @@ from puna.trainers.rl.comparisons import (
     write_rows,
 )
 from puna.trainers.train import loop, next_token
-from puna.trainers.train.config import check_keys, from_values, parse
+from puna.trainers.train.command import command
+from puna.trainers.train.config import check_keys, from_values
+from puna.trainers.train.ranges import (
+    Above,
+    AtLeast,
+    AtMost,
+    Batch,
+    Count,
+    CountOrNone,
+    Options,
+    Seed,
+)
 from puna.trainers.train.run import claim
 
 KINDS = ("helpfulness", "safety")
 
 
 @dataclass(kw_only=True)
-class RLHFConfig:
+class RLHFConfig(Options):
     """The loop V1..Vn: comparisons, reward models, rejection sampling, PPO in the last ones."""
 
     out: Path
@@ -58,29 +69,33 @@ class RLHFConfig:
     """further comparisons, used in every round"""
     safety_data: list[Path] = field(default_factory=list)
     """further comparisons, used in every round"""
-    round_prompts: int = 0
+    eval_prompts: list[Path] = field(default_factory=list)
+    """held-out prompts that PPO stops early by (`patience` in [ppo])"""
+    round_prompts: CountOrNone = 0
     """prompts that one round's rejection sampling takes, each round the next of a shuffled order
     (the best answers to earlier ones stay in the pool); 0: all of them every time"""
-    versions: int = 5
+    versions: Count = 5
     """V1 .. Vn (paper: 5)"""
-    ppo_versions: int = 1
+    ppo_versions: CountOrNone = 1
     """so many of the last versions end with PPO (paper: V5; V4 is unclear)"""
-    helpfulness_pairs: int = 2000
+    helpfulness_pairs: Count = 2000
     """comparisons a round"""
-    safety_pairs: int = 1000
+    safety_pairs: Count = 1000
     """comparisons a round"""
-    temperatures: list[float] = field(default_factory=lambda: [0.8, 1.0, 1.2])
+    temperatures: Annotated[list[float], Above(0), AtLeast(0.01), AtMost(1000)] = field(
+        default_factory=lambda: [0.8, 1.0, 1.2]
+    )
     """the answers to compare are drawn at one of these"""
-    max_new_tokens: int = 512
+    max_new_tokens: Count = 512
     """longest answer, tokens"""
     go_on: bool = False
     """train the reward models on from the last round's with fresh data only (the paper starts
     anew from the chat model on all data)"""
-    seed: int = 0
+    seed: Seed = 0
     device: str = "auto"
     dtype: Literal["fp32", "bf16"] = "fp32"
     """of the matrix products in what this loop samples and scores itself; each stage has its own"""
-    generation_batch: int = 256
+    generation_batch: Batch = 256
     """answers sampled side by side"""
     reward: dict[str, Any] = field(default_factory=dict)
     """table: options of `puna reward` for both reward models"""
@@ -92,6 +107,12 @@ class RLHFConfig:
     """table: options of `puna rejection`"""
     ppo: dict[str, Any] = field(default_factory=dict)
     """table: options of `puna ppo`"""
+
+    def check(self) -> None:
+        if self.ppo_versions and self.ppo.get("patience") and not self.eval_prompts:
+            raise ValueError(
+                "patience in [ppo] needs eval_prompts to look at; name some or set it to 0"
+            )
 
 
 class Waiting(RuntimeError):
@@ -326,9 +347,7 @@ def record(
 
 
 def main() -> None:
-    parallel.init()
-    run(parse(RLHFConfig, sys.argv[1:], "python -m puna.trainers.rlhf"))
-    parallel.close()
+    sys.exit(command("python -m puna.trainers.rlhf", RLHFConfig, run))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ Packed dialogues do not see each other (the paper does not say whether its own d
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from puna.core import parallel
 from puna.core.chat import encode_dialogue
 from puna.core.checkpoint.folder import tokenizer_path
 from puna.core.tokenizer import Tokenizer
@@ -16,12 +16,13 @@ from puna.trainers.data.formats import Columns, Dialogue
 from puna.trainers.data.packing import PackedRows
 from puna.trainers.data.readers import Skipped, read_dialogues
 from puna.trainers.train import loop, next_token
-from puna.trainers.train.config import parse
+from puna.trainers.train.command import command
+from puna.trainers.train.ranges import Count, CountOrNone, ShareOf
 from puna.trainers.train.run import Run, open_start
 
 
 @dataclass(kw_only=True)
-class SFTConfig(loop.TrainConfig):
+class SFTConfig(loop.RowsConfig):
     """Fine-tune a language model on demonstrations."""
 
     model: Path
@@ -32,23 +33,20 @@ class SFTConfig(loop.TrainConfig):
     """names of the file's columns"""
     eval_data: list[Path] = field(default_factory=list)
     """dialogues for the held-out loss; left out: a share of `data`"""
-    eval_share: float = 0.02
+    eval_share: Annotated[float, ShareOf()] = 0.02
     """share of `data` kept for the held-out loss, where no file is given"""
-    epochs: int = 2
+    epochs: Count = 2
     """passes over the data (paper: 2)"""
     lr: float = 2e-5
     """peak (paper: 2e-5, cosine)"""
     batch: int = 64
     """rows in a step, all processes together (paper: 64)"""
-    micro_batch: int = 8
-    """rows in one forward pass"""
-    row_tokens: int = 0
+    row_tokens: CountOrNone = 0
     """tokens in a row; 0 takes the model's context (paper: 4096)"""
 
 
 def run(config: SFTConfig) -> Path:
     """Train, or continue, the run in `config.out`; returns the finished model's folder."""
-    loop.check(config)
     tokenizer_file = tokenizer_path(config.model)
     folder = Run(config.out, config, tokenizer=tokenizer_file)
     if folder.done:
@@ -97,9 +95,7 @@ def pack(tokenizer: Tokenizer, dialogues: list[Dialogue], row_tokens: int) -> Pa
 
 
 def main() -> None:
-    parallel.init()
-    run(parse(SFTConfig, sys.argv[1:], "python -m puna.trainers.sft"))
-    parallel.close()
+    sys.exit(command("python -m puna.trainers.sft", SFTConfig, run))
 
 
 if __name__ == "__main__":

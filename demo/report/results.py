@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from puna.trainers.train.config import tomllib
+from puna.trainers.train.recipes import read_toml
 
 Evaluation = dict[str, Any]
 Rows = list[dict[str, Any]]
@@ -98,7 +98,7 @@ def settings(folder: Path, evaluation: Evaluation, name: str) -> dict[str, Any]:
     recorded = path.parent / "config.toml" if path else None
     if recorded is None or not recorded.exists():
         return {}
-    return tomllib.loads(recorded.read_text(encoding="utf-8"))
+    return read_toml(recorded)
 
 
 def _file_of(folder: Path, evaluation: Evaluation, name: str) -> Path | None:

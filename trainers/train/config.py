@@ -2,27 +2,24 @@
 
 `parse(SFTConfig, ["7b/sft.toml", "--lr", "1e-5"])`: the dataclass gives the defaults, the recipe
 overrides them, a flag overrides the recipe. Recipes are flat, plus one table for each field that
-is itself a dataclass or a dict. No name in a recipe ever becomes code.
+is itself a dataclass or a dict; a recipe or a table may start from another recipe, `base = "..."`
+(`recipes`). No name in a recipe ever becomes code.
 """
 
 import dataclasses
 import difflib
 import json
 import re
-import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from puna.trainers.train.ranges import Options, check_ranges, drafts, enforce
+from puna.trainers.train.recipes import find_recipe, read_recipe
 
 Config = TypeVar("Config")
 
@@ -31,51 +28,48 @@ def parse(cls: type[Config], argv: Sequence[str], prog: str) -> Config:
     """The configuration of `argv`: an optional recipe first, then flags.
 
     Raises ValueError for a recipe that cannot be found or read, or has an unknown key or a value
-    of the wrong type; prints usage and exits for wrong flags, as command lines do.
+    of the wrong type, and for options that cannot be (`ranges`); prints usage and exits for wrong
+    flags, as command lines do.
     """
     arguments = list(argv)
     values: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("-"):
         values = load_recipe(cls, find_recipe(arguments.pop(0)))
-    default = from_values(cls, values)
-    return tyro.cli(
-        cls,
-        args=arguments,
-        default=default,
-        prog=f"{prog} [recipe.toml]",
-        description=(cls.__doc__ or "").strip(),
-    )
-
-
-def find_recipe(name: str) -> Path:
-    """The file called `name`, or the recipe of that name that Puna ships (`7b/sft.toml`)."""
-    if Path(name).is_file():
-        return Path(name)
-    shipped = Path(str(resources.files("puna.recipes")))
-    wanted = name if name.endswith(".toml") else f"{name}.toml"
-    if (shipped / wanted).is_file():
-        return shipped / wanted
-    known = sorted(str(p.relative_to(shipped)) for p in shipped.rglob("*.toml"))
-    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.3) or known
-    raise ValueError(f"no recipe '{name}': no such file, and Puna ships {', '.join(near)}")
+    with drafts():
+        config = tyro.cli(
+            cls,
+            args=arguments,
+            default=from_values(cls, values),
+            prog=f"{prog} [recipe.toml]",
+            description=(cls.__doc__ or "").strip(),
+        )
+    if isinstance(config, Options):
+        enforce(config)
+    return config
 
 
 def load_recipe(cls: type, path: Path) -> dict[str, Any]:
     """The recipe's values, checked against the fields of `cls`."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not TOML: {error}") from error
+    values = read_recipe(path)
     check_keys(cls, values, str(path))
     try:
-        from_values(cls, values)
+        with drafts():
+            draft = from_values(cls, values)
+        if isinstance(draft, Options):
+            check_ranges(draft)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return values
 
 
-def check_keys(cls: type, values: dict[str, Any], where: str) -> None:
-    """ValueError naming the nearest known keys where `values` has one that `cls` has not."""
+def check_keys(
+    cls: type, values: Mapping[str, Any], where: str, taken: Mapping[str, str] | None = None
+) -> None:
+    """ValueError naming the nearest known keys where `values` has one that `cls` has not, or
+    saying what to do instead where it has one that is `taken`: set by whoever asks."""
+    for key in values:
+        if taken and key in taken:
+            raise ValueError(f"{where}: '{key}' cannot be set here; {taken[key]}")
     known = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
@@ -84,6 +78,22 @@ def check_keys(cls: type, values: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where}: unknown key '{key}'; did you mean {', '.join(near)}?")
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
             check_keys(typing.cast(type, hints[key]), value, f"{where} [{key}]")
+
+
+def check_table(
+    cls: type,
+    values: Mapping[str, Any],
+    table: str,
+    taken: Mapping[str, str],
+    given: Mapping[str, Any],
+) -> None:
+    """ValueError where `values`, a recipe's `table` of options for `cls`, cannot be used.
+
+    `taken` has a piece of advice for each key that the table may not set; `given` a value for each
+    option that will be set then (any of the right type), so that `cls.check` can look at the whole.
+    """
+    check_keys(cls, values, f"[{table}]", taken)
+    from_values(cls, {**values, **given}, f"{table}.")
 
 
 def from_values(cls: type[Config], values: dict[str, Any], table: str = "") -> Config | Any:
@@ -97,7 +107,10 @@ def from_values(cls: type[Config], values: dict[str, Any], table: str = "") -> C
             arguments[field.name] = convert(hints[field.name], values[field.name], name)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             arguments[field.name] = tyro.MISSING
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise ValueError(f"[{table[:-1]}] {error}" if table else str(error)) from error
 
 
 def convert(hint: Any, value: Any, name: str) -> Any:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,19 @@ from puna.core.model import Transformer
 from puna.core.native.loader import keep_freed_memory
 from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.progress import meter
+from puna.trainers.train.ranges import (
+    Above,
+    AtLeast,
+    Batch,
+    Below,
+    Count,
+    CountOrNone,
+    Options,
+    Rate,
+    Seed,
+    Share,
+    Weight,
+)
 from puna.trainers.train.run import Run, Trained
 
 # what weights are gathered and multiplied in, by the name in a recipe; None: what they are kept in
@@ -28,33 +41,33 @@ DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 
 
 @dataclass(kw_only=True)
-class TrainConfig:
+class TrainConfig(Options):
     """Options that every stage shares; optimizer defaults are the paper's (section 2.2)."""
 
     out: Path
     """the run folder; an interrupted run in it is continued"""
-    seed: int = 0
+    seed: Seed = 0
     """of data order, initialisation and sampling"""
-    lr: float = 3e-4
+    lr: Rate = 3e-4
     """peak learning rate"""
     schedule: Literal["cosine", "constant"] = "cosine"
     """of the learning rate, after the warm-up"""
-    min_lr: float = 0.1
+    min_lr: Share = 0.1
     """where the cosine ends, as a share of the peak (paper: 10%)"""
-    warmup_steps: int = 0
+    warmup_steps: CountOrNone = 0
     """steps of linear warm-up"""
-    weight_decay: float = 0.1
+    weight_decay: Weight = 0.1
     """on matrices only"""
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-5
-    clip: float = 1.0
+    beta1: Annotated[float, AtLeast(0), Below(1)] = 0.9
+    beta2: Annotated[float, AtLeast(0), Below(1)] = 0.95
+    eps: Annotated[float, Above(0), AtLeast(1e-30)] = 1e-5
+    clip: Rate = 1.0
     """largest gradient norm"""
-    save_every: int = 500
+    save_every: Count = 500
     """steps between checkpoints"""
-    eval_every: int = 100
+    eval_every: Count = 100
     """steps between looks at held-out data"""
-    keep: int = 2
+    keep: Count = 2
     """newest checkpoints to keep"""
     device: str = "auto"
     """auto takes a GPU where there is one"""
@@ -66,21 +79,14 @@ class TrainConfig:
     """torch.compile each block"""
 
 
-def check(config: TrainConfig) -> None:
-    """ValueError for an option of a stage that cannot be, before anything is read or trained."""
-    values = vars(config)
-    for name in ("batch", "micro_batch", "epochs", "save_every", "eval_every", "keep"):
-        if values.get(name, 1) < 1:
-            raise ValueError(f"{name} is {values[name]}; it must be at least 1")
-    for name in ("steps", "warmup_steps", "row_tokens", "context", "weight_decay"):
-        if values.get(name, 0) < 0:
-            raise ValueError(f"{name} is {values[name]}; it cannot be negative")
-    for name in ("lr", "clip", "eps"):
-        if not values[name] > 0:
-            raise ValueError(f"{name} is {values[name]}; it must be above 0")
-    share = values.get("eval_share", 0.0)
-    if isinstance(share, float) and not 0 <= share < 1:
-        raise ValueError(f"eval_share is {share}; it is a share of the data, from 0 to below 1")
+@dataclass(kw_only=True)
+class RowsConfig(TrainConfig):
+    """Options of the stages that train on batches of rows."""
+
+    batch: Batch = 64
+    """rows in a step, all processes together"""
+    micro_batch: Batch = 8
+    """rows in one forward pass"""
 
 
 class Objective(NamedTuple):

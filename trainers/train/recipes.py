@@ -1,0 +1,116 @@
+"""Recipes: TOML files of options, found by name, that may start from one another.
+
+A recipe, or any table of it, that says `base = "<recipe>"` has that recipe's values wherever it
+gives none of its own; tables are joined key by key. A base is looked for beside the recipe that
+names it, then among those that Puna ships.
+
+Where `7b/sft.toml` is no file, but `7b.toml` and `sft.toml` stand beside each other, it is
+`sft.toml` with the table [sft] of `7b.toml` over it: one file a stage, a small one a size. Bases
+keep the prefix: `base = "ppo.toml"` in `rlhf.toml` means `7b/ppo.toml` in `7b/rlhf.toml`.
+"""
+
+import difflib
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def find_recipe(name: str, folder: Path = Path()) -> Path:
+    """The recipe called `name`: one in `folder`, or one that Puna ships (`7b/sft.toml`; the ending
+    may be left out). Raises ValueError naming the nearest known ones."""
+    wanted = name if name.endswith(".toml") else f"{name}.toml"
+    for place in (folder / name, folder / wanted, shipped() / wanted):
+        if place.is_file() or is_overlaid(place):
+            return place
+    known = known_recipes()
+    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.3) or known
+    raise ValueError(f"no recipe '{name}': no such file, and Puna ships {', '.join(near)}")
+
+
+def shipped() -> Path:
+    return Path(str(resources.files("puna.recipes")))
+
+
+def known_recipes() -> list[str]:
+    """The names of all recipes that Puna ships: files, and each stage at each size."""
+    root = shipped()
+    files = sorted(root.rglob("*.toml"))
+    sizes = [path for path in files if path.parent == root and is_overlay(path)]
+    plain = [path for path in files if path not in sizes]
+    stages = [path.name for path in plain if path.parent == root]
+    return [str(path.relative_to(root)) for path in plain] + [
+        f"{size.stem}/{stage}" for size in sizes for stage in stages
+    ]
+
+
+def is_overlaid(path: Path) -> bool:
+    """Whether `path`, which is no file, is a recipe with another one's table over it."""
+    stage, overlay = overlaid(path)
+    return stage.is_file() and overlay.is_file() and is_overlay(overlay)
+
+
+def overlaid(path: Path) -> tuple[Path, Path]:
+    """(sft.toml, 7b.toml) of 7b/sft.toml."""
+    folder = path.parent
+    return folder.parent / path.name, folder.parent / f"{folder.name}.toml"
+
+
+def is_overlay(path: Path) -> bool:
+    """Whether the file holds nothing but tables, each called after a recipe beside it."""
+    return all(
+        isinstance(value, dict) and path.with_name(f"{key}.toml").is_file()
+        for key, value in read_toml(path).items()
+    )
+
+
+def read_recipe(path: Path, trail: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The recipe's values, those of its bases included. `trail`: the recipes that led here."""
+    place = path.resolve()
+    if place in trail:
+        circle = " -> ".join(step.name for step in (*trail[trail.index(place) :], place))
+        raise ValueError(f"{trail[-1]}: its bases go in a circle ({circle}); take one out")
+    if path.is_file():
+        values = read_toml(path)
+    else:
+        stage, overlay = overlaid(path)
+        values = merged(read_toml(stage), read_toml(overlay).get(path.stem, {}))
+    return with_bases(values, path, (*trail, place))
+
+
+def with_bases(values: dict[str, Any], path: Path, trail: tuple[Path, ...]) -> dict[str, Any]:
+    """`values`, a recipe's or those of one of its tables, over those of the base they name."""
+    own = {
+        key: with_bases(value, path, trail) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key != "base"
+    }
+    if "base" not in values:
+        return own
+    try:
+        base = find_recipe(str(values["base"]), path.parent)
+    except ValueError as error:
+        raise ValueError(f"{path}: base: {error}") from error
+    return merged(read_recipe(base, trail), own)
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both, `above` winning; tables that both have are joined the same way."""
+    joined = {
+        key: merged(below[key], value)
+        for key, value in above.items()
+        if isinstance(value, dict) and isinstance(below.get(key), dict)
+    }
+    return below | above | joined
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not TOML: {error}") from error
