@@ -5,11 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from puna.core.chat import Message, check_dialogue, encode_prompt
-from puna.core.checkpoint.folder import load_model, tokenizer_path
-from puna.core.generation.generate import stream
-from puna.core.model import Transformer
-from puna.core.tokenizer import Tokenizer, stream_text
+import puna
+from puna.core.chat import Message, check_dialogue
 from puna.trainers.train.ranges import Above, AtMost, Count, Options, Seed, TemperatureOrGreedy
 
 
@@ -18,7 +15,9 @@ class ChatConfig(Options):
     """Talk to a chat model. An empty line or Ctrl-D ends, /new starts a new dialogue."""
 
     model: Path
-    """a model folder"""
+    """a model folder (ours, Hugging Face's or Meta's) or a llama2.c .bin"""
+    tokenizer: Path | None = None
+    """tokenizer.model, where the model's folder has none"""
     system: str = ""
     """system message: an instruction that should hold for the whole dialogue"""
     temperature: TemperatureOrGreedy = 0.6
@@ -34,9 +33,8 @@ class ChatConfig(Options):
 
 def run(config: ChatConfig) -> None:
     """Read messages from stdin until it ends; a message that cannot be sent says why."""
-    tokenizer = Tokenizer(tokenizer_path(config.model))
-    model = load_model(config.model, device=config.device)
-    if model.head != "lm":
+    llama = puna.load(config.model, device=config.device, tokenizer=config.tokenizer)
+    if llama.model.head != "lm":
         raise ValueError(f"{config.model} is a reward model; chat needs a language model")
     fresh: list[Message] = []
     if config.system:
@@ -50,7 +48,7 @@ def run(config: ChatConfig) -> None:
         asked: list[Message] = [*messages, {"role": "user", "content": text}]
         try:
             check_dialogue(asked)
-            answer = _answer(model, tokenizer, asked, config)
+            answer = _answer(llama, asked, config)
             answered: list[Message] = [*asked, {"role": "assistant", "content": answer}]
             check_dialogue(answered)  # a model can write a chat tag, too
         except ValueError as error:
@@ -68,22 +66,18 @@ def _read() -> str | None:
     return text or None
 
 
-def _answer(
-    model: Transformer, tokenizer: Tokenizer, messages: list[Message], config: ChatConfig
-) -> str:
-    drawn = stream(
-        model,
-        encode_prompt(tokenizer, messages),
+def _answer(llama: puna.Llama, messages: list[Message], config: ChatConfig) -> str:
+    drawn = llama.stream(
+        messages,
         max_new_tokens=config.max_new_tokens,
-        eos_id=tokenizer.eos_id,
         temperature=config.temperature,
         top_p=config.top_p,
         seed=config.seed,
         round_index=len(messages),  # another draw for each turn
-        weights=config.weights,
+        weight_format=config.weights,
     )
     pieces = []
-    for piece in stream_text(tokenizer, (i for i in drawn if i != tokenizer.eos_id)):
+    for piece in drawn:
         print(piece, end="", flush=True)
         pieces.append(piece)
     print()

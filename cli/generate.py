@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from puna.core.chat import Message, encode_prompt
-from puna.core.checkpoint.folder import load_model, tokenizer_path
-from puna.core.generation.generate import stream
-from puna.core.tokenizer import Tokenizer, stream_text
+import puna
+from puna.core.chat import Message
 from puna.trainers.train.ranges import (
     Above,
     AtMost,
@@ -25,7 +23,7 @@ class GenerateConfig(Options):
     """Continue a prompt with a model; the text is printed as it is drawn."""
 
     model: Path
-    """a model folder (ours or Hugging Face's) or a llama2.c .bin"""
+    """a model folder (ours, Hugging Face's or Meta's) or a llama2.c .bin"""
     prompt: str
     """text to continue; empty starts from BOS"""
     tokenizer: Path | None = None
@@ -49,23 +47,18 @@ class GenerateConfig(Options):
 
 def run(config: GenerateConfig) -> str:
     """Print the continuation, and return it."""
-    tokenizer = Tokenizer(config.tokenizer or tokenizer_path(config.model))
-    model = load_model(config.model, device=config.device)
-    if model.head != "lm":
-        raise ValueError(f"{config.model} is a reward model; generate needs a language model")
-    drawn = stream(
-        model,
-        prompt_ids(tokenizer, config),
+    llama = puna.load(config.model, device=config.device, tokenizer=config.tokenizer)
+    drawn = llama.stream(
+        prompt(config),
         max_new_tokens=config.max_new_tokens,
-        eos_id=tokenizer.eos_id,
         temperature=config.temperature,
-        top_k=config.top_k,
         top_p=config.top_p,
+        top_k=config.top_k,
         seed=config.seed,
-        weights=config.weights,
+        weight_format=config.weights,
     )
     pieces = []
-    for piece in stream_text(tokenizer, (i for i in drawn if i != tokenizer.eos_id)):
+    for piece in drawn:
         print(piece, end="", flush=True)
         pieces.append(piece)
     if sys.stdout.isatty():  # a file or a pipe gets the text and nothing else
@@ -73,12 +66,13 @@ def run(config: GenerateConfig) -> str:
     return "".join(pieces)
 
 
-def prompt_ids(tokenizer: Tokenizer, config: GenerateConfig) -> list[int]:
+def prompt(config: GenerateConfig) -> str | list[Message]:
+    """The text to continue, or with --chat the messages to answer."""
     if not config.chat:
         if config.system:
             raise ValueError("--system belongs to the chat format; add --chat")
-        return tokenizer.encode(config.prompt, bos=True) if config.prompt else [tokenizer.bos_id]
+        return config.prompt
     messages: list[Message] = [{"role": "user", "content": config.prompt}]
     if config.system:
         messages.insert(0, {"role": "system", "content": config.system})
-    return encode_prompt(tokenizer, messages)
+    return messages

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import puna
+
 
 class Verb(NamedTuple):
     module: str
@@ -58,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0
+    if arguments[0] == "--version":
+        print(f"puna {puna.__version__}")
+        return 0
     name = arguments.pop(0)
     if arguments and f"{name} {arguments[0]}" in VERBS:
         name = f"{name} {arguments.pop(0)}"
@@ -87,6 +92,7 @@ def usage() -> str:
             *rows,
             "",
             "puna <verb> --help shows a verb's options with their defaults.",
+            "puna --version shows the version.",
         ]
     )
 

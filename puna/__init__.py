@@ -1,1 +1,93 @@
-"""Llama 2, the whole paper, from scratch."""
+"""Llama 2, the whole paper, from scratch. As a library:
+
+    load, Llama                        a model with its tokenizer: generate, stream, logprobs, score
+    pretrain, sft, reward, rejection,
+    ppo, gatt, rlhf, evaluate          the stages; each takes its configuration, SFTConfig and so on
+    Tokenizer, train_tokenizer, convert, Message, next_token_loss
+
+Each is imported when it is asked for: `import puna` alone does not import PyTorch.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same as PLACES, for type checkers and editors
+    from puna.core.chat import Message
+    from puna.core.checkpoint.convert import convert
+    from puna.core.llama import Llama, load
+    from puna.core.tokenizer import Tokenizer, train_tokenizer
+    from puna.trainers.evaluate import EvaluateConfig
+    from puna.trainers.evaluate import run as evaluate
+    from puna.trainers.gatt import GAttConfig
+    from puna.trainers.gatt import run as gatt
+    from puna.trainers.ppo import PPOConfig
+    from puna.trainers.ppo import run as ppo
+    from puna.trainers.pretrain import PretrainConfig
+    from puna.trainers.pretrain import run as pretrain
+    from puna.trainers.rejection import RejectionConfig
+    from puna.trainers.rejection import run as rejection
+    from puna.trainers.reward import RewardConfig
+    from puna.trainers.reward import run as reward
+    from puna.trainers.rlhf import RLHFConfig
+    from puna.trainers.rlhf import run as rlhf
+    from puna.trainers.sft import SFTConfig
+    from puna.trainers.sft import run as sft
+    from puna.trainers.train.next_token import next_token_loss
+
+    __version__: str
+
+__all__ = [
+    "EvaluateConfig", "GAttConfig", "Llama", "Message", "PPOConfig", "PretrainConfig",
+    "RLHFConfig", "RejectionConfig", "RewardConfig", "SFTConfig", "Tokenizer", "__version__",
+    "convert", "evaluate", "gatt", "load", "next_token_loss", "ppo", "pretrain", "rejection",
+    "reward", "rlhf", "sft", "train_tokenizer",
+]  # fmt: skip
+
+STAGES = {
+    "pretrain": "PretrainConfig",
+    "sft": "SFTConfig",
+    "reward": "RewardConfig",
+    "rejection": "RejectionConfig",
+    "ppo": "PPOConfig",
+    "gatt": "GAttConfig",
+    "rlhf": "RLHFConfig",
+    "evaluate": "EvaluateConfig",
+}
+
+PLACES = {  # name -> module, and what it is called there
+    **{stage: (f"puna.trainers.{stage}", "run") for stage in STAGES},
+    **{config: (f"puna.trainers.{stage}", config) for stage, config in STAGES.items()},
+    "Message": ("puna.core.chat", "Message"),
+    "convert": ("puna.core.checkpoint.convert", "convert"),
+    "Llama": ("puna.core.llama", "Llama"),
+    "load": ("puna.core.llama", "load"),
+    "Tokenizer": ("puna.core.tokenizer", "Tokenizer"),
+    "train_tokenizer": ("puna.core.tokenizer", "train_tokenizer"),
+    "next_token_loss": ("puna.trainers.train.next_token", "next_token_loss"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """What `puna.<name>` stands for, imported now and kept. Raises AttributeError for others."""
+    if name == "__version__":
+        found: Any = _version()
+    elif name in PLACES:
+        module, attribute = PLACES[name]
+        found = getattr(import_module(module), attribute)
+    else:
+        raise AttributeError(f"module 'puna' has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    """As installed; a checkout that is only on the path has none."""
+    try:
+        return version("puna")
+    except PackageNotFoundError:
+        return "0+checkout"

@@ -93,9 +93,7 @@ def run(config: GAttConfig, judge: Judge | None = None) -> Path:
     source = open_start(folder, config.model, head="lm")
     rows = training_rows(config, tokenizer, dialogues, sampled, source.config.context)
     steps = next_token.epoch_steps(len(rows), config.epochs, config.batch)
-    return next_token.train(
-        "gatt", folder, source, rows, steps, config.batch, config.micro_batch, config
-    )
+    return next_token.train("gatt", folder, source, rows, config, steps=steps)
 
 
 def sampled_exchanges(

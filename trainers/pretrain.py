@@ -62,11 +62,9 @@ def run(config: PretrainConfig) -> Path:
         folder,
         source,
         rows,
-        steps,
-        config.batch,
-        config.micro_batch,
         config,
-        CorpusRows(held, row_tokens) if held is not None else None,
+        steps=steps,
+        eval_rows=CorpusRows(held, row_tokens) if held is not None else None,
     )
 
 

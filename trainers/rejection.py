@@ -108,9 +108,7 @@ def run(config: RejectionConfig, reward: Reward | None = None) -> Path:
     skipped.merge(rows.skipped)
     next_token.say(skipped)
     steps = next_token.epoch_steps(len(rows), config.epochs, config.batch)
-    return next_token.train(
-        "rejection", folder, source, rows, steps, config.batch, config.micro_batch, config
-    )
+    return next_token.train("rejection", folder, source, rows, config, steps=steps)
 
 
 def pack(

@@ -5,16 +5,17 @@ Packed dialogues do not see each other (the paper does not say whether its own d
 """
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from puna.core.chat import encode_dialogue
 from puna.core.checkpoint.folder import tokenizer_path
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.formats import Columns, Dialogue
 from puna.trainers.data.packing import PackedRows
-from puna.trainers.data.readers import Skipped, read_dialogues
+from puna.trainers.data.readers import Skipped, parse_dialogues, read_dialogues
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.command import command
 from puna.trainers.train.ranges import Count, CountOrZero, ShareOf
@@ -27,7 +28,7 @@ class SFTConfig(loop.RowsConfig):
 
     model: Path
     """model folder to start from"""
-    data: list[Path]
+    data: list[Path] = field(default_factory=list)
     """.jsonl of `messages`, or of `prompt` and `response`"""
     columns: Columns = field(default_factory=Columns)
     """names of the file's columns"""
@@ -45,23 +46,40 @@ class SFTConfig(loop.RowsConfig):
     """tokens in a row; 0 takes the model's context (paper: 4096)"""
 
 
-def run(config: SFTConfig) -> Path:
-    """Train, or continue, the run in `config.out`; returns the finished model's folder."""
+def run(
+    config: SFTConfig,
+    dialogues: Iterable[Any] | None = None,
+    loss: next_token.Loss | None = None,
+) -> Path:
+    """Train, or continue, the run in `config.out`; returns the finished model's folder.
+
+    `dialogues` are read in place of `config.data`: rows as in its files, or lists of messages, all
+    taken into memory at once; a run is continued with the same ones. `loss` takes the place of
+    `next_token.next_token_loss`; a run is continued with the same one, which nothing can check.
+    Raises ValueError for rows from both places or neither, and for one that cannot be read.
+    """
+    if dialogues is None and not config.data:
+        raise ValueError("there are no dialogues to learn from; name their files with --data")
+    if dialogues is not None and config.data:
+        raise ValueError("dialogues come from config.data and from Python, too; leave one out")
+    given = None if dialogues is None else parse_dialogues(dialogues, config.columns)
     tokenizer_file = tokenizer_path(config.model)
     folder = Run(config.out, config, tokenizer=tokenizer_file)
+    if given:
+        folder.claim_rows(dialogue.messages for dialogue in given[0])
     if folder.done:
         return folder.final
-    dialogues, skipped = load_dialogues(config.data, config.columns)
-    held_dialogues: list[Dialogue] = []
+    learned, skipped = given or load_dialogues(config.data, config.columns)
+    held: list[Dialogue] = []
     if config.eval_data:
-        held_dialogues, unusable = load_dialogues(config.eval_data, config.columns)
+        held, unusable = load_dialogues(config.eval_data, config.columns)
         skipped.merge(unusable)
     elif config.eval_share > 0:
-        dialogues, held_dialogues = next_token.split(dialogues, config.eval_share, config.seed)
+        learned, held = next_token.split(learned, config.eval_share, config.seed)
     source = open_start(folder, config.model, head="lm")
     row_tokens = next_token.row_length(config.row_tokens, source.config.context)
     tokenizer = Tokenizer(tokenizer_file)
-    rows = pack(tokenizer, dialogues, row_tokens)
+    rows = pack(tokenizer, learned, row_tokens)
     skipped.merge(rows.skipped)
     next_token.say(skipped)
     return next_token.train(
@@ -69,11 +87,10 @@ def run(config: SFTConfig) -> Path:
         folder,
         source,
         rows,
-        next_token.epoch_steps(len(rows), config.epochs, config.batch),
-        config.batch,
-        config.micro_batch,
         config,
-        pack(tokenizer, held_dialogues, row_tokens) if held_dialogues else None,
+        steps=next_token.epoch_steps(len(rows), config.epochs, config.batch),
+        eval_rows=pack(tokenizer, held, row_tokens) if held else None,
+        loss=loss or next_token.next_token_loss,
     )
 
 

@@ -81,7 +81,12 @@ def puna_decoder(models: Models, weights: str = "fp32") -> Decoder:
     def decode() -> Decoded:
         start = time.perf_counter()
         (found,) = generate(
-            models.puna, [[BOS]], max_new_tokens=NEW, eos_id=None, temperature=0.0, weights=weights
+            models.puna,
+            [[BOS]],
+            max_new_tokens=NEW,
+            eos_id=None,
+            temperature=0.0,
+            weight_format=weights,
         )
         return Decoded(found.tokens, time.perf_counter() - start)
 

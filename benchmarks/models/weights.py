@@ -87,7 +87,12 @@ def speed(
 
     def decode(weights: str) -> object:
         return generate(
-            model, [[bos_id]], max_new_tokens=new, eos_id=None, temperature=0.0, weights=weights
+            model,
+            [[bos_id]],
+            max_new_tokens=new,
+            eos_id=None,
+            temperature=0.0,
+            weight_format=weights,
         )
 
     device = torch.device("cpu")

@@ -5,16 +5,14 @@ folder or a `.bin`. What a path is, is seen from the path.
 """
 
 import os
-import re
 from pathlib import Path
 
 import torch
 
 from puna.core.checkpoint import folder as checkpoint
 from puna.core.checkpoint import llama2c
-from puna.core.checkpoint import meta as meta_format
+from puna.core.checkpoint.any_format import open_any
 from puna.core.checkpoint.atomic import atomic_file, atomic_folder
-from puna.core.checkpoint.source import Source
 
 
 def convert(
@@ -54,13 +52,3 @@ def convert(
             shard_bytes=shard_bytes,
         )
     return target
-
-
-def open_any(path: str | os.PathLike[str], context: int = 4096) -> Source:
-    """Open any of the three formats; ValueError where `path` is none of them."""
-    path = Path(path)
-    if path.is_file() and re.fullmatch(r"consolidated\.\d+\.pth", path.name):
-        raise ValueError(f"{path} is one file of Meta's format; give its folder, {path.parent}")
-    if (path / "params.json").exists() and not (path / "config.json").exists():
-        return meta_format.open_source(path, context)
-    return checkpoint.open_source(path)

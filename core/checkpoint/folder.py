@@ -16,13 +16,13 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from puna.core.checkpoint import hf_config as hf_format
 from puna.core.checkpoint import hf_tokenizer, llama2c
 from puna.core.checkpoint.atomic import atomic_folder as atomic_folder
 from puna.core.checkpoint.atomic import recover
-from puna.core.checkpoint.source import Source, check_shapes, parameter_shapes
+from puna.core.checkpoint.source import Source, check_shapes, in_memory, parameter_shapes
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer, check_parameters
 from puna.core.tokenizer import Tokenizer
@@ -120,12 +120,7 @@ def load_model(
     Options as in `open_model`. Peak memory is about one model.
     """
     source = open_model(path, head=head, fresh_head=fresh_head, seed=seed)
-    with torch.device("meta"):
-        model = Transformer(source.config, source.head)
-    for name, tensor in source.tensors():
-        # A copy, always: the source may be a mapped file that is later removed or changed.
-        _assign(model, name, tensor.to(device=device, dtype=dtype, copy=True))
-    return model
+    return in_memory(source, device, dtype)
 
 
 def open_model(
@@ -316,11 +311,6 @@ def _opened(file: Path) -> Iterator:
         raise ValueError(
             f"{file} is damaged or cut short ({error}); fetch or save it again"
         ) from error
-
-
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
-    module, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
 
 
 def _fresh_score(config: ModelConfig, seed: int) -> Tensor:

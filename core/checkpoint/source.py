@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
@@ -48,6 +48,18 @@ def fresh(config: ModelConfig, seed: int, head: str = "lm") -> Source:
     with torch.device("meta"):
         model = Transformer(config, head)
     return Source(config, head, torch.float32, None, lambda: model.initial_weights(seed))
+
+
+def in_memory(source: Source, device: torch.device | str, dtype: torch.dtype) -> Transformer:
+    """The model of `source`. Peak memory is about one model."""
+    with torch.device("meta"):
+        model = Transformer(source.config, source.head)
+    for name, tensor in source.tensors():
+        # A copy, always: the source may be a mapped file that is later removed or changed.
+        value = nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True))
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, value)
+    return model
 
 
 def meta_name(name: str) -> str:

@@ -34,17 +34,17 @@ def generate(
     prompt_ids: list[int] | None = None,
     sample_ids: list[int] | None = None,
     batch_size: int = 256,
-    weights: str = "fp32",
+    weight_format: str = "fp32",
 ) -> list[Completion]:
     """Continue each prompt (a list of ids) until EOS, `max_new_tokens` or the context's end.
 
     `prompt_ids` and `sample_ids` name the rows for the counter-based draw (default: 0, 1, ...
     and 0); `batch_size` is how many are continued at once. Results come in the order of
     `prompts`. An fp32 model on the CPU runs on the native engine, which puts the next prompt in
-    the place of an answer that ends; `weights` "bf16" or "int8" makes it read rounded ones, which
-    is faster and a little worse (`puna bench weights` says both). Raises ValueError for an empty
-    prompt or one that fills the context, for ids the model does not know, and for settings that
-    do not fit.
+    the place of an answer that ends; `weight_format` "bf16" or "int8" makes it read rounded
+    weights, which is faster and a little worse (`puna bench weights` says both). Raises ValueError
+    for an empty prompt or one that fills the context, for ids the model does not know, and for
+    settings that do not fit.
     """
     _check(model, prompts, max_new_tokens)
     if batch_size < 1:
@@ -54,7 +54,7 @@ def generate(
     keys = row_keys(seed, round_index, ids, samples)
     limits = _limits(model, prompts, max_new_tokens)
     sampler = Sampler(temperature, top_k, top_p)
-    return complete(model, prompts, keys, limits, sampler, eos_id, batch_size, weights)
+    return complete(model, prompts, keys, limits, sampler, eos_id, batch_size, weight_format)
 
 
 def complete(
@@ -65,16 +65,15 @@ def complete(
     sampler: Sampler,
     eos_id: int | None,
     batch_size: int,
-    weights: str = "fp32",
+    weight_format: str = "fp32",
 ) -> list[Completion]:
     """`generate` with a key (N,) int64 and a limit for each prompt; nothing is checked."""
-    engine = engine_for(model, weights)
+    engine = engine_for(model, weight_format)
     if engine is not None:
         return _by_slots(engine, prompts, keys, limits, sampler, eos_id, batch_size)
     return _by_batches(model, prompts, keys, limits, sampler, eos_id, batch_size)
 
 
-@torch.inference_mode()
 def stream(
     model: Transformer,
     prompt: list[int],
@@ -86,15 +85,31 @@ def stream(
     top_p: float = 1.0,
     seed: int = 0,
     round_index: int = 0,
-    weights: str = "fp32",
+    weight_format: str = "fp32",
 ) -> Iterator[int]:
-    """The ids of `generate(model, [prompt], ...)`, each as soon as it is drawn."""
+    """The ids of `generate(model, [prompt], ...)`, each as soon as it is drawn.
+
+    Raises ValueError as `generate` does, at once and not with the first id.
+    """
     _check(model, [prompt], max_new_tokens)
     first = torch.zeros(1, dtype=torch.int64)
     keys = row_keys(seed, round_index, first, first)
     limits = _limits(model, [prompt], max_new_tokens)
     sampler = Sampler(temperature, top_k, top_p)
-    engine = engine_for(model, weights)
+    engine = engine_for(model, weight_format)
+    return _drawn(model, engine, prompt, keys, limits, sampler, eos_id)
+
+
+@torch.inference_mode()
+def _drawn(
+    model: Transformer,
+    engine: Engine | None,
+    prompt: list[int],
+    keys: Tensor,
+    limits: list[int],
+    sampler: Sampler,
+    eos_id: int | None,
+) -> Iterator[int]:
     if engine is not None:
         for drawn in continuous.decode(engine, [prompt], keys, limits, sampler, eos_id, 1, steps=1):
             yield int(drawn.tokens)

@@ -356,7 +356,7 @@ def _check_unicode(text: str) -> None:
 
 def _show(value: Any) -> str:
     """A value as JSON, short enough for a message."""
-    text = json.dumps(value, ensure_ascii=True)
+    text = json.dumps(value, ensure_ascii=True, default=repr)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

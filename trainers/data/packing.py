@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from puna.core.chat import encode_answer, encode_prompt
+from puna.core.packed import flat_sequences as flat_sequences
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.corpus import Corpus, token_dtype
 from puna.trainers.data.formats import RATINGS, Preference
@@ -257,20 +258,6 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             with_room[left].append(number)
             rooms |= 1 << left
     return bins
-
-
-def flat_sequences(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Sequences laid end to end: tokens (1, N), positions (1, N), cu_seqlens (S+1,) int32."""
-    lengths = [len(sequence) for sequence in sequences]
-    assert all(lengths), "a sequence without tokens"
-    starts = np.cumsum([0, *lengths])
-    tokens = np.fromiter((t for sequence in sequences for t in sequence), np.int64, starts[-1])
-    positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
-    return (
-        torch.from_numpy(tokens)[None],
-        torch.from_numpy(positions)[None],
-        torch.from_numpy(starts.astype(np.int32)),
-    )
 
 
 def encode_pairs(

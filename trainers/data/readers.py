@@ -8,7 +8,7 @@ used is skipped, counted and named.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,6 +81,24 @@ def read_dialogues(
     return _read(path, lambda row: parse_dialogue(row, columns or Columns()))
 
 
+def parse_dialogues(
+    rows: Iterable[Any], columns: Columns | None = None
+) -> tuple[list[Dialogue], Skipped]:
+    """`read_dialogues` of rows that are in memory already: as in a file, or bare lists of messages.
+
+    The rows are counted from 1. Raises ValueError for one that cannot be read, or no usable row.
+    """
+    columns = columns or Columns()
+    found = [(f"row {number}", _object(row, columns)) for number, row in enumerate(rows, start=1)]
+    if not found:
+        raise ValueError("there are no dialogues to learn from; an iterator gives its rows once")
+    return _usable("the dialogues", found, lambda row: parse_dialogue(row, columns))
+
+
+def _object(row: Any, columns: Columns) -> Any:
+    return {columns.messages: list(row)} if isinstance(row, (list, tuple)) else row
+
+
 def read_preferences(
     path: str | Path, columns: Columns | None = None, ratings: Ratings | None = None
 ) -> tuple[list[Preference], Skipped]:
@@ -95,24 +113,32 @@ def read_prompts(path: str | Path, columns: Columns | None = None) -> tuple[list
 
 def _read(path: str | Path, parse: Callable[[dict[str, Any]], T]) -> tuple[list[T], Skipped]:
     path = _existing(Path(path))
-    rows: list[T] = []
+    return _usable(str(path), _json_rows(path), parse)
+
+
+def _usable(
+    source: str, rows: Iterable[tuple[str, Any]], parse: Callable[[dict[str, Any]], T]
+) -> tuple[list[T], Skipped]:
+    """What `parse` makes of each (where it is, row) of `source`."""
+    parsed: list[T] = []
     skipped = Skipped()
-    for number, row in _json_rows(path):
-        where = f"{path}:{number}"
+    for where, row in rows:
         try:
-            rows.append(parse(row))
+            if not isinstance(row, Mapping):
+                raise Malformed(f"a {type(row).__name__}, expected an object with named columns")
+            parsed.append(parse(dict(row)))
         except Unusable as reason:
             skipped.add(str(reason), where)
         except Malformed as error:
             raise ValueError(f"{where}: {error}") from error
-    if not rows:
+    if not parsed:
         found = str(skipped).replace("\n", "; ") or "the file is empty"
-        raise ValueError(f"{path}: no usable row: {found}")
-    return rows, skipped
+        raise ValueError(f"{source}: no usable row: {found}")
+    return parsed, skipped
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of each line that is not blank."""
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(`file:line`, object) of each line that is not blank."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -132,7 +158,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise ValueError(
                     f"{path}:{number}: a JSON {type(row).__name__}, expected one object a line"
                 )
-            yield number, row
+            yield f"{path}:{number}", row
 
 
 def _existing(path: Path) -> Path:

@@ -29,6 +29,10 @@ class Rows(Protocol):
     def batch(self, indices: Sequence[int] | np.ndarray) -> LMBatch: ...
 
 
+Loss = Callable[[Transformer, LMBatch], tuple[Tensor, dict[str, Tensor]]]
+"""(model, batch) -> (summed loss, further sums to log per weight, by name)"""
+
+
 def next_token_loss(model: Transformer, batch: LMBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """Summed weighted cross-entropy of the batch, nats."""
     hidden = model(batch.tokens, batch.positions, batch.cu_seqlens)
@@ -74,7 +78,10 @@ def row_batches(
 
 
 def evaluation(
-    rows: Rows | None, micro_batch: int, device: torch.device
+    rows: Rows | None,
+    micro_batch: int,
+    device: torch.device,
+    objective: loop.Objective = OBJECTIVE,
 ) -> Callable[[Transformer], dict[str, float]] | None:
     """`evaluate` for `loop.fit`: mean loss over all of `rows`; None without any."""
     if rows is None:
@@ -85,7 +92,7 @@ def evaluation(
         mine = share([i % len(rows) for i in range(padded)])
         parts = [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
         batches = [to_device(rows.batch(part), device) for part in parts]
-        return loop.mean_loss(model, batches, OBJECTIVE)
+        return loop.mean_loss(model, batches, objective)
 
     return evaluate
 
@@ -95,24 +102,27 @@ def train(
     run: Run,
     source: Source,
     rows: Rows,
+    config: loop.RowsConfig,
+    *,
     steps: int,
-    batch: int,
-    micro_batch: int,
-    config: loop.TrainConfig,
-    held: Rows | None = None,
+    eval_rows: Rows | None = None,
+    loss: Loss = next_token_loss,
 ) -> Path:
-    """Fit the model of `source` to `rows`; returns the finished model's folder."""
+    """Fit the model of `source` to `rows`; returns the finished model's folder.
+
+    `loss` is minimised on the rows and reported for `eval_rows`, both per unit of weight.
+    """
     device = loop.device_of(config)
-    network = prepared(source, config)
+    objective = OBJECTIVE._replace(loss=loss)
     return loop.fit(
         title,
         run,
-        network,
-        row_batches(rows, batch, micro_batch, config.seed, device),
+        prepared(source, config),
+        row_batches(rows, config.batch, config.micro_batch, config.seed, device),
         steps,
-        OBJECTIVE,
+        objective,
         config,
-        evaluation(held, micro_batch, device),
+        evaluation(eval_rows, config.micro_batch, device, objective),
     )
 
 

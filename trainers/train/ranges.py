@@ -20,6 +20,8 @@ from typing import Annotated, Any
 
 from tyro import MISSING
 
+from puna.trainers.train.paths import as_paths
+
 
 @dataclass(frozen=True)
 class Range:
@@ -113,9 +115,13 @@ def drafts() -> Iterator[None]:
 
 
 class Options:
-    """The base of every configuration. Raises ValueError, one sentence, for what cannot be."""
+    """The base of every configuration: paths may be given as text, and numbers are in range.
+
+    Raises ValueError, one sentence, for what cannot be.
+    """
 
     def __post_init__(self) -> None:
+        as_paths(self)
         if not _drafting.get():
             enforce(self)
 

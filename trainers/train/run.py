@@ -2,18 +2,21 @@
 
 config.toml        the resolved configuration, itself a recipe
 environment.json   versions, machine, commit
+rows.sha256        of the rows, where they came from Python and not from a file
 metrics.jsonl      one row a step, one history: a resumed run cuts it to its checkpoint
 checkpoints/step-000123/   a model folder with `training/` beside the weights
 samples/           text, where a stage writes some
 model/             the finished model; its presence means that the run is done
 """
 
+import hashlib
 import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +30,8 @@ from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer
 from puna.trainers.train.config import to_toml
 from puna.trainers.train.viewers import viewer
+
+ROWS_DIGEST = "rows.sha256"
 
 
 class Trained(NamedTuple):
@@ -50,6 +55,23 @@ class Run:
         if parallel.is_main():
             claim(path, config)
             self.checkpoints.mkdir(exist_ok=True)
+        parallel.barrier()
+
+    def claim_rows(self, rows: Iterable[Any]) -> None:
+        """Make this the run of these rows of JSON, which come from Python and not from a file.
+
+        Raises ValueError where it has gone some way with others.
+        """
+        if parallel.is_main():
+            digest = hashlib.sha256("".join(map(json.dumps, rows)).encode()).hexdigest()
+            recorded = self.path / ROWS_DIGEST
+            same = recorded.exists() and recorded.read_text() == digest
+            if not (same or is_untouched(self.path)):
+                raise ValueError(
+                    f"{self.path} holds a run on other rows than these; hand over the same ones in "
+                    "the same order, give another out, or remove the folder"
+                )
+            recorded.write_text(digest)
         parallel.barrier()
 
     @property
@@ -183,7 +205,7 @@ def claim(path: Path, config: Any) -> None:
 def is_untouched(path: Path) -> bool:
     """Whether a run's folder holds nothing but what `claim` and `Run` put there: a run that ended
     over a mistake in its options can be started again with the right ones."""
-    ours = {"config.toml", "environment.json"}
+    ours = {"config.toml", "environment.json", ROWS_DIGEST}
     return all(p.name in ours or (p.is_dir() and not any(p.iterdir())) for p in path.iterdir())
 
 

@@ -1,0 +1,328 @@
+"""A Llama as one object: text in, text out. The way in for those who use Puna as a library.
+
+    llama = load("runs/chat/model")
+    llama.generate([{"role": "user", "content": "How are you?"}])
+
+Wherever a text or a chat is taken, a list of them is, too, and gives a list. A chat is a list of
+messages, `{"role": "system" | "user" | "assistant", "content": "..."}`; a text is continued as it
+is, after BOS.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, overload
+
+import torch
+
+from puna.core import packed
+from puna.core.chat import (
+    Message,
+    check_dialogue,
+    decode_answer,
+    encode_answer,
+    encode_prompt,
+)
+from puna.core.checkpoint.any_format import open_any
+from puna.core.checkpoint.folder import check_vocabulary, save_model
+from puna.core.checkpoint.source import in_memory
+from puna.core.device import device_of_name
+from puna.core.generation import generate as generation
+from puna.core.model import Transformer
+from puna.core.tokenizer import Tokenizer, stream_text
+
+Chat: TypeAlias = list[Message]
+WeightFormat: TypeAlias = Literal["fp32", "bf16", "int8"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "auto",
+    dtype: torch.dtype | str = "fp32",
+    tokenizer: str | os.PathLike[str] | None = None,
+    context: int | None = None,
+) -> "Llama":
+    """A language or reward model: a folder (ours, Hugging Face's or Meta's) or a llama2.c `.bin`.
+
+    `device` "auto" is a GPU where there is one; `dtype` is a torch.dtype or "fp32", "bf16" or
+    "fp16"; `tokenizer` is a tokenizer.model, where the model has none beside it; `context` is the
+    longest sequence in tokens, where it is not to be the stored one (Meta's folders store none:
+    4096). Raises ValueError for what is no Llama 2 or damaged, for a tokenizer of another
+    vocabulary and for a device that is not there.
+    """
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
+    place = device_of_name(device)
+    source = open_any(path)
+    if context is not None:
+        source = source._replace(config=replace(source.config, context=context))
+    file = tokenizer or source.tokenizer
+    vocabulary = None if file is None else check_vocabulary(file, source.config.vocab_size)
+    return Llama(in_memory(source, place, dtype), vocabulary, Path(path))
+
+
+class Llama:
+    """A model with its tokenizer; `model` and `tokenizer` are there for all that is not here.
+
+    `Llama(model, tokenizer)` wraps a model that is in memory already. A method raises ValueError
+    where the model has another head than it needs, and where it needs the tokenizer and there is
+    none.
+    """
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer | None = None, path: Path | None = None
+    ):
+        """`path` is where the model came from, for messages."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.path = path
+
+    def __repr__(self) -> str:
+        weight = self.model.head_weight
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        kind = str(weight.dtype).removeprefix("torch.")
+        return (
+            f"<Llama {self._name()}: {self.model.head} head, {size:,} parameters, {kind} on "
+            f"{weight.device}>"
+        )
+
+    @overload
+    def generate(
+        self,
+        prompts: str | Chat,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        top_k: int = 0,
+        seed: int = 0,
+        round_index: int = 0,
+        weight_format: WeightFormat = "fp32",
+        batch_size: int = 256,
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: list[str] | list[Chat] | list[str | Chat],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        top_k: int = 0,
+        seed: int = 0,
+        round_index: int = 0,
+        weight_format: WeightFormat = "fp32",
+        batch_size: int = 256,
+    ) -> list[str]: ...
+
+    def generate(
+        self,
+        prompts: Any,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        top_k: int = 0,
+        seed: int = 0,
+        round_index: int = 0,
+        weight_format: WeightFormat = "fp32",
+        batch_size: int = 256,
+    ) -> str | list[str]:
+        """The continuation of a text or the answer to a chat; of a list of them, the list of these.
+
+        `temperature` 0 is greedy; `top_p` keeps the most likely tokens up to that mass, `top_k` so
+        many of them (0: all). What is drawn depends on `seed`, `round_index` and the place in the
+        list alone: the same call gives the same text, and `[chat] * 4` four different ones.
+        `weight_format` "bf16" or "int8" reads rounded weights on a CPU, faster and a little worse;
+        `batch_size` prompts are continued at once. Raises ValueError for a prompt that fills the
+        context and for a chat that does not end with a user message.
+        """
+        several, alone = one_or_many(prompts)
+        self._require("lm", "generate")
+        tokenizer = self._tokenizer("generate")
+        done = generation.generate(
+            self.model,
+            [_prompt_ids(tokenizer, prompt) for prompt in several],
+            max_new_tokens=max_new_tokens,
+            eos_id=tokenizer.eos_id,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            round_index=round_index,
+            batch_size=batch_size,
+            weight_format=weight_format,
+        )
+        texts = [
+            _text(tokenizer, prompt, each.tokens)
+            for prompt, each in zip(several, done, strict=True)
+        ]
+        return texts[0] if alone else texts
+
+    def stream(
+        self,
+        prompt: str | Chat,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        top_k: int = 0,
+        seed: int = 0,
+        round_index: int = 0,
+        weight_format: WeightFormat = "fp32",
+    ) -> Iterator[str]:
+        """The text of `generate(prompt, ...)` piece by piece, as it is drawn.
+
+        An answer to a chat may have spaces around it, which `generate` takes off. Raises
+        ValueError as `generate` does, at once.
+        """
+        several, alone = one_or_many(prompt)
+        if not alone:
+            raise ValueError("stream takes one text or one chat; generate takes a list of them")
+        self._require("lm", "generate")
+        tokenizer = self._tokenizer("generate")
+        drawn = generation.stream(
+            self.model,
+            _prompt_ids(tokenizer, several[0]),
+            max_new_tokens=max_new_tokens,
+            eos_id=tokenizer.eos_id,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            round_index=round_index,
+            weight_format=weight_format,
+        )
+        return stream_text(tokenizer, (token for token in drawn if token != tokenizer.eos_id))
+
+    @overload
+    def logprobs(self, texts: str | Chat) -> list[float]: ...
+
+    @overload
+    def logprobs(self, texts: list[str] | list[Chat] | list[str | Chat]) -> list[list[float]]: ...
+
+    def logprobs(self, texts: Any) -> list[float] | list[list[float]]:
+        """Log-probabilities in nats: of a text, one for each token; of a chat that ends with an
+        assistant message, one for each token of that last answer, EOS included."""
+        several, alone = one_or_many(texts)
+        self._require("lm", "logprobs")
+        tokenizer = self._tokenizer("logprobs")
+        pairs = [_known_and_asked(tokenizer, text) for text in several]
+        found = packed.logprobs(self.model, [known + asked for known, asked in pairs])
+        lists = [
+            values[len(known) - 1 :].tolist()
+            for values, (known, _) in zip(found, pairs, strict=True)
+        ]
+        return lists[0] if alone else lists
+
+    @overload
+    def score(self, dialogues: Chat) -> float: ...
+
+    @overload
+    def score(self, dialogues: list[Chat]) -> list[float]: ...
+
+    def score(self, dialogues: Any) -> float | list[float]:
+        """A reward model's raw score of a chat that ends with an assistant message, read at its
+        last token, EOS included; of a list of chats, the list of these."""
+        several, alone = one_or_many(dialogues)
+        self._require("score", "score")
+        tokenizer = self._tokenizer("score")
+        if any(isinstance(dialogue, str) for dialogue in several):
+            raise ValueError("a reward model scores chats; give lists of messages, not texts")
+        pairs = [_known_and_asked(tokenizer, dialogue) for dialogue in several]
+        sequences = [prompt + answer for prompt, answer in pairs]
+        scores: list[float] = packed.score(self.model, sequences).tolist()
+        return scores[0] if alone else scores
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write a model folder, which transformers opens as well; returns its path.
+
+        An earlier model there is replaced when all is on disk. Raises ValueError where `path` holds
+        something else.
+        """
+        save_model(path, self.model, None if self.tokenizer is None else self.tokenizer.path)
+        return Path(path)
+
+    def _name(self) -> str:
+        return "this model" if self.path is None else str(self.path)
+
+    def _require(self, head: str, verb: str) -> None:
+        if self.model.head != head:
+            is_a, needs = ("reward", "language") if head == "lm" else ("language", "reward")
+            raise ValueError(f"{self._name()} is a {is_a} model; {verb} needs a {needs} model")
+
+    def _tokenizer(self, verb: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{self._name()} has no tokenizer.model; name the tokenizer it was trained with "
+                f"(tokenizer=) for {verb} to read and write text"
+            )
+        return self.tokenizer
+
+
+def one_or_many(given: Any) -> tuple[list[Any], bool]:
+    """(texts and chats, whether it was one alone and not a list of them)."""
+    if isinstance(given, str):
+        return [given], True
+    if not isinstance(given, Sequence):
+        raise ValueError(f"expected a text, a chat or a list of them, found {_kind(given)}")
+    are_messages = [isinstance(each, Mapping) for each in given]
+    if given and all(are_messages):
+        _check_messages(given)
+        return [list(given)], True
+    if any(are_messages):
+        raise ValueError(
+            "one list holds messages and something else; put the messages of a chat into a list of "
+            "their own"
+        )
+    for each in given:
+        if not isinstance(each, str):
+            _check_messages(each)
+    return list(given), False
+
+
+def _check_messages(chat: Any) -> None:
+    if not isinstance(chat, Sequence):
+        raise ValueError(f"expected a text or a list of messages, found {_kind(chat)}")
+    for message in chat:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise ValueError(
+                f"a message is {message!r}; it must be an object with 'role' and 'content'"
+            )
+        if not isinstance(message["content"], str):
+            raise ValueError(f"a message's content is {_kind(message['content'])}, not a text")
+
+
+def _kind(value: Any) -> str:
+    return f"a {type(value).__name__}"
+
+
+def _prompt_ids(tokenizer: Tokenizer, prompt: str | Chat) -> list[int]:
+    """Ids up to where the text goes on, or the answer begins."""
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt, bos=True)
+    return encode_prompt(tokenizer, prompt)
+
+
+def _known_and_asked(tokenizer: Tokenizer, text: str | Chat) -> tuple[list[int], list[int]]:
+    """BOS and a text's ids, or the ids of a chat up to its last answer and those of the answer."""
+    if isinstance(text, str):
+        return [tokenizer.bos_id], tokenizer.encode(text)
+    if not text or text[-1]["role"] != "assistant":
+        raise ValueError("the chat must end with an assistant message: the answer to look at")
+    check_dialogue(text)
+    return encode_prompt(tokenizer, text[:-1]), encode_answer(tokenizer, text[-1]["content"])
+
+
+def _text(tokenizer: Tokenizer, prompt: str | Chat, ids: list[int]) -> str:
+    """What was drawn after a prompt, as text."""
+    if isinstance(prompt, str):
+        return tokenizer.decode(ids)
+    return decode_answer(tokenizer, ids)
