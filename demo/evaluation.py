@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from puna.core.chat import Message, encode_answer, encode_prompt
+from puna.core.checkpoint.atomic import write_text
 from puna.core.checkpoint.folder import load_model, tokenizer_path
 from puna.core.config import parameter_count
 from puna.core.tokenizer import Tokenizer
@@ -63,7 +64,7 @@ def write_evaluation(out: Path, versions: dict[str, Path], config: Any) -> Path:
     }
     document["seconds"] = sum(json.loads((out / "seconds.json").read_text()).values())
     path = out / "evaluation.json"
-    path.write_text(json.dumps(document, indent=1))
+    write_text(path, json.dumps(document, indent=1))
     return path
 
 
@@ -162,7 +163,7 @@ def held_out_comparisons(
     rows = world.prompts(seed, min(count, 500), kind, held_out=True)
     folder = out / "evaluation"
     prompts = folder / f"{kind}-prompts.jsonl"
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_text(prompts, "".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = Tokenizer(tokenizer_path(versions["sft"]))
     encoded, _ = load_prompts([prompts], tokenizer, 512)
     annotator = oracle.annotator(seed + 1, safety=kind == "safety")
@@ -198,7 +199,7 @@ def ghost(out: Path, versions: dict[str, Path], seed: int, count: int) -> dict[s
             cache = out / "evaluation" / f"persona-{label}-{mode}.json"
             if not cache.exists():
                 said = measure.dialogues_with(versions[name], dialogues, temperature, seed)
-                cache.write_text(json.dumps(said))
+                write_text(cache, json.dumps(said))
             said = json.loads(cache.read_text())
             found[mode][label] = measure.kept_by_turn(dialogues, said)
     return found

@@ -69,9 +69,9 @@ def test_the_held_out_loss_is_the_mean_over_all_weights(rows, model, micro_batch
 def test_a_batch_is_shared_equally_or_refused(monkeypatch):
     monkeypatch.setattr(parallel, "world_size", lambda: 2)
     monkeypatch.setattr(parallel, "rank", lambda: 1)
-    assert next_token.share([1, 2, 3, 4]) == [3, 4]
+    assert next_token.rank_part([1, 2, 3, 4]) == [3, 4]
     with pytest.raises(ValueError, match="a batch of 3 cannot be shared equally by 2 processes"):
-        next_token.share([1, 2, 3])
+        next_token.rank_part([1, 2, 3])
 
 
 @given(st.integers(2, 60), st.floats(0, 0.9), st.integers(0, 3))

@@ -213,8 +213,8 @@ def test_resuming_reads_policy_critic_and_both_optimizers(world, whole, tmp_path
 
 def test_trap_14_every_rank_gets_its_share_of_each_mini_batch(world, tmp_path):
     config = configured(world, tmp_path)
-    whole = ppo.share(config, 80, 3, rank=0, ranks=1)
-    parts = [ppo.share(config, 80, 3, rank, 2) for rank in range(2)]
+    whole = ppo.rank_prompts(config, 80, 3, rank=0, ranks=1)
+    parts = [ppo.rank_prompts(config, 80, 3, rank, 2) for rank in range(2)]
     for number in range(2):
         mini = whole[number * 4 : number * 4 + 4]
         dealt = [parts[rank][number * 2 : number * 2 + 2] for rank in range(2)]

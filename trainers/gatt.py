@@ -22,6 +22,7 @@ import numpy as np
 
 from puna.core import parallel
 from puna.core.chat import Message, decode_answer, encode_dialogue, encode_prompt
+from puna.core.checkpoint.atomic import write_text
 from puna.core.checkpoint.folder import open_model, tokenizer_path
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
@@ -295,7 +296,7 @@ def _whole_turns(path: Path) -> int:
     text = path.read_text()
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        path.write_text(whole)
+        write_text(path, whole)
     return whole.count("\n")
 
 

@@ -177,7 +177,9 @@ def train_iteration(stage: Stage, folder: Run, iteration: int) -> dict[str, floa
     """Sample, score, one pass of gradient steps; returns the row of metrics."""
     config = stage.config
     began = time.monotonic()
-    picks = share(config, len(stage.prompts), iteration, parallel.rank(), parallel.world_size())
+    picks = rank_prompts(
+        config, len(stage.prompts), iteration, parallel.rank(), parallel.world_size()
+    )
     prompts = [stage.prompts[index] for index, _ in picks]
     rollout = sample(stage, prompts, [i for i, _ in picks], [e for _, e in picks], iteration)
     sampled = time.monotonic()
@@ -212,7 +214,7 @@ def learning_rates(config: PPOConfig, iteration: int) -> Rates:
     return Rates(None if iteration < config.critic_warmup else rate, critic)
 
 
-def share(
+def rank_prompts(
     config: PPOConfig, count: int, iteration: int, rank: int, ranks: int
 ) -> list[tuple[int, int]]:
     """(prompt, epoch) of this rank's answers, mini-batch after mini-batch.

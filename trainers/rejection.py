@@ -23,6 +23,7 @@ import torch
 
 from puna.core import parallel
 from puna.core.chat import decode_answer, encode_dialogue, encode_prompt
+from puna.core.checkpoint.atomic import atomic_file, write_text
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.formats import Columns, Dialogue
@@ -146,12 +147,10 @@ def select(
                 f"no answer of {len(fresh)} is finished; raise max_new_tokens or train the policy "
                 "to stop"
             )
-        (folder.path / "selection.json").write_text(
-            json.dumps(summary(fresh, kept, config.samples), indent=2) + "\n"
-        )
-        partial = selected.with_suffix(".partial")
-        write_samples(partial, kept, mode="w")
-        partial.replace(selected)
+        found = json.dumps(summary(fresh, kept, config.samples), indent=2) + "\n"
+        write_text(folder.path / "selection.json", found)
+        with atomic_file(selected) as partial:
+            write_samples(partial, kept, mode="w")
     parallel.barrier()
 
 
@@ -191,9 +190,8 @@ def whole_chunks(path: Path, config: RejectionConfig) -> int:
     lines = path.read_bytes().splitlines(keepends=True)
     complete = [line for line in lines if line.endswith(b"\n")]
     chunks = len(complete) // (config.chunk * config.samples)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(b"".join(complete[: chunks * config.chunk * config.samples]))
-    partial.replace(path)
+    with atomic_file(path) as partial:
+        partial.write_bytes(b"".join(complete[: chunks * config.chunk * config.samples]))
     return chunks
 
 

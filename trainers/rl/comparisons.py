@@ -14,6 +14,7 @@ import torch
 
 from puna.core import parallel
 from puna.core.chat import decode_answer, encode_prompt
+from puna.core.checkpoint.atomic import atomic_file
 from puna.core.checkpoint.folder import open_model
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.prompts import EncodedPrompt, draw
@@ -149,9 +150,6 @@ def _answer(pair: dict[str, Any], side: str, tokenizer: Tokenizer) -> Answer:
 
 def write_rows(path: Path, rows: Sequence[Any]) -> None:
     """JSON lines, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with atomic_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    partial.replace(path)

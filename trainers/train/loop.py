@@ -47,17 +47,17 @@ class TrainConfig(Options):
     out: Path
     """the run folder; an interrupted run in it is continued"""
     seed: Seed = 0
-    """of data order, initialisation and sampling"""
+    """seed of everything random: order of the data, fresh weights, sampled tokens"""
     lr: Rate = 3e-4
     """peak learning rate"""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """of the learning rate, after the warm-up"""
+    """of the learning rate after the warm-up: down along a cosine, or constant"""
     min_lr: Share = 0.1
     """where the cosine ends, as a share of the peak (paper: 10%)"""
     warmup_steps: CountOrZero = 0
     """steps of linear warm-up"""
     weight_decay: Weight = 0.1
-    """on matrices only"""
+    """AdamW's, on matrices only"""
     beta1: Annotated[float, AtLeast(0), Below(1)] = 0.9
     beta2: Annotated[float, AtLeast(0), Below(1)] = 0.95
     eps: Annotated[float, Above(0), AtLeast(1e-30)] = 1e-5

@@ -46,7 +46,7 @@ OBJECTIVE = loop.Objective(
 )
 
 
-def share(indices: Indices) -> Indices:
+def rank_part(indices: Indices) -> Indices:
     """This rank's equal part of a global batch; ValueError where it cannot be equal."""
     size, left = divmod(len(indices), parallel.world_size())
     if left:
@@ -70,7 +70,7 @@ def row_batches(
     """
 
     def batch_at(step: int) -> list[LMBatch]:
-        mine = share(step_rows(len(rows), batch, seed, step))
+        mine = rank_part(step_rows(len(rows), batch, seed, step))
         parts = [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
         return [to_device(rows.batch(part), device) for part in parts]
 
@@ -89,7 +89,7 @@ def evaluation(
 
     def evaluate(model: Transformer) -> dict[str, float]:
         padded = -(-len(rows) // parallel.world_size()) * parallel.world_size()
-        mine = share([i % len(rows) for i in range(padded)])
+        mine = rank_part([i % len(rows) for i in range(padded)])
         parts = [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
         batches = [to_device(rows.batch(part), device) for part in parts]
         return loop.mean_loss(model, batches, objective)

@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from puna.core import parallel
+from puna.core.checkpoint.atomic import write_text
 from puna.core.checkpoint.folder import atomic_folder, open_model, write_tensors
 from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer
@@ -71,7 +72,7 @@ class Run:
                     f"{self.path} holds a run on other rows than these; hand over the same ones in "
                     "the same order, give another out, or remove the folder"
                 )
-            recorded.write_text(digest)
+            write_text(recorded, digest)
         parallel.barrier()
 
     @property
@@ -147,9 +148,7 @@ class Run:
             return
         rows = self.metrics.read_text().splitlines()
         kept = [row for row in rows if _step_of(row) <= step] if step else []
-        partial = self.metrics.with_suffix(".partial")
-        partial.write_text("".join(row + "\n" for row in kept))
-        partial.replace(self.metrics)
+        write_text(self.metrics, "".join(row + "\n" for row in kept))
 
     def restore_optimizers(self, networks: dict[str, Trained]) -> None:
         """Load the newest checkpoint's optimizer states into networks already on its weights."""
@@ -196,10 +195,8 @@ def claim(path: Path, config: Any) -> None:
                 f"{', '.join(changed)}); give another --out, or remove the folder"
             )
     path.mkdir(parents=True, exist_ok=True)
-    (path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-    partial = recorded.with_suffix(".partial")
-    partial.write_text(toml, encoding="utf-8")
-    partial.replace(recorded)
+    write_text(path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    write_text(recorded, toml)
 
 
 def is_untouched(path: Path) -> bool:
