@@ -272,7 +272,7 @@ def one_or_many(given: Any) -> tuple[list[Any], bool]:
     if isinstance(given, str):
         return [given], True
     if not isinstance(given, Sequence):
-        raise ValueError(f"expected a text, a chat or a list of them, found {_kind(given)}")
+        raise ValueError(f"expected a text, a chat or a list of them, not {_kind(given)}")
     are_messages = [isinstance(each, Mapping) for each in given]
     if given and all(are_messages):
         _check_messages(given)
@@ -290,18 +290,18 @@ def one_or_many(given: Any) -> tuple[list[Any], bool]:
 
 def _check_messages(chat: Any) -> None:
     if not isinstance(chat, Sequence):
-        raise ValueError(f"expected a text or a list of messages, found {_kind(chat)}")
+        raise ValueError(f"expected a text or a list of messages, not {_kind(chat)}")
     for message in chat:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise ValueError(
                 f"a message is {message!r}; it must be an object with 'role' and 'content'"
             )
         if not isinstance(message["content"], str):
-            raise ValueError(f"a message's content is {_kind(message['content'])}, not a text")
+            raise ValueError(f"a message's content must be a text, not {_kind(message['content'])}")
 
 
 def _kind(value: Any) -> str:
-    return f"a {type(value).__name__}"
+    return type(value).__name__
 
 
 def _prompt_ids(tokenizer: Tokenizer, prompt: str | Chat) -> list[int]:

@@ -115,6 +115,24 @@ def test_imports_go_one_way(room):
     assert not wrong, f"{room} may import only {sorted(allowed)}: {sorted(wrong)}"
 
 
+def test_only_the_command_line_goes_through_the_front_door():
+    """`import puna`, or a name of its own from it: inside, only cli is a user of the library."""
+    wrong = {
+        f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
+        for room in ROOMS
+        if room != "cli"
+        for path in sources(room)
+        for node in ast.walk(parsed(path))
+        if (isinstance(node, ast.Import) and any(alias.name == "puna" for alias in node.names))
+        or (
+            isinstance(node, ast.ImportFrom)
+            and resolve(path, node) == "puna"
+            and not all(is_module("puna", alias) for alias in node.names)
+        )
+    }
+    assert not wrong, sorted(wrong)
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_nothing_is_imported_under_a_bare_name(room):
     bare = {
@@ -206,11 +224,12 @@ def test_nothing_runs_at_import():
 
 
 def test_inits_are_one_docstring():
-    """Only kernels, the folder that is copied, names its public functions in `__init__.py`."""
+    """Only kernels, the folder that is copied, and puna, the front door, name their public
+    functions in `__init__.py`."""
     long = [
         str(path.relative_to(ROOT))
         for room in ROOMS
-        if room != "kernels"
+        if room not in ("kernels", "puna")
         for path in tracked(f"{room}/__init__.py", f"{room}/**/__init__.py")
         if len(parsed(path).body) != 1
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import puna
 from puna.core.chat import encode_dialogue
 from puna.core.checkpoint.folder import load_model
 from puna.core.tokenizer import Tokenizer
@@ -14,6 +15,7 @@ from puna.trainers import sft
 from puna.trainers.data.formats import Columns
 from puna.trainers.data.readers import read_dialogues
 from puna.trainers.sft import SFTConfig
+from puna.trainers.train.config import to_toml
 
 
 def configured(tiny: Path, out: Path, **options) -> SFTConfig:
@@ -137,3 +139,74 @@ def test_the_defaults_are_the_papers():
     config = SFTConfig(model=Path("m"), data=[], out=Path("o"))
     assert (config.lr, config.batch, config.epochs, config.schedule) == (2e-5, 64, 2, "cosine")
     assert (config.weight_decay, config.min_lr, config.clip) == (0.1, 0.1, 1.0)
+
+
+def python_rows(tiny: Path) -> list:
+    """The rows of dialogues.jsonl, one of them in each shape that is taken."""
+    rows = [json.loads(line) for line in (tiny / "dialogues.jsonl").read_text().splitlines()]
+    return [row["messages"] if i % 2 else row for i, row in enumerate(rows)]
+
+
+def test_dialogues_from_python_train_as_from_a_file(tiny, tmp_path):
+    from_file = sft.run(configured(tiny, tmp_path / "file"))
+    rows = iter(python_rows(tiny))
+    from_python = sft.run(configured(tiny, tmp_path / "python", data=[]), rows)
+    assert metrics(tmp_path / "python") == metrics(tmp_path / "file")
+    weights = [(path / "model.safetensors").read_bytes() for path in (from_file, from_python)]
+    assert weights[0] == weights[1]
+
+
+def test_a_run_on_python_rows_goes_on_with_the_same_ones_only(tiny, tmp_path):
+    rows = python_rows(tiny)
+    whole = sft.run(configured(tiny, tmp_path / "whole", data=[], save_every=4), rows)
+    steps = len(metrics(tmp_path / "whole")) - 1
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "model")
+    cut = configured(tiny, tmp_path / "cut", data=[], save_every=4)
+    (tmp_path / "cut" / "config.toml").write_text(to_toml(cut))
+    with pytest.raises(ValueError, match="cut holds a run on other rows than these"):
+        sft.run(cut, rows[1:])
+    with pytest.raises(ValueError, match="whole holds a run on other rows than these"):
+        sft.run(configured(tiny, tmp_path / "whole", data=[], save_every=4), rows[::-1])
+    assert (sft.run(cut, rows) / "model.safetensors").read_bytes() == (
+        whole / "model.safetensors"
+    ).read_bytes()
+    assert len(metrics(tmp_path / "cut")) - 1 == steps
+
+
+def test_rows_from_python_that_cannot_be(tiny, tmp_path, capsys):
+    config = configured(tiny, tmp_path / "run", data=[])
+    good = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"}]
+    for rows, message in (
+        ([good, "red"], "row 2: a str, expected an object"),
+        ([good, [{"role": "user"}]], r"row 2: 'messages\[0\]' has content null, expected a string"),
+        ([{"question": "red"}], "row 1: the row has the columns 'question', expected 'messages'"),
+        ([good, [{"role": "bot", "content": {1}}]], "row 2: .* has role"),
+        ([], "there are no dialogues to learn from"),
+        ([good[:1]], "the dialogues: no usable row: skipped 1 row: the dialogue does not end"),
+    ):
+        with pytest.raises(ValueError, match=message) as raised:
+            sft.run(config, rows)
+        assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+    sft.run(config, [good[:1], *[good] * 40])
+    assert "skipped 1 row: the dialogue does not end" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="from config.data and from Python, too; leave one out"):
+        sft.run(configured(tiny, tmp_path / "both"), [good])
+    with pytest.raises(
+        ValueError, match="no dialogues to learn from; name their files with --data"
+    ):
+        sft.run(configured(tiny, tmp_path / "none", data=[]))
+
+
+def test_a_loss_of_ones_own_is_minimised_and_reported(tiny, tmp_path):
+    def doubled(model, batch):
+        loss, sums = puna.next_token_loss(model, batch)
+        return 2 * loss, {**sums, "plain": loss}
+
+    sft.run(configured(tiny, tmp_path / "plain", clip=1e9))
+    sft.run(configured(tiny, tmp_path / "doubled", clip=1e9), loss=doubled)
+    plain, own = metrics(tmp_path / "plain"), metrics(tmp_path / "doubled")
+    assert own[1]["loss"] == 2 * own[1]["plain"] == 2 * plain[1]["loss"]
+    assert own[1]["grad_norm"] == pytest.approx(2 * plain[1]["grad_norm"], rel=1e-5)
+    assert own[0]["eval_loss"] == 2 * own[0]["eval_plain"] == 2 * plain[0]["eval_loss"]
