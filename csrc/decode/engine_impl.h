@@ -1,14 +1,16 @@
 // The forward pass, compiled once for each instruction set.
+#pragma once
+
 #include <cmath>
 #include <stdexcept>
 #include <vector>
 
-#include "cache.h"
-#include "draw.h"
-#include "engine.h"
-#include "matrix.h"
-#include "pace.h"
-#include "threads.h"
+#include "decode/cache.h"
+#include "decode/draw.h"
+#include "decode/engine.h"
+#include "base/matrix.h"
+#include "base/pace.h"
+#include "base/threads.h"
 
 namespace PUNA_ISA {
 

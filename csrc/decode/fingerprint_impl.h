@@ -1,7 +1,9 @@
 // As fast as the memory, for weights are read again before every generation: optimizers write to
 // them unseen by torch's version counters.
-#include "simd.h"
-#include "standard.h"
+#pragma once
+
+#include "base/simd.h"
+#include "base/standard.h"
 
 namespace PUNA_ISA {
 

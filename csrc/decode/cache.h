@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "matrix.h"
+#include "base/matrix.h"
 
 namespace PUNA_ISA {
 

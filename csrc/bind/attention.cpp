@@ -1,6 +1,6 @@
 #include <stdexcept>
 
-#include "bind.h"
+#include "bind/bind.h"
 
 namespace puna {
 

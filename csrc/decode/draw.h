@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "simd.h"
+#include "base/simd.h"
 
 namespace PUNA_ISA {
 

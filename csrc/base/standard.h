@@ -21,6 +21,5 @@
 #include <sys/mman.h>
 #endif
 
-#include "engine.h"
-#include "pace.h"
-#include "threads.h"
+#include "base/pace.h"
+#include "base/threads.h"

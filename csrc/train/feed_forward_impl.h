@@ -4,9 +4,9 @@
 // demo's shape was gaps between calls and waiting for the slower thread.)
 #pragma once
 
-#include "elementwise_impl.h"
-#include "feed_forward.h"
-#include "matmul_impl.h"
+#include "train/elementwise_impl.h"
+#include "train/feed_forward.h"
+#include "train/matmul_impl.h"
 
 namespace PUNA_ISA {
 

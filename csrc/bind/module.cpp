@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "bind.h"
+#include "bind/bind.h"
 
 namespace puna {
 

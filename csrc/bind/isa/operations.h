@@ -3,12 +3,12 @@
 
 #include <memory>
 
-#include "attention.h"
-#include "elementwise.h"
-#include "engine.h"
-#include "feed_forward.h"
-#include "losses.h"
-#include "matmul.h"
+#include "train/attention.h"
+#include "train/elementwise.h"
+#include "decode/engine.h"
+#include "train/feed_forward.h"
+#include "train/losses.h"
+#include "train/matmul.h"
 
 namespace puna {
 

@@ -13,8 +13,8 @@
 #include <sys/mman.h>
 #endif
 
-#include "engine.h"
-#include "simd.h"
+#include "decode/engine.h"
+#include "base/simd.h"
 
 namespace PUNA_ISA {
 

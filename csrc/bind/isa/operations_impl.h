@@ -1,12 +1,14 @@
 // All of it, for one instruction set: what an isa_*.cpp includes.
-#include "attention_impl.h"
-#include "elementwise_impl.h"
-#include "engine_impl.h"
-#include "feed_forward_impl.h"
-#include "fingerprint_impl.h"
-#include "losses_impl.h"
-#include "matmul_impl.h"
-#include "operations.h"
+#pragma once
+
+#include "train/attention_impl.h"
+#include "train/elementwise_impl.h"
+#include "decode/engine_impl.h"
+#include "train/feed_forward_impl.h"
+#include "decode/fingerprint_impl.h"
+#include "train/losses_impl.h"
+#include "train/matmul_impl.h"
+#include "bind/isa/operations.h"
 
 namespace PUNA_ISA {
 

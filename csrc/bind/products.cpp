@@ -1,5 +1,5 @@
 // Matrix products, the feed-forward layer made of them, and what the losses make of logits.
-#include "bind.h"
+#include "bind/bind.h"
 
 namespace puna {
 

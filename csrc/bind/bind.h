@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <string>
 
-#include "operations.h"
+#include "bind/isa/operations.h"
 
 namespace puna {
 

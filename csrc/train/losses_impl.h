@@ -1,7 +1,9 @@
 // Softmax cross-entropy and its gradient, a row at a time while the row is in the cache.
-#include "losses.h"
-#include "simd.h"
-#include "standard.h"
+#pragma once
+
+#include "train/losses.h"
+#include "base/simd.h"
+#include "base/standard.h"
 
 namespace PUNA_ISA {
 

@@ -1,9 +1,9 @@
 // Norms, rotations and gates, a row at a time, forward and backward.
 #pragma once
 
-#include "elementwise.h"
-#include "simd.h"
-#include "standard.h"
+#include "train/elementwise.h"
+#include "base/simd.h"
+#include "base/standard.h"
 
 namespace PUNA_ISA {
 

@@ -6,9 +6,11 @@
 // softmax needs no sums across lanes, and the mask skips whole vectors. Compared with scores as
 // (rows, keys) of one head after the other: 1.2 times as fast at 16 x 256 tokens, 6 heads, 2
 // key/value heads of 32; 1.1 times with 6 heads of 48.
-#include "attention.h"
-#include "matrix.h"
-#include "standard.h"
+#pragma once
+
+#include "train/attention.h"
+#include "base/matrix.h"
+#include "base/standard.h"
 
 namespace PUNA_ISA {
 

@@ -1,4 +1,4 @@
-#include "bind.h"
+#include "bind/bind.h"
 
 namespace puna {
 
