@@ -13,8 +13,8 @@
 #include <sys/mman.h>
 #endif
 
-#include "decode/engine.h"
 #include "base/simd.h"
+#include "decode/engine.h"
 
 namespace PUNA_ISA {
 
@@ -193,14 +193,16 @@ struct Quantised {
     int32_t total = 0;
     for (int i = 0; i < GROUP; i += W) {
       const vec rounded = max(min(load(held + i) * factor, all(127.0f)), all(-127.0f));
-      const ivec n = __builtin_convertvector(rounded + select(rounded < 0.0f, all(-0.5f), all(0.5f)), ivec);
+      const ivec n =
+          __builtin_convertvector(rounded + select(rounded < 0.0f, all(-0.5f), all(0.5f)), ivec);
       std::memcpy(whole + i, &n, sizeof n);
     }
     for (int i = 0; i < GROUP; ++i) total += whole[i];
     int32_t* to = pairs + at * (GROUP / 2);
     for (int i = 0; i < GROUP; i += 4, to += 2)
       for (int j = 0; j < 2; ++j)
-        to[j] = (whole[i + j] & 0xFFFF) | static_cast<int32_t>(static_cast<uint32_t>(whole[i + j + 2]) << 16);
+        to[j] = (whole[i + j] & 0xFFFF) |
+                static_cast<int32_t>(static_cast<uint32_t>(whole[i + j + 2]) << 16);
     start[at] = -128 * total;
     scales[at] = scale;
   }
@@ -277,11 +279,14 @@ inline void multiply(const Matrix& w, int64_t panel, const Input& input, int64_t
   const float* x = input.x + first * w.in;
   const uint8_t* from = w.panel(panel);
   if (w.format == Format::int8)
-    with_rows<TALLEST / 2>(rows, [&](auto n) { multiply_tile_int8<n>(input.quantised, first, from, tile); });
+    with_rows<TALLEST / 2>(
+        rows, [&](auto n) { multiply_tile_int8<n>(input.quantised, first, from, tile); });
   else if (w.format == Format::bf16)
-    with_rows<TALLEST>(rows, [&](auto n) { multiply_tile<Format::bf16, n>(x, w.in, from, w.in, tile); });
+    with_rows<TALLEST>(rows,
+                       [&](auto n) { multiply_tile<Format::bf16, n>(x, w.in, from, w.in, tile); });
   else
-    with_rows<TALLEST>(rows, [&](auto n) { multiply_tile<Format::fp32, n>(x, w.in, from, w.in, tile); });
+    with_rows<TALLEST>(rows,
+                       [&](auto n) { multiply_tile<Format::fp32, n>(x, w.in, from, w.in, tile); });
 }
 
 // A part of the outputs, or of the rows, that one thread takes.

@@ -24,7 +24,8 @@ class Pace {
     const bool was_faster = seconds_[1] <= seconds_[0];
     // A trial replaces what was known; else the figure follows slowly, so that one hiccup is not
     // a verdict.
-    seconds_[trying_] = trial || !calls_[trying_] ? seconds : 0.8 * seconds_[trying_] + 0.2 * seconds;
+    seconds_[trying_] =
+        trial || !calls_[trying_] ? seconds : 0.8 * seconds_[trying_] + 0.2 * seconds;
     ++calls_[trying_];
     if (!trial) return;
     const bool changed = (seconds_[1] <= seconds_[0]) != was_faster;

@@ -71,7 +71,8 @@ class Barrier {
 // the slower of two threads kept the other waiting for a twentieth of a training step.
 class Pieces {
  public:
-  // work(i) for each i below `count`. All `parts` threads of the region call it, and return together.
+  // work(i) for each i below `count`. All `parts` threads of the region call it, and return
+  // together.
   template <typename Work>
   void each(int parts, int64_t count, Work work) {
     for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);

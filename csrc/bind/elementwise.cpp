@@ -47,8 +47,11 @@ void swiglu_gradient(const std::string& isa, int64_t count, Address gate, Addres
 
 // (heads, strides of a row, a token and a head, address, address of the result)
 Heads heads_of(const py::tuple& given) {
-  return {given[0].cast<int64_t>(), given[1].cast<int64_t>(), given[2].cast<int64_t>(),
-          given[3].cast<int64_t>(), at<const float>(given[4].cast<Address>()),
+  return {given[0].cast<int64_t>(),
+          given[1].cast<int64_t>(),
+          given[2].cast<int64_t>(),
+          given[3].cast<int64_t>(),
+          at<const float>(given[4].cast<Address>()),
           at<float>(given[5].cast<Address>())};
 }
 

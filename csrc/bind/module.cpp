@@ -58,7 +58,8 @@ std::unique_ptr<Engine> make_engine(const std::string& isa, const std::string& f
     return at<const float>(from[name].cast<Address>());
   };
   Weights w{tensor(weights, "embedding"), tensor(weights, "head"), tensor(weights, "norm"),
-            tensor(weights, "cos"),       tensor(weights, "sin"),  {}, format_called(format)};
+            tensor(weights, "cos"),       tensor(weights, "sin"),  {},
+            format_called(format)};
   for (const auto& item : layers) {
     const auto one = item.cast<py::dict>();
     w.layers.push_back({tensor(one, "q"), tensor(one, "k"), tensor(one, "v"), tensor(one, "o"),
@@ -83,19 +84,18 @@ void check_range(const char* name, const int64_t* values, int64_t count, int64_t
                                   "; expected 0 to " + std::to_string(limit - 1));
 }
 
-int64_t forward(Engine& engine, int64_t count, Address tokens, Address rows,
-                Address positions, int64_t wanted_count, Address wanted, Address logits,
-                int64_t steps, int64_t eos, float temperature, Address seeds, Address drawn,
-                Address logprobs, int threads) {
+int64_t forward(Engine& engine, int64_t count, Address tokens, Address rows, Address positions,
+                int64_t wanted_count, Address wanted, Address logits, int64_t steps, int64_t eos,
+                float temperature, Address seeds, Address drawn, Address logprobs, int threads) {
   const Batch batch{count,
-                          at<const int64_t>(tokens),
-                          at<const int64_t>(rows),
-                          at<const int64_t>(positions),
-                          wanted_count,
-                          at<const int64_t>(wanted),
-                          at<float>(logits)};
-  const Draw draw{steps, eos, temperature, at<const int64_t>(seeds), at<int64_t>(drawn),
-                        at<float>(logprobs)};
+                    at<const int64_t>(tokens),
+                    at<const int64_t>(rows),
+                    at<const int64_t>(positions),
+                    wanted_count,
+                    at<const int64_t>(wanted),
+                    at<float>(logits)};
+  const Draw draw{
+      steps, eos, temperature, at<const int64_t>(seeds), at<int64_t>(drawn), at<float>(logprobs)};
   check_range("tokens", batch.tokens, count, engine.vocab());
   check_range("rows", batch.rows, count, engine.rows());
   check_range("positions", batch.positions, count, engine.slots());

@@ -6,8 +6,8 @@ namespace puna {
 namespace {
 
 template <typename Work>
-void run(void (*Operations::*operation)(const Work&, int), const std::string& isa,
-         const Work& work, int threads) {
+void run(void (*Operations::*operation)(const Work&, int), const std::string& isa, const Work& work,
+         int threads) {
   const Operations& native = operations(isa);
   threads = usable_threads(threads);
   py::gil_scoped_release released;
@@ -58,8 +58,13 @@ void feed_forward_gradient(const std::string& isa, int64_t rows, int64_t width, 
 
 void softmax_loss(const std::string& isa, int64_t rows, int64_t vocab, Address logits,
                   Address labels, Address scale, float z_loss, Address losses, int threads) {
-  const SoftmaxLoss work{rows, vocab, at<float>(logits), at<const int64_t>(labels),
-                         at<const float>(scale), z_loss, at<float>(losses)};
+  const SoftmaxLoss work{rows,
+                         vocab,
+                         at<float>(logits),
+                         at<const int64_t>(labels),
+                         at<const float>(scale),
+                         z_loss,
+                         at<float>(losses)};
   check_range("targets", work.labels, rows, vocab);
   run(&Operations::softmax_loss, isa, work, threads);
 }
@@ -67,19 +72,32 @@ void softmax_loss(const std::string& isa, int64_t rows, int64_t vocab, Address l
 void logprobs(const std::string& isa, int64_t rows, int64_t vocab, Address logits, Address labels,
               float temperature, Address logprobs, Address entropy, Address top, Address total,
               Address mean, int threads) {
-  const LogProbs work{rows, vocab, at<const float>(logits), at<const int64_t>(labels), temperature,
-                      at<float>(logprobs), at<float>(entropy), at<float>(top),
-                      at<float>(total), at<float>(mean)};
+  const LogProbs work{rows,
+                      vocab,
+                      at<const float>(logits),
+                      at<const int64_t>(labels),
+                      temperature,
+                      at<float>(logprobs),
+                      at<float>(entropy),
+                      at<float>(top),
+                      at<float>(total),
+                      at<float>(mean)};
   check_range("targets", work.labels, rows, vocab);
   run(&Operations::logprobs, isa, work, threads);
 }
 
 void logprobs_gradient(const std::string& isa, int64_t rows, int64_t vocab, Address logits,
-                       Address labels, float temperature, Address top, Address total,
-                       Address mean, Address d_logprobs, Address d_entropy, int threads) {
-  const LogProbsGradient work{rows, vocab, at<float>(logits), at<const int64_t>(labels),
-                              temperature, at<const float>(top), at<const float>(total),
-                              at<const float>(mean), at<const float>(d_logprobs),
+                       Address labels, float temperature, Address top, Address total, Address mean,
+                       Address d_logprobs, Address d_entropy, int threads) {
+  const LogProbsGradient work{rows,
+                              vocab,
+                              at<float>(logits),
+                              at<const int64_t>(labels),
+                              temperature,
+                              at<const float>(top),
+                              at<const float>(total),
+                              at<const float>(mean),
+                              at<const float>(d_logprobs),
                               at<const float>(d_entropy)};
   check_range("targets", work.labels, rows, vocab);
   run(&Operations::logprobs_gradient, isa, work, threads);

@@ -26,7 +26,9 @@ class Cache {
     padded_ = padded;
   }
 
-  float* keys(int64_t layer, int64_t row, int64_t head) { return keys_.get() + at(layer, row, head); }
+  float* keys(int64_t layer, int64_t row, int64_t head) {
+    return keys_.get() + at(layer, row, head);
+  }
   float* values(int64_t layer, int64_t row, int64_t head) {
     return values_.get() + at(layer, row, head);
   }

@@ -5,12 +5,12 @@
 #include <stdexcept>
 #include <vector>
 
-#include "decode/cache.h"
-#include "decode/draw.h"
-#include "decode/engine.h"
 #include "base/matrix.h"
 #include "base/pace.h"
 #include "base/threads.h"
+#include "decode/cache.h"
+#include "decode/draw.h"
+#include "decode/engine.h"
 
 namespace PUNA_ISA {
 
@@ -69,7 +69,9 @@ class Llama final : public puna::Engine {
                          Matrix(q, s_.dim, weights.format),
                          Matrix(s_.dim, s_.ffn, weights.format),
                          Matrix(s_.dim, s_.ffn, weights.format),
-                         Matrix(s_.ffn, s_.dim, weights.format), {}, {}});
+                         Matrix(s_.ffn, s_.dim, weights.format),
+                         {},
+                         {}});
     place();
     for (size_t l = 0; l < weights.layers.size(); ++l) {
       const auto& from = weights.layers[l];
@@ -189,7 +191,8 @@ class Llama final : public puna::Engine {
       scored_ = std::max(scored_, cache_.padded());
       own_.clear();
       for (int i = 0; i < threads; ++i) {
-        Activations a{buffer(room_ * (q + 2 * kv)), buffer(room_ * q), buffer(room_ * s_.ffn), {}, {}, {}};
+        Activations a{
+            buffer(room_ * (q + 2 * kv)), buffer(room_ * q), buffer(room_ * s_.ffn), {}, {}, {}};
         for (int j = 0; j < (i ? 1 : threads); ++j) {
           a.scores.push_back(buffer(scored_));
           a.normed.push_back(buffer(room_ * s_.dim));
@@ -281,7 +284,8 @@ class Llama final : public puna::Engine {
     const float* y = normed(x, layer.attention_norm, count, team, a);
     float* qkv = a.qkv.get();
     float* memory = a.quantised[team.part].get();
-    product(layer.qkv, input_of(layer.qkv, y, count, memory), count, share(layer.qkv.panels, team.part, team.parts),
+    product(layer.qkv, input_of(layer.qkv, y, count, memory), count,
+            share(layer.qkv.panels, team.part, team.parts),
             [&](int64_t f, int64_t n, int64_t c, int64_t m, const float* tile) {
               copy_tile(qkv, width, f, n, c, m, tile);
             });
@@ -301,8 +305,10 @@ class Llama final : public puna::Engine {
         cache_.write(l, row, g, t, k, k + s_.kv_heads * d);
         const float* keys = cache_.keys(l, row, g);
         const float* next = keys;
-        if (g + 1 < heads.end) next = cache_.keys(l, row, g + 1);
-        else if (i + 1 < count) next = cache_.keys(l, batch.rows[first + i + 1], heads.begin);
+        if (g + 1 < heads.end)
+          next = cache_.keys(l, row, g + 1);
+        else if (i + 1 < count)
+          next = cache_.keys(l, batch.rows[first + i + 1], heads.begin);
         for (int64_t h = g * group; h < (g + 1) * group; ++h) {
           rotate(q + h * d, cos, sin, d / 2);
           attend_(q + h * d, keys, cache_.values(l, row, g), t + 1, scale, scores,
@@ -331,7 +337,8 @@ class Llama final : public puna::Engine {
               for (int64_t r = 0; r < n; ++r)
                 for (int v = 0; v < 2; ++v) {
                   const vec g = load(gate + r * PANEL + v * W);
-                  store(up + r * PANEL + v * W, g / (1.0f + exp(-g)) * load(up + r * PANEL + v * W));
+                  store(up + r * PANEL + v * W,
+                        g / (1.0f + exp(-g)) * load(up + r * PANEL + v * W));
                 }
               copy_tile(h, s_.ffn, f, n, c, m, up);
             });

@@ -34,7 +34,8 @@ inline uint64_t fingerprint_part(const float* values, int64_t count) {
 
 inline uint64_t fingerprint(const float* values, int64_t count, int threads) {
   constexpr int64_t worth_a_thread = 1 << 17;  // half a megabyte
-  const int parts = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, count / worth_a_thread)));
+  const int parts =
+      static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, count / worth_a_thread)));
   std::vector<uint64_t> found(parts);
   puna::parallel(parts, [&](int mine, int present) {
     for (int part = mine; part < parts; part += present) {
@@ -42,7 +43,8 @@ inline uint64_t fingerprint(const float* values, int64_t count, int threads) {
       found[part] = fingerprint_part(values + begin, end - begin);
     }
   });
-  for (int part = 1; part < parts; ++part) found[0] = (found[0] << 1 | found[0] >> 63) ^ found[part];
+  for (int part = 1; part < parts; ++part)
+    found[0] = (found[0] << 1 | found[0] >> 63) ^ found[part];
   return found[0];
 }
 

@@ -8,9 +8,9 @@
 // key/value heads of 32; 1.1 times with 6 heads of 48.
 #pragma once
 
-#include "train/attention.h"
 #include "base/matrix.h"
 #include "base/standard.h"
+#include "train/attention.h"
 
 namespace PUNA_ISA {
 
@@ -47,9 +47,7 @@ inline void tile(const float* a, int64_t a_row, int64_t a_next, const float* b, 
 }
 
 // 24 accumulators of 32 registers, or 12 of 16.
-constexpr int tile_rows(int vectors) {
-  return (W == 16 ? 24 : 12) / (vectors < 2 ? 2 : vectors);
-}
+constexpr int tile_rows(int vectors) { return (W == 16 ? 24 : 12) / (vectors < 2 ? 2 : vectors); }
 
 template <int NV>
 inline void strip(int64_t rows, const float* a, int64_t a_row, int64_t a_next, const float* b,
@@ -245,9 +243,8 @@ class AttentionWorker {
     float* scores = scores_.get();
     const Range keys{0, end_};
     vec top = load(scores + i * W), total = {};  // every row sees the first key
-    for_each_key(i, keys, [&](int64_t at, auto mask) {
-      top = max(top, mask(load(scores + at), top));
-    });
+    for_each_key(i, keys,
+                 [&](int64_t at, auto mask) { top = max(top, mask(load(scores + at), top)); });
     for_each_key(i, keys, [&](int64_t at, auto mask) {
       const vec e = mask(exp((load(scores + at) - top) * a_.scale), vec{});
       total += e;
@@ -311,8 +308,7 @@ class AttentionWorker {
 template <typename Work>
 inline void for_each_head(const puna::Attention& a, bool backward, int threads, Work work) {
   int64_t longest = 0;
-  for (int64_t s = 0; s < a.segments; ++s)
-    longest = std::max(longest, a.cuts[s + 1] - a.cuts[s]);
+  for (int64_t s = 0; s < a.segments; ++s) longest = std::max(longest, a.cuts[s + 1] - a.cuts[s]);
   const int64_t items = a.segments * a.kv_heads;
   if (items == 0) return;
   const int workers = static_cast<int>(std::min<int64_t>(threads, items));
@@ -332,10 +328,10 @@ inline void attention(const puna::Attention& a, int threads) {
 }
 
 inline void attention_backward(const puna::AttentionBackward& back, int threads) {
-  for_each_head(back.of, true, threads, [&](AttentionWorker& worker, int64_t segment,
-                                            int64_t group) {
-    worker.backward(back, segment, group);
-  });
+  for_each_head(back.of, true, threads,
+                [&](AttentionWorker& worker, int64_t segment, int64_t group) {
+                  worker.backward(back, segment, group);
+                });
 }
 
 }  // namespace PUNA_ISA

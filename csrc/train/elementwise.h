@@ -11,14 +11,14 @@ struct RMSNorm {
   int64_t rows, width;
   const float *x, *weight;  // (rows, width), (width)
   float eps;
-  float *y, *scale;         // (rows, width), (rows)
+  float *y, *scale;  // (rows, width), (rows)
 };
 
 struct RMSNormGradient {
   int64_t rows, width;
   const float *x, *weight, *scale, *d_y;
   float *d_x, *d_weight;
-  float* partial;           // (threads, 2, width): each thread's share of d_weight, and room
+  float* partial;  // (threads, 2, width): each thread's share of d_weight, and room
 };
 
 // y = gate * sigmoid(gate) * up, element by element.
@@ -32,7 +32,7 @@ struct SwiGLUGradient {
   int64_t count;
   const float *gate, *up, *d_y;
   float *d_gate, *d_up;
-  float* y;                 // the result once more, or null
+  float* y;  // the result once more, or null
 };
 
 // x (batch, tokens, heads, 2 * half) at these strides, turned into a y without gaps.
@@ -46,9 +46,9 @@ struct Heads {
 struct Rope {
   int64_t batch, tokens, half;
   Heads q, k;
-  const float *cos, *sin;   // of token t of row b at b * angle_batch_stride + t * angle_stride
+  const float *cos, *sin;  // of token t of row b at b * angle_batch_stride + t * angle_stride
   int64_t angle_batch_stride, angle_stride;
-  float direction;          // 1, or -1 to turn back
+  float direction;  // 1, or -1 to turn back
 };
 
 struct Elementwise {

@@ -1,9 +1,9 @@
 // Norms, rotations and gates, a row at a time, forward and backward.
 #pragma once
 
-#include "train/elementwise.h"
 #include "base/simd.h"
 #include "base/standard.h"
+#include "train/elementwise.h"
 
 namespace PUNA_ISA {
 

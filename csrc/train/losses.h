@@ -12,7 +12,7 @@ struct SoftmaxLoss {
   const int64_t* labels;  // (rows)
   const float* scale;     // (rows): each row's weight in the sum
   float z_loss;
-  float* losses;          // (rows), not weighted
+  float* losses;  // (rows), not weighted
 };
 
 // Of softmax(logits / temperature): each label's log-probability, and the entropy. For the backward

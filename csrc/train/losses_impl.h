@@ -1,9 +1,9 @@
 // Softmax cross-entropy and its gradient, a row at a time while the row is in the cache.
 #pragma once
 
-#include "train/losses.h"
 #include "base/simd.h"
 #include "base/standard.h"
+#include "train/losses.h"
 
 namespace PUNA_ISA {
 
@@ -104,7 +104,8 @@ inline void logprobs_gradient_row(const puna::LogProbsGradient& a, int64_t row) 
 template <typename Rows, typename Row>
 inline void each_row(const Rows& a, int threads, Row work) {
   puna::parallel(threads, [&](int part, int parts) {
-    for (int64_t row = a.rows * part / parts; row < a.rows * (part + 1) / parts; ++row) work(a, row);
+    for (int64_t row = a.rows * part / parts; row < a.rows * (part + 1) / parts; ++row)
+      work(a, row);
   });
 }
 

@@ -9,7 +9,7 @@ namespace puna {
 struct MatMul {
   int64_t rows, columns, inner;
   const float* a;
-  int64_t a_row, a_inner;      // from one element to the next
+  int64_t a_row, a_inner;  // from one element to the next
   const float* b;
   int64_t b_inner, b_column;
   float* c;

@@ -7,10 +7,10 @@
 // tenth. An element is summed in the same order whatever the other rows, the tile or the threads.
 #pragma once
 
-#include "train/matmul.h"
 #include "base/matrix.h"
 #include "base/simd.h"
 #include "base/standard.h"
+#include "train/matmul.h"
 
 namespace PUNA_ISA {
 

@@ -3,9 +3,9 @@
 
 #include <memory>
 
+#include "decode/engine.h"
 #include "train/attention.h"
 #include "train/elementwise.h"
-#include "decode/engine.h"
 #include "train/feed_forward.h"
 #include "train/losses.h"
 #include "train/matmul.h"

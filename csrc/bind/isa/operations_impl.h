@@ -1,14 +1,14 @@
 // All of it, for one instruction set: what an isa_*.cpp includes.
 #pragma once
 
+#include "bind/isa/operations.h"
+#include "decode/engine_impl.h"
+#include "decode/fingerprint_impl.h"
 #include "train/attention_impl.h"
 #include "train/elementwise_impl.h"
-#include "decode/engine_impl.h"
 #include "train/feed_forward_impl.h"
-#include "decode/fingerprint_impl.h"
 #include "train/losses_impl.h"
 #include "train/matmul_impl.h"
-#include "bind/isa/operations.h"
 
 namespace PUNA_ISA {
 
@@ -17,8 +17,7 @@ inline std::unique_ptr<puna::Engine> make_engine(const Shape& shape, const Weigh
 }
 
 constexpr puna::Operations operations{
-    make_engine, softmax_loss,       logprobs, logprobs_gradient, fingerprint,
-    attention,   attention_backward, matmul,   feed_forward,      feed_forward_gradient,
-    elementwise};
+    make_engine,        softmax_loss, logprobs,     logprobs_gradient,     fingerprint, attention,
+    attention_backward, matmul,       feed_forward, feed_forward_gradient, elementwise};
 
 }  // namespace PUNA_ISA
