@@ -1,6 +1,6 @@
-// One thread, or all of them? Whichever was faster lately for a batch of this size. Two threads
-// that share a core with another process wait for each other; the result is the same to the bit,
-// so the choice can follow the clock.
+// Chooses between one thread and all of them by which was faster lately: two threads that share a
+// core with another process wait for each other. Results are the same to the bit either way, so the
+// choice may depend on the clock.
 #pragma once
 
 #include <chrono>
@@ -10,20 +10,20 @@ namespace puna {
 
 class Pace {
  public:
-  // True: all threads. Tries both at first; then the slower one again after 16 calls, and after
-  // twice as many each time it stays the slower one.
-  bool all() {
+  // Tries both at first; then the slower one again after 16 calls, and after twice as many each
+  // time it is still the slower one.
+  bool use_all_threads() {
     if (!calls_[1] || !calls_[0]) return trying_ = !calls_[1];
     const bool faster = seconds_[1] <= seconds_[0];
     if (--until_trial_ > 0) return trying_ = faster;
     return trying_ = !faster;
   }
 
-  void took(double seconds) {
+  void record(double seconds) {
     const bool trial = calls_[0] && calls_[1] && until_trial_ <= 0;
     const bool was_faster = seconds_[1] <= seconds_[0];
-    // A trial replaces what was known; else the figure follows slowly, so that one hiccup is not
-    // a verdict.
+    // A trial replaces the old time; otherwise the average moves slowly, so that one slow call does
+    // not decide.
     seconds_[trying_] =
         trial || !calls_[trying_] ? seconds : 0.8 * seconds_[trying_] + 0.2 * seconds;
     ++calls_[trying_];

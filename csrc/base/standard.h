@@ -1,6 +1,6 @@
-// All that the engine takes from the standard library, to be included before the line that names
-// an instruction set: an inline function defined after it would be compiled for that set, and the
-// linker, which keeps one copy of each, might hand it to the code for older machines.
+// All standard headers that the engine uses. bind/isa/*.cpp include them before they select an
+// instruction set: an inline function defined after that would be compiled for it, and the linker,
+// which keeps one copy of each function, might use that copy in the code for older machines.
 #pragma once
 
 #include <algorithm>

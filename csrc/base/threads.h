@@ -1,5 +1,5 @@
-// OpenMP, kept to one region, and a barrier that lets a busy machine breathe. The OpenMP runtime is
-// the one that torch brought into the process.
+// A parallel region of OpenMP, and a barrier and a work queue for its threads that suit a machine
+// with other busy processes. The OpenMP runtime is the one that torch has loaded.
 #pragma once
 
 #include <atomic>
@@ -25,56 +25,57 @@ void parallel(int threads, Work work) {
   work(0, 1);
 }
 
-// Waits by spinning for some microseconds, then asleep. OpenMP's own barrier spins for a
-// millisecond, and there are thirty in a token: with another process on one of two cores that made
-// 7 tokens a second out of 5,000.
+// Spins for some microseconds, then sleeps. OpenMP's own barrier spins for a millisecond, and a
+// token needs thirty barriers: with another process on one of two cores, decoding fell from 5,000
+// tokens a second to 7.
 class Barrier {
  public:
   void wait(int parts) {
     wait(parts, [] {});
   }
 
-  // `last` is called once, when all have come and before any goes on.
-  template <typename Last>
-  void wait(int parts, Last last) {
-    if (parts == 1) return last();
-    const uint64_t turn = turn_.load(std::memory_order_acquire);
+  // `on_complete` is called once, after the last thread has arrived and before any goes on.
+  template <typename OnComplete>
+  void wait(int parts, OnComplete on_complete) {
+    if (parts == 1) return on_complete();
+    const uint64_t generation = generation_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == parts) {
       arrived_.store(0, std::memory_order_relaxed);
-      last();
+      on_complete();
       const std::lock_guard<std::mutex> lock(mutex_);
-      turn_.store(turn + 1, std::memory_order_release);
-      if (asleep_) wake_.notify_all();
+      generation_.store(generation + 1, std::memory_order_release);
+      if (sleeping_) wake_up_.notify_all();
       return;
     }
     for (int spin = 0; spin < 4000; ++spin) {
-      if (turn_.load(std::memory_order_acquire) != turn) return;
+      if (generation_.load(std::memory_order_acquire) != generation) return;
 #if defined(__x86_64__)
       __builtin_ia32_pause();
 #endif
     }
     std::unique_lock<std::mutex> lock(mutex_);
-    ++asleep_;
-    wake_.wait(lock, [&] { return turn_.load(std::memory_order_relaxed) != turn; });
-    --asleep_;
+    ++sleeping_;
+    wake_up_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != generation; });
+    --sleeping_;
   }
 
  private:
-  std::atomic<uint64_t> turn_{0};
+  std::atomic<uint64_t> generation_{0};
   std::atomic<int> arrived_{0};
   std::mutex mutex_;
-  std::condition_variable wake_;
-  int asleep_ = 0;
+  std::condition_variable wake_up_;
+  int sleeping_ = 0;
 };
 
-// Pieces of work for the threads of a region, each piece to whoever is free: shared out beforehand,
-// the slower of two threads kept the other waiting for a twentieth of a training step.
-class Pieces {
+// Hands out pieces of work to the threads of a region, the next piece to whichever thread is free.
+// With even parts fixed beforehand the slower of two threads kept the other waiting for a twentieth
+// of a training step.
+class WorkQueue {
  public:
-  // work(i) for each i below `count`. All `parts` threads of the region call it, and return
-  // together.
+  // Calls work(i) for each i below `count`. All `parts` threads of the region must call it; they
+  // return together.
   template <typename Work>
-  void each(int parts, int64_t count, Work work) {
+  void for_each(int parts, int64_t count, Work work) {
     for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
     barrier_.wait(parts, [&] { next_.store(0, std::memory_order_relaxed); });
   }

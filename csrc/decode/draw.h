@@ -17,8 +17,8 @@ inline double uniform(int64_t seed) {
   return static_cast<double>(x >> 11) * 0x1.0p-53;
 }
 
-// The first token whose cumulative weight exceeds u * total, or the last that has any weight.
-inline int64_t invert(const float* weights, int64_t count, double target) {
+// The first token whose cumulative weight exceeds `target`, or the last that has any weight.
+inline int64_t inverse_cdf(const float* weights, int64_t count, double target) {
   double cumulative = 0.0;
   int64_t last = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -30,9 +30,9 @@ inline int64_t invert(const float* weights, int64_t count, double target) {
   return last;
 }
 
-inline int64_t first_largest(const float* logits, int64_t count) {
-  constexpr int BLOCK = 16 * W;  // few steps across lanes: they take as long as 16 vectors
-  float top = logits[0];
+inline int64_t argmax(const float* logits, int64_t count) {
+  constexpr int BLOCK = 16 * W;  // a reduction across lanes takes as long as 16 vectors
+  float maximum = logits[0];
   int64_t found = 0, i = 0;
   for (; i + BLOCK <= count; i += BLOCK) {
     vec a = load(logits + i), b = load(logits + i + W);
@@ -40,12 +40,13 @@ inline int64_t first_largest(const float* logits, int64_t count) {
       a = max(a, load(logits + i + j * W));
       b = max(b, load(logits + i + (j + 1) * W));
     }
-    const float here = largest(max(a, b));
-    if (here > top) top = here, found = i;  // the block: the place in it is looked for below
+    const float block_max = reduce_max(max(a, b));
+    if (block_max > maximum)
+      maximum = block_max, found = i;  // the block; its element is found below
   }
   for (; i < count; ++i)
-    if (logits[i] > top) top = logits[i], found = i;
-  while (logits[found] < top) ++found;
+    if (logits[i] > maximum) maximum = logits[i], found = i;
+  while (logits[found] < maximum) ++found;
   return found;
 }
 
@@ -54,24 +55,24 @@ inline int64_t first_largest(const float* logits, int64_t count) {
 inline void draw_token(float* logits, int64_t vocab, float temperature, int64_t seed,
                        int64_t* token, float* logprob) {
   const float factor = temperature > 0.0f ? 1.0f / temperature : 1.0f;
-  const int64_t best = first_largest(logits, vocab);
-  const float top = logits[best];
+  const int64_t best = argmax(logits, vocab);
+  const float maximum = logits[best];
   double total = 0.0;
   int64_t i = 0;
   for (; i + 4 * W <= vocab; i += 4 * W) {
     vec sums = {};
     for (int j = 0; j < 4; ++j) {
-      const vec e = exp((load(logits + i + j * W) - top) * factor);
+      const vec e = exp((load(logits + i + j * W) - maximum) * factor);
       store(logits + i + j * W, e);
       sums += e;
     }
-    total += sum(sums);
+    total += reduce_sum(sums);
   }
-  for (; i < vocab; ++i) total += logits[i] = std::exp((logits[i] - top) * factor);
+  for (; i < vocab; ++i) total += logits[i] = std::exp((logits[i] - maximum) * factor);
   int64_t chosen = best;
-  float score = 0.0f;  // log of e^(top - top)
+  float score = 0.0f;  // log of e^(maximum - maximum)
   if (temperature > 0.0f) {
-    chosen = invert(logits, vocab, uniform(seed) * total);
+    chosen = inverse_cdf(logits, vocab, uniform(seed) * total);
     score = std::log(logits[chosen]);
   }
   *token = chosen;

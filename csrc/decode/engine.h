@@ -3,19 +3,18 @@
 //
 // A call takes any number of tokens, each with its cache row and its position: one token of many
 // rows (decoding), many tokens of a few rows (prompts), or both. A token's result depends on its
-// row alone, to the last bit: every product sums in the same order whatever stands beside it.
+// row alone, to the last bit: the order of every sum is the same for any batch.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 #include <vector>
 
+#include "base/weight_format.h"
+
 namespace puna {
 
-// int8: groups of 32 inputs share an fp32 scale, for each output.
-enum class Format { fp32, bf16, int8 };
-
-struct Shape {
+struct ModelShape {
   int64_t layers, dim, heads, kv_heads, head_dim, ffn, vocab;
   float eps;
 };
@@ -29,10 +28,10 @@ struct Weights {
   const float *embedding, *head, *norm;  // (V, C), (V, C), (C)
   const float *cos, *sin;                // (context, D / 2)
   std::vector<LayerWeights> layers;
-  Format format;  // of the packed copy; the embedding is read where it is
+  WeightFormat format;  // of the packed copy; the embedding is read where it is
 };
 
-// Tokens of one row stand in the order of their positions, next to each other.
+// The tokens of one row are neighbours, in the order of their positions.
 struct Batch {
   int64_t count;
   const int64_t *tokens, *rows, *positions;
@@ -41,8 +40,8 @@ struct Batch {
   float* logits;          // (wanted_count, V)
 };
 
-// How tokens are drawn from the logits (see kernels/sample.py), for some steps on end: each drawn
-// token is fed to its row, until `steps` are done or one of the tokens is `eos`.
+// How tokens are drawn from the logits (see kernels/sample.py). Each drawn token is fed to its row,
+// until `steps` steps are done or one of the tokens is `eos`.
 struct Draw {
   int64_t steps;         // at least 1
   int64_t eos;           // -1: there is none
@@ -55,15 +54,15 @@ struct Draw {
 class Engine {
  public:
   virtual ~Engine() = default;
-  // Room for `rows` rows of `slots` tokens; what the rows held is lost.
-  virtual void reserve(int64_t rows, int64_t slots) = 0;
+  // Room for `rows` rows of `max_tokens` tokens each; what the rows held is lost.
+  virtual void reserve(int64_t rows, int64_t max_tokens) = 0;
   // Returns the number of steps done: 1 without `draw`.
   virtual int64_t forward(const Batch& batch, const Draw* draw, int threads) = 0;
-  // The first `length` tokens of row `from` become row `to`'s.
+  // Copies the first `length` tokens of row `from` to row `to`.
   virtual void copy_row(int64_t from, int64_t to, int64_t length) = 0;
   virtual int64_t vocab() const = 0;
   virtual int64_t rows() const = 0;
-  virtual int64_t slots() const = 0;
+  virtual int64_t max_tokens() const = 0;
 };
 
 }  // namespace puna

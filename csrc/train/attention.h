@@ -8,15 +8,15 @@ namespace puna {
 struct Attention {
   int64_t heads, kv_heads, head_dim;
   int64_t segments;
-  const int64_t* cuts;  // (segments + 1): where the segments begin and end
-  float scale;          // > 0
+  const int64_t* cu_seqlens;  // (segments + 1): where the segments begin and end
+  float scale;                // > 0
   const float *q, *k, *v;
-  int64_t q_stride, k_stride, v_stride;  // numbers from one token to the next; heads lie dense
-  float* out;                            // (N, H, D), dense
+  int64_t q_stride, k_stride, v_stride;  // from one token to the next; heads are contiguous
+  float* out;                            // (N, H, D), contiguous
   float* lse;                            // (N, H): log of the sum of e^score
 };
 
-// dq, dk and dv are dense (N, H, D), (N, K, D) and (N, K, D), and written, not added to.
+// dq, dk and dv are contiguous (N, H, D), (N, K, D) and (N, K, D); they are written, not added to.
 struct AttentionBackward {
   Attention of;  // its out and lse are read
   const float* d_out;

@@ -1,337 +1,335 @@
-// Attention for training, forward and backward. A thread takes all of a segment's key/value head,
-// so no two threads add to the same gradient. The query heads that share it are rows of one matrix:
-// row t * per + h is head h of token t, and sees the keys up to t.
+// Attention for training, forward and backward. One thread handles a whole key/value head of a
+// segment, so no two threads add to the same gradient. The query heads that share the key/value
+// head are rows of one matrix: row t * group_size + h is head h of token t, and attends to the keys
+// up to t.
 //
-// Scores lie as (keys, rows): rows are lanes of vectors. So keys and values need no transposing, a
-// softmax needs no sums across lanes, and the mask skips whole vectors. Compared with scores as
-// (rows, keys) of one head after the other: 1.2 times as fast at 16 x 256 tokens, 6 heads, 2
-// key/value heads of 32; 1.1 times with 6 heads of 48.
+// Scores are stored as (keys, rows), so that rows are lanes of vectors: keys and values need no
+// transposing, a softmax needs no sums across lanes, and the mask skips whole vectors. This was 1.2
+// times as fast as scores (rows, keys) of one head after the other at 16 x 256 tokens, 6 heads,
+// 2 key/value heads of 32; 1.1 times with 6 heads of 48.
 #pragma once
 
-#include "base/matrix.h"
+#include "base/buffer.h"
 #include "base/standard.h"
+#include "base/tile.h"
 #include "train/attention.h"
 
 namespace PUNA_ISA {
 
-constexpr int LANES = 48;     // rows at a time
-constexpr int64_t KEYS = 96;  // keys at a time, backward: 18 KB of scores (256 were 3% slower)
+constexpr int BLOCK_ROWS = 48;      // rows at a time
+constexpr int64_t BLOCK_KEYS = 96;  // keys at a time, backward: 18 KB; 256 were 3% slower
 
-// c (R, NV vectors) = a (R, count) b (count, NV vectors), or added to what stands in c.
-template <int R, int NV>
-inline void tile(const float* a, int64_t a_row, int64_t a_next, const float* b, int64_t b_row,
-                 int64_t count, float* c, int64_t c_row, bool add) {
-  vec sums[R][NV];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) sums[r][j] = vec{};
-  for (int64_t i = 0; i < count; ++i, a += a_next, b += b_row) {
-    vec held[NV];
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) held[j] = load(b + j * W);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      const vec value = all(a[r * a_row]);
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) sums[r][j] += value * held[j];
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) {
-      float* to = c + r * c_row + j * W;
-      store(to, add ? load(to) + sums[r][j] : sums[r][j]);
-    }
+// c (ROWS, VECTORS * W) = a (ROWS, count) b (count, VECTORS * W), or c + that with `add`.
+template <int ROWS, int VECTORS>
+inline void tile_product(const float* a, int64_t a_row, int64_t a_inner, const float* b,
+                         int64_t b_row, int64_t count, float* c, int64_t c_row, bool add) {
+  vec sums[ROWS][VECTORS];
+  clear(sums);
+  multiply_add(sums, a, a_row, a_inner, b, b_row, count);
+  store_tile(sums, c, c_row, add);
 }
 
-// 24 accumulators of 32 registers, or 12 of 16.
+// 24 of 32 registers hold sums, or 12 of 16.
 constexpr int tile_rows(int vectors) { return (W == 16 ? 24 : 12) / (vectors < 2 ? 2 : vectors); }
 
-template <int NV>
-inline void strip(int64_t rows, const float* a, int64_t a_row, int64_t a_next, const float* b,
-                  int64_t b_row, int64_t count, float* c, int64_t c_row, bool add) {
-  constexpr int R = tile_rows(NV);
-  for (int64_t r = 0; r < rows; r += R)
-    with_rows<R>(static_cast<int>(std::min<int64_t>(R, rows - r)), [&](auto n) {
-      tile<n, NV>(a + r * a_row, a_row, a_next, b, b_row, count, c + r * c_row, c_row, add);
+template <int VECTORS>
+inline void multiply_strip(int64_t rows, const float* a, int64_t a_row, int64_t a_inner,
+                           const float* b, int64_t b_row, int64_t count, float* c, int64_t c_row,
+                           bool add) {
+  constexpr int ROWS = tile_rows(VECTORS);
+  for (int64_t r = 0; r < rows; r += ROWS)
+    dispatch_rows<ROWS>(static_cast<int>(std::min<int64_t>(ROWS, rows - r)), [&](auto n) {
+      tile_product<n, VECTORS>(a + r * a_row, a_row, a_inner, b, b_row, count, c + r * c_row, c_row,
+                               add);
     });
 }
 
-// c (rows, vectors * W) = or += a (rows, count) b (count, vectors * W); a's numbers lie `a_row`
-// apart from row to row and `a_next` within a row.
-inline void multiply_add(int64_t rows, int vectors, const float* a, int64_t a_row, int64_t a_next,
-                         const float* b, int64_t b_row, int64_t count, float* c, int64_t c_row,
-                         bool add) {
+// c (rows, vectors * W) = a (rows, count) b (count, vectors * W), or c + that with `add`. Numbers
+// of a lie `a_row` apart from row to row and `a_inner` within a row.
+inline void multiply(int64_t rows, int vectors, const float* a, int64_t a_row, int64_t a_inner,
+                     const float* b, int64_t b_row, int64_t count, float* c, int64_t c_row,
+                     bool add) {
   for (; vectors >= 4; vectors -= 4, b += 4 * W, c += 4 * W)
-    strip<4>(rows, a, a_row, a_next, b, b_row, count, c, c_row, add);
-  if (vectors == 3) strip<3>(rows, a, a_row, a_next, b, b_row, count, c, c_row, add);
-  if (vectors == 2) strip<2>(rows, a, a_row, a_next, b, b_row, count, c, c_row, add);
-  if (vectors == 1) strip<1>(rows, a, a_row, a_next, b, b_row, count, c, c_row, add);
+    multiply_strip<4>(rows, a, a_row, a_inner, b, b_row, count, c, c_row, add);
+  if (vectors == 3) multiply_strip<3>(rows, a, a_row, a_inner, b, b_row, count, c, c_row, add);
+  if (vectors == 2) multiply_strip<2>(rows, a, a_row, a_inner, b, b_row, count, c, c_row, add);
+  if (vectors == 1) multiply_strip<1>(rows, a, a_row, a_inner, b, b_row, count, c, c_row, add);
 }
 
-// One thread's part of the work: a segment's key/value head after the other.
+// What one thread needs to do one key/value head of a segment after the other.
 class AttentionWorker {
  public:
   AttentionWorker(const puna::Attention& a, int64_t longest, bool backward)
       : a_(a),
-        d_(a.head_dim),
-        per_(a.heads / a.kv_heads),
+        head_dim_(a.head_dim),
+        group_size_(a.heads / a.kv_heads),
         vectors_(static_cast<int>(a.head_dim / W)),
-        step_(vectors_ == 3 ? 8 : 12),
-        keys_(buffer(longest * d_)),
-        values_(buffer(longest * d_)),
-        q_(buffer(2 * LANES * d_)),
-        sums_(buffer(LANES * d_)),
-        scores_(buffer(LANES * (backward ? KEYS : longest))) {
+        tile_rows_(vectors_ == 3 ? 8 : 12),
+        keys_(allocate(longest * head_dim_)),
+        values_(allocate(longest * head_dim_)),
+        q_(allocate(2 * BLOCK_ROWS * head_dim_)),
+        sums_(allocate(BLOCK_ROWS * head_dim_)),
+        scores_(allocate(BLOCK_ROWS * (backward ? BLOCK_KEYS : longest))) {
     if (!backward) return;
-    d_keys_ = buffer(longest * d_);
-    d_values_ = buffer(longest * d_);
-    d_out_ = buffer(2 * LANES * d_);
-    d_scores_ = buffer(LANES * KEYS);
+    d_keys_ = allocate(longest * head_dim_);
+    d_values_ = allocate(longest * head_dim_);
+    d_out_ = allocate(2 * BLOCK_ROWS * head_dim_);
+    d_scores_ = allocate(BLOCK_ROWS * BLOCK_KEYS);
   }
 
-  void forward(int64_t segment, int64_t group) {
-    enter(segment, group);
+  void forward(int64_t segment, int64_t kv_head) {
+    load_segment(segment, kv_head);
     for_each_block([&] { forward_block(); });
   }
 
-  void backward(const puna::AttentionBackward& back, int64_t segment, int64_t group) {
-    enter(segment, group);
-    std::fill_n(d_keys_.get(), length_ * d_, 0.0f);
-    std::fill_n(d_values_.get(), length_ * d_, 0.0f);
+  void backward(const puna::AttentionBackward& back, int64_t segment, int64_t kv_head) {
+    load_segment(segment, kv_head);
+    std::fill_n(d_keys_.get(), token_count_ * head_dim_, 0.0f);
+    std::fill_n(d_values_.get(), token_count_ * head_dim_, 0.0f);
     for_each_block([&] { backward_block(back); });
-    const int64_t width = a_.kv_heads * d_, at = begin_ * width + group_ * d_;
-    copy(d_keys_.get(), d_, length_, a_.scale, back.dk + at, width);
-    copy(d_values_.get(), d_, length_, 1.0f, back.dv + at, width);
+    const int64_t width = a_.kv_heads * head_dim_,
+                  offset = first_token_ * width + kv_head_ * head_dim_;
+    copy(d_keys_.get(), head_dim_, token_count_, a_.scale, back.dk + offset, width);
+    copy(d_values_.get(), head_dim_, token_count_, 1.0f, back.dv + offset, width);
   }
 
  private:
-  void enter(int64_t segment, int64_t group) {
-    begin_ = a_.cuts[segment];
-    length_ = a_.cuts[segment + 1] - begin_;
-    group_ = group;
-    copy(a_.k + begin_ * a_.k_stride + group * d_, a_.k_stride, length_, 1.0f, keys_.get(), d_);
-    copy(a_.v + begin_ * a_.v_stride + group * d_, a_.v_stride, length_, 1.0f, values_.get(), d_);
+  void load_segment(int64_t segment, int64_t kv_head) {
+    first_token_ = a_.cu_seqlens[segment];
+    token_count_ = a_.cu_seqlens[segment + 1] - first_token_;
+    kv_head_ = kv_head;
+    copy(a_.k + first_token_ * a_.k_stride + kv_head * head_dim_, a_.k_stride, token_count_, 1.0f,
+         keys_.get(), head_dim_);
+    copy(a_.v + first_token_ * a_.v_stride + kv_head * head_dim_, a_.v_stride, token_count_, 1.0f,
+         values_.get(), head_dim_);
   }
 
-  // (count, D), times a factor.
+  // Copies vectors (count, D), times a factor.
   void copy(const float* from, int64_t stride, int64_t count, float factor, float* to,
             int64_t to_stride) const {
     for (int64_t n = 0; n < count; ++n, from += stride, to += to_stride)
-      for (int64_t i = 0; i < d_; i += W) store(to + i, load(from + i) * factor);
+      for (int64_t i = 0; i < head_dim_; i += W) store(to + i, load(from + i) * factor);
   }
 
-  // Blocks of nearly the same size: a last one of one vector would be slow.
+  // Blocks have nearly the same size: a last block of one vector would be slow.
   template <typename Use>
   void for_each_block(Use use) {
-    const int64_t rows = length_ * per_, vectors = (rows + W - 1) / W;
-    const int blocks = static_cast<int>((vectors * W + LANES - 1) / LANES);
+    const int64_t rows = token_count_ * group_size_, vectors = (rows + W - 1) / W;
+    const int blocks = static_cast<int>((vectors * W + BLOCK_ROWS - 1) / BLOCK_ROWS);
     for (int block = 0; block < blocks; ++block) {
-      const Range range = share(vectors, block, blocks);
-      first_ = range.begin * W;
-      count_ = std::min(rows, range.end * W) - first_;
-      lanes_ = static_cast<int>(range.end - range.begin);
-      end_ = token(count_ - 1) + 1;
+      const Range range = split(vectors, block, blocks);
+      first_row_ = range.begin * W;
+      row_count_ = std::min(rows, range.end * W) - first_row_;
+      block_vectors_ = static_cast<int>(range.end - range.begin);
+      key_count_ = token(row_count_ - 1) + 1;
       use();
     }
   }
 
-  int64_t token(int64_t row) const { return (first_ + row) / per_; }
+  int64_t token(int64_t row) const { return (first_row_ + row) / group_size_; }
 
-  // Calls use(row, token, head) for the block's rows; the token is one of the batch's.
+  // Calls use(row, token, head) for the block's rows; the token is counted in the whole batch.
   template <typename Use>
   void for_each_row(Use use) const {
-    int64_t t = begin_ + token(0), h = first_ % per_;
-    for (int64_t r = 0; r < count_; ++r) {
-      use(r, t, group_ * per_ + h);
-      if (++h == per_) h = 0, ++t;
+    int64_t t = first_token_ + token(0), h = first_row_ % group_size_;
+    for (int64_t r = 0; r < row_count_; ++r) {
+      use(r, t, kv_head_ * group_size_ + h);
+      if (++h == group_size_) h = 0, ++t;
     }
   }
 
-  // The block's rows (LANES, D), and behind them the same as columns (D, LANES).
-  void take(const float* from, int64_t stride, float* rows) const {
+  // Loads the block's rows (BLOCK_ROWS, D), and behind them their transpose (D, BLOCK_ROWS).
+  void load_block(const float* from, int64_t stride, float* rows) const {
     for_each_row([&](int64_t r, int64_t t, int64_t h) {
-      copy(from + t * stride + h * d_, d_, 1, 1.0f, rows + r * d_, d_);
+      copy(from + t * stride + h * head_dim_, head_dim_, 1, 1.0f, rows + r * head_dim_, head_dim_);
     });
-    const int64_t filled = lanes_ * W;
-    std::fill(rows + count_ * d_, rows + filled * d_, 0.0f);
-    float* columns = rows + LANES * d_;
+    const int64_t filled = block_vectors_ * W;
+    std::fill(rows + row_count_ * head_dim_, rows + filled * head_dim_, 0.0f);
+    float* columns = rows + BLOCK_ROWS * head_dim_;
     for (int64_t r = 0; r < filled; r += W)
-      for (int64_t i = 0; i < d_; i += W)
-        transpose(rows + r * d_ + i, d_, columns + i * LANES + r, LANES);
+      for (int64_t i = 0; i < head_dim_; i += W)
+        transpose(rows + r * head_dim_ + i, head_dim_, columns + i * BLOCK_ROWS + r, BLOCK_ROWS);
   }
 
-  // How many of the block's first rows do not see key j.
-  int64_t blind(int64_t j) const { return std::max<int64_t>(0, j * per_ - first_); }
+  // How many of the block's first rows may not attend to key j.
+  int64_t masked_rows(int64_t j) const {
+    return std::max<int64_t>(0, j * group_size_ - first_row_);
+  }
 
-  // Of `keys`, where those end that all rows from `row` on see.
-  int64_t all_see(Range keys, int64_t row) const {
+  // The end of those `keys` that all rows from `row` on attend to.
+  int64_t unmasked_end(Range keys, int64_t row) const {
     return std::max(keys.begin, std::min(keys.end, token(row) + 1));
   }
 
-  // to (keys, LANES) = from (length, D) times the block's columns. What lies in vectors that see
-  // nothing is not written: the mask replaces it.
-  void against(const float* from, Range keys, const float* columns, float* to) const {
-    const int64_t seen = all_see(keys, 0);
-    multiply_add(seen - keys.begin, lanes_, from + keys.begin * d_, d_, 1, columns, LANES, d_, to,
-                 LANES, false);
-    for (int64_t j = seen; j < keys.end; j += 8) {
-      const int64_t skip = blind(j) / W;
-      multiply_add(std::min<int64_t>(8, keys.end - j), lanes_ - static_cast<int>(skip),
-                   from + j * d_, d_, 1, columns + skip * W, LANES, d_,
-                   to + (j - keys.begin) * LANES + skip * W, LANES, false);
+  // to (keys, BLOCK_ROWS) = from (length, D) times the block's columns (D, BLOCK_ROWS). Vectors of
+  // which every row is masked are not written; the mask replaces them later.
+  void compute_scores(const float* from, Range keys, const float* columns, float* to) const {
+    const int64_t unmasked = unmasked_end(keys, 0);
+    multiply(unmasked - keys.begin, block_vectors_, from + keys.begin * head_dim_, head_dim_, 1,
+             columns, BLOCK_ROWS, head_dim_, to, BLOCK_ROWS, false);
+    for (int64_t j = unmasked; j < keys.end; j += 8) {
+      const int64_t skip = masked_rows(j) / W;
+      multiply(std::min<int64_t>(8, keys.end - j), block_vectors_ - static_cast<int>(skip),
+               from + j * head_dim_, head_dim_, 1, columns + skip * W, BLOCK_ROWS, head_dim_,
+               to + (j - keys.begin) * BLOCK_ROWS + skip * W, BLOCK_ROWS, false);
     }
   }
 
-  // sums (rows, D) = or += scores (keys, LANES), transposed, times from (length, D).
-  void sum_keys(const float* scores, Range keys, const float* from) const {
-    for (int64_t r = 0; r < count_; r += step_) {
-      const int64_t rows = std::min(step_, count_ - r);
+  // sums (rows, D) = scores (keys, BLOCK_ROWS) transposed, times from (length, D); added to sums
+  // for all but the first keys.
+  void sum_over_keys(const float* scores, Range keys, const float* from) const {
+    for (int64_t r = 0; r < row_count_; r += tile_rows_) {
+      const int64_t rows = std::min(tile_rows_, row_count_ - r);
       const int64_t end = std::min(keys.end, token(r + rows - 1) + 1);
       if (end <= keys.begin) continue;
-      multiply_add(rows, vectors_, scores + r, 1, LANES, from + keys.begin * d_, d_,
-                   end - keys.begin, sums_.get() + r * d_, d_, keys.begin > 0);
+      multiply(rows, vectors_, scores + r, 1, BLOCK_ROWS, from + keys.begin * head_dim_, head_dim_,
+               end - keys.begin, sums_.get() + r * head_dim_, head_dim_, keys.begin > 0);
     }
   }
 
-  // to (length, D) += scores (keys, LANES) times the block's rows.
-  void sum_rows(const float* scores, Range keys, const float* rows, float* to) const {
-    const int64_t seen = all_see(keys, 0);
-    multiply_add(seen - keys.begin, vectors_, scores, LANES, 1, rows, d_, count_,
-                 to + keys.begin * d_, d_, true);
-    for (int64_t j = seen; j < keys.end; j += step_) {
-      const int64_t skip = blind(j);
-      multiply_add(std::min(step_, keys.end - j), vectors_,
-                   scores + (j - keys.begin) * LANES + skip, LANES, 1, rows + skip * d_, d_,
-                   count_ - skip, to + j * d_, d_, true);
+  // to (length, D) += scores (keys, BLOCK_ROWS) times the block's rows.
+  void sum_over_rows(const float* scores, Range keys, const float* rows, float* to) const {
+    const int64_t unmasked = unmasked_end(keys, 0);
+    multiply(unmasked - keys.begin, vectors_, scores, BLOCK_ROWS, 1, rows, head_dim_, row_count_,
+             to + keys.begin * head_dim_, head_dim_, true);
+    for (int64_t j = unmasked; j < keys.end; j += tile_rows_) {
+      const int64_t skip = masked_rows(j);
+      multiply(std::min(tile_rows_, keys.end - j), vectors_,
+               scores + (j - keys.begin) * BLOCK_ROWS + skip, BLOCK_ROWS, 1,
+               rows + skip * head_dim_, head_dim_, row_count_ - skip, to + j * head_dim_, head_dim_,
+               true);
     }
   }
 
-  // Calls use(where, mask) for vector `i` of the block's rows and each key: where it lies among the
-  // scores, and a function of two vectors that takes the first for the rows that see the key.
+  // Calls use(offset, mask) for vector `i` of the block's rows and each key. `offset` is its place
+  // in the scores; mask(a, b) takes lanes of a for rows that attend to the key, else of b.
   template <typename Use>
   void for_each_key(int i, Range keys, Use use) const {
     ivec lanes;
     for (int n = 0; n < W; ++n) lanes[n] = i * W + n;
-    const int64_t seen = all_see(keys, i * W);
-    int64_t at = i * W, j = keys.begin;
-    for (; j < seen; ++j, at += LANES) use(at, [](vec yes, vec) { return yes; });
-    for (; j < keys.end; ++j, at += LANES) {
-      const ivec sees = lanes >= static_cast<int32_t>(blind(j));
-      use(at, [&](vec yes, vec no) { return select(sees, yes, no); });
+    const int64_t unmasked = unmasked_end(keys, i * W);
+    int64_t offset = i * W, j = keys.begin;
+    for (; j < unmasked; ++j, offset += BLOCK_ROWS) use(offset, [](vec a, vec) { return a; });
+    for (; j < keys.end; ++j, offset += BLOCK_ROWS) {
+      const ivec visible = lanes >= static_cast<int32_t>(masked_rows(j));
+      use(offset, [&](vec a, vec b) { return select(visible, a, b); });
     }
   }
 
   void forward_block() {
-    take(a_.q, a_.q_stride, q_.get());
-    const Range keys{0, end_};
-    against(keys_.get(), keys, q_.get() + LANES * d_, scores_.get());
-    alignas(64) float totals[LANES], largest[LANES];
-    for (int i = 0; i < lanes_; ++i) softmax(i, totals + i * W, largest + i * W);
-    sum_keys(scores_.get(), keys, values_.get());
+    load_block(a_.q, a_.q_stride, q_.get());
+    const Range keys{0, key_count_};
+    compute_scores(keys_.get(), keys, q_.get() + BLOCK_ROWS * head_dim_, scores_.get());
+    alignas(64) float totals[BLOCK_ROWS], row_max[BLOCK_ROWS];
+    for (int i = 0; i < block_vectors_; ++i) softmax_vector(i, totals + i * W, row_max + i * W);
+    sum_over_keys(scores_.get(), keys, values_.get());
     for_each_row([&](int64_t r, int64_t t, int64_t h) {
-      const int64_t at = t * a_.heads + h;
-      copy(sums_.get() + r * d_, d_, 1, 1.0f / totals[r], a_.out + at * d_, d_);
-      a_.lse[at] = largest[r] * a_.scale + std::log(totals[r]);
+      const int64_t offset = t * a_.heads + h;
+      copy(sums_.get() + r * head_dim_, head_dim_, 1, 1.0f / totals[r], a_.out + offset * head_dim_,
+           head_dim_);
+      a_.lse[offset] = row_max[r] * a_.scale + std::log(totals[r]);
     });
   }
 
-  // e^(score - largest), zero where a row does not see the key, and the sums.
-  void softmax(int i, float* totals, float* largest) const {
+  // Vector `i` of the block's rows: scores become e^(score - row_max), or zero where masked.
+  void softmax_vector(int i, float* totals, float* row_max) const {
     float* scores = scores_.get();
-    const Range keys{0, end_};
-    vec top = load(scores + i * W), total = {};  // every row sees the first key
-    for_each_key(i, keys,
-                 [&](int64_t at, auto mask) { top = max(top, mask(load(scores + at), top)); });
-    for_each_key(i, keys, [&](int64_t at, auto mask) {
-      const vec e = mask(exp((load(scores + at) - top) * a_.scale), vec{});
+    const Range keys{0, key_count_};
+    vec maximum = load(scores + i * W), total = {};  // every row attends to the first key
+    for_each_key(i, keys, [&](int64_t offset, auto mask) {
+      maximum = max(maximum, mask(load(scores + offset), maximum));
+    });
+    for_each_key(i, keys, [&](int64_t offset, auto mask) {
+      const vec e = mask(exp((load(scores + offset) - maximum) * a_.scale), vec{});
       total += e;
-      store(scores + at, e);
+      store(scores + offset, e);
     });
     store(totals, total);
-    store(largest, top);
+    store(row_max, maximum);
   }
 
   void backward_block(const puna::AttentionBackward& back) {
-    take(a_.q, a_.q_stride, q_.get());
-    take(back.d_out, back.d_out_stride, d_out_.get());
-    alignas(64) float deltas[LANES] = {}, lse[LANES] = {};
+    load_block(a_.q, a_.q_stride, q_.get());
+    load_block(back.d_out, back.d_out_stride, d_out_.get());
+    alignas(64) float deltas[BLOCK_ROWS] = {}, lse[BLOCK_ROWS] = {};
     for_each_row([&](int64_t r, int64_t t, int64_t h) {
-      const int64_t at = t * a_.heads + h;
+      const int64_t offset = t * a_.heads + h;
       vec total = {};
-      for (int64_t i = 0; i < d_; i += W)
-        total += load(a_.out + at * d_ + i) * load(d_out_.get() + r * d_ + i);
-      deltas[r] = sum(total);
-      lse[r] = a_.lse[at];
+      for (int64_t i = 0; i < head_dim_; i += W)
+        total += load(a_.out + offset * head_dim_ + i) * load(d_out_.get() + r * head_dim_ + i);
+      deltas[r] = reduce_sum(total);
+      lse[r] = a_.lse[offset];
     });
-    for (int64_t j = 0; j < end_; j += KEYS)
-      backward_keys({j, std::min(end_, j + KEYS)}, deltas, lse);
+    for (int64_t j = 0; j < key_count_; j += BLOCK_KEYS)
+      backward_keys({j, std::min(key_count_, j + BLOCK_KEYS)}, deltas, lse);
     for_each_row([&](int64_t r, int64_t t, int64_t h) {
-      copy(sums_.get() + r * d_, d_, 1, a_.scale, back.dq + (t * a_.heads + h) * d_, d_);
+      copy(sums_.get() + r * head_dim_, head_dim_, 1, a_.scale,
+           back.dq + (t * a_.heads + h) * head_dim_, head_dim_);
     });
   }
 
   void backward_keys(Range keys, const float* deltas, const float* lse) const {
     float *p = scores_.get(), *ds = d_scores_.get();
-    against(keys_.get(), keys, q_.get() + LANES * d_, p);
-    against(values_.get(), keys, d_out_.get() + LANES * d_, ds);
-    for (int i = 0; i < lanes_; ++i)
-      softmax_backward(i, keys, load(deltas + i * W), load(lse + i * W));
-    sum_keys(ds, keys, keys_.get());
-    sum_rows(ds, keys, q_.get(), d_keys_.get());
-    sum_rows(p, keys, d_out_.get(), d_values_.get());
+    compute_scores(keys_.get(), keys, q_.get() + BLOCK_ROWS * head_dim_, p);
+    compute_scores(values_.get(), keys, d_out_.get() + BLOCK_ROWS * head_dim_, ds);
+    for (int i = 0; i < block_vectors_; ++i)
+      softmax_backward_vector(i, keys, load(deltas + i * W), load(lse + i * W));
+    sum_over_keys(ds, keys, keys_.get());
+    sum_over_rows(ds, keys, q_.get(), d_keys_.get());
+    sum_over_rows(p, keys, d_out_.get(), d_values_.get());
   }
 
   // Scores become probabilities, and d_p becomes the gradient of the scaled scores.
-  void softmax_backward(int i, Range keys, vec delta, vec lse) const {
+  void softmax_backward_vector(int i, Range keys, vec delta, vec lse) const {
     float *scores = scores_.get(), *d_p = d_scores_.get();
-    for_each_key(i, keys, [&](int64_t at, auto mask) {
-      const vec p = exp(load(scores + at) * a_.scale - lse);
-      store(scores + at, mask(p, vec{}));
-      store(d_p + at, mask(p * (load(d_p + at) - delta), vec{}));
+    for_each_key(i, keys, [&](int64_t offset, auto mask) {
+      const vec p = exp(load(scores + offset) * a_.scale - lse);
+      store(scores + offset, mask(p, vec{}));
+      store(d_p + offset, mask(p * (load(d_p + offset) - delta), vec{}));
     });
   }
 
   const puna::Attention& a_;
-  int64_t d_, per_;
+  int64_t head_dim_, group_size_;
   int vectors_;
-  int64_t step_;  // rows or keys next to the mask taken together: a tile's height
-  int64_t begin_ = 0, length_ = 0, group_ = 0;
-  int64_t first_ = 0, count_ = 0, end_ = 0;  // the block's rows, and where the keys they see end
-  int lanes_ = 0;                            // its vectors
+  int64_t tile_rows_;  // rows or keys that are done together next to the mask
+  int64_t first_token_ = 0, token_count_ = 0, kv_head_ = 0;
+  int64_t first_row_ = 0, row_count_ = 0, key_count_ = 0;  // of the block; keys from 0 on
+  int block_vectors_ = 0;                                  // of its rows
   Buffer keys_, values_, q_, sums_, scores_, d_keys_, d_values_, d_out_, d_scores_;
 };
 
-// Calls work(worker, segment, group) for each, whichever thread is free.
+// Calls work(worker, segment, key/value head) for each; a thread takes the next one when it is
+// free.
 template <typename Work>
-inline void for_each_head(const puna::Attention& a, bool backward, int threads, Work work) {
+inline void for_each_segment_head(const puna::Attention& a, bool backward, int threads, Work work) {
   int64_t longest = 0;
-  for (int64_t s = 0; s < a.segments; ++s) longest = std::max(longest, a.cuts[s + 1] - a.cuts[s]);
+  for (int64_t s = 0; s < a.segments; ++s)
+    longest = std::max(longest, a.cu_seqlens[s + 1] - a.cu_seqlens[s]);
   const int64_t items = a.segments * a.kv_heads;
   if (items == 0) return;
-  const int workers = static_cast<int>(std::min<int64_t>(threads, items));
-  std::vector<AttentionWorker> each;  // made here, where running out of memory is an exception
-  for (int i = 0; i < workers; ++i) each.emplace_back(a, longest, backward);
+  const int worker_count = static_cast<int>(std::min<int64_t>(threads, items));
+  std::vector<AttentionWorker> workers;  // allocated here, where std::bad_alloc can be caught
+  for (int i = 0; i < worker_count; ++i) workers.emplace_back(a, longest, backward);
   std::atomic<int64_t> next{0};
-  puna::parallel(workers, [&](int part, int) {
+  puna::parallel(worker_count, [&](int part, int) {
     for (int64_t item; (item = next.fetch_add(1)) < items;)
-      work(each[part], item / a.kv_heads, item % a.kv_heads);
+      work(workers[part], item / a.kv_heads, item % a.kv_heads);
   });
 }
 
 inline void attention(const puna::Attention& a, int threads) {
-  for_each_head(a, false, threads, [](AttentionWorker& worker, int64_t segment, int64_t group) {
-    worker.forward(segment, group);
-  });
+  for_each_segment_head(a, false, threads,
+                        [](AttentionWorker& worker, int64_t segment, int64_t kv_head) {
+                          worker.forward(segment, kv_head);
+                        });
 }
 
 inline void attention_backward(const puna::AttentionBackward& back, int threads) {
-  for_each_head(back.of, true, threads,
-                [&](AttentionWorker& worker, int64_t segment, int64_t group) {
-                  worker.backward(back, segment, group);
-                });
+  for_each_segment_head(back.of, true, threads,
+                        [&](AttentionWorker& worker, int64_t segment, int64_t kv_head) {
+                          worker.backward(back, segment, kv_head);
+                        });
 }
 
 }  // namespace PUNA_ISA

@@ -1,5 +1,5 @@
-// What stands between a training step's matrix products. All of it is fp32; rows follow each other
-// without gaps, except for the heads that are turned.
+// What a training step computes between its matrix products. All of it is fp32; rows are
+// contiguous, except for the heads that are rotated.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ struct RMSNormGradient {
   int64_t rows, width;
   const float *x, *weight, *scale, *d_y;
   float *d_x, *d_weight;
-  float* partial;  // (threads, 2, width): each thread's share of d_weight, and room
+  float* partial;  // (threads, 2, width): workspace; each thread's share of d_weight
 };
 
 // y = gate * sigmoid(gate) * up, element by element.
@@ -32,31 +32,23 @@ struct SwiGLUGradient {
   int64_t count;
   const float *gate, *up, *d_y;
   float *d_gate, *d_up;
-  float* y;  // the result once more, or null
+  float* y;  // if not null: the forward's result, computed again
 };
 
-// x (batch, tokens, heads, 2 * half) at these strides, turned into a y without gaps.
+// x (batch, tokens, heads, 2 * half) with these strides, rotated into a contiguous y.
 struct Heads {
   int64_t heads, batch_stride, token_stride, head_stride;
   const float* x;
   float* y;
 };
 
-// Elements i and i + half of each head are turned by the angle i of its token.
+// Elements i and i + half of each head are rotated by the angle i of its token.
 struct Rope {
   int64_t batch, tokens, half;
   Heads q, k;
   const float *cos, *sin;  // of token t of row b at b * angle_batch_stride + t * angle_stride
   int64_t angle_batch_stride, angle_stride;
-  float direction;  // 1, or -1 to turn back
-};
-
-struct Elementwise {
-  void (*rms_norm)(const RMSNorm&, int threads);
-  void (*rms_norm_gradient)(const RMSNormGradient&, int threads);
-  void (*swiglu)(const SwiGLU&, int threads);
-  void (*swiglu_gradient)(const SwiGLUGradient&, int threads);
-  void (*rope)(const Rope&, int threads);
+  float direction;  // 1, or -1 for the inverse rotation
 };
 
 }  // namespace puna

@@ -1,15 +1,15 @@
-// A gated feed-forward layer whole: its products and what stands between them.
+// A whole gated feed-forward layer.
 #pragma once
 
 #include <cstdint>
 
 namespace puna {
 
-// y = down (silu(gate x) * up x); all matrices without gaps.
+// y = down (silu(gate x) * up x); all matrices are contiguous.
 struct FeedForward {
   int64_t rows, width, hidden;
   const float *x, *gate, *up, *down;  // (rows, width), (hidden, width) twice, (width, hidden)
-  float *gates, *ups;                 // gate x and up x (rows, hidden); null: not wanted
+  float *gates, *ups;                 // gate x and up x (rows, hidden); or null
   float* y;                           // (rows, width)
 };
 

@@ -1,4 +1,4 @@
-// What the training losses need of a chunk of logits, in one call.
+// What the training losses compute from a chunk of logits, in one call.
 #pragma once
 
 #include <cstdint>
@@ -15,15 +15,15 @@ struct SoftmaxLoss {
   float* losses;  // (rows), not weighted
 };
 
-// Of softmax(logits / temperature): each label's log-probability, and the entropy. For the backward
-// of each row: its largest logit, and of x = (logit - that) / temperature the sum of e^x and the
-// mean under the distribution.
+// Of softmax(logits / temperature): each label's log-probability, and the entropy. Kept for the
+// backward: each row's largest logit, and with x = (logit - max_logit) / temperature the sum of e^x
+// and the mean of x under the distribution.
 struct LogProbs {
   int64_t rows, vocab;
   const float* logits;    // (rows, vocab)
   const int64_t* labels;  // (rows)
   float temperature;
-  float *logprobs, *entropy, *top, *total, *mean;  // (rows)
+  float *logprobs, *entropy, *max_logit, *sum_exp, *mean;  // (rows)
 };
 
 // logits are overwritten with their gradient, from those of the log-probabilities and entropies.
@@ -32,7 +32,7 @@ struct LogProbsGradient {
   float* logits;
   const int64_t* labels;
   float temperature;
-  const float *top, *total, *mean, *d_logprobs, *d_entropy;
+  const float *max_logit, *sum_exp, *mean, *d_logprobs, *d_entropy;
 };
 
 }  // namespace puna

@@ -1,15 +1,15 @@
-// A matrix product for training: thousands of rows, every matrix where it lies.
+// A matrix product for training: thousands of rows, operands of any strides.
 #pragma once
 
 #include <cstdint>
 
 namespace puna {
 
-// c (rows, columns), without gaps, = a (rows, inner) b (inner, columns), or c + that with `add`.
+// c (rows, columns), contiguous, = a (rows, inner) b (inner, columns), or c + that with `add`.
 struct MatMul {
   int64_t rows, columns, inner;
   const float* a;
-  int64_t a_row, a_inner;  // from one element to the next
+  int64_t a_row, a_inner;  // strides
   const float* b;
   int64_t b_inner, b_column;
   float* c;

@@ -1,28 +1,21 @@
-// Matrix products in blocks that stay in the caches. A tile of the result is held in registers
-// while a block of the inner dimension passes: vectors of b's columns, one number of a at a time.
+// Matrix products in blocks that stay in the caches.
 //
-// Only what does not lie well is copied. Of a linear layer's three products the forward copies its
-// weights (their columns are far apart), the weights' gradient copies d_y (so are its inner
-// elements), the inputs' gradient nothing. Copying both, as is usual, cost 4096 x 192 by 192 a
-// tenth. An element is summed in the same order whatever the other rows, the tile or the threads.
+// Operands are packed only where their memory order does not suit the inner loop. Of a linear
+// layer's three products the forward packs its weights (their columns are far apart), the weights'
+// gradient packs d_y (so are its inner elements), the inputs' gradient nothing. Packing both, as is
+// usual, cost 4096 x 192 by 192 a tenth. The order in which an element is summed does not depend on
+// the other rows, the tile or the threads.
 #pragma once
 
-#include "base/matrix.h"
-#include "base/simd.h"
-#include "base/standard.h"
-#include "train/matmul.h"
+#include "base/tile.h"
+#include "train/pack_impl.h"
 
 namespace PUNA_ISA {
 
-// Of AVX-512's 32 registers 24 sum, of 16 smaller ones 12.
-constexpr int TILE_ROWS = W == 16 ? 8 : 6, TILE_VECTORS = W == 16 ? 3 : 2;
-constexpr int TILE_COLUMNS = TILE_VECTORS * W;
-// Floats. A block of b, and one of a where it is copied, share 1 MB of second-level cache.
-constexpr int64_t MATMUL_INNER = 512, MATMUL_BLOCK = 1 << 17;
 // Numbers summed in one go. Sums of 512 were off 1.7 times as far as the BLAS's, of 256 1.2 times.
 constexpr int64_t CHAIN = 256;
 
-struct Tile {
+struct MatMulTile {
   const float* a;
   int64_t a_row;
   const float* b;
@@ -32,8 +25,9 @@ struct Tile {
   bool add;
 };
 
+// Stores the part of the sums that lies inside of c.
 template <int VECTORS>
-inline void put(const Tile& t, const vec (&sums)[TILE_ROWS][VECTORS], bool add) {
+inline void store_inside(const MatMulTile& t, const vec (&sums)[TILE_ROWS][VECTORS], bool add) {
 #pragma GCC unroll 8
   for (int m = 0; m < TILE_ROWS; ++m) {
     if (m >= t.rows) return;
@@ -50,288 +44,212 @@ inline void put(const Tile& t, const vec (&sums)[TILE_ROWS][VECTORS], bool add) 
   }
 }
 
-// COPIED: a's rows lie side by side, in a strip; otherwise its inner elements do.
-template <int VECTORS, bool COPIED>
-inline void sum_tile(const Tile& t) {
-  const int64_t row = COPIED ? 1 : t.a_row, next = COPIED ? TILE_ROWS : 1;
-  const float *a = t.a, *b = t.b;
+// PACKED: a's rows lie side by side, in a strip; otherwise its inner elements do.
+template <int VECTORS, bool PACKED>
+inline void multiply_tile(const MatMulTile& t) {
+  const int64_t a_row = PACKED ? 1 : t.a_row, a_inner = PACKED ? TILE_ROWS : 1;
   int64_t done = 0;
   do {
     vec sums[TILE_ROWS][VECTORS];
-#pragma GCC unroll 8
-    for (int m = 0; m < TILE_ROWS; ++m)
-#pragma GCC unroll 3
-      for (int j = 0; j < VECTORS; ++j) sums[m][j] = vec{};
-    const int64_t count = std::min(CHAIN, t.inner - done);
-    for (int64_t k = 0; k < count; ++k, a += next, b += t.b_inner) {
-      vec columns[VECTORS];
-#pragma GCC unroll 3
-      for (int j = 0; j < VECTORS; ++j) columns[j] = load(b + j * W);
-#pragma GCC unroll 8
-      for (int m = 0; m < TILE_ROWS; ++m) {
-        const vec value = all(a[m * row]);
-#pragma GCC unroll 3
-        for (int j = 0; j < VECTORS; ++j) sums[m][j] += value * columns[j];
-      }
-    }
-    put(t, sums, t.add || done > 0);
+    clear(sums);
+    multiply_add(sums, t.a + done * a_inner, a_row, a_inner, t.b + done * t.b_inner, t.b_inner,
+                 std::min(CHAIN, t.inner - done));
+    store_inside(t, sums, t.add || done > 0);
     done += CHAIN;
   } while (done < t.inner);
 }
 
 template <int VECTORS = TILE_VECTORS>
-inline void sum_tile(const Tile& t, bool copied) {
+inline void multiply_tile(const MatMulTile& t, bool packed) {
   if constexpr (VECTORS > 1)
-    if (t.columns <= (VECTORS - 1) * W) return sum_tile<VECTORS - 1>(t, copied);
-  copied ? sum_tile<VECTORS, true>(t) : sum_tile<VECTORS, false>(t);
+    if (t.columns <= (VECTORS - 1) * W) return multiply_tile<VECTORS - 1>(t, packed);
+  packed ? multiply_tile<VECTORS, true>(t) : multiply_tile<VECTORS, false>(t);
 }
-
-// a (rows, inner) at `a`, in strips of TILE_ROWS, the last one filled up with zeros: its rows side
-// by side.
-inline void copy_rows(const puna::MatMul& p, const float* a, int64_t rows, int64_t inner,
-                      float* to) {
-  for (int64_t first = 0; first < rows; first += TILE_ROWS, a += TILE_ROWS * p.a_row) {
-    const int64_t count = std::min<int64_t>(TILE_ROWS, rows - first);
-    for (int64_t k = 0; k < inner; ++k, to += TILE_ROWS) {
-      const float* from = a + k * p.a_inner;
-      if (count == TILE_ROWS && p.a_row == 1) {
-        std::memcpy(to, from, TILE_ROWS * sizeof(float));
-      } else {
-        for (int64_t m = 0; m < count; ++m) to[m] = from[m * p.a_row];
-        for (int64_t m = count; m < TILE_ROWS; ++m) to[m] = 0.0f;
-      }
-    }
-  }
-}
-
-// b (inner, columns) at `b`, in strips of TILE_COLUMNS, the last one filled up with zeros. Columns
-// that are dense are turned W by W: one by one, a number took 4 times as long.
-inline void copy_columns(const puna::MatMul& p, const float* b, int64_t inner, int64_t columns,
-                         float* to) {
-  for (int64_t first = 0; first < columns; first += W) {
-    const int64_t count = std::min<int64_t>(W, columns - first), strip = first / TILE_COLUMNS;
-    float* const into = to + strip * TILE_COLUMNS * inner + first % TILE_COLUMNS;
-    const float* const from = b + first * p.b_column;
-    int64_t k = 0;
-    for (; count == W && p.b_inner == 1 && k + W <= inner; k += W)
-      transpose(from + k, p.b_column, into + k * TILE_COLUMNS, TILE_COLUMNS);
-    for (; k < inner; ++k) {
-      float* const row = into + k * TILE_COLUMNS;
-      for (int64_t j = 0; j < count; ++j) row[j] = from[k * p.b_inner + j * p.b_column];
-      for (int64_t j = count; j < W; ++j) row[j] = 0.0f;
-    }
-  }
-}
-
-// The inner dimension is passed in cuts of at most MATMUL_INNER.
-inline int64_t cut_count(const puna::MatMul& p) {
-  return std::max<int64_t>(1, (p.inner + MATMUL_INNER - 1) / MATMUL_INNER);
-}
-
-inline Range cut(const puna::MatMul& p, int64_t number) {
-  return share(p.inner, static_cast<int>(number), static_cast<int>(cut_count(p)));
-}
-
-// All of b, copied: for each cut its strips of columns, one after the other.
-class Packed {
- public:
-  static int64_t strips(const puna::MatMul& p) {
-    return (p.columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
-  }
-  static int64_t size(const puna::MatMul& p) { return strips(p) * TILE_COLUMNS * p.inner; }
-  static int64_t pieces(const puna::MatMul& p) { return strips(p) * cut_count(p); }
-
-  static void copy_piece(const puna::MatMul& p, int64_t piece, float* to) {
-    const int64_t column = piece % strips(p) * TILE_COLUMNS;
-    const Range inner = cut(p, piece / strips(p));
-    copy_columns(p, p.b + inner.begin * p.b_inner + column * p.b_column, inner.end - inner.begin,
-                 std::min<int64_t>(TILE_COLUMNS, p.columns - column), to + at(p, inner, column));
-  }
-
-  // Where the strip that begins with `column` lies.
-  static int64_t at(const puna::MatMul& p, Range inner, int64_t column) {
-    return inner.begin * strips(p) * TILE_COLUMNS + column * (inner.end - inner.begin);
-  }
-};
 
 // A range of rows and columns by one thread. b comes from `packed`, or from where it is; then
-// `room`, 2 * MATMUL_BLOCK floats, takes what must be copied of a and b.
-class Blocks {
+// `workspace`, 2 * BLOCK_FLOATS, takes what must be packed of a and b.
+class BlockedProduct {
  public:
-  Blocks(const puna::MatMul& p, Range rows, Range columns, float* room,
-         const float* packed = nullptr)
-      : p_(p), rows_(rows), columns_(columns), room_(room), packed_(packed) {}
+  BlockedProduct(const puna::MatMul& p, Range rows, Range columns, float* workspace,
+                 const float* packed = nullptr)
+      : p_(p), rows_(rows), columns_(columns), workspace_(workspace), packed_(packed) {}
 
-  static bool copies_rows(const puna::MatMul& p) { return p.a_inner != 1; }
-  static bool copies_columns(const puna::MatMul& p) { return p.b_column != 1; }
+  static bool packs_rows(const puna::MatMul& p) { return p.a_inner != 1; }
+  static bool packs_columns(const puna::MatMul& p) { return p.b_column != 1; }
 
   void run() {
-    for (int64_t number = 0; number < cut_count(p_); ++number) {
-      inner_ = cut(p_, number);
-      run_inner();
+    for (int64_t number = 0; number < inner_block_count(p_); ++number) {
+      inner_ = inner_block(p_, number);
+      run_inner_block();
     }
   }
 
  private:
   int64_t inner() const { return inner_.end - inner_.begin; }
 
-  // As many as fill a block, in whole tiles.
-  int64_t step(int64_t tile) const {
-    return MATMUL_BLOCK / std::max<int64_t>(1, inner()) / tile * tile;
+  // How many rows or columns fill a block, in whole tiles.
+  int64_t block_size(int64_t tile) const {
+    return BLOCK_FLOATS / std::max<int64_t>(1, inner()) / tile * tile;
   }
 
-  void run_inner() {
-    const bool copies = copies_rows(p_);
-    const int64_t most = copies ? step(TILE_ROWS) : rows_.end - rows_.begin;
-    for (int64_t row = rows_.begin; row < rows_.end; row += most) {
-      const Range rows{row, std::min(row + most, rows_.end)};
+  void run_inner_block() {
+    const bool packs = packs_rows(p_);
+    const int64_t step = packs ? block_size(TILE_ROWS) : rows_.end - rows_.begin;
+    const int64_t column_step = block_size(TILE_COLUMNS);
+    for (int64_t row = rows_.begin; row < rows_.end; row += step) {
+      const Range rows{row, std::min(row + step, rows_.end)};
       const float* a = p_.a + row * p_.a_row + inner_.begin * p_.a_inner;
-      if (copies) copy_rows(p_, a, rows.end - row, inner(), room_);
-      for (int64_t column = columns_.begin; column < columns_.end; column += step(TILE_COLUMNS))
-        run_block(rows, {column, std::min(column + step(TILE_COLUMNS), columns_.end)},
-                  copies ? room_ : a);
+      if (packs) pack_rows(p_, a, rows.end - row, inner(), workspace_);
+      for (int64_t column = columns_.begin; column < columns_.end; column += column_step)
+        run_block(rows, {column, std::min(column + column_step, columns_.end)},
+                  packs ? workspace_ : a);
     }
   }
 
-  // Strips of b: one after the other where they were copied, or side by side where they are.
+  // Columns of b: strips one after the other where they are packed, side by side where not.
   struct Columns {
-    const float* at;
-    bool copied;
+    const float* data;
+    bool packed;
   };
 
-  Columns columns_of(Range columns) {
-    if (packed_) return {packed_ + Packed::at(p_, inner_, columns.begin), true};
+  Columns columns_of_b(Range columns) {
+    if (packed_) return {packed_ + PackedColumns::offset(p_, inner_, columns.begin), true};
     const float* b = p_.b + inner_.begin * p_.b_inner + columns.begin * p_.b_column;
     if (p_.b_column == 1) return {b, false};
-    copy_columns(p_, b, inner(), columns.end - columns.begin, room_ + MATMUL_BLOCK);
-    return {room_ + MATMUL_BLOCK, true};
+    pack_columns(p_, b, inner(), columns.end - columns.begin, workspace_ + BLOCK_FLOATS);
+    return {workspace_ + BLOCK_FLOATS, true};
   }
 
   void run_block(Range rows, Range columns, const float* a) {
-    const Columns b = columns_of(columns);
+    const Columns b = columns_of_b(columns);
     const int64_t count = columns.end - columns.begin;
-    // A last strip of part of a vector would be read past its end.
-    const bool copies_last = !b.copied && count % W;
+    // Where b is not packed, loading a last vector that is not full would read past its end.
+    const bool packs_last = !b.packed && count % W;
     const int64_t last = (count - 1) / TILE_COLUMNS * TILE_COLUMNS;
-    if (copies_last) copy_columns(p_, b.at + last, inner(), count - last, room_ + MATMUL_BLOCK);
+    float* const last_strip = workspace_ + BLOCK_FLOATS;
+    if (packs_last) pack_columns(p_, b.data + last, inner(), count - last, last_strip);
     for (int64_t row = rows.begin; row < rows.end; row += TILE_ROWS) {
-      const Strip strip = strip_of(rows, row, a);
-      for (int64_t done = 0; done < count; done += TILE_COLUMNS) {
-        const bool copy = copies_last && done == last;
-        const float* at = copy ? room_ + MATMUL_BLOCK : b.at + done * (b.copied ? inner() : 1);
-        sum_tile({strip.a, p_.a_row, at, copy || b.copied ? TILE_COLUMNS : p_.b_inner, inner(),
-                  p_.c + row * p_.columns + columns.begin + done, p_.columns, strip.rows,
-                  std::min<int64_t>(TILE_COLUMNS, count - done), p_.add || inner_.begin > 0},
-                 strip.copied);
+      const Strip strip = strip_of_a(rows, row, a);
+      for (int64_t column = 0; column < count; column += TILE_COLUMNS) {
+        const bool is_packed_last = packs_last && column == last;
+        const float* data =
+            is_packed_last ? last_strip : b.data + column * (b.packed ? inner() : 1);
+        multiply_tile(
+            {strip.data, p_.a_row, data, is_packed_last || b.packed ? TILE_COLUMNS : p_.b_inner,
+             inner(), p_.c + row * p_.columns + columns.begin + column, p_.columns, strip.rows,
+             std::min<int64_t>(TILE_COLUMNS, count - column), p_.add || inner_.begin > 0},
+            strip.packed);
       }
     }
   }
 
+  // Up to TILE_ROWS rows of a.
   struct Strip {
-    const float* a;
+    const float* data;
     int64_t rows;
-    bool copied;
+    bool packed;
   };
 
-  // From `row` on, of `rows` at `a`. One that is not full is copied: a tile reads all its rows.
-  Strip strip_of(Range rows, int64_t row, const float* a) {
+  // The strip at `row`, where `rows` begin at `a`. A strip that is not full is packed: a tile reads
+  // all its rows.
+  Strip strip_of_a(Range rows, int64_t row, const float* a) {
     const int64_t count = std::min<int64_t>(TILE_ROWS, rows.end - row), before = row - rows.begin;
-    if (copies_rows(p_)) return {a + before * inner(), count, true};
+    if (packs_rows(p_)) return {a + before * inner(), count, true};
     const float* from = a + before * p_.a_row;
     if (count == TILE_ROWS) return {from, count, false};
-    copy_rows(p_, from, count, inner(), last_);
-    return {last_, count, true};
+    pack_rows(p_, from, count, inner(), last_rows_);
+    return {last_rows_, count, true};
   }
 
   const puna::MatMul& p_;
   const Range rows_, columns_;
-  float* const room_;
+  float* const workspace_;
   const float* const packed_;
   Range inner_{0, 0};
-  alignas(64) float last_[TILE_ROWS * MATMUL_INNER];
+  alignas(64) float last_rows_[TILE_ROWS * MAX_INNER_BLOCK];
 };
 
-// How many threads share the rows, and how many the columns: what one of them copies, no other
-// should copy again.
-struct Grid {
+// How many threads split the rows, and how many the columns, so that no two of them pack the same.
+struct ThreadGrid {
   int rows, columns;
 
-  Grid(const puna::MatMul& p, int threads) {
+  ThreadGrid(const puna::MatMul& p, int threads) {
     const auto tiles = [](int64_t count, int64_t tile) {
-      return static_cast<int>(std::min<int64_t>(1 << 20, (count + tile - 1) / tile));
+      return static_cast<int>(std::clamp<int64_t>(ceil_div(count, tile), 1, 1 << 20));
     };
-    const int most_rows = std::max(1, tiles(p.rows, TILE_ROWS));
-    const int most_columns = std::max(1, tiles(p.columns, TILE_COLUMNS));
-    if (Blocks::copies_columns(p)) {
-      columns = std::min(threads, most_columns);
-      rows = std::min(threads / columns, most_rows);
+    const int max_rows = tiles(p.rows, TILE_ROWS), max_columns = tiles(p.columns, TILE_COLUMNS);
+    if (BlockedProduct::packs_columns(p)) {
+      columns = std::min(threads, max_columns);
+      rows = std::min(threads / columns, max_rows);
     } else {
-      rows = std::min(threads, most_rows);
-      columns = std::min(threads / rows, most_columns);
+      rows = std::min(threads, max_rows);
+      columns = std::min(threads / rows, max_columns);
     }
   }
 };
 
-// A share of `count` that begins at a multiple of `unit`.
-inline Range share_units(int64_t count, int64_t unit, int part, int parts) {
-  const Range whole = share((count + unit - 1) / unit, part, parts);
-  return {std::min(count, whole.begin * unit), std::min(count, whole.end * unit)};
+// As `split`, where each part begins at a multiple of `unit`.
+inline Range split_units(int64_t count, int64_t unit, int part, int parts) {
+  const Range units = split(ceil_div(count, unit), part, parts);
+  return {std::min(count, units.begin * unit), std::min(count, units.end * unit)};
 }
 
-inline int64_t pieces_of(int64_t count, int64_t each) { return (count + each - 1) / each; }
-
 // Rows of a piece of work; few rows make small pieces, so that every thread has some.
-inline int64_t piece_rows(int64_t rows, int threads) {
+inline int64_t rows_per_piece(int64_t rows, int threads) {
   const int64_t tiles = rows / (2 * threads * TILE_ROWS);
   return std::min<int64_t>(64, std::max<int64_t>(1, tiles) * TILE_ROWS);
 }
 
-constexpr int64_t ROOM = 2 * MATMUL_BLOCK;
+constexpr int64_t WORKSPACE = 2 * BLOCK_FLOATS;  // floats a thread
 
-// Each thread its share: where b is so large that it is better read once a thread than once a
-// piece, and where a is copied, which makes pieces dear.
-inline void matmul_in_shares(const puna::MatMul& p, const Grid& grid, float* rooms) {
+// Each thread takes one fixed part: best where b is so large that it should be read once a thread
+// and not once a piece, and where a is packed, which makes pieces expensive.
+inline void matmul_fixed_parts(const puna::MatMul& p, const ThreadGrid& grid, float* workspaces) {
   const int parts = grid.rows * grid.columns;
   puna::parallel(parts, [&](int first, int step) {
-    for (int part = first; part < parts; part += step)  // fewer threads may have come
-      Blocks(p, share_units(p.rows, TILE_ROWS, part / grid.columns, grid.rows),
-             share_units(p.columns, W, part % grid.columns, grid.columns), rooms + part * ROOM)
+    for (int part = first; part < parts; part += step)  // OpenMP may grant fewer threads
+      BlockedProduct(p, split_units(p.rows, TILE_ROWS, part / grid.columns, grid.rows),
+                     split_units(p.columns, W, part % grid.columns, grid.columns),
+                     workspaces + part * WORKSPACE)
           .run();
   });
 }
 
-inline void matmul_in_pieces(const puna::MatMul& p, int threads, float* rooms, float* packed) {
-  const int64_t each = piece_rows(p.rows, threads);
-  puna::Pieces pieces;
-  puna::parallel(threads, [&](int part, int parts) {
+// The threads take pieces of some rows until none is left.
+inline void matmul_queued_rows(const puna::MatMul& p, int threads, float* workspaces,
+                               float* packed) {
+  const int64_t piece = rows_per_piece(p.rows, threads);
+  puna::WorkQueue queue;
+  puna::parallel(threads, [&](int thread, int count) {
     if (packed)
-      pieces.each(parts, Packed::pieces(p), [&](int64_t i) { Packed::copy_piece(p, i, packed); });
-    pieces.each(parts, pieces_of(p.rows, each), [&](int64_t i) {
-      Blocks(p, {i * each, std::min((i + 1) * each, p.rows)}, {0, p.columns}, rooms + part * ROOM,
-             packed)
+      queue.for_each(count, PackedColumns::pieces(p),
+                     [&](int64_t i) { PackedColumns::pack_piece(p, i, packed); });
+    queue.for_each(count, ceil_div(p.rows, piece), [&](int64_t i) {
+      BlockedProduct(p, {i * piece, std::min((i + 1) * piece, p.rows)}, {0, p.columns},
+                     workspaces + thread * WORKSPACE, packed)
           .run();
     });
   });
 }
 
 inline void matmul(const puna::MatMul& p, int threads) {
-  // Kept by the thread that calls: made anew, it cost 500 page faults a product.
+  // Kept by the calling thread: a new allocation cost 500 page faults a product.
   thread_local Buffer memory;
-  thread_local int64_t held = 0;
-  const Grid grid(p, threads);
-  const bool in_pieces = grid.rows * grid.columns > 1 && !Blocks::copies_rows(p) &&
-                         p.rows >= 64 * threads && Packed::size(p) <= 8 * MATMUL_BLOCK;
-  const int64_t packed = in_pieces && Blocks::copies_columns(p) ? Packed::size(p) : 0;
-  const int64_t wanted = threads * ROOM + packed;
-  if (held < wanted) {
-    memory = buffer(wanted);
-    held = wanted;
+  thread_local int64_t capacity = 0;
+  const ThreadGrid grid(p, threads);
+  const bool queued = grid.rows * grid.columns > 1 && !BlockedProduct::packs_rows(p) &&
+                      p.rows >= 64 * threads && PackedColumns::size(p) <= 8 * BLOCK_FLOATS;
+  const int64_t packed = queued && BlockedProduct::packs_columns(p) ? PackedColumns::size(p) : 0;
+  const int64_t wanted = threads * WORKSPACE + packed;
+  if (capacity < wanted) {
+    memory = allocate(wanted);
+    capacity = wanted;
   }
-  float* const rooms = memory.get();
-  if (in_pieces)
-    matmul_in_pieces(p, threads, rooms, packed ? rooms + threads * ROOM : nullptr);
+  float* const workspaces = memory.get();
+  if (queued)
+    matmul_queued_rows(p, threads, workspaces, packed ? workspaces + threads * WORKSPACE : nullptr);
   else
-    matmul_in_shares(p, grid, rooms);
+    matmul_fixed_parts(p, grid, workspaces);
 }
 
 }  // namespace PUNA_ISA

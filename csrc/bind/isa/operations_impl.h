@@ -1,4 +1,4 @@
-// All of it, for one instruction set: what an isa_*.cpp includes.
+// All operations, for the instruction set of the file that includes this.
 #pragma once
 
 #include "bind/isa/operations.h"
@@ -12,12 +12,13 @@
 
 namespace PUNA_ISA {
 
-inline std::unique_ptr<puna::Engine> make_engine(const Shape& shape, const Weights& weights) {
+inline std::unique_ptr<puna::Engine> make_engine(const ModelShape& shape, const Weights& weights) {
   return std::make_unique<Llama>(shape, weights);
 }
 
 constexpr puna::Operations operations{
-    make_engine,        softmax_loss, logprobs,     logprobs_gradient,     fingerprint, attention,
-    attention_backward, matmul,       feed_forward, feed_forward_gradient, elementwise};
+    make_engine, softmax_loss,       logprobs, logprobs_gradient, fingerprint,
+    attention,   attention_backward, matmul,   feed_forward,      feed_forward_gradient,
+    rms_norm,    rms_norm_gradient,  swiglu,   swiglu_gradient,   rope};
 
 }  // namespace PUNA_ISA
