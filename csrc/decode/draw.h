@@ -31,9 +31,9 @@ inline int64_t inverse_cdf(const float* weights, int64_t count, double target) {
 }
 
 inline int64_t argmax(const float* logits, int64_t count) {
-  constexpr int BLOCK = 16 * W;  // a reduction across lanes takes as long as 16 vectors
+  constexpr int BLOCK = 16 * W;  // one reduction across lanes takes as long as 16 vectors
   float maximum = logits[0];
-  int64_t found = 0, i = 0;
+  int64_t index = 0, i = 0;
   for (; i + BLOCK <= count; i += BLOCK) {
     vec a = load(logits + i), b = load(logits + i + W);
     for (int j = 2; j < 16; j += 2) {
@@ -42,12 +42,12 @@ inline int64_t argmax(const float* logits, int64_t count) {
     }
     const float block_max = reduce_max(max(a, b));
     if (block_max > maximum)
-      maximum = block_max, found = i;  // the block; its element is found below
+      maximum = block_max, index = i;  // the block; its element is index below
   }
   for (; i < count; ++i)
-    if (logits[i] > maximum) maximum = logits[i], found = i;
-  while (logits[found] < maximum) ++found;
-  return found;
+    if (logits[i] > maximum) maximum = logits[i], index = i;
+  while (logits[index] < maximum) ++index;
+  return index;
 }
 
 // Writes exp(logit - max) over `logits`. Log-probs are of the tempered distribution; at

@@ -293,10 +293,11 @@ class Llama final : public puna::Engine {
   // up = silu(gate) * up. Unlike training's SwiGLU it divides once, by 1 + e^-gate; the two differ
   // in the last bit.
   static void swiglu_tile(const Tile& gate, float* up) {
-    for (int64_t i = 0; i < gate.rows * PANEL_WIDTH; i += W) {
-      const vec g = load(gate.data + i);
-      store(up + i, g / (1.0f + exp(-g)) * load(up + i));
-    }
+    for (int64_t m = 0; m < gate.rows; ++m)
+      for (int64_t i = m * PANEL_WIDTH; i < (m + 1) * PANEL_WIDTH; i += W) {
+        const vec g = load(gate.data + i);
+        store(up + i, g / (1.0f + exp(-g)) * load(up + i));
+      }
   }
 
   void apply_head(const Batch& batch, int part, int parts) {
