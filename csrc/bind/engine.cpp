@@ -77,7 +77,7 @@ void bind_engine(py::module_& m) {
            "wanted"_a, "logits"_a, "steps"_a, "eos"_a, "temperature"_a, "seeds"_a, "drawn"_a,
            "logprobs"_a, "threads"_a)
       .def_property_readonly("rows", &Engine::rows)
-      .def_property_readonly("slots", &Engine::max_tokens);
+      .def_property_readonly("max_tokens", &Engine::max_tokens);
 }
 
 }  // namespace puna
