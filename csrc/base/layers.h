@@ -46,11 +46,11 @@ inline float sum_terms(int64_t count, Term term) {
     for (int j = 0; j < PARTIAL_SUMS; ++j) sums[j] += term(i + j * W, FullVector{});
   }
   for_each_vector(i, count, [&](int64_t at, auto size) { sums[0] += term(at, size); });
-#pragma GCC unroll 4
-  for (int n = PARTIAL_SUMS / 2; n > 0; n /= 2)
-#pragma GCC unroll 4
-    for (int j = 0; j < n; ++j) sums[j] = sums[2 * j] + sums[2 * j + 1];
-  return reduce_sum(sums[0]);
+  static_assert(PARTIAL_SUMS == 1 || PARTIAL_SUMS == 4);
+  if constexpr (PARTIAL_SUMS == 1)
+    return reduce_sum(sums[0]);
+  else
+    return reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 // y = x * scale * weight; returns the scale, 1 / sqrt(mean(x^2) + eps).

@@ -44,9 +44,10 @@ inline void store_inside(const MatMulTile& t, const vec (&sums)[TILE_ROWS][VECTO
   }
 }
 
-// PACKED: a's rows lie side by side, in a strip; otherwise its inner elements do.
+// PACKED: a's rows lie side by side, in a strip; otherwise its inner elements do. Not inlined: in
+// the middle of a block's loops its strides would not stay in registers.
 template <int VECTORS, bool PACKED>
-inline void multiply_tile(const MatMulTile& t) {
+__attribute__((noinline)) void multiply_tile(const MatMulTile& t) {
   const int64_t a_row = PACKED ? 1 : t.a_row, a_inner = PACKED ? TILE_ROWS : 1;
   int64_t done = 0;
   do {
