@@ -73,7 +73,7 @@ class Engine:
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of row `source` to row `target`."""
-        rows, max_tokens = self._native.rows, self._native.slots
+        rows, max_tokens = self._native.rows, self._native.max_tokens
         if not (0 <= source < rows and 0 <= target < rows and 0 <= length <= max_tokens):
             raise ValueError(
                 f"cannot copy {length} tokens from row {source} to row {target} of a cache of "
