@@ -19,7 +19,8 @@ from ppo_nets import (
 )
 
 from puna.core.ops import gae
-from puna.trainers.rl.rewards import score, token_rewards
+from puna.core.packed import score
+from puna.trainers.rl.rewards import token_rewards
 from puna.trainers.rl.rollout import Rollout, answer_logprobs
 from puna.trainers.rl.update import check_first_ratio
 

@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 from puna.core import parallel
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
-from puna.trainers.rl.packed import micro_batches
+from puna.core.packed import micro_batches, score
 from puna.trainers.rl.rewards import (
     Answer,
     RewardModels,
     Scores,
-    score,
     score_answers,
     settle_unfinished,
     switch,

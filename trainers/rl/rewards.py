@@ -17,8 +17,8 @@ from torch import Tensor
 
 from puna.core.chat import Message
 from puna.core.model import Transformer
+from puna.core.packed import score
 from puna.trainers.rl.losses import whiten
-from puna.trainers.rl.packed import forward_groups
 
 SAFETY_THRESHOLD = 0.15  # on sigma(R_s): precision 0.89, recall 0.55 on Meta's safety test set
 
@@ -147,27 +147,6 @@ def switch(
     from_safety = is_safety | unsafe
     branches = {"is_safety": is_safety, "unsafe": unsafe, "helpfulness": ~from_safety}
     return torch.where(from_safety, safety, helpfulness).float(), branches
-
-
-@torch.no_grad()
-def score(model: Transformer, sequences: Sequence[list[int]], *, max_tokens: int = 16384) -> Tensor:
-    """Raw scores (S,), fp32, of whole dialogues (prompt and answer ids), on the model's device.
-
-    Each is read at the sequence's last token, the same place as in training: EOS if the answer
-    has one. Nothing is padded, so there is no padding to mistake for it. `max_tokens` bounds one
-    forward pass. Raises ValueError for a language model or an empty sequence.
-    """
-    if model.head != "score":
-        raise ValueError("this checkpoint has a language-model head; scoring needs a reward model")
-    if any(not sequence for sequence in sequences):
-        raise ValueError("an empty sequence cannot be scored")
-    device = next(model.parameters()).device
-    scores = torch.empty(len(sequences), dtype=torch.float32, device=device)
-    for group, hidden, starts in forward_groups(model, sequences, max_tokens):
-        last = model.logits(hidden[starts[1:] - 1])[:, 0]
-        if group:
-            scores[torch.tensor(group, device=device)] = last.float()
-    return scores
 
 
 def settle_unfinished(raw: Tensor, finished: Tensor, policy: str, penalty: float) -> Tensor:

@@ -15,9 +15,9 @@ from puna.core import parallel
 from puna.core.chat import decode_answer
 from puna.core.generation.generate import generate
 from puna.core.model import Transformer
+from puna.core.packed import forward_groups
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.prompts import EncodedPrompt
-from puna.trainers.rl.packed import forward_groups
 from puna.trainers.rl.rewards import Answer
 
 

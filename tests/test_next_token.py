@@ -1,4 +1,4 @@
-"""Run: python -m pytest tests/test_language.py -q"""
+"""Run: python -m pytest tests/test_next_token.py -q"""
 
 import pytest
 import torch
