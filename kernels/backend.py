@@ -28,17 +28,22 @@ except ImportError:  # no wheel for this platform: the reference remains
 
 __all__ = [
     "INTERPRETED", "as_rows", "cast", "choose", "debug", "differentiable", "first_only", "forced",
-    "jit", "on_device", "opaque", "processors", "registered", "tl", "traced", "triton",
+    "jit", "on_device", "once", "opaque", "processors", "registered", "tl", "traced", "triton",
     "use_backend", "visible",
 ]  # fmt: skip
 
-BACKENDS = {"auto", "reference", "triton", "flash_attn"}
+BACKENDS = frozenset({"auto", "reference", "triton", "flash_attn"})
 # The interpreter (TRITON_INTERPRET=1 before triton is imported) runs kernels on CPU tensors. Its
 # bf16 products are wrong: tl.dot's operands are upcast where this is set, and only there.
 _interpreted = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 INTERPRETED = tl.constexpr(_interpreted) if triton else None
 # Two copies of this folder in one process must not register the same names.
 NAMESPACE = __package__.replace(".", "_")
+
+FIRST_ONLY = (
+    "this operation has a first derivative only: where you need a second one, write it in plain "
+    "PyTorch"
+)
 
 _forced = "auto"
 
@@ -191,43 +196,90 @@ def registered(fake: Callable) -> Callable[[Callable], Callable]:
 
 
 class _FirstDerivative(torch.autograd.Function):
+    """A gradient that refuses to be differentiated; `connected` lead to what it depends on."""
+
     @staticmethod
-    def forward(ctx, gradient):
+    def forward(ctx, gradient, *connected):
         return gradient.view_as(gradient)
 
     @staticmethod
     def backward(ctx, _):
-        raise RuntimeError("this operation has a first derivative only")
+        raise RuntimeError(FIRST_ONLY)
+
+
+class _Unpacked:
+    """A backward's context whose saved tensors were taken out: checkpointing lets that be once."""
+
+    def __init__(self, ctx):
+        self.__dict__.update(inner=ctx, saved_tensors=ctx.saved_tensors)
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __setattr__(self, name, value):
+        setattr(self.inner, name, value)
 
 
 def first_only(backward: Callable) -> Callable:
-    """An autograd.Function's backward whose gradients refuse to be differentiated.
+    """An autograd.Function's backward whose gradients refuse to be differentiated (RuntimeError).
 
     PyTorch's once_differentiable lets them pass as constants where the upstream gradient is one.
+    Asked for by its leaves, a second derivative finds only what leads to them: among the saved
+    tensors must be every input with a gradient, or an output, which may be an empty one. Without
+    either `create_graph=True` itself is refused.
     """
 
     @functools.wraps(backward)
     def refusing(ctx, *upstream):
-        with torch.no_grad():
-            grads = backward(ctx, *upstream)
         if not torch.is_grad_enabled():  # it is under create_graph=True alone
-            return grads
+            return backward(ctx, *upstream)
+        unpacked = _Unpacked(ctx)
+        connected = [x for x in unpacked.saved_tensors if x is not None and x.requires_grad]
+        whole = any(x.grad_fn is ctx for x in connected)
+        if not whole and len(connected) < sum(ctx.needs_input_grad):
+            raise RuntimeError(FIRST_ONLY)
+        with torch.no_grad():
+            grads = backward(unpacked, *upstream)
         grads = grads if isinstance(grads, tuple) else (grads,)
         return tuple(
-            _FirstDerivative.apply(grad.detach().requires_grad_()) if grad is not None else None
+            None if grad is None else _FirstDerivative.apply(grad.detach(), *connected)
             for grad in grads
         )
 
     return refusing
 
 
-def differentiable(launch: Callable, save: Callable, backward: Callable) -> Callable:
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *tensors):
+        token = tensors[0].new_empty(0)
+        ctx.save_for_backward(token)
+        return *(tensor.view_as(tensor) for tensor in tensors), token
+
+    @staticmethod
+    @first_only
+    def backward(ctx, *upstream):
+        return upstream[:-1]
+
+
+def once(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The inputs of what others differentiate, so that a second derivative is refused by us: not
+    in words about their inner names, nor, worse, taken for zero."""
+    if torch.is_grad_enabled() and not traced() and any(x.requires_grad for x in tensors):
+        return _Once.apply(*tensors)[:-1]
+    return tensors
+
+
+def differentiable(
+    launch: Callable, save: Callable, backward: Callable, *, token: bool = False
+) -> Callable:
     """The registered `launch` with a derivative: call it as `launch` is called.
 
     `save(ctx, inputs, output)` keeps what `backward(ctx, *upstream)` needs. In plain eager they
     make an autograd.Function. While tracing, the operator itself carries the derivative: inside
     torch.compile's graphs an autograd.Function refuses the same tensor twice, and fails on some
-    sizes that change.
+    sizes that change. With `token` eager's `output` has an empty tensor more, for a `save` that
+    keeps no inputs (see `first_only`).
     """
     derivative = first_only(backward)
     launch.operator.register_autograd(derivative, setup_context=save)  # type: ignore[attr-defined]
@@ -236,17 +288,22 @@ def differentiable(launch: Callable, save: Callable, backward: Callable) -> Call
         @staticmethod
         def forward(ctx, *inputs):  # with `save` apart, apply() would cost 25 us more
             output = launch(*inputs)
+            if token:
+                output = *output, inputs[0].new_empty(0)
             save(ctx, inputs, output)
             return output
 
         @staticmethod
         def backward(ctx, *upstream):
-            return derivative(ctx, *upstream)
+            return derivative(ctx, *(upstream[:-1] if token else upstream))
 
     def call(*args: Any) -> Any:
         if traced():
             return launch.operator(*args)  # type: ignore[attr-defined]
-        return Differentiable.apply(*args) if torch.is_grad_enabled() else launch(*args)
+        if not torch.is_grad_enabled():
+            return launch(*args)
+        output = Differentiable.apply(*args)
+        return output[:-1] if token else output
 
     return call
 

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .attention.forward import LOG2_E, WIDEST, block_d, dense, dot, load_tile
 from .backend import cast as to
-from .backend import choose, jit, on_device, opaque, registered, tl, triton, visible
+from .backend import choose, jit, on_device, once, opaque, registered, tl, triton, visible
 
 SPLIT = 256  # cache entries of one program
 
@@ -39,6 +39,7 @@ def decode_attention(
             _check_lengths(lengths, q.shape[1], k_cache.shape[1])
         scale = q.shape[3] ** -0.5 if scale is None else float(scale)
         return decode_attention_forward(q, k_cache, v_cache, lengths, scale)
+    q, k_cache, v_cache = once(q, k_cache, v_cache)
     return decode_attention_reference(q, k_cache, v_cache, lengths, scale)
 
 

@@ -263,12 +263,13 @@ def rope_turn(
 
 def _save(ctx, inputs, output):
     _, _, cos, sin, positions, ctx.interleaved, ctx.conjugate = inputs
-    ctx.save_for_backward(cos, sin, positions)
+    ctx.save_for_backward(cos, sin, positions, *output[2:])
 
 
 def _backward(ctx, d_q, d_k):
-    turned = rope_turn(d_q, d_k, *ctx.saved_tensors, ctx.interleaved, not ctx.conjugate)
+    tables = ctx.saved_tensors[:3]
+    turned = rope_turn(d_q, d_k, *tables, ctx.interleaved, not ctx.conjugate)
     return *turned, None, None, None, None, None
 
 
-_triton = differentiable(rope_turn, _save, _backward)
+_triton = differentiable(rope_turn, _save, _backward, token=True)

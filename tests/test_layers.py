@@ -169,16 +169,23 @@ def test_relative_imports_only_in_kernels():
 
 
 def test_core_and_trainers_take_operations_from_core_ops():
-    """Only core/ops.py looks into kernels, so that one place decides which back end runs."""
+    """Only core/ops.py looks into kernels, so that one place decides which back end runs. (Native
+    code takes from there how a second derivative is refused, and nothing else.)"""
     wrong = {
         f"{path.relative_to(ROOT)} imports {name}"
         for room in ("core", "trainers", "demo", "cli")
         for path in sources(room)
-        if path != ROOT / "core" / "ops.py"
+        if path not in (ROOT / "core" / "ops.py", ROOT / "core" / "native" / "autograd.py")
         for name in imported(path)
         if room_of(name) == "kernels"
     }
+    native = {
+        ast.unparse(node)
+        for node in ast.walk(parsed(ROOT / "core" / "native" / "autograd.py"))
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and "kernels" in ast.unparse(node)
+    }
     assert not wrong, sorted(wrong)
+    assert native == {"from puna.kernels.backend import first_only"}
 
 
 def test_no_import_cycles():
@@ -202,6 +209,85 @@ def test_no_import_cycles():
 
     for name in sorted(files):
         visit(name, ())
+
+
+MUTATORS = set(
+    "add append appendleft clear discard extend insert pop popitem register remove reverse "
+    "setdefault sort update setattr delattr".split()
+)
+
+
+def imported_names(tree: ast.Module) -> set[str]:
+    """The names that imports at module level bind."""
+    return {
+        (alias.asname or alias.name).partition(".")[0]
+        for node in run_at_import(tree.body)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
+
+
+def root_of(node: ast.expr) -> str | None:
+    """`a` of `a.b[c].d`; None of a plain name, which an assignment binds anew."""
+    inside = node
+    while isinstance(inside, (ast.Attribute, ast.Subscript, ast.Starred)):
+        inside = inside.value
+    return inside.id if isinstance(inside, ast.Name) and inside is not node else None
+
+
+def touched_at_import(tree: ast.Module) -> list[ast.stmt]:
+    """The statements that change an object which another module has made, when this one is
+    imported: what that object then holds depends on who was imported before."""
+    names, found = imported_names(tree), []
+    for node in run_at_import(tree.body):
+        targets: list[ast.expr] = []
+        if isinstance(node, (ast.Assign, ast.Delete)):
+            targets = [part for each in node.targets for part in getattr(each, "elts", [each])]
+        elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
+            targets = [node.target]
+        hits = {root_of(target) for target in targets}
+        if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+            hits.add(node.target.id)  # `imported |= ...` changes a set in place
+        if isinstance(node, (ast.Expr, ast.Assign, ast.AnnAssign)) and node.value is not None:
+            for call in ast.walk(node.value):
+                if not isinstance(call, ast.Call):
+                    continue
+                if isinstance(call.func, ast.Attribute) and call.func.attr in MUTATORS:
+                    hits.add(root_of(call.func))
+                elif ast.unparse(call.func) in ("setattr", "delattr") and call.args:
+                    hits.add(ast.unparse(call.args[0]).partition(".")[0])
+        if hits & names:
+            found.append(node)
+    return found
+
+
+def test_no_module_changes_anothers_objects_at_import():
+    wrong = {
+        f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
+        for room in ROOMS
+        for path in sources(room)
+        for node in touched_at_import(parsed(path))
+    }
+    assert not wrong, sorted(wrong)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'NAMES.add("native")', "NAMES |= {1}", "NAMES.inner.append(1)", "NAMES[0] = 1",
+        "NAMES.attribute = 1", "m.NAMES.update({})", "del NAMES[0]", "kept = NAMES.pop()",
+        'setattr(m, "x", 1)', "m.x, own = 1, 2", "if True:\n    NAMES.clear()",
+    ],
+)  # fmt: skip
+def test_such_a_change_is_seen(line):
+    start = "import there.m as m\nfrom there import NAMES\nown = set()\n"
+    assert touched_at_import(ast.parse(start + line))
+    assert not touched_at_import(
+        ast.parse(start + line.replace("NAMES", "own").replace("m.", "k.").replace("(m,", "(k,"))
+    )
+    assert not touched_at_import(
+        ast.parse(f"{start}def later():\n    {line.splitlines()[-1].strip()}")
+    )
 
 
 def test_nothing_runs_at_import():

@@ -262,11 +262,12 @@ def test_weights_are_constants():
     assert weights.grad is None
 
 
-def test_a_second_derivative_is_refused():
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_second_derivative_is_refused(reduction):
     hidden, weight, targets = make((6,), 4, 9)
-    loss = linear_cross_entropy(hidden.requires_grad_(), weight, targets)
-    (first,) = torch.autograd.grad(loss, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
+    loss = linear_cross_entropy(hidden.requires_grad_(), weight, targets, reduction=reduction)
+    (first,) = torch.autograd.grad(loss.sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivative only: where you need a second"):
         first.sum().backward()
 
 

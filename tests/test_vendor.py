@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_vendor.py -q
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -186,6 +187,9 @@ def test_the_folder_carries_its_licence_and_manual():
     root = KERNELS.parent
     assert (KERNELS / "LICENSE").read_text() == (root / "LICENSE").read_text()
     manual = (KERNELS / "README.md").read_text()
-    for source in KERNELS.glob("*.py"):
+    for source in KERNELS.rglob("*.py"):
+        name = source.relative_to(KERNELS).with_suffix("").as_posix()
         if source.stem != "__init__":
-            assert f"`{source.stem}`" in manual, f"{source.name} is not in kernels/README.md"
+            assert f"`{name}`" in manual, f"{name} is not in kernels/README.md"
+    shown = set(re.findall(r"^\| `([\w/]+)` \|", manual.partition("## What is where")[2], re.M))
+    assert all((KERNELS / f"{name}.py").is_file() for name in shown) and shown

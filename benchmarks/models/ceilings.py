@@ -10,7 +10,7 @@ from torch import Tensor
 
 from puna.benchmarks.timing import best_seconds
 from puna.core.config import ModelConfig
-from puna.core.native import linear as native_linear
+from puna.core.native import linear
 
 CHUNKS = (256, 512, 1024)  # rows of the head's products at once, besides all of them
 
@@ -110,8 +110,8 @@ def products(rows: int, outputs: int, inputs: int, *, device: torch.device) -> P
     y, d_x, d_weight = (torch.empty_like(each) for each in (d_y, x, weight))
     wanted = ((x, weight.T, y), (d_y, weight, d_x), (d_y.T, x, d_weight))
     multiply: list[Callable[..., Tensor]] = [lambda a, b, out: torch.mm(a, b, out=out)]
-    if native_linear.fits(x, weight):
-        multiply.append(native_linear.matmul)
+    if linear.fits(x, weight):
+        multiply.append(linear.matmul)
     found = []
     for each in wanted:
         calls = [functools.partial(by, *each) for by in multiply]

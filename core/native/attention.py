@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puna.core.native.loader import best_instructions, native, plain
+from puna.core.native.loader import best_instructions, native, readable
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float | None) -> bool:
     """Whether native code can do it. Mistakes do not fit: the kernels explain them."""
     return (
-        plain(q, k, v)
+        readable(q, k, v)
         and q.dim() == 4
         and k.shape == v.shape
         and q.shape[:2] == k.shape[:2]

@@ -8,12 +8,12 @@ over 2048 x 288 and 2048 x 768 took 4 to 13 times what the memory needs.
 import torch
 from torch import Tensor
 
-from puna.core.native.loader import best_instructions, extension, native, plain
+from puna.core.native.loader import best_instructions, extension, native, readable
 
 
 def fits_rms_norm(x: Tensor, weight: Tensor, cast: str) -> bool:
     return (
-        _plain(x, weight)
+        _readable(x, weight)
         and weight.shape == x.shape[-1:]
         and x.is_contiguous()
         and weight.is_contiguous()
@@ -49,7 +49,7 @@ def rms_norm_gradient(
 
 def fits_swiglu(gate: Tensor, up: Tensor) -> bool:
     return (
-        _plain(gate, up)
+        _readable(gate, up)
         and gate.shape == up.shape
         and gate.dim() > 0
         and gate.is_contiguous()
@@ -87,7 +87,7 @@ def fits_rope(
     return (
         positions is None
         and not interleaved
-        and _plain(q, k, cos, sin)
+        and _readable(q, k, cos, sin)
         and q.dim() == k.dim() == 4
         and q.shape[:2] == k.shape[:2]
         and 2 * cos.shape[-1] == q.shape[3] == k.shape[3]
@@ -123,5 +123,5 @@ def rope(
     return q_out, k_out
 
 
-def _plain(*tensors: Tensor) -> bool:
-    return extension() is not None and plain(*tensors)
+def _readable(*tensors: Tensor) -> bool:
+    return extension() is not None and readable(*tensors)

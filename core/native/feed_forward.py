@@ -7,15 +7,15 @@ What lies between its products stays in the caches and is never whole: of a forw
 import torch
 from torch import Tensor
 
-from puna.core.native import linear as native_linear
-from puna.core.native.loader import best_instructions, native, plain
+from puna.core.native import linear
+from puna.core.native.loader import best_instructions, native, readable
 
 
 def fits(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
     """Whether native code is the faster way. Mistakes do not fit: PyTorch explains them."""
     return (
-        native_linear.fits(x, gate)
-        and plain(up, down)
+        linear.fits(x, gate)
+        and readable(up, down)
         and gate.shape == up.shape
         and down.shape == (gate.shape[1], gate.shape[0])
     )

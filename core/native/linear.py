@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from puna.core.native.loader import best_instructions, native, plain
+from puna.core.native.loader import best_instructions, native, readable
 
 # With fewer, most of a tile is empty, and the BLAS reads the weights as fast.
 FEWEST_ROWS = 8
@@ -18,7 +18,7 @@ FAST = ("avx512", "avx2")  # elsewhere the BLAS has better kernels
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Whether native code is the faster way. Mistakes do not fit: PyTorch explains them."""
     return (
-        plain(x, weight)
+        readable(x, weight)
         and weight.dim() == 2
         and x.dim() > 1
         and x.shape[-1] == weight.shape[1]

@@ -54,7 +54,7 @@ def keep_freed_memory() -> None:
         module.keep_freed_memory()
 
 
-def plain(*tensors: torch.Tensor) -> bool:
+def readable(*tensors: torch.Tensor) -> bool:
     """Whether all are fp32 on the CPU with memory to hand over: a sharded weight has none."""
     return all(
         type(x) in (torch.Tensor, torch.nn.Parameter) and x.is_cpu and x.dtype == torch.float32

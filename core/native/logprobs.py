@@ -7,7 +7,7 @@ from torch import Tensor
 
 from puna.core.native.cross_entropy import chunks
 from puna.core.native.linear import matmul
-from puna.core.native.loader import best_instructions, extension, native, plain
+from puna.core.native.loader import best_instructions, extension, native, readable
 
 
 class LogProbs(NamedTuple):
@@ -24,7 +24,7 @@ def fits(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) ->
     """Whether the native pass can do it. Mistakes do not fit: the kernels explain them."""
     return (
         extension() is not None
-        and plain(hidden, weight)
+        and readable(hidden, weight)
         and targets.is_cpu
         and targets.dtype == torch.int64
         and weight.dim() == 2

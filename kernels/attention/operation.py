@@ -4,8 +4,8 @@
 
 q is (B, T, H, D); k and v are (B, T, K, D), each key/value head serving H/K query heads.
 `cu_seqlens` (S+1,) int32 cuts the flattened B*T tokens into sequences that never span rows;
-attention never crosses a cut. The Triton kernels are in `attention_forward` and
-`attention_backward`.
+attention never crosses a cut. The Triton kernels are in `forward` and `backward`
+beside this file.
 Source: Vaswani et al. 2017; Ainslie et al. 2023 (GQA); Llama 2 paper, section 2.2 and A.2.1.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..backend import choose, differentiable, forced, opaque, visible
+from ..backend import choose, differentiable, forced, once, opaque, visible
 from .backward import attention_backward
 from .forward import WIDEST, attention_forward
 
@@ -39,11 +39,13 @@ def attention(
     """
     _check(q, k, v, cu_seqlens)
     if forced() == "flash_attn":
+        q, k, v = once(q, k, v)
         return _flash_attn(q, k, v, cu_seqlens, scale)
     size = q.shape[3]
     wide = f"the head size is {size}: it takes up to {WIDEST}" if size > WIDEST else None
     if choose(q, k, v, unless=wide) == "triton":
         return _triton(q, k, v, cu_seqlens, scale)
+    q, k, v = once(q, k, v)
     if cu_seqlens is None:
         return _rows(q, k, v, scale)
     return attention_packed_reference(q, k, v, cu_seqlens, scale)

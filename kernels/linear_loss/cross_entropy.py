@@ -14,9 +14,8 @@ overflow before the upstream gradient has scaled them, go through `linear_softma
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..backend import choose, debug, opaque
+from ..backend import choose, debug, first_only, opaque
 from .cross_entropy_sum import summed_cross_entropy
 from .softmax import linear_softmax
 
@@ -103,7 +102,7 @@ def linear_cross_entropy_reference(
     if reduction == "none":
         losses = _PerToken.apply(few, weight, labels, z_loss) * scale
         return losses.new_zeros(len(flat)).index_copy(0, rows, losses)
-    total = _Summed.apply(few, weight, labels, scale, z_loss, torch.is_grad_enabled())
+    total, _ = _Summed.apply(few, weight, labels, scale, z_loss, torch.is_grad_enabled())
     if reduction == "sum":
         return total
     return total / scale.sum().clamp_min(torch.finfo(scale.dtype).tiny)
@@ -152,14 +151,15 @@ class _Summed(torch.autograd.Function):
             if any(wants):
                 grad = _chunk_grad(probs, norm, labels[rows], scale[rows], z_loss)
                 _propagate(grad, hidden, weight, rows, d_hidden, d_weight)
-        ctx.save_for_backward(d_hidden, d_weight)
+        token = total.new_empty(0)  # leads to the inputs, and holds none of them
+        ctx.save_for_backward(d_hidden, d_weight, token)
         ctx.dtypes = hidden.dtype, weight.dtype
-        return total
+        return total, token
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    @first_only
+    def backward(ctx, upstream, _):
+        grads = zip(ctx.saved_tensors[:2], ctx.dtypes, strict=True)
         d_hidden, d_weight = (
             None if grad is None else (grad.to(upstream.dtype) * upstream).to(dtype)
             for grad, dtype in grads
@@ -181,7 +181,7 @@ class _PerToken(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx, upstream):
         hidden, weight, labels = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None

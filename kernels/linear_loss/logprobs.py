@@ -10,9 +10,8 @@ loss, which stay plain PyTorch above it.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..backend import choose
+from ..backend import choose, first_only
 from .cross_entropy import _check_labels, _check_shapes, _chunks, _propagate
 from .softmax import linear_softmax
 
@@ -63,7 +62,7 @@ class _LogProbs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx, d_logprobs, d_entropy):
         hidden, weight, labels, entropy = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
