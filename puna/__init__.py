@@ -68,7 +68,7 @@ PLACES = {  # name -> module, and what it is called there
 }
 
 
-def __getattr__(name: str) -> Any:
+def _found(name: str) -> Any:
     """What `puna.<name>` stands for, imported now and kept. Raises AttributeError for others."""
     if name == "__version__":
         found: Any = _version()
@@ -79,6 +79,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'puna' has no attribute {name!r}")
     globals()[name] = found
     return found
+
+
+if not TYPE_CHECKING:  # to a type checker it would say that every name is there
+    __getattr__ = _found
 
 
 def __dir__() -> list[str]:
