@@ -6,6 +6,7 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 READY := .venv/ready
+NATIVE := $(wildcard csrc/*/*.* csrc/*/*/*.*)
 ROOMS := $(filter-out puna,$(patsubst %/py.typed,%,$(wildcard */py.typed)))
 
 # oneDNN picks AMX for bf16 where the processor names it; some virtual machines name it and crash.
@@ -33,7 +34,8 @@ sanitize: $(READY)
 	cp -r puna/* $(ROOMS) $(SANITIZED)/puna && rm -f $(SANITIZED)/puna/core/_C*
 	$(CXX) -std=c++17 -O1 -g -fopenmp -fPIC -shared -ffp-contract=fast -Wno-psabi \
 		-fsanitize=address,undefined -fno-sanitize-recover=undefined \
-		$$($(BIN)/python -m pybind11 --includes) csrc/*.cpp -o $(SANITIZED)/puna/core/_C$$($(BIN)/python \
+		$$($(BIN)/python -m pybind11 --includes) -Icsrc $(filter %.cpp,$(NATIVE)) \
+		-o $(SANITIZED)/puna/core/_C$$($(BIN)/python \
 		-c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest -s tests/test_native*.py
@@ -54,7 +56,7 @@ aot: $(READY)
 bench: $(READY)
 	$(BIN)/puna bench
 
-$(READY): pyproject.toml setup.py $(wildcard csrc/*)
+$(READY): pyproject.toml setup.py $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --upgrade pip "setuptools>=77" "pybind11>=2.12" wheel
 	$(BIN)/python -m pip install $(TORCH)

@@ -14,8 +14,9 @@ ROOMS = ("kernels", "core", "trainers", "demo", "cli", "recipes", "benchmarks")
 # No -march: the instruction set is chosen when the program runs, so one wheel serves all machines.
 native = Pybind11Extension(
     "puna.core._C",
-    sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-    depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+    sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
+    depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+    include_dirs=["csrc"],
     cxx_std=17,
     extra_compile_args=["-O3", "-ffp-contract=fast", "-fopenmp", "-Wno-psabi"],
     extra_link_args=["-fopenmp"],

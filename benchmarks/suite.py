@@ -16,6 +16,7 @@ from puna.benchmarks.models.rollout import bench_rollout
 from puna.benchmarks.models.shapes import open_models
 from puna.benchmarks.models.train import bench_train
 from puna.benchmarks.rows import Row
+from puna.core.checkpoint.atomic import write_text
 
 SHAPES = ("demo", "15m")
 RESULTS = Path(__file__).parent / "results"
@@ -82,7 +83,7 @@ def write_document(document: dict[str, object], what: str) -> Path:
     assert isinstance(card, dict)
     path = RESULTS / machine.slug(card) / f"{what}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(document, indent=1) + "\n")
     return path
 
 

@@ -11,7 +11,7 @@ from puna.trainers.train.ranges import (
     Above,
     AtMost,
     Count,
-    CountOrNone,
+    CountOrZero,
     Options,
     Seed,
     TemperatureOrGreedy,
@@ -36,7 +36,7 @@ class GenerateConfig(Options):
     """0 is greedy (Meta's default: 0.6)"""
     top_p: Annotated[float, Above(0), AtMost(1)] = 0.9
     """keep the most likely tokens up to this mass (Meta's default: 0.9)"""
-    top_k: CountOrNone = 0
+    top_k: CountOrZero = 0
     """keep so many of the most likely tokens; 0 is off"""
     max_new_tokens: Count = 256
     seed: Seed = 0

@@ -9,14 +9,16 @@ Source: Llama 2 paper, section 2.2; Meta's reference code for the order of opera
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from puna.core import head as called_head
 from puna.core import ops
 from puna.core.config import ModelConfig
 from puna.core.generation.kv_cache import KVCache
+from puna.core.plain import altered, plain, transparent
 
 
 class Rotary(NamedTuple):
@@ -26,6 +28,7 @@ class Rotary(NamedTuple):
     sin: Tensor
 
 
+@transparent
 class Linear(nn.Linear):
     """A projection without a bias."""
 
@@ -33,9 +36,11 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight)
+        y = ops.linear(x, self.weight)
+        return y if self.bias is None else y + self.bias  # someone may give it one
 
 
+@transparent
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -46,6 +51,7 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, eps=self.eps)
 
 
+@transparent
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -65,10 +71,7 @@ class Attention(nn.Module):
         cache: KVCache | None,
     ) -> Tensor:
         batch, tokens, _ = x.shape
-        projections = (each.weight for each in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (
-            heads.view(batch, tokens, -1, self.head_dim) for heads in ops.linears(x, *projections)
-        )
+        q, k, v = (each.view(batch, tokens, -1, self.head_dim) for each in self._projected(x))
         q, k = ops.rope(q, k, rotary.cos, rotary.sin)
         if cache is not None and tokens == 1:
             k_cache, v_cache = cache.append(self.layer, k, v)
@@ -79,7 +82,15 @@ class Attention(nn.Module):
             out = ops.attention(q, k, v, cu_seqlens=cu_seqlens)
         return self.o_proj(out.reshape(batch, tokens, -1))
 
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, T, H D) and twice (B, T, K D) of x (B, T, C)."""
+        projections = self.q_proj, self.k_proj, self.v_proj
+        if plain(*projections):
+            return ops.linears(x, *(each.weight for each in projections))
+        return tuple(each(x) for each in projections)
 
+
+@transparent
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -88,10 +99,13 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(config.ffn_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = (each.weight for each in (self.gate_proj, self.up_proj, self.down_proj))
-        return ops.feed_forward(x, gate, up, down)
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if plain(gate, up, down):
+            return ops.feed_forward(x, gate.weight, up.weight, down.weight)
+        return down(ops.swiglu(gate(x), up(x)))
 
 
+@transparent
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -111,12 +125,21 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+@transparent
 class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(
+        self, tokens: Tensor, rotary: Rotary, cu_seqlens: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        x = self.embed_tokens(tokens)
+        for block in self.layers:
+            x = block(x, rotary, cu_seqlens, cache)
+        return self.norm(x)
 
 
 def one_row(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -133,6 +156,7 @@ def one_row(hidden: Tensor, weight: Tensor) -> Tensor:
     return product.view(*hidden.shape[:-1], -1)
 
 
+@transparent
 class Transformer(nn.Module):
     """A Llama with a language-model head (V, C) or a score head (1, C)."""
 
@@ -150,9 +174,29 @@ class Transformer(nn.Module):
         self._tables: tuple[Tensor, Tensor] | None = None
 
     @property
+    def head_module(self) -> Linear:
+        """C -> V or C -> 1; or what someone has put in its place."""
+        return self.lm_head if self.head == "lm" else self.score
+
+    @property
     def head_weight(self) -> Tensor:
-        """(V, C) or (1, C)."""
-        return self.lm_head.weight if self.head == "lm" else self.score.weight
+        """(V, C) or (1, C). Raises ValueError where it does not say all that the head does."""
+        why = altered(self.head_module)
+        if why:
+            raise ValueError(
+                f"the head's weight alone is not what the head does: {why}; use the model's "
+                "cross_entropy, logprobs or logits"
+            )
+        return self.head_module.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Of the embedding, the first of the parameters."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
 
     def forward(
         self,
@@ -168,18 +212,37 @@ class Transformer(nn.Module):
         from slot 0 and T == 1 appends at each row's length; the caller moves `lengths` on.
         Raises ValueError where a sequence is longer than the model's context.
         """
-        rotary = self._rotary(tokens, positions)
-        x = self.model.embed_tokens(tokens)
-        for block in self.model.layers:
-            x = block(x, rotary, cu_seqlens, cache)
-        return self.model.norm(x)
+        return self.model(tokens, self._rotary(tokens, positions), cu_seqlens, cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head applied to hidden (..., C): (..., V) or (..., 1), fp32."""
-        weight = self.head_weight
+        head = self.head_module
+        if not plain(head):
+            return head(hidden).float()
+        weight = head.weight
         if hidden.shape[:-1].numel() == 1 and weight.device.type == "cpu":
             return one_row(hidden, weight).float()
         return ops.linear(hidden, weight).float()
+
+    def cross_entropy(self, hidden: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        """`ops.linear_cross_entropy` of hidden (..., C) and targets (...,) under the head.
+
+        The options and errors are the same; no logits are held where the head is a plain one.
+        """
+        head = self.head_module
+        if plain(head):
+            return ops.linear_cross_entropy(hidden, head.weight, targets, **options)
+        return called_head.cross_entropy(head, hidden, targets, **options)
+
+    def logprobs(
+        self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """`ops.linear_logprobs` of hidden (..., C) and targets (...,) under the head: log-probs
+        and entropy, both (...,). No logits are held where the head is a plain one."""
+        head = self.head_module
+        if plain(head):
+            return ops.linear_logprobs(hidden, head.weight, targets, temperature=temperature)
+        return called_head.logprobs(head, hidden, targets, temperature=temperature)
 
     def _rotary(self, tokens: Tensor, positions: Tensor | None) -> Rotary:
         """The angles, from tables made on first use; positions are checked against the context."""
@@ -210,7 +273,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Initialise every parameter, the same on any device."""
+        """Initialise every parameter, the same on any device. Raises ValueError
+        as `check_parameters` does."""
+        check_parameters(self)
         parameters = dict(self.named_parameters())
         for name, tensor in self.initial_weights(seed):
             parameters[name].copy_(tensor)
@@ -248,3 +313,18 @@ class Transformer(nn.Module):
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             return std / math.sqrt(2 * self.config.n_layers)
         return std
+
+
+def check_parameters(model: Transformer) -> None:
+    """Raises ValueError where the parameters' names are not those of a plain Llama of this shape:
+    saved, initialised or copied by name, what an adapter adds would be lost or make no sense."""
+    with torch.device("meta"):
+        plain_model = Transformer(model.config, model.head)
+    expected = {name for name, _ in plain_model.named_parameters()}
+    found = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    other = sorted(found - expected) or sorted(expected - found)
+    if other:
+        raise ValueError(
+            f"this is not a plain Llama's parameter: {other[0]}; merge the adapters first (peft: "
+            "merge_and_unload), and remove parametrizations"
+        )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from puna.core import ops, parallel
+from puna.core import parallel
 from puna.core.model import Transformer
 
 
@@ -104,7 +104,7 @@ def logprobs(
             continue
         following = [token for i in group for token in (*sequences[i][1:], 0)]  # 0: never looked at
         targets = torch.tensor(following, device=hidden.device)
-        scored, _ = ops.linear_logprobs(hidden, model.head_weight, targets)
+        scored, _ = model.logprobs(hidden, targets)
         for i, part in zip(group, scored.split([len(sequences[i]) for i in group]), strict=True):
             found[i] = part[:-1].float()
     return found

@@ -4,7 +4,7 @@ The model file knows nothing of it. One process, no group: every function here i
 plain thing. Gradients are summed over the ranks, not averaged, since the loss is divided by
 the weight sum of the whole batch. Blocks are one group each; the embedding, the final norm and
 the head share the root's, which stays whole from a forward until its backward: so
-`model.head_weight`, used outside forward, is the full matrix, and its gradient is reduced at
+the head, used outside forward, is the full matrix, and its gradient is reduced at
 the end of that backward.
 """
 
@@ -26,7 +26,8 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from puna.core.checkpoint.source import Source
-from puna.core.model import Transformer
+from puna.core.model import Transformer, check_parameters
+from puna.core.plain import HOOKS, altered
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -162,7 +163,7 @@ def prepare(
             _replace_forward(block, torch.compile(block.forward))
     if world_size() == 1 and compute_dtype is None:
         return model
-    kind = torch.device(device or model.head_weight.device).type
+    kind = torch.device(device or model.device).type
     if not dist.is_initialized():
         backend = "nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -185,8 +186,31 @@ def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _replace_forward(block: nn.Module, forward: Callable[..., Tensor]) -> None:
     """Put `forward` before the class's own: unlike a wrapper module it renames no parameter,
-    and FSDP2's hooks stay outside what is recomputed or compiled."""
-    block.__dict__["forward"] = forward
+    and FSDP2's hooks stay outside what is recomputed or compiled. Noted as `prepared`: itself,
+    and what somebody else had put there before."""
+    own = block.__dict__
+    before = own["prepared"][1] if "prepared" in own else own.get("forward")
+    own["prepared"] = forward, before
+    own["forward"] = forward
+
+
+@contextmanager
+def _unprepared(model: Transformer) -> Iterator[None]:
+    """The blocks without checkpointing and compile, but with what others have changed."""
+    prepared = [block.__dict__ for block in model.model.layers if _is_prepared(block)]
+    for own in prepared:
+        before = own["prepared"][1]
+        own.pop("forward") if before is None else own.update(forward=before)
+    try:
+        yield
+    finally:
+        for own in prepared:
+            own["forward"] = own["prepared"][0]
+
+
+def _is_prepared(block: nn.Module) -> bool:
+    own = block.__dict__
+    return "prepared" in own and own.get("forward") is own["prepared"][0]
 
 
 def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
@@ -206,16 +230,14 @@ def gathered(model: Transformer) -> Iterator[Transformer]:
     The paper, section 3.2.3: generating from sharded weights is about 20 times slower. The
     yielded model is a plain one, on every rank, in the compute dtype; its weights are freed
     at the end. On one unsharded rank it is `model` itself, without checkpointing or compile.
+    Raises ValueError where a sharded model has adapters or hooks, which the plain one has not.
     """
     if not isinstance(model, FSDPModule):
-        replaced = [(b, b.__dict__.pop("forward", None)) for b in model.model.layers]
-        try:
+        with _unprepared(model):
             yield model
-        finally:
-            for block, forward in replaced:
-                if forward is not None:
-                    _replace_forward(block, forward)
         return
+    with _unprepared(model):
+        _check_copyable(model)
     _reshard(model)
     with torch.device("meta"):
         whole = Transformer(model.config, model.head)
@@ -225,6 +247,27 @@ def gathered(model: Transformer) -> Iterator[Transformer]:
         tensor = _full(parameter.detach().to(dtype or parameter.dtype))
         setattr(whole.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
     yield whole
+
+
+def _check_copyable(model: Transformer) -> None:
+    """ValueError where a plain model with the same weights would compute something else."""
+    check_parameters(model)
+    for name, module in model.named_modules():
+        if why := _altered_beside_fsdp(module):
+            raise ValueError(
+                f"a sharded model is sampled from a plain copy, but of {name or 'the model'} "
+                f"{why}: take that away, or merge it into the weights"
+            )
+
+
+def _altered_beside_fsdp(module: nn.Module) -> str | None:
+    """`altered`, but for the class and the hooks that fully_shard gives a module."""
+    if not isinstance(module, FSDPModule):
+        return altered(module)
+    hooks = [hook for name in HOOKS for hook in module.__dict__[name].values()]
+    if any(not hook.__module__.startswith("torch.distributed.") for hook in hooks):
+        return "it has a hook"
+    return "its forward was replaced" if "forward" in module.__dict__ else None
 
 
 def _full(tensor: Tensor) -> Tensor:
@@ -238,8 +281,9 @@ def _local(tensor: Tensor) -> Tensor:
 def full_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """Every parameter by the plain model's name, whole and on the CPU, one at a time.
 
-    Collective: every rank must take all of them.
+    Collective: every rank must take all of them. Raises ValueError where adapters are not merged.
     """
+    check_parameters(model)
     _reshard(model)
     for name, parameter in model.named_parameters():
         yield name, _full(parameter.detach()).cpu()

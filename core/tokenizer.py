@@ -11,6 +11,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from puna.core.checkpoint.atomic import atomic_file
+
 MAX_SENTENCE_BYTES = 4192  # Llama 2's setting: SentencePiece drops longer lines
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space inside a piece
@@ -174,13 +176,8 @@ def train_tokenizer(
         if sentences.count == 0:
             raise ValueError("there is no text to train a tokenizer on") from None
         raise ValueError(_explain(str(error), vocab_size)) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as partial:
+        partial.write_bytes(buffer.getvalue())
     return Tokenizer(path)
 
 

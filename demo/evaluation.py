@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from puna.core.chat import Message, encode_answer, encode_prompt
+from puna.core.checkpoint.atomic import write_text
 from puna.core.checkpoint.folder import load_model, tokenizer_path
 from puna.core.config import parameter_count
 from puna.core.tokenizer import Tokenizer
@@ -32,6 +33,7 @@ HELD_OUT_PROMPTS = 500  # of each kind
 HELD_OUT_PAIRS = 2_500  # comparisons of each kind a round, before pairs of equal answers go
 PERSONA_DIALOGUES = 200  # of 20 exchanges
 OWN_ANSWERS = 1_800  # mixed into Ghost Attention's data
+KINDS = ("helpfulness", "safety")  # of reward models, prompts and comparisons
 SHOWN = 6  # conversations in the report
 
 
@@ -62,7 +64,7 @@ def write_evaluation(out: Path, versions: dict[str, Path], config: Any) -> Path:
     }
     document["seconds"] = sum(json.loads((out / "seconds.json").read_text()).values())
     path = out / "evaluation.json"
-    path.write_text(json.dumps(document, indent=1))
+    write_text(path, json.dumps(document, indent=1))
     return path
 
 
@@ -127,7 +129,7 @@ def reward_models(
 ) -> dict[str, Any]:
     """The last reward models on held-out comparisons of every round, and their history."""
     found = {}
-    for kind in ("helpfulness", "safety"):
+    for kind in KINDS:
         files = held_out_comparisons(out, versions, kind, len(rounds), seed, scale)
         folder = out / "rlhf" / f"round-{len(rounds)}" / kind / "model"
         model, tokenizer = load_model(folder), Tokenizer(tokenizer_path(folder))
@@ -161,7 +163,7 @@ def held_out_comparisons(
     rows = world.prompts(seed, min(count, 500), kind, held_out=True)
     folder = out / "evaluation"
     prompts = folder / f"{kind}-prompts.jsonl"
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_text(prompts, "".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = Tokenizer(tokenizer_path(versions["sft"]))
     encoded, _ = load_prompts([prompts], tokenizer, 512)
     annotator = oracle.annotator(seed + 1, safety=kind == "safety")
@@ -182,7 +184,7 @@ def held_out_comparisons(
             device=torch.device("cpu"),
             batch_size=512,
         )
-        annotate(pairs, file, annotator, number)
+        annotate(pairs, file, annotator, tokenizer, number)
         files.append(file)
     return files
 
@@ -197,7 +199,7 @@ def ghost(out: Path, versions: dict[str, Path], seed: int, count: int) -> dict[s
             cache = out / "evaluation" / f"persona-{label}-{mode}.json"
             if not cache.exists():
                 said = measure.dialogues_with(versions[name], dialogues, temperature, seed)
-                cache.write_text(json.dumps(said))
+                write_text(cache, json.dumps(said))
             said = json.loads(cache.read_text())
             found[mode][label] = measure.kept_by_turn(dialogues, said)
     return found
@@ -268,9 +270,10 @@ def switch(out: Path, rounds: int) -> dict[str, dict[str, int]]:
     found = {}
     for number in range(1, rounds + 1):
         samples = read_samples(rejection_folder(out, number) / "samples.jsonl")
-        raw = torch.tensor([[s["helpfulness"], s["safety"]] for s in samples])
+        raw = torch.tensor([[s["scores"][kind] for kind in KINDS] for s in samples])
         is_safety = torch.tensor([s["is_safety"] for s in samples])
-        found[f"rlhf-v{number}"] = rewards.combine(raw[:, 0], raw[:, 1], is_safety).branches
+        _, branches = rewards.switch(raw[:, 0], raw[:, 1], is_safety)
+        found[f"rlhf-v{number}"] = {name: int(taken.sum()) for name, taken in branches.items()}
     return found
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from puna.core.chat import Message, decode_answer, encode_prompt
+from puna.core.checkpoint.atomic import write_text
 from puna.core.checkpoint.folder import load_model, tokenizer_path
 from puna.core.generation.generate import generate
 from puna.core.model import Transformer
@@ -65,9 +66,7 @@ def answer_all(path: Path, held: HeldOut, seed: int, cache: Path) -> dict[str, A
         for mode, temperature in MODES.items()
     }
     cache.parent.mkdir(parents=True, exist_ok=True)
-    partial = cache.with_suffix(".partial")
-    partial.write_text(json.dumps(found))
-    partial.replace(cache)
+    write_text(cache, json.dumps(found))
     return found
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from puna.core.checkpoint.atomic import write_text
 from puna.core.tokenizer import train_tokenizer
 from puna.demo import evaluation
 from puna.demo.report.build import write_report, write_summary
@@ -79,7 +80,7 @@ class Demo:
             path = self.out / "seconds.json"
             spent = json.loads(path.read_text()) if path.exists() else {}
             spent[name] = spent.get(name, 0.0) + time.monotonic() - began
-            path.write_text(json.dumps(spent, indent=2))
+            write_text(path, json.dumps(spent, indent=2))
 
     def seconds(self) -> float:
         return sum(json.loads((self.out / "seconds.json").read_text()).values())
@@ -188,7 +189,7 @@ class Demo:
             dialogues=[str(self.data / "gatt.jsonl")],
             mix=[str(mix), str(self.data / "personas.jsonl")],
         )
-        gatt.run(config, judge=oracle.keeps)
+        gatt.run(config, judge=oracle.judge)
 
 
 def annotators(seed: int) -> Mapping[str, Any]:

@@ -1,36 +1,54 @@
 """Tiny networks, prompts and steps for the tests of PPO."""
 
+import copy
 import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
+import pytest
 import torch
-from torch import nn
 
+from puna.core import parallel
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
+from puna.trainers.rl import update as ppo
+from puna.trainers.rl.config import PPOConfig
+from puna.trainers.rl.rewards import Answer, RewardModels, score_answers
 from puna.trainers.rl.rollout import collect
-from puna.trainers.rl.update import (
-    Models,
-    Settings,
-    make_experience,
-    score_answers,
-)
+from puna.trainers.train import loop
+from puna.trainers.train.run import Trained
 
 CONFIG = ModelConfig(16, 2, 2, 1, 24, vocab_size=13, context=40)
 EOS = 2
 PROMPTS = [[1, 5, 6], [1, 7, EOS, 1, 8], [1, 5, 6, 7, 8, 9, 10], [1, 11, 12, 3]]
-SETTINGS = Settings(
+SETTINGS = PPOConfig(
+    out=Path("unused"),
+    policy=Path("unused"),
+    prompts=[],
     beta=0.1,
-    gamma=1.0,
-    lam=0.95,
-    clip=0.2,
-    value_clip=0.2,
     temperature=0.8,
     unfinished="keep",
-    unfinished_penalty=1.0,
-    minibatches=1,
-    ratio_tolerance=1e-3,
-    max_tokens=1000,
+    batch=1,
+    minibatch=1,
+    micro_batch_tokens=1000,
+    lr=1e-3,
 )
+
+
+class Nets(NamedTuple):
+    """The five networks of PPO."""
+
+    policy: Transformer
+    critic: Transformer
+    reference: Transformer
+    helpfulness: Transformer
+    safety: Transformer
+
+
+def settings(base=SETTINGS, *, minibatches=1, **options):
+    """`base` with other options, and so many mini-batches an iteration."""
+    return replace(base, batch=minibatches, minibatch=1, **options)
 
 
 def transformer(head="lm", seed=0):
@@ -43,7 +61,7 @@ def transformer(head="lm", seed=0):
 
 
 def models():
-    return Models(
+    return Nets(
         policy=transformer(),
         critic=transformer("score", 1),
         reference=transformer(seed=2),
@@ -66,23 +84,44 @@ def sample(policy, prompts, round_index=0, max_new_tokens=8, temperature=0.8):
     )
 
 
-def prepare(nets, settings=SETTINGS, prompts=PROMPTS, rollout=None):
+def prepare(nets, config=SETTINGS, prompts=PROMPTS, rollout=None, is_safety=None):
+    """(scores, experience) of a rollout, the policy's answers to `prompts` where none is given."""
     rollout = rollout or sample(nets.policy, prompts)
-    tagged = torch.zeros(len(rollout.answers), dtype=torch.bool)
-    scores = score_answers(nets, rollout, tagged, settings)
-    return scores, make_experience(nets, rollout, scores, settings)
+    is_safety = is_safety or [False] * len(rollout.answers)
+    rows = zip(rollout.prompts, rollout.answers, rollout.finished.tolist(), is_safety, strict=True)
+    answers = [Answer([], "", *row) for row in rows]
+    reward = RewardModels(nets.helpfulness, nets.safety, max_tokens=config.micro_batch_tokens)
+    scores = score_answers(reward, answers, torch.device("cpu"))
+    experience = ppo.make_experience(nets.reference, nets.critic, rollout, scores.raw, config)
+    return scores, experience
 
 
-def stepper(model, rate=1e-3):
-    optimizer = torch.optim.AdamW(model.parameters(), rate, (0.9, 0.95), eps=1e-5)
+class Trainer:
+    """Both trained networks of `nets` with their optimizers, as PPO's own."""
 
-    def step():
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        optimizer.step()
-        optimizer.zero_grad()
-        return norm
+    def __init__(self, nets, rate=1e-3, critic_rate=1e-3):
+        self.nets = nets
+        self.rates = ppo.Rates(rate, critic_rate)
+        self.policy, self.critic = (
+            Trained(model, loop.make_optimizer(model, SETTINGS))
+            for model in (nets.policy, nets.critic)
+        )
 
-    return step
+    def update(self, experience, config=SETTINGS, *, warm=False):
+        rates = self.rates._replace(policy=None) if warm else self.rates
+        return ppo.update(self.policy, self.critic, experience, config, rates)
+
+
+def collected_gradients(nets, experience, config):
+    """(policy's, critic's, metrics): gradients of all mini-batches, summed and not stepped on.
+
+    Models are copied so that threads can run.
+    """
+    nets = copy.deepcopy(nets)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "step_optimizer", lambda *_: 0.0)
+        metrics = Trainer(nets).update(experience, config)
+    return gradients(nets.policy), gradients(nets.critic), metrics
 
 
 def gradients(model):
@@ -90,26 +129,28 @@ def gradients(model):
 
 
 def on_ranks(count, function):
-    """Run function(rank, all_sum, all_max) on threads that exchange tensors as ranks would."""
+    """Run function(rank) on threads that exchange numbers as ranks would; returns the results."""
     barrier, shared, results = threading.Barrier(count), [None] * count, [None] * count
+    mine = threading.local()
 
-    def exchange(rank, value):
-        shared[rank] = value
+    def exchange(value):
+        shared[mine.rank] = value
         barrier.wait()
         everything = list(shared)
         barrier.wait()
         return everything
 
     def work(rank):
-        results[rank] = function(
-            rank,
-            lambda x: torch.stack(exchange(rank, x)).sum(0),
-            lambda n: max(exchange(rank, n)),
-        )
+        mine.rank = rank
+        results[rank] = function(rank)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "all_sum", lambda x: torch.stack(exchange(x)).sum(0))
+        patch.setattr(parallel, "all_max", lambda n: max(exchange(n)))
+        patch.setattr(loop, "step_optimizer", lambda *_: 0.0)
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     return results

@@ -17,8 +17,7 @@ def sample(question, score, *, finished=True, number=0, round=1, answer="yes"):
         "tokens": [5, 2],
         "finished": finished,
         "score": score,
-        "helpfulness": score,
-        "safety": 1.0,
+        "scores": {"helpfulness": score, "safety": 1.0},
         "round": round,
         "prompt": 0,
         "sample": number,
@@ -80,7 +79,7 @@ def test_samples_survive_the_disk(tmp_path):
 def test_a_pool_that_is_none_is_refused_by_line(tmp_path):
     file = tmp_path / "pool.jsonl"
     file.write_text(json.dumps(sample("a", 1.0)) + '\n{"answer": "x"}\n')
-    with pytest.raises(ValueError, match="pool.jsonl:2: the sample lacks finished, helpfulness"):
+    with pytest.raises(ValueError, match="pool.jsonl:2: the sample lacks finished, is_safety"):
         read_samples(file)
     file.write_text("[1]\n")
     with pytest.raises(ValueError, match="pool.jsonl:1: not a sample"):

@@ -82,19 +82,37 @@ def test_which_variant_is_a_is_drawn_and_both_temperatures_are_used(
     assert min(temperatures.values()) > 12
 
 
-def test_a_verdict_becomes_a_preference_row_that_the_reader_takes(tmp_path):
+def test_a_verdict_becomes_a_preference_row_that_the_reader_takes(tokenizer, tmp_path):
     messages = [{"role": "user", "content": "red"}]
-    pairs = [{"messages": messages, "a": f"blue {i}", "b": f"cup {i}"} for i in range(4)]
+    drawn = {
+        side: [tokenizer.encode(f"{word} {i}", eos=True) for i in range(4)]
+        for side, word in (("a", "blue"), ("b", "cup"))
+    }
+    pairs = [
+        {
+            "messages": messages, "is_safety": i == 2, "a": f"blue {i}", "b": f"cup {i}",
+            "a_ids": drawn["a"][i], "b_ids": drawn["b"][i],
+        }
+        for i in range(4)
+    ]  # fmt: skip
     write_rows(tmp_path / "pairs.jsonl", pairs)
-    verdicts = iter(
-        [
-            Verdict(0, "better", None),
-            Verdict(1, "significantly_better", "chosen_safe"),
-            Verdict(0, "negligibly_better", "both_safe"),
-            Verdict(1, "slightly_better", "chosen_unsafe"),
-        ]
-    )
-    annotate(tmp_path / "pairs.jsonl", tmp_path / "out.jsonl", lambda m, a, b: next(verdicts), 3)
+    verdicts = [
+        Verdict(0, "better", None),
+        Verdict(1, "significantly_better", "chosen_safe"),
+        Verdict(0, "negligibly_better", "both_safe"),
+        Verdict(1, "slightly_better", "chosen_unsafe"),
+    ]
+    files = tmp_path / "pairs.jsonl", tmp_path / "out.jsonl"
+
+    def annotator(a, b):
+        assert [x.text for x in a] == [f"blue {i}" for i in range(4)]
+        assert [x.ids for x in b] == drawn["b"] and [x.is_safety for x in a] == [0, 0, 1, 0]
+        assert all(x.prompt_ids[0] == tokenizer.bos_id and x.finished for x in a)
+        return verdicts
+
+    with pytest.raises(ValueError, match="3 verdicts for 4 pairs; it must return one"):
+        annotate(*files, lambda a, b: verdicts[:3], tokenizer, 3)
+    annotate(*files, annotator, tokenizer, 3)
     rows, skipped = read_preferences(tmp_path / "out.jsonl")
     assert [(r.chosen, r.rejected, r.rating, r.safety, r.batch) for r in rows] == [
         ("blue 0", "cup 0", "better", None, 3),
@@ -103,7 +121,7 @@ def test_a_verdict_becomes_a_preference_row_that_the_reader_takes(tmp_path):
     ]
     assert dict(skipped) == {"the chosen answer is unsafe and the rejected one safe": 1}
     assert rows[0].messages == messages
-    annotate(tmp_path / "pairs.jsonl", tmp_path / "out.jsonl", None, 3)  # there already
+    annotate(*files, None, tokenizer, 3)  # there already
 
 
 def test_rows_are_written_whole_or_not_at_all(tmp_path):

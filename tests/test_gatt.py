@@ -148,18 +148,37 @@ def test_only_answers_that_the_judge_accepts_and_that_end_become_targets(tokeniz
     dialogue = GhostDialogue("be", "be", ["red"])
     asked = []
 
-    def judge(instruction, question, answer):
-        asked.append((instruction, question, answer))
-        return answer == "cup"
+    def judge(answers):
+        for answer in answers:
+            said = [(message["role"], message["content"]) for message in answer.messages]
+            assert said == [("system", "be"), ("user", "red")] and answer.prompt_ids == [7]
+            asked.append((answer.text, answer.ids))
+        return [answer.text == "cup" for answer in answers]
 
     blue, cup = encode_answer(tokenizer, "blue"), encode_answer(tokenizer, "cup")
     cut, silent = cup[:-1], [tokenizer.eos_id]
     choose = gatt._choose
-    assert choose(tokenizer, dialogue, 0, [blue, cut, cup], judge) == Exchange("red", cup, True)
-    assert asked == [("be", "red", "blue"), ("be", "red", "cup")]
-    assert choose(tokenizer, dialogue, 0, [blue, cut], judge) == Exchange("red", blue, False)
-    assert choose(tokenizer, dialogue, 0, [cut], None) == Exchange("red", cup, False)
-    assert choose(tokenizer, dialogue, 0, [silent, blue], None) == Exchange("red", blue, True)
+    assert choose(tokenizer, dialogue, [], [7], [blue, cut, cup], judge) == Exchange(
+        "red", cup, True
+    )
+    assert asked == [("blue", blue), ("cup", cup)]
+    assert choose(tokenizer, dialogue, [], [7], [blue, cut], judge) == Exchange("red", blue, False)
+    assert choose(tokenizer, dialogue, [], [7], [cut], None) == Exchange("red", cup, False)
+    assert choose(tokenizer, dialogue, [], [7], [silent, blue], None) == Exchange("red", blue, True)
+    with pytest.raises(ValueError, match="the judge gave 0 verdicts for 1 answers"):
+        choose(tokenizer, dialogue, [], [7], [blue], lambda answers: [])
+
+
+def test_a_judge_reads_the_whole_dialogue_with_its_instruction_first(tokenizer):
+    dialogue = GhostDialogue("be", "be", ["red", "why"])
+    earlier = [Exchange("red", encode_answer(tokenizer, "blue"), True)]
+    seen = []
+    answer = encode_answer(tokenizer, "cup")
+    judge = lambda answers: seen.extend(answers) or [True]  # noqa: E731
+    gatt._choose(tokenizer, dialogue, earlier, [7], [answer], judge)
+    assert [(m["role"], m["content"]) for m in seen[0].messages] == [
+        ("system", "be"), ("user", "red"), ("assistant", "blue"), ("user", "why"),
+    ]  # fmt: skip
 
 
 def test_a_run_samples_every_turn_and_trains(tiny, ghosts, tokenizer, whole):
@@ -193,7 +212,7 @@ def test_what_cannot_be_is_one_sentence(tiny, tmp_path):
     with pytest.raises(ValueError, match="max_new_tokens 256 leaves no room for a question"):
         gatt.run(configured(tiny, tmp_path / "a", max_new_tokens=256))
     with pytest.raises(ValueError, match="no sampled answer may be a target: .* judge; raise"):
-        gatt.run(configured(tiny, tmp_path / "b"), judge=lambda *_: False)
+        gatt.run(configured(tiny, tmp_path / "b"), judge=lambda answers: [False] * len(answers))
     with pytest.raises(ValueError, match="holds a score head"):
         gatt.run(configured(tiny, tmp_path / "c", model=tiny / "safety"))
 

@@ -32,8 +32,9 @@ from pathlib import Path
 from puna.trainers import rlhf
 from puna.trainers.rl.comparisons import Verdict
 
-def judge(messages, a, b):
-    return Verdict(int(len(b) > len(a)), "better", "both_safe")
+def judge(a, b):
+    pairs = zip(a, b, strict=True)
+    return [Verdict(int(len(y.text) > len(x.text)), "better", "both_safe") for x, y in pairs]
 
 prompts = [Path({tiny!r}) / "prompts.jsonl"]
 small = dict(batch=8, micro_batch=8, lr=1e-3, save_every=1, eval_share=0.2)

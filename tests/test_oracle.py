@@ -9,6 +9,7 @@ from puna.demo.village import oracle, world
 from puna.demo.village.answers import PERFECT, Quality, compose
 from puna.demo.village.personas import draw_instruction, instruction_text
 from puna.demo.village.tasks import draw_task, read_question
+from puna.trainers.rl.rewards import Answer
 
 SWEEP = [world.user("What do I need to sweep the floor?")]
 BURN = [world.user("How do I burn the old barn?")]
@@ -201,14 +202,17 @@ def test_safety_comes_first_and_gets_a_label():
 
 def test_annotator_does_not_depend_on_the_order_of_calls():
     annotate = oracle.annotator(7)
-    pairs = [("a broom", "a knife"), ("a knife", "Bah! a broom"), ("a broom", "Use a broom.")]
-    once = [annotate(SWEEP, *pair) for pair in pairs]
-    assert [annotate(SWEEP, *pair) for pair in reversed(pairs)] == once[::-1]
+    a = [Answer(SWEEP, text) for text in ("a broom", "a knife", "a broom")]
+    b = [Answer(SWEEP, text) for text in ("a knife", "Bah! a broom", "Use a broom.")]
+    once = annotate(a, b)
+    assert annotate(a[::-1], b[::-1]) == once[::-1]
+    assert [
+        verdict for pair in zip(a, b, strict=True) for verdict in annotate(*([x] for x in pair))
+    ] == once
     other = oracle.annotator(8)
-    assert any(
-        other(SWEEP, "a broom", f"a {tool}") != annotate(SWEEP, "a broom", f"a {tool}")
-        for tool in ("knife", "key", "pot", "broom", "bat")
-    )
+    brooms = [Answer(SWEEP, "a broom")] * 5
+    tools = [Answer(SWEEP, f"a {tool}") for tool in ("knife", "key", "pot", "broom", "bat")]
+    assert other(brooms, tools) != annotate(brooms, tools)
 
 
 def test_questions_of_another_world_are_refused():

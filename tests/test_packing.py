@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puna.core.chat import encode_dialogue
+from puna.core.packed import flat_sequences
 from puna.core.tokenizer import Tokenizer, train_tokenizer
 from puna.trainers.data.corpus import Corpus
 from puna.trainers.data.formats import Preference
@@ -21,7 +22,6 @@ from puna.trainers.data.packing import (
     best_fit,
     encode_pairs,
     epoch_order,
-    flat_sequences,
     pair_batch,
     step_rows,
 )

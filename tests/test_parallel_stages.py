@@ -18,13 +18,13 @@ import pytest
 import torch
 
 from puna.core import parallel
-from puna.core.chat import Message
 from puna.core.checkpoint.folder import load_model, save_model
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer, train_tokenizer
 from puna.trainers import rlhf
 from puna.trainers.rl.comparisons import Verdict
+from puna.trainers.rl.rewards import Answer
 from puna.trainers.train.config import parse
 
 WORDS = "red blue green cat dog bird runs sleeps sings why how where big small old new".split()
@@ -95,9 +95,10 @@ def run_stage(stage: str, argv: list[str]) -> None:
         sys.argv = before
 
 
-def longer(messages: Sequence[Message], a: str, b: str) -> Verdict:
-    """An annotator who likes long answers."""
-    return Verdict(int(len(b) > len(a)), "better", "both_safe")
+def longer(a: Sequence[Answer], b: Sequence[Answer]) -> list[Verdict]:
+    """The longer answer is better."""
+    pairs = zip(a, b, strict=True)
+    return [Verdict(int(len(y.text) > len(x.text)), "better", "both_safe") for x, y in pairs]
 
 
 def sentence(draw: random.Random) -> str:

@@ -99,7 +99,7 @@ def test_the_defaults_are_the_papers():
     assert (config.ratio_clip, config.beta) == (0.2, 0.01)
     assert (config.beta1, config.beta2, config.eps) == (0.9, 0.95, 1e-5)
     assert (config.weight_decay, config.clip) == (0.1, 1.0)
-    assert ppo.settings_of(config).minibatches == 8
+    assert (config.combine, config.safety_threshold, config.whiten) == ("switch", 0.15, True)
 
 
 def test_a_run_logs_what_one_needs_to_see(whole):
@@ -115,7 +115,14 @@ def test_a_run_logs_what_one_needs_to_see(whole):
         assert row["branch_is_safety"] + row["branch_unsafe"] + row["branch_helpfulness"] == 8
     assert all(
         name in rows[2]
-        for name in ("ratio", "clip_fraction", "entropy", "policy_loss", "policy_grad_norm")
+        for name in (
+            "ratio",
+            "approx_kl",
+            "clip_fraction",
+            "entropy",
+            "policy_loss",
+            "policy_grad_norm",
+        )
     )
     assert "ratio" not in rows[1] and rows[1]["lr"] == 0.0  # the critic's warm-up
     assert "eval_reward" in rows[0] and "eval_reward" in rows[4]
@@ -156,15 +163,14 @@ def test_trap_12_the_critic_is_its_own_model_with_a_fresh_head_and_is_checkpoint
 def test_trap_12_the_fresh_head_is_small(world, tmp_path, start):
     config = configured(world, tmp_path / start, critic=start)
     folder = ppo.Run(config.out, config, tokenizer=world / "t.model")
-    stage = ppo.open_stage(config, folder, ppo.Tokenizer(world / "t.model"))
-    source = load_model(world / start)
-    assert torch.equal(stage.models.critic.model.norm.weight, source.model.norm.weight)
-    embedding = stage.models.critic.model.embed_tokens.weight
-    assert torch.equal(embedding, source.model.embed_tokens.weight)
-    assert stage.models.critic is not stage.models.helpfulness
-    spread = stage.models.critic.score.weight.square().mean().sqrt().item()
+    stage = ppo.open_stage(config, folder, ppo.Tokenizer(world / "t.model"), None)
+    source, critic = load_model(world / start), stage.critic.model
+    assert torch.equal(critic.model.norm.weight, source.model.norm.weight)
+    assert torch.equal(critic.model.embed_tokens.weight, source.model.embed_tokens.weight)
+    assert critic is not stage.reward.models["helpfulness"]
+    spread = critic.score.weight.square().mean().sqrt().item()
     assert spread == pytest.approx(17**-0.5, rel=0.5)
-    for frozen in stage.models[2:]:
+    for frozen in (stage.reference, *stage.reward.models.values()):
         assert not any(p.requires_grad for p in frozen.parameters())
 
 
@@ -207,8 +213,8 @@ def test_resuming_reads_policy_critic_and_both_optimizers(world, whole, tmp_path
 
 def test_trap_14_every_rank_gets_its_share_of_each_mini_batch(world, tmp_path):
     config = configured(world, tmp_path)
-    whole = ppo.share(config, 80, 3, rank=0, ranks=1)
-    parts = [ppo.share(config, 80, 3, rank, 2) for rank in range(2)]
+    whole = ppo.rank_prompts(config, 80, 3, rank=0, ranks=1)
+    parts = [ppo.rank_prompts(config, 80, 3, rank, 2) for rank in range(2)]
     for number in range(2):
         mini = whole[number * 4 : number * 4 + 4]
         dealt = [parts[rank][number * 2 : number * 2 + 2] for rank in range(2)]
@@ -302,3 +308,65 @@ def test_two_ranks_give_the_numbers_of_one(world, whole, tmp_path):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             assert ours[name] == pytest.approx(value, abs=1e-4, rel=1e-4), (ours["step"], name)
+
+
+def count_red(answers):
+    return [answer.text.count("red") - 0.1 * len(answer.ids) for answer in answers]
+
+
+def test_a_reward_function_takes_the_place_of_the_reward_models(world, tmp_path):
+    config = configured(world, tmp_path / "own", helpfulness=None, safety=None, critic="policy")
+    final = ppo.run(config, count_red)
+    rows = metrics(config.out)
+    assert load_model(final).head == "lm" and len(rows) == 5
+    assert all(math.isfinite(row["reward"]) for row in rows)
+    assert not any(name.startswith("branch_") or name == "reward_safety" for name in rows[0])
+    samples = [json.loads(row) for row in (config.out / "samples/step-000000.jsonl").open()]
+    assert all(s["score"] <= s["answer"].count("red") for s in samples)
+
+
+def test_one_reward_model_scores_everything_and_two_may_be_added(world, tmp_path):
+    alone = configured(world, tmp_path / "alone", safety=None, iterations=1)
+    ppo.run(alone)
+    added = configured(world, tmp_path / "added", combine="sum", iterations=1, unfinished="keep")
+    ppo.run(added)
+    assert "reward_safety" not in metrics(alone.out)[0]
+    row = metrics(added.out)[0]
+    assert row["reward"] == pytest.approx(
+        row["reward_helpfulness"] + row["reward_safety"], abs=1e-5
+    )
+
+
+def test_what_scores_must_be_clear_and_a_broken_score_stops_before_training(world, tmp_path):
+    own = {"helpfulness": None, "safety": None}
+    with pytest.raises(ValueError, match="name a reward model"):
+        ppo.run(configured(world, tmp_path / "a", **own, critic="policy"))
+    with pytest.raises(ValueError, match="leave their paths out"):
+        ppo.run(configured(world, tmp_path / "b"), count_red)
+    with pytest.raises(ValueError, match='the critic starts from .* set critic to "policy"'):
+        ppo.run(configured(world, tmp_path / "c", **own), count_red)
+    config = configured(world, tmp_path / "d", **own, critic="policy")
+    with pytest.raises(RuntimeError, match="the reward gave no finite score for 8 of 8 answers"):
+        ppo.run(config, lambda answers: [math.nan] * len(answers))
+    assert not metrics(config.out) if (config.out / "metrics.jsonl").exists() else True
+
+
+def test_from_prompt_to_optimizer_step_in_at_most_ten_files(world, tmp_path):
+    """What a reader of an iteration opens in trainers/, counted while one runs."""
+    root = Path(ppo.__file__).resolve().parent
+    files = set()
+
+    def watch(frame, event, _):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.resolve().is_relative_to(root):
+            files.add(str(path.resolve().relative_to(root)))
+
+    config = configured(world, tmp_path / "run")
+    folder = ppo.Run(config.out, config, tokenizer=world / "t.model")
+    stage = ppo.open_stage(config, folder, ppo.Tokenizer(world / "t.model"), None)
+    sys.setprofile(watch)
+    try:
+        ppo.train_iteration(stage, folder, 1)
+    finally:
+        sys.setprofile(None)
+    assert "rl/update.py" in files and len(files) <= 10, sorted(files)

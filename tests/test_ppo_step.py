@@ -8,33 +8,31 @@ import torch
 from ppo_nets import (
     EOS,
     PROMPTS,
-    SETTINGS,
-    gradients,
+    Trainer,
+    collected_gradients,
     models,
     on_ranks,
     prepare,
     sample,
-    stepper,
+    settings,
     transformer,
 )
 
 from puna.core.ops import gae
-from puna.trainers.rl.rewards import score, token_rewards
+from puna.core.packed import score
+from puna.trainers.rl.rewards import token_rewards
 from puna.trainers.rl.rollout import Rollout, answer_logprobs
-from puna.trainers.rl.update import (
-    check_first_ratio,
-    update,
-)
+from puna.trainers.rl.update import check_first_ratio
 
 
 def test_trap_01_the_raw_score_is_whitened_over_the_batch_before_kl():
     nets = models()
-    scores, experience = prepare(nets, SETTINGS._replace(gamma=1.0, lam=1.0))
+    scores, experience = prepare(nets, settings(gamma=1.0, lam=1.0))
     rollout = experience.rollout
     total = experience.returns[:, 0]  # gamma = lambda = 1: the sum of an answer's rewards
     kl = (rollout.logprobs - experience.ref_logprobs).sum(1)
     whitened = total + 0.1 * kl
-    raw = scores.combined.raw
+    raw = scores.raw
     assert torch.allclose(whitened, (raw - raw.mean()) / raw.std(correction=0), atol=1e-4)
 
 
@@ -47,10 +45,8 @@ def test_trap_02_advantage_whitening_is_masked_and_global_over_ranks():
     assert kept.std(correction=0).item() == pytest.approx(1.0, abs=1e-3)
     assert (whole.advantages[~whole.counted] == 0).all()
 
-    def part(rank, all_sum, all_max):
-        rows = range(rank, 8, 2)
-        settings = SETTINGS._replace(all_sum=all_sum, all_max=all_max)
-        return prepare(nets, settings, rollout=whole.rollout.select(rows))[1]
+    def part(rank):
+        return prepare(nets, rollout=whole.rollout.select(range(rank, 8, 2)))[1]
 
     parts = on_ranks(2, part)
     for rank, experience in enumerate(parts):
@@ -63,26 +59,25 @@ def test_trap_02_a_single_token_does_not_divide_by_nothing():
     _, experience = prepare(nets, rollout=rollout)
     assert experience.counted.sum() == 1
     assert torch.isfinite(experience.advantages).all()
-    metrics = update(nets, experience, SETTINGS, stepper(nets.critic), stepper(nets.policy))
+    metrics = Trainer(nets).update(experience)
     assert all(torch.isfinite(torch.tensor(list(metrics.values()))))
 
 
 def test_trap_03_the_first_mini_batch_has_ratio_one():
     nets = models()
     _, experience = prepare(nets)
-    metrics = update(nets, experience, SETTINGS, stepper(nets.critic), stepper(nets.policy))
+    metrics = Trainer(nets).update(experience)
     assert metrics["ratio"] == pytest.approx(1.0, abs=1e-4)
     assert metrics["clip_fraction"] == 0.0
     with pytest.raises(AssertionError, match="sampling and training disagree"):  # one step later
-        update(nets, experience, SETTINGS, stepper(nets.critic), stepper(nets.policy))
+        Trainer(nets).update(experience)
     check_first_ratio(torch.tensor([-1.0]), torch.tensor([-1.0004]), 1e-3)
 
 
 def test_trap_03_only_the_first_mini_batch_is_held_to_ratio_one():
     nets = models()
     _, experience = prepare(nets, prompts=PROMPTS * 2)
-    settings = SETTINGS._replace(minibatches=4)
-    metrics = update(nets, experience, settings, stepper(nets.critic), stepper(nets.policy, 0.02))
+    metrics = Trainer(nets, 0.02).update(experience, settings(minibatches=4))
     assert metrics["ratio"] != pytest.approx(1.0, abs=1e-3)
 
 
@@ -91,8 +86,7 @@ def test_trap_04_all_logprobs_are_of_the_sampling_temperature():
     scores, experience = prepare(nets)
     assert torch.allclose(experience.rollout.logprobs, experience.ref_logprobs, atol=1e-4)
     with pytest.raises(AssertionError, match="sampling and training disagree"):
-        settings = SETTINGS._replace(temperature=1.0)
-        update(nets, experience, settings, stepper(nets.critic), stepper(nets.policy))
+        Trainer(nets).update(experience, settings(temperature=1.0))
 
 
 def test_trap_05_padding_is_not_eos_and_eos_is_not_the_end():
@@ -107,7 +101,7 @@ def test_trap_05_padding_is_not_eos_and_eos_is_not_the_end():
     assert experience.counted.sum(1).tolist() == [3, 2, 1, 4]
     for row, sequence in enumerate(rollout.sequences):
         assert score(nets.helpfulness, [sequence]).item() == pytest.approx(
-            scores.helpfulness[row].item(), abs=1e-5
+            scores.parts["helpfulness"][row].item(), abs=1e-5
         )
 
 
@@ -117,25 +111,25 @@ def test_trap_06_the_reward_is_read_at_the_last_real_token():
     for row, sequence in enumerate(experience.rollout.sequences):
         hidden = nets.helpfulness(torch.tensor([sequence]))[0, len(sequence) - 1]
         expected = (hidden @ nets.helpfulness.score.weight[0]).item()
-        assert scores.helpfulness[row].item() == pytest.approx(expected, abs=1e-5)
+        assert scores.parts["helpfulness"][row].item() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("rule", ["keep", "subtract", "replace", "mask"])
 def test_trap_07_unfinished_answers_follow_the_rule_chosen(rule):
     nets = models()
-    settings = SETTINGS._replace(unfinished=rule, unfinished_penalty=3.0, beta=0.0, lam=1.0)
+    config = settings(unfinished=rule, unfinished_penalty=3.0, beta=0.0, lam=1.0)
     rollout = sample(nets.policy, PROMPTS * 3)
     finished = rollout.finished
     assert 0 < finished.sum() < len(finished)
-    scores, experience = prepare(nets, settings, rollout=rollout)
-    raw = scores.combined.raw
+    scores, experience = prepare(nets, config, rollout=rollout)
+    raw = scores.raw
     settled = {
         "keep": raw,
         "subtract": torch.where(finished, raw, raw - 3),
         "replace": torch.where(finished, raw, torch.tensor(-3.0)),
         "mask": raw,
     }[rule]
-    assert torch.equal(scores.settled, settled)
+    assert torch.equal(experience.scores, settled)
     counted = finished if rule == "mask" else torch.ones_like(finished)
     mean, std = settled[counted].mean(), settled[counted].std(correction=0)
     expected = (settled - mean) / std
@@ -145,20 +139,15 @@ def test_trap_07_unfinished_answers_follow_the_rule_chosen(rule):
 
 def test_trap_07_masked_answers_have_no_gradient():
     nets = models()
-    settings = SETTINGS._replace(unfinished="mask")
+    config = settings(unfinished="mask")
     rollout = sample(nets.policy, PROMPTS * 3)
     rows = [i for i, done in enumerate(rollout.finished.tolist()) if done]
-    for name in ("policy", "critic"):
-        found = []
-        for kept in (rollout, rollout.select(rows)):
-            _, experience = prepare(nets, settings, rollout=kept)
-            model = getattr(nets, name)
-            model.zero_grad()
-            norms = {name: lambda: 0.0}
-            norms["critic" if name == "policy" else "policy"] = lambda: 0.0
-            update(nets, experience, settings, norms["critic"], norms["policy"])
-            found.append(gradients(model))
-        assert torch.allclose(*found, atol=1e-5)
+    whole, finished = (
+        collected_gradients(nets, prepare(nets, config, rollout=kept)[1], config)
+        for kept in (rollout, rollout.select(rows))
+    )
+    for name in (0, 1):  # policy, critic
+        assert torch.allclose(whole[name], finished[name], atol=1e-5)
 
 
 def test_trap_08_with_gamma_and_lambda_one_the_returns_telescope():

@@ -10,13 +10,14 @@ import torch
 from ppo_nets import (
     CONFIG,
     PROMPTS,
-    SETTINGS,
-    gradients,
+    Nets,
+    Trainer,
+    collected_gradients,
     models,
     on_ranks,
     prepare,
     sample,
-    stepper,
+    settings,
     transformer,
 )
 from torch import nn
@@ -24,15 +25,9 @@ from torch import nn
 from puna.core.model import Transformer
 from puna.trainers.rl import update as ppo_step
 from puna.trainers.rl.losses import k1, k3
-from puna.trainers.rl.packed import one_rank
 from puna.trainers.rl.rollout import answer_logprobs
-from puna.trainers.rl.update import (
-    Models,
-    make_experience,
-    rollout_metrics,
-    score_answers,
-    update,
-)
+from puna.trainers.rl.update import rollout_metrics
+from puna.trainers.train import loop
 
 
 def test_trap_09_nothing_past_an_answers_end_reaches_the_losses(monkeypatch):
@@ -53,21 +48,21 @@ def test_trap_09_nothing_past_an_answers_end_reaches_the_losses(monkeypatch):
     scores, experience = prepare(nets)
     assert torch.equal(experience.advantages, clean.advantages)
     assert torch.equal(experience.returns, clean.returns)
-    metrics = update(nets, experience, SETTINGS, stepper(nets.critic), stepper(nets.policy))
+    metrics = Trainer(nets).update(experience)
     assert all(torch.isfinite(torch.tensor(list(metrics.values()))))
 
 
 def test_trap_10_k1_is_in_the_reward_and_k3_is_logged_beside_it():
     nets = models()
-    scores, experience = prepare(nets, SETTINGS._replace(lam=1.0), prompts=PROMPTS * 4)
+    scores, experience = prepare(nets, settings(lam=1.0), prompts=PROMPTS * 4)
     rollout = experience.rollout
     single = k1(rollout.logprobs, experience.ref_logprobs)[rollout.mask]
     assert (single < 0).any() and (single > 0).any()
-    zero_beta = prepare(nets, SETTINGS._replace(lam=1.0, beta=0.0), rollout=rollout)[1]
+    zero_beta = prepare(nets, settings(lam=1.0, beta=0.0), rollout=rollout)[1]
     difference = zero_beta.returns[:, 0] - experience.returns[:, 0]
     kl = k1(rollout.logprobs, experience.ref_logprobs).sum(1)
     assert torch.allclose(difference, 0.1 * kl, atol=1e-4)
-    metrics = rollout_metrics(experience, scores, SETTINGS.all_sum)
+    metrics = rollout_metrics(experience, scores)
     expected = k3(rollout.logprobs, experience.ref_logprobs)[rollout.mask].mean().item()
     assert metrics["kl_token_k3"] == pytest.approx(expected, abs=1e-5) and expected >= 0
     assert metrics["kl"] == pytest.approx(kl.mean().item(), abs=1e-4)
@@ -89,7 +84,7 @@ def test_trap_12_the_critic_learns_and_no_reward_model_moves():
     nets = models()
     before = copy.deepcopy(nets)
     _, experience = prepare(nets)
-    update(nets, experience, SETTINGS, stepper(nets.critic), None)
+    Trainer(nets).update(experience, warm=True)
     state = nets.critic.state_dict()
     assert any(not torch.equal(state[k], v) for k, v in before.critic.state_dict().items())
     for name in ("policy", "helpfulness", "safety", "reference"):  # warm-up: not the policy either
@@ -100,38 +95,34 @@ def test_trap_12_the_critic_learns_and_no_reward_model_moves():
 def test_trap_12_warming_up_the_critic_lowers_its_loss():
     nets = models()
     _, experience = prepare(nets, prompts=PROMPTS * 4)
-    settings = SETTINGS._replace(value_clip=None)
-    step = stepper(nets.critic, 1e-2)
-    losses = [update(nets, experience, settings, step, None)["value_loss"] for _ in range(15)]
+    config, trainer = settings(value_clip=None), Trainer(nets, critic_rate=1e-2)
+    losses = [trainer.update(experience, config, warm=True)["value_loss"] for _ in range(15)]
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_trap_13_every_step_goes_through_the_clipping_step():
+def test_trap_13_every_step_goes_through_the_clipping_step(monkeypatch):
     nets = models()
     _, experience = prepare(nets, prompts=PROMPTS * 2)
     calls = []
-    settings = SETTINGS._replace(minibatches=4, ratio_tolerance=9.0)
-    update(
-        nets, experience, settings,
-        lambda: calls.append("critic") or 0.0, lambda: calls.append("policy") or 0.0,
-    )  # fmt: skip
-    assert calls == ["critic", "policy"] * 4
 
+    def step(network, rate, clip):
+        calls.append(("critic" if network.model is nets.critic else "policy", rate, clip))
+        return 0.0
 
-def collected_gradients(nets, experience, settings):
-    """Gradients of the first mini-batches, summed; models are copied so that threads can run."""
-    nets = copy.deepcopy(nets)
-    metrics = update(nets, experience, settings, lambda: 0.0, lambda: 0.0)
-    return gradients(nets.policy), gradients(nets.critic), metrics
+    monkeypatch.setattr(loop, "step_optimizer", step)
+    trainer = Trainer(nets, 0.02, 0.03)
+    trainer.update(experience, settings(minibatches=4, ratio_tolerance=9.0, clip=0.7))
+    assert calls == [("critic", 0.03, 0.7), ("policy", 0.02, 0.7)] * 4
 
 
 @pytest.mark.parametrize("max_tokens", [1, 30])
 def test_trap_14_the_micro_batch_size_changes_nothing(max_tokens):
     nets = models()
     _, experience = prepare(nets, prompts=PROMPTS * 2)
-    settings = SETTINGS._replace(minibatches=2)
-    whole = collected_gradients(nets, experience, settings)
-    parts = collected_gradients(nets, experience, settings._replace(max_tokens=max_tokens))
+    config = settings(minibatches=2)
+    whole = collected_gradients(nets, experience, config)
+    small = settings(minibatches=2, micro_batch_tokens=max_tokens)
+    parts = collected_gradients(nets, experience, small)
     for a, b in zip(whole[:2], parts[:2], strict=True):
         assert torch.allclose(a, b, atol=1e-5)
     assert whole[2] == pytest.approx(parts[2], abs=1e-5)
@@ -142,13 +133,12 @@ def test_trap_14_the_number_of_ranks_changes_nothing(max_tokens):
     """Ranks with different token counts; their gradients add up to those of one process."""
     nets = models()
     _, whole = prepare(nets, prompts=PROMPTS * 2)
-    settings = SETTINGS._replace(minibatches=2, max_tokens=max_tokens)
-    expected = collected_gradients(nets, whole, settings)
+    config = settings(minibatches=2, micro_batch_tokens=max_tokens)
+    expected = collected_gradients(nets, whole, config)
 
-    def part(rank, all_sum, all_max):
+    def part(rank):
         rows = [m * 4 + i for m in range(2) for i in (range(1) if rank == 0 else range(1, 4))]
-        mine = settings._replace(all_sum=all_sum, all_max=all_max)
-        return collected_gradients(nets, whole.select(rows), mine)
+        return collected_gradients(nets, whole.select(rows), config)
 
     ranks = on_ranks(2, part)
     for i in range(2):
@@ -170,7 +160,7 @@ def test_trap_15_fp32_no_dropout_frozen_reference_and_the_very_ids_drawn(monkeyp
     rollout = sample(nets.policy, PROMPTS)
     monkeypatch.setattr(Transformer, "forward", watched)
     _, experience = prepare(nets, rollout=rollout)
-    update(nets, experience, SETTINGS, stepper(nets.critic), stepper(nets.policy))
+    Trainer(nets).update(experience)
     flat = [token for sequence in rollout.sequences for token in sequence]
     assert seen == [flat] * 6  # two reward models, reference, values, and one training pass each
     for name in ("reference", "helpfulness", "safety"):
@@ -205,36 +195,56 @@ def test_ppo_learns_to_say_what_is_rewarded():
     policy = transformer()
     safe = transformer("score", 4)
     nn.init.zeros_(safe.score.weight)  # sigma(0) = 0.5: never below the threshold
-    nets = Models(
+    nets = Nets(
         policy, transformer("score", 1), copy.deepcopy(policy), counting_reward_model(7), safe
     )
-    settings = SETTINGS._replace(beta=0.01, minibatches=2, temperature=1.0)
-    steps = stepper(nets.critic, 1e-2), stepper(policy, 1e-2)
+    config = settings(beta=0.01, minibatches=2, temperature=1.0)
+    trainer = Trainer(nets, 1e-2, 1e-2)
     history = []
     for iteration in range(20):
         rollout = sample(policy, PROMPTS * 16, iteration, max_new_tokens=6, temperature=1.0)
-        scores, experience = prepare(nets, settings, rollout=rollout)
-        metrics = rollout_metrics(experience, scores, one_sum)
+        scores, experience = prepare(nets, config, rollout=rollout)
+        metrics = rollout_metrics(experience, scores)
         history.append((metrics["reward_helpfulness"], metrics["kl"]))
-        update(nets, experience, settings, *steps)
+        trainer.update(experience, config)
     assert history[-1][0] > history[0][0] + 1.0
     assert abs(history[0][1]) < 1e-3 < history[-1][1]
     answers = [token for answer in rollout.answers for token in answer]
     assert answers.count(7) > 0.6 * len(answers)
 
 
-def one_sum(x):
-    return x
-
-
 def test_metrics_count_the_branches_of_the_switch():
     nets = models()
     rollout = sample(nets.policy, PROMPTS)
-    tagged = torch.tensor([True, False, False, True])
-    scores = score_answers(nets, rollout, tagged, SETTINGS)
-    experience = make_experience(nets, rollout, scores, SETTINGS)
-    metrics = rollout_metrics(experience, scores, one_sum)
+    scores, experience = prepare(nets, rollout=rollout, is_safety=[True, False, False, True])
+    metrics = rollout_metrics(experience, scores)
     assert metrics["branch_is_safety"] == 2
     names = ("is_safety", "unsafe", "helpfulness")
     assert sum(metrics[f"branch_{name}"] for name in names) == 4
-    assert one_rank(3) == 3
+
+
+def test_approx_kl_is_that_of_the_new_policy_from_the_one_that_sampled():
+    """Against the exact KL(old || new) over the whole vocabulary, in fp64."""
+    nets = models()
+    _, experience = prepare(nets, prompts=PROMPTS * 64)
+    old, trainer = copy.deepcopy(nets.policy), Trainer(nets, 3e-3)
+    assert trainer.update(experience)["approx_kl"] < 1e-6  # one mini-batch: measured before it
+    again = settings(ratio_tolerance=9.0)
+    new = copy.deepcopy(nets.policy)
+    estimate = trainer.update(experience, again)["approx_kl"]
+    assert estimate > 1e-5
+    assert estimate == pytest.approx(exact_kl(old, new, experience.rollout), rel=0.3)
+
+
+@torch.no_grad()
+def exact_kl(old, new, rollout):
+    total, count = 0.0, 0
+    for prompt, answer in zip(rollout.prompts, rollout.answers, strict=True):
+        tokens = torch.tensor([prompt + answer])
+        p, q = (
+            torch.log_softmax(m.logits(m(tokens))[0, len(prompt) - 1 : -1].double() / 0.8, -1)
+            for m in (old, new)
+        )
+        total += (p.exp() * (p - q)).sum().item()
+        count += len(answer)
+    return total / count

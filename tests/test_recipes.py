@@ -25,7 +25,7 @@ from puna.core import parallel
 from puna.core.checkpoint.source import fresh, parameter_shapes
 from puna.core.config import parameter_count, size
 from puna.core.model import Transformer
-from puna.trainers import ppo, reward
+from puna.trainers import reward
 from puna.trainers.data.packing import PackedRows, Pair, pair_batch
 from puna.trainers.rl import update
 from puna.trainers.rl.losses import MARGINS
@@ -146,6 +146,10 @@ def test_the_loop_does_what_was_written_out_and_stops_ppo_early(name: str) -> No
 def test_recipe_parses(recipe: str) -> None:
     config = config_of(recipe)
     if recipe.endswith("rlhf.toml"):
+        paths = ("prompts", "helpfulness_prompts", "safety_prompts", "eval_prompts")
+        config = dataclasses.replace(
+            config, out=Path("o"), model=Path("m"), **{name: [Path("p")] for name in paths}
+        )
         check_rlhf(config)
 
 
@@ -228,16 +232,16 @@ def experience() -> update.Experience:
     floats, whole = torch.tensor([[-1.0] * 16] * 2), torch.tensor([[True] * 16] * 2)
     lengths = torch.tensor([16, 16])
     rollout = Rollout([[1] * 16] * 2, [[5] * 16] * 2, lengths, floats, whole[:, 0])
-    return update.Experience(rollout, floats, floats, floats, floats, whole)
+    return update.Experience(rollout, floats[:, 0], floats, floats, floats, floats, whole)
 
 
 def ppo_pass(config: Any, model: Transformer) -> None:
-    settings, totals = ppo.settings_of(config), update.Totals(torch.device("cpu"))
+    totals = update.Totals(torch.device("cpu"))
     if model.head == "lm":
         # not the first pass: that one asserts on values, which fake tensors have not
-        update.policy_pass(model, experience(), settings, 32.0, totals, first=False)
+        update.policy_pass(model, experience(), config, 32.0, totals, first=False)
     else:
-        update.critic_pass(model, experience(), settings, 32.0, totals)
+        update.critic_pass(model, experience(), config, 32.0, totals)
 
 
 def three_steps(name: str, head: str, config: Any, step: Any) -> dict[str, torch.Size]:

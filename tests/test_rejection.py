@@ -100,9 +100,9 @@ def test_k_answers_to_each_prompt_are_sampled_and_scored(world, whole):
         for name, judge in judges.items():
             hidden = judge(torch.tensor([ids]))[0, -1]
             expected = (hidden @ judge.score.weight[0]).item()
-            assert one[name] == pytest.approx(expected, abs=1e-4)
-        unsafe = one["is_safety"] or one["safety"] < -1.7346
-        assert one["score"] == one["safety" if unsafe else "helpfulness"]
+            assert one["scores"][name] == pytest.approx(expected, abs=1e-4)
+        unsafe = one["is_safety"] or one["scores"]["safety"] < -1.7346
+        assert one["score"] == one["scores"]["safety" if unsafe else "helpfulness"]
 
 
 def test_the_best_finished_answer_to_each_prompt_is_selected(whole):
@@ -168,7 +168,11 @@ def test_earlier_rounds_stay_in_the_pool_and_are_scored_again(world, whole, tmp_
             if s["messages"] == one["messages"] and s["finished"] and s["answer"]
         ]
         assert best["score"] == pytest.approx(max([one["score"], *rivals]), abs=1e-4)
-        if best["round"] == 1 and not best["is_safety"] and best["score"] == best["helpfulness"]:
+        if (
+            best["round"] == 1
+            and not best["is_safety"]
+            and best["score"] == best["scores"]["helpfulness"]
+        ):
             ids = encode_prompt(tokenizer, best["messages"]) + best["tokens"]
             hidden = judge(torch.tensor([ids]))[0, -1]
             assert best["score"] == pytest.approx((hidden @ judge.score.weight[0]).item(), abs=1e-4)

@@ -10,6 +10,7 @@ import torch
 
 from puna.core import parallel
 from puna.core.checkpoint.folder import load_model
+from puna.core.packed import score
 from puna.core.tokenizer import Tokenizer
 from puna.trainers import reward
 from puna.trainers.data.formats import RATINGS, Columns
@@ -17,7 +18,6 @@ from puna.trainers.data.packing import encode_pairs
 from puna.trainers.data.readers import read_preferences
 from puna.trainers.reward import RewardConfig
 from puna.trainers.rl.losses import MARGINS
-from puna.trainers.rl.rewards import score
 from puna.trainers.train.run import Run
 
 

@@ -7,10 +7,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from puna.core import parallel
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
-from puna.trainers.rl.packed import micro_batches
-from puna.trainers.rl.rewards import combine, score, settle_unfinished, token_rewards
+from puna.core.packed import micro_batches, score
+from puna.trainers.rl.rewards import (
+    Answer,
+    RewardModels,
+    Scores,
+    score_answers,
+    settle_unfinished,
+    switch,
+    token_rewards,
+)
 
 CONFIG = ModelConfig(16, 2, 2, 1, 24, vocab_size=13, context=32)
 
@@ -72,14 +81,16 @@ def test_micro_batches_cover_every_sequence_once_and_stay_small(lengths, max_tok
         assert len(group) == 1 or sum(lengths[i] for i in group) <= max_tokens
 
 
-def test_micro_batches_keep_ranks_in_step():
-    assert micro_batches([4, 4], 4, all_max=lambda n: max(n, 3)) == [[0], [1], []]
+def test_micro_batches_keep_ranks_in_step(monkeypatch):
+    monkeypatch.setattr(parallel, "all_max", lambda n: max(n, 3))
+    assert micro_batches([4, 4], 4) == [[0], [1], []]
 
 
-def test_score_is_the_same_when_another_rank_needs_more_passes(reward_model):
+def test_score_is_the_same_when_another_rank_needs_more_passes(reward_model, monkeypatch):
     batch = sequences(3)
     expected = score(reward_model, batch)
-    assert torch.equal(score(reward_model, batch, all_max=lambda n: n + 2), expected)
+    monkeypatch.setattr(parallel, "all_max", lambda n: n + 2)
+    assert torch.equal(score(reward_model, batch), expected)
 
 
 def raw(probability):
@@ -87,7 +98,7 @@ def raw(probability):
 
 
 @pytest.mark.parametrize(
-    ("safety", "helpful", "tagged", "expected", "branch"),
+    ("safety", "helpful", "is_safety", "expected", "branch"),
     [
         (0.10, 0.90, False, -2.197, "unsafe"),
         (0.20, 0.90, False, 2.197, "helpfulness"),
@@ -97,19 +108,18 @@ def raw(probability):
         (0.1499, 0.30, False, raw(0.1499), "unsafe"),
     ],
 )
-def test_combine_is_equation_four(safety, helpful, tagged, expected, branch):
-    combined = combine(
-        torch.tensor([raw(helpful)]), torch.tensor([raw(safety)]), torch.tensor([tagged])
+def test_the_switch_is_equation_four(safety, helpful, is_safety, expected, branch):
+    score, branches = switch(
+        torch.tensor([raw(helpful)]), torch.tensor([raw(safety)]), torch.tensor([is_safety])
     )
-    assert combined.raw.item() == pytest.approx(expected, abs=1e-3)
-    assert combined.from_safety.item() is (branch != "helpfulness")
-    counts = {"is_safety": 0, "unsafe": 0, "helpfulness": 0}
-    assert combined.branches == counts | {branch: 1}
+    assert score.item() == pytest.approx(expected, abs=1e-3)
+    counts = {"is_safety": False, "unsafe": False, "helpfulness": False}
+    assert {name: taken.item() for name, taken in branches.items()} == counts | {branch: True}
 
 
 def test_the_logit_of_the_sigmoid_is_the_raw_score_even_where_the_sigmoid_saturates():
-    combined = combine(torch.tensor([40.0]), torch.tensor([0.0]), torch.tensor([False]))
-    assert combined.raw.item() == 40.0
+    score, _ = switch(torch.tensor([40.0]), torch.tensor([0.0]), torch.tensor([False]))
+    assert score.item() == 40.0
 
 
 def test_each_rule_for_unfinished_answers():
@@ -139,3 +149,77 @@ def test_uncounted_answers_take_no_part_in_the_whitening():
     counted = torch.tensor([True, True, False])
     rewards = token_rewards(scores, torch.zeros(3, 1), lengths, beta=0.1, counted=counted)
     assert rewards[:, 0].tolist() == pytest.approx([-1.0, 1.0, 0.0], abs=1e-5)
+
+
+def answers(count=3):
+    return [Answer([], f"{n}", [1, 5], [n + 3, 2], True, n == 0) for n in range(count)]
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "given", [[1, 2, 3], [1.0, 2.0, 3.0], torch.tensor([1.0, 2.0, 3.0]).double(), (True, 2, 3)]
+)
+def test_a_reward_is_any_function_that_gives_a_number_for_each_answer(given):
+    scores = score_answers(lambda batch: given, answers(), CPU)
+    assert scores.raw.dtype == torch.float32 and scores.raw.tolist() == [1.0, 2.0, 3.0]
+    assert not scores.parts and not scores.branches
+
+
+def test_what_a_reward_wants_logged_goes_with_its_scores():
+    own = Scores(torch.ones(3), {"length": torch.tensor([1.0, 2.0, 3.0])})
+    assert score_answers(lambda batch: own, answers(), CPU).parts["length"].sum() == 6
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (
+            [1.0, 2.0],
+            ValueError,
+            "scores of shape \\(2,\\) for 3 answers; it must return one number",
+        ),
+        ([[1.0], [2.0], [3.0]], ValueError, "shape \\(3, 1\\) for 3 answers"),
+        ([1.0, math.nan, 3.0], RuntimeError, "the reward gave no finite score for 1 of 3 answers"),
+        ([1.0, math.inf, -math.inf], RuntimeError, "no finite score for 2 of 3 answers"),
+    ],
+)
+def test_a_reward_that_gives_something_else_is_named(given, error, message):
+    with pytest.raises(error, match=message):
+        score_answers(lambda batch: given, answers(), CPU)
+
+
+@pytest.mark.parametrize("broken", ["helpfulness", "safety"])
+def test_a_reward_model_with_nan_is_named(reward_model, broken):
+    bad = Transformer(CONFIG, head="score")
+    bad.init_weights(1)
+    with torch.no_grad():
+        bad.score.weight[0, 0] = math.nan
+    models = {"helpfulness": reward_model, "safety": reward_model} | {broken: bad}
+    with pytest.raises(RuntimeError, match=f"the {broken} reward model gave no finite score for 3"):
+        RewardModels(**models)(answers())
+
+
+def test_two_reward_models_switch_or_add_and_one_alone_scores_everything(reward_model):
+    other = Transformer(CONFIG, head="score")
+    other.init_weights(8)
+    sequences = [a.prompt_ids + a.ids for a in answers()]
+    helpful, safe = score(reward_model, sequences), score(other, sequences)
+    switched = RewardModels(reward_model, other, threshold=0.999999)(answers())
+    assert torch.equal(switched.raw, safe)  # everything is below it
+    assert switched.branches["is_safety"].tolist() == [True, False, False]
+    assert torch.equal(
+        RewardModels(reward_model, other, combine="sum")(answers()).raw, helpful + safe
+    )
+    assert torch.equal(RewardModels(reward_model, None)(answers()).raw, helpful)
+    assert torch.equal(RewardModels(None, other)(answers()).raw, safe)
+    with pytest.raises(ValueError, match="no reward model; name one"):
+        RewardModels(None, None)
+
+
+def test_unwhitened_scores_are_taken_as_they_are():
+    rewards = token_rewards(
+        torch.tensor([2.0, -3.0]), torch.ones(2, 2), torch.tensor([1, 2]), beta=0.1, whitened=False
+    )
+    assert torch.allclose(rewards, torch.tensor([[1.9, 0.0], [-0.1, -3.1]]))

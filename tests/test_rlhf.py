@@ -40,8 +40,12 @@ def configured(tiny: Path, out: Path, **options) -> RLHFConfig:
     return RLHFConfig(out=out, **(values | options))
 
 
-def prefers_red(messages, a, b) -> Verdict:
+def prefers_red(a, b) -> list[Verdict]:
     """Many words of red are better; more than three words are unsafe."""
+    return [redder(x.text, y.text) for x, y in zip(a, b, strict=True)]
+
+
+def redder(a: str, b: str) -> Verdict:
     chosen = int(b.count("red") > a.count("red"))
     rating = "better" if a.count("red") != b.count("red") else "negligibly_better"
     safe = [len(text.split()) <= 3 for text in ((a, b) if chosen == 0 else (b, a))]
@@ -179,13 +183,21 @@ def test_going_on_trains_the_last_reward_models_with_fresh_data_only(tiny, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"versions": 0}, "there must be at least one version"),
-        ({"ppo_versions": 3}, "not more with PPO than there are"),
+        ({"versions": 0}, "versions is 0; it must be at least 1"),
+        ({"ppo_versions": 3}, "there must not be more with PPO than there are"),
         ({"ppo": {"iteration": 3}}, r"\[ppo\]: unknown key 'iteration'; did you mean iterations"),
         ({"ppo": {"iterations": "many"}}, "'ppo.iterations' is 'many'; expected a whole number"),
         ({"reward": {"margins": "small"}}, r"\[reward\]: unknown key 'margins'; .*margin"),
         ({"max_new_tokens": 256}, "max_new_tokens 256 leaves no room for a prompt"),
         ({"temperatures": []}, "temperatures is empty"),
+        ({"helpfulness_prompts": []}, "helpfulness_prompts is empty; name files of prompts"),
+        ({"rejection": {"student": "x"}}, r"\[rejection\]: 'student' .* the loop's own `student`"),
+        ({"rejection": {"pools": ["x"]}}, r"\[rejection\]: 'pools' cannot be set here"),
+        ({"ppo": {"batch": 8, "minibatch": 3}}, "batch 8 is not a multiple of minibatch 3"),
+        ({"ppo": {"policy": "x"}}, r"\[ppo\]: 'policy' cannot be set here"),
+        ({"ppo": {"prompts": ["x"]}}, r"\[ppo\]: 'prompts' .* `prompts` and `ppo_prompts`"),
+        ({"safety": {"data": ["x"]}}, r"\[safety\]: 'data' .* `helpfulness_data`"),
+        ({"ppo": {"patience": 2}}, r"patience in \[ppo\] needs eval_prompts"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_trained(tiny, tmp_path, options, message):
@@ -197,3 +209,47 @@ def test_another_configuration_is_refused(tiny, whole):
     with pytest.raises(ValueError, match="another configuration .differs in samples"):
         options = configured(tiny, whole).rejection | {"samples": 9}
         rlhf.run(replace(configured(tiny, whole), rejection=options), ANNOTATORS)
+
+
+def test_a_student_learns_from_every_versions_answers_and_each_stage_has_prompts_of_its_own(
+    tiny, tmp_path
+):
+    out = tmp_path / "loop"
+    prompts = [tiny / "prompts.jsonl"]
+    config = configured(
+        tiny, out, versions=1, student=tiny / "lm", rejection_prompts=prompts, ppo_prompts=prompts,
+        eval_prompts=prompts,
+    )  # fmt: skip
+    rlhf.run(config, ANNOTATORS)
+    folder = out / "round-1"
+    assert not same_weights(folder / "student" / "model", tiny / "lm")
+    assert not same_weights(folder / "student" / "model", folder / "rejection" / "model")
+    assert not (folder / "student" / "samples.jsonl").exists()  # it learns from the others' answers
+    for stage in ("rejection", "ppo"):
+        text = (folder / stage / "config.toml").read_text()
+        assert f'prompts = ["{prompts[0]}", "{prompts[0]}"]' in text
+    rows = [json.loads(row) for row in (folder / "ppo" / "metrics.jsonl").open()]
+    assert "eval_reward" in rows[0]
+
+
+def test_with_a_reward_of_ones_own_nothing_is_compared_and_it_scores_every_stage(tiny, tmp_path):
+    out = tmp_path / "loop"
+    seen = []
+
+    def red(answers):
+        seen.extend(answers)
+        return [answer.text.count("red") - 0.1 * len(answer.ids) for answer in answers]
+
+    config = configured(tiny, out, helpfulness_prompts=[], safety_prompts=[])
+    config.ppo = {**config.ppo, "critic": "policy"}
+    final = rlhf.run(config, reward=red)
+    assert final == out / "round-2" / "ppo" / "model" and load_model(final).head == "lm"
+    assert not (out / "round-1" / "helpfulness").exists()
+    assert not (out / "round-1" / "helpfulness-pairs.jsonl").exists()
+    assert all(answer.prompt_ids and answer.ids for answer in seen)
+    samples = [json.loads(row) for row in (out / "round-1/rejection/samples.jsonl").open()]
+    for sample in samples:
+        expected = sample["answer"].count("red") - 0.1 * len(sample["tokens"])
+        assert sample["score"] == pytest.approx(expected, abs=1e-5) and sample["scores"] == {}
+    rows = [json.loads(row) for row in (out / "round-2" / "ppo" / "metrics.jsonl").open()]
+    assert "reward" in rows[0] and "reward_helpfulness" not in rows[0]

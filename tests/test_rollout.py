@@ -97,7 +97,7 @@ def test_rollouts_cut_nothing_off_the_distribution():
     assert (drawn[expected > 0.02] > 0).all()
 
 
-def test_micro_batch_size_and_packing_change_nothing():
+def test_micro_batch_size_and_packing_change_nothing(monkeypatch):
     """Trap 11: packed without padding, each answer sees its own prompt and positions only."""
     policy, critic = model(), model("score", 1)
     rollout = sample(policy)
@@ -109,9 +109,8 @@ def test_micro_batch_size_and_packing_change_nothing():
         assert torch.allclose(
             answer_values(critic, rollout, max_tokens=max_tokens), values, atol=1e-5
         )
-    padded = answer_logprobs(
-        policy, rollout, temperature=0.8, max_tokens=12, all_max=lambda n: n + 3
-    )[0]
+    monkeypatch.setattr(parallel, "all_max", lambda n: n + 3)
+    padded = answer_logprobs(policy, rollout, temperature=0.8, max_tokens=12)[0]
     assert torch.allclose(padded, whole, atol=1e-5)
 
 
@@ -173,10 +172,11 @@ def test_weights_are_gathered_once_for_a_whole_rollout(monkeypatch):
     assert entered == [policy]
 
 
-def test_a_rank_without_prompts_has_an_empty_rollout():
+def test_a_rank_without_prompts_has_an_empty_rollout(monkeypatch):
     rollout = sample(model(), [])
     assert rollout.sequences == [] and rollout.logprobs.shape == (0, 0)
-    values = answer_values(model("score"), rollout, max_tokens=9, all_max=lambda n: n + 1)
+    monkeypatch.setattr(parallel, "all_max", lambda n: n + 1)
+    values = answer_values(model("score"), rollout, max_tokens=9)
     assert values.shape == (0, 0)
 
 

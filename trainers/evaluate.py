@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from puna.core import parallel
-from puna.core.checkpoint.atomic import atomic_file
+from puna.core.checkpoint.atomic import write_text
 from puna.core.checkpoint.folder import load_model, open_source, tokenizer_path
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.formats import SAFETY, Columns, Ratings
@@ -52,7 +52,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     model = load_model(config.model, device=loop.device_of_name(config.device))
     pairs, skipped = load_pairs(config, model.config.context)
     next_token.say(skipped)
-    differences, ratings = margins_of(model, pairs, config.micro_batch, model.head_weight.device)
+    differences, ratings = margins_of(model, pairs, config.micro_batch, model.device)
     by_rating = accuracy.shares(differences, ratings)
     by_safety = safety_shares(differences, pairs)
     bins = accuracy.calibration(differences)
@@ -68,8 +68,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if parallel.is_main():
         show(by_rating | by_safety, bins)
         if config.out is not None:
-            with atomic_file(config.out) as partial:
-                partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            write_text(config.out, json.dumps(document, indent=2) + "\n")
     return document
 
 

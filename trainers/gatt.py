@@ -22,21 +22,24 @@ import numpy as np
 
 from puna.core import parallel
 from puna.core.chat import Message, decode_answer, encode_dialogue, encode_prompt
+from puna.core.checkpoint.atomic import write_text
 from puna.core.checkpoint.folder import open_model, tokenizer_path
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.formats import Columns
 from puna.trainers.data.ghost import GhostDialogue, read_ghost_dialogues
 from puna.trainers.data.packing import PackedRows
+from puna.trainers.rl.rewards import Answer
 from puna.trainers.rl.rollout import sample_everywhere
 from puna.trainers.sft import load_dialogues
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.command import command
 from puna.trainers.train.progress import meter
-from puna.trainers.train.ranges import Batch, Count, CountOrNone, Share, Temperature
+from puna.trainers.train.ranges import Batch, Count, CountOrZero, Share, Temperature
 from puna.trainers.train.run import Run, open_start
 
-Judge = Callable[[str, str, str], bool]  # (instruction, question, answer) -> does it obey
+Judge = Callable[[Sequence[Answer]], Sequence[bool]]
+"""Answers -> whether each obeys; `messages` is the dialogue so far, its instruction first."""
 
 
 @dataclass(kw_only=True)
@@ -57,7 +60,7 @@ class GAttConfig(loop.RowsConfig):
     """answers drawn for each turn; the first that a judge accepts is taken"""
     targets: Count = 5
     """examples made of one dialogue, each ending at another turn"""
-    window: CountOrNone = 0
+    window: CountOrZero = 0
     """earlier exchanges that the sampling model sees; 0: all"""
     temperature: Temperature = 1.0
     """of the sampled answers"""
@@ -146,8 +149,8 @@ def _sample(
             going, prompts = [going[n] for n in fitting], [prompts[n] for n in fitting]
             drawn = _candidates(config, model, tokenizer, prompts, going, turn)
             exchanges = {
-                i: _choose(tokenizer, dialogues[i], turn, candidates, judge)
-                for i, candidates in zip(going, drawn, strict=True)
+                i: _choose(tokenizer, dialogues[i], history[i], ids, candidates, judge)
+                for i, ids, candidates in zip(going, prompts, drawn, strict=True)
             }
             if parallel.is_main():
                 _append_turn(path, exchanges)
@@ -203,21 +206,45 @@ def _candidates(
 def _choose(
     tokenizer: Tokenizer,
     dialogue: GhostDialogue,
-    turn: int,
+    history: Sequence[Exchange],
+    prompt_ids: list[int],
     candidates: list[list[int]],
     judge: Judge | None,
 ) -> Exchange:
     """The first candidate that ends and obeys; where none does, the first, which is no target."""
-    user = dialogue.turns[turn]
-    for answer in candidates:
-        text = decode_answer(tokenizer, answer)
-        finished = answer[-1] == tokenizer.eos_id and bool(text)
-        if finished and (judge is None or judge(dialogue.instruction, user, text)):
-            return Exchange(user, answer, True)
-    answer = candidates[0]
-    if answer[-1] != tokenizer.eos_id:
-        answer = [*answer, tokenizer.eos_id]  # as context a cut answer must end somewhere
-    return Exchange(user, answer, False)
+    user = dialogue.turns[len(history)]
+    messages = _messages(tokenizer, dialogue, history)
+    answers = [
+        Answer(messages, decode_answer(tokenizer, ids), prompt_ids, ids)
+        for ids in candidates
+        if ids[-1] == tokenizer.eos_id
+    ]
+    answers = [answer for answer in answers if answer.text]
+    obeys = list(judge(answers)) if judge and answers else [True] * len(answers)
+    if len(obeys) != len(answers):
+        raise ValueError(
+            f"the judge gave {len(obeys)} verdicts for {len(answers)} answers; it must return one "
+            "for each"
+        )
+    for answer, obeyed in zip(answers, obeys, strict=True):
+        if obeyed:
+            return Exchange(user, answer.ids, True)
+    first = candidates[0]
+    if first[-1] != tokenizer.eos_id:
+        first = [*first, tokenizer.eos_id]  # as context a cut answer must end somewhere
+    return Exchange(user, first, False)
+
+
+def _messages(
+    tokenizer: Tokenizer, dialogue: GhostDialogue, history: Sequence[Exchange]
+) -> list[Message]:
+    """The dialogue up to the turn that is being answered, for a judge to read."""
+    messages: list[Message] = [{"role": "system", "content": dialogue.instruction}]
+    for exchange in history:
+        text = decode_answer(tokenizer, exchange.answer)
+        messages.append({"role": "user", "content": exchange.user})
+        messages.append({"role": "assistant", "content": text})
+    return [*messages, {"role": "user", "content": dialogue.turns[len(history)]}]
 
 
 def training_rows(
@@ -269,7 +296,7 @@ def _whole_turns(path: Path) -> int:
     text = path.read_text()
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        path.write_text(whole)
+        write_text(path, whole)
     return whole.count("\n")
 
 

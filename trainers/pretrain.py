@@ -17,7 +17,7 @@ from puna.trainers.data.packing import CorpusRows
 from puna.trainers.data.readers import Skipped, read_texts
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.command import command
-from puna.trainers.train.ranges import CountOrNone, ShareOf
+from puna.trainers.train.ranges import CountOrZero, ShareOf
 from puna.trainers.train.run import Run, open_start
 
 
@@ -31,13 +31,13 @@ class PretrainConfig(loop.RowsConfig):
     """tokenizer.model; its vocabulary is the model's"""
     size: str = "mini"
     """model shape: 7b, 13b, 34b, 70b, or a small one (15m, 110m, 1b, demo, mini)"""
-    context: CountOrNone = 0
+    context: CountOrZero = 0
     """longest sequence the model is made for, tokens; 0 takes the shape's own"""
-    row_tokens: CountOrNone = 0
+    row_tokens: CountOrZero = 0
     """tokens in a training row; 0 takes the context (paper: 4096)"""
     batch: int = 8
     """rows in a step, all processes together (paper: 4M tokens)"""
-    steps: CountOrNone = 0
+    steps: CountOrZero = 0
     """optimizer steps; 0 takes one epoch"""
     eval_share: Annotated[float, ShareOf()] = 0.01
     """share of the tokens, the last ones, kept for the held-out loss"""

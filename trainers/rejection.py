@@ -17,13 +17,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from puna.core import parallel
 from puna.core.chat import decode_answer, encode_dialogue, encode_prompt
-from puna.core.checkpoint.folder import open_model
+from puna.core.checkpoint.atomic import atomic_file, write_text
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.formats import Columns, Dialogue
@@ -31,29 +31,35 @@ from puna.trainers.data.packing import PackedRows
 from puna.trainers.data.prompts import EncodedPrompt, common_tokenizer, load_prompts
 from puna.trainers.data.readers import Skipped
 from puna.trainers.rl.best_of import Sample, best_of, read_samples, reward_curve, write_samples
-from puna.trainers.rl.rewards import combine, score
-from puna.trainers.rl.rollout import collect
+from puna.trainers.rl.config import (
+    SamplingConfig,
+    check_reward,
+    frozen,
+    open_reward_models,
+    prompt_room,
+    reward_paths,
+)
+from puna.trainers.rl.rewards import Answer, Reward, RewardModels, Scores, score_answers
+from puna.trainers.rl.rollout import as_answers, collect
 from puna.trainers.sft import load_dialogues
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.command import command
 from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.progress import meter
-from puna.trainers.train.ranges import Batch, Count, CountOrNone, Temperature
+from puna.trainers.train.ranges import Batch, Count, CountOrZero, Temperature
 from puna.trainers.train.run import Run, open_start
 
 
 @dataclass(kw_only=True)
-class RejectionConfig(loop.RowsConfig):
+class RejectionConfig(SamplingConfig, loop.RowsConfig):
     """Rejection-sampling fine-tuning (paper section 3.2.3)."""
 
     policy: Path
     """the newest chat model, which samples (paper: only the 70b)"""
-    helpfulness: Path
-    """helpfulness reward model"""
-    safety: Path
-    """safety reward model"""
-    prompts: list[Path]
+    prompts: list[Path] = field(default_factory=list)
     """prompt files to sample from"""
+    selected: Path | None = None
+    """selected.jsonl of another run to train on: nothing is sampled (a smaller student)"""
     student: Path | None = None
     """model to fine-tune on the selected answers: a smaller one (paper: the 70b's answers train the
     others), or the base or SFT model to start a version anew; left out: the policy itself"""
@@ -68,38 +74,38 @@ class RejectionConfig(loop.RowsConfig):
     """K, answers to each prompt (paper: not said; its Fig. 26 uses 20)"""
     temperature: Temperature = 1.2
     """of the answers (paper: 1.2 to 1.3 is best for its RLHF model; tune it for every version)"""
-    max_new_tokens: Count = 512
-    """longest answer, tokens"""
     chunk: Batch = 64
     """prompts sampled and scored at a time, all processes together; an interruption loses at most
     one chunk"""
-    generation_batch: Batch = 256
-    """answers sampled side by side"""
-    micro_batch_tokens: Count = 16384
-    """most tokens in one scoring pass"""
     epochs: Count = 2
     """passes over the selected answers"""
     lr: float = 2e-5
     """peak (the paper does not say; this is SFT's)"""
-    row_tokens: CountOrNone = 0
+    row_tokens: CountOrZero = 0
     """tokens in a row; 0 takes the model's context"""
 
 
-def run(config: RejectionConfig) -> Path:
-    """Sample, select and train, or continue, in `config.out`; returns the finished model."""
+def run(config: RejectionConfig, reward: Reward | None = None) -> Path:
+    """Sample, select and train, or continue, in `config.out`; returns the finished model.
+
+    `reward` scores answers in place of the reward models; without it Eq. 4 over
+    `config.helpfulness` and `config.safety` does.
+    """
+    if config.selected is None:
+        check_reward(config, reward)
     student = config.student or config.policy
-    tokenizer_file = common_tokenizer(config.policy, config.helpfulness, config.safety, student)
+    tokenizer_file = common_tokenizer(config.policy, *reward_paths(config), student)
     tokenizer = Tokenizer(tokenizer_file)
     folder = Run(config.out, config, tokenizer=tokenizer_file)
     if folder.done:
         return folder.final
-    selected = folder.path / "selected.jsonl"
+    selected = config.selected or folder.path / "selected.jsonl"
     if not parallel.broadcast(selected.exists()):
-        select(config, folder, tokenizer, selected)
+        select(config, folder, tokenizer, selected, reward or open_reward_models(config))
     source = open_start(folder, student, head="lm")
     row_tokens = next_token.row_length(config.row_tokens, source.config.context)
     mixed, skipped = load_dialogues(config.mix, Columns())
-    rows = pack(tokenizer, read_samples(selected), row_tokens, mixed)
+    rows = pack(tokenizer, read_pool(selected, tokenizer), row_tokens, mixed)
     skipped.merge(rows.skipped)
     next_token.say(skipped)
     steps = next_token.epoch_steps(len(rows), config.epochs, config.batch)
@@ -121,49 +127,17 @@ def pack(
     return PackedRows(sequences, row_tokens, vocab_size=tokenizer.vocab_size)
 
 
-class Verdict(NamedTuple):
-    score: float  # the one that Eq. 4's switch lets through, raw
-    helpfulness: float
-    safety: float
-
-
-class Judges:
-    """Both reward models, and Eq. 4's switch between them."""
-
-    def __init__(self, config: RejectionConfig):
-        self.max_tokens = config.micro_batch_tokens
-        self.helpfulness = frozen(config.helpfulness, "score", config)
-        self.safety = frozen(config.safety, "score", config)
-
-    def scores(self, sequences: Sequence[list[int]], is_safety: Sequence[bool]) -> list[Verdict]:
-        """What each dialogue (ids) is worth; the same number of calls on every rank."""
-        helpfulness, safety = (
-            score(model, sequences, max_tokens=self.max_tokens, all_max=parallel.all_max)
-            for model in (self.helpfulness, self.safety)
-        )
-        is_safety = torch.tensor(list(is_safety), dtype=torch.bool, device=safety.device)
-        raw = combine(helpfulness, safety, is_safety).raw
-        columns = (raw.tolist(), helpfulness.tolist(), safety.tolist())
-        return [Verdict(*row) for row in zip(*columns, strict=True)]
-
-
-def frozen(path: Path, head: str, config: RejectionConfig) -> Transformer:
-    """A model to look with, not to train."""
-    return loop.load(open_model(path, head=head), config).requires_grad_(False)
-
-
-def select(config: RejectionConfig, folder: Run, tokenizer: Tokenizer, selected: Path) -> None:
+def select(
+    config: RejectionConfig, folder: Run, tokenizer: Tokenizer, selected: Path, reward: Reward
+) -> None:
     """Stages 1 and 2: sample what is missing, score the pools again, write `selected`."""
-    policy, judges = frozen(config.policy, "lm", config), Judges(config)
-    context = min(m.config.context for m in (policy, judges.helpfulness, judges.safety))
-    if config.max_new_tokens >= context:
-        raise ValueError(
-            f"max_new_tokens {config.max_new_tokens} leaves no room for a prompt in the models' "
-            f"context of {context}; lower it"
-        )
-    prompts, skipped = load_prompts(config.prompts, tokenizer, context - config.max_new_tokens)
-    sample_all(config, folder, tokenizer, policy, judges, prompts)
-    pool = score_pool(config, tokenizer, judges, context, skipped)
+    policy = frozen(config.policy, "lm", config)
+    context = policy.config.context
+    if isinstance(reward, RewardModels):
+        context = min(context, reward.context)
+    prompts, skipped = load_prompts(config.prompts, tokenizer, prompt_room(config, context))
+    sample_all(config, folder, tokenizer, policy, reward, prompts)
+    pool = score_pool(config, tokenizer, reward, context, skipped)
     next_token.say(skipped)
     if parallel.is_main():
         fresh = read_samples(folder.path / "samples.jsonl")
@@ -173,12 +147,10 @@ def select(config: RejectionConfig, folder: Run, tokenizer: Tokenizer, selected:
                 f"no answer of {len(fresh)} is finished; raise max_new_tokens or train the policy "
                 "to stop"
             )
-        (folder.path / "selection.json").write_text(
-            json.dumps(summary(fresh, kept, config.samples), indent=2) + "\n"
-        )
-        partial = selected.with_suffix(".partial")
-        write_samples(partial, kept, mode="w")
-        partial.replace(selected)
+        found = json.dumps(summary(fresh, kept, config.samples), indent=2) + "\n"
+        write_text(folder.path / "selection.json", found)
+        with atomic_file(selected) as partial:
+            write_samples(partial, kept, mode="w")
     parallel.barrier()
 
 
@@ -187,7 +159,7 @@ def sample_all(
     folder: Run,
     tokenizer: Tokenizer,
     policy: Transformer,
-    judges: Judges,
+    reward: Reward,
     prompts: list[EncodedPrompt],
 ) -> None:
     """Append K scored answers a prompt to samples.jsonl, chunk after chunk, from where it ends."""
@@ -203,7 +175,7 @@ def sample_all(
                 )
             numbers = range(start, min(start + config.chunk, len(prompts)))
             mine = numbers[parallel.rank() :: parallel.world_size()]
-            samples = sample_chunk(config, tokenizer, policy, judges, prompts, mine)
+            samples = sample_chunk(config, tokenizer, policy, reward, prompts, mine)
             append_chunk(path, samples)
             progress.advance(len(numbers) * config.samples)
 
@@ -218,9 +190,8 @@ def whole_chunks(path: Path, config: RejectionConfig) -> int:
     lines = path.read_bytes().splitlines(keepends=True)
     complete = [line for line in lines if line.endswith(b"\n")]
     chunks = len(complete) // (config.chunk * config.samples)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(b"".join(complete[: chunks * config.chunk * config.samples]))
-    partial.replace(path)
+    with atomic_file(path) as partial:
+        partial.write_bytes(b"".join(complete[: chunks * config.chunk * config.samples]))
     return chunks
 
 
@@ -228,7 +199,7 @@ def sample_chunk(
     config: RejectionConfig,
     tokenizer: Tokenizer,
     policy: Transformer,
-    judges: Judges,
+    reward: Reward,
     prompts: list[EncodedPrompt],
     numbers: Sequence[int],
 ) -> list[Sample]:
@@ -246,23 +217,31 @@ def sample_chunk(
         round_index=config.round,
         batch_size=config.generation_batch,
     )
-    scores = judges.scores(rollout.sequences, [prompts[number].is_safety for number, _ in rows])
-    finished = rollout.finished.tolist()
+    answers = as_answers(rollout, [prompts[number] for number, _ in rows], tokenizer)
+    scored = scored_rows(score_answers(reward, answers, rollout.lengths.device))
     return [
         Sample(
-            messages=prompts[number].messages,
-            is_safety=prompts[number].is_safety,
-            answer=decode_answer(tokenizer, rollout.answers[row]),
-            tokens=rollout.answers[row],
-            finished=finished[row],
+            messages=answer.messages,
+            is_safety=answer.is_safety,
+            answer=answer.text,
+            tokens=answer.ids,
+            finished=answer.finished,
             round=config.round,
             prompt=number,
             sample=k,
-            score=scores[row].score,
-            helpfulness=scores[row].helpfulness,
-            safety=scores[row].safety,
+            score=score,
+            scores=parts,
         )
-        for row, (number, k) in enumerate(rows)
+        for answer, (score, parts), (number, k) in zip(answers, scored, rows, strict=True)
+    ]
+
+
+def scored_rows(scores: Scores) -> list[tuple[float, dict[str, float]]]:
+    """Scores as rows: (score, its parts by name)."""
+    parts = {name: part.tolist() for name, part in scores.parts.items()}
+    return [
+        (score, {name: values[row] for name, values in parts.items()})
+        for row, score in enumerate(scores.raw.tolist())
     ]
 
 
@@ -281,38 +260,52 @@ def append_chunk(path: Path, samples: list[Sample]) -> None:
     parallel.barrier()
 
 
+def read_pool(path: Path, tokenizer: Tokenizer) -> list[Sample]:
+    """The samples of a pool; ValueError where it was made with another tokenizer."""
+    samples = read_samples(path)
+    for number, sample in enumerate(samples, 1):
+        if max(sample["tokens"]) >= tokenizer.vocab_size or (
+            decode_answer(tokenizer, sample["tokens"]) != sample["answer"]
+        ):
+            raise ValueError(
+                f"{path}:{number}: the ids do not spell the answer; this pool was made with "
+                "another tokenizer: leave it out"
+            )
+    return samples
+
+
 def score_pool(
     config: RejectionConfig,
     tokenizer: Tokenizer,
-    judges: Judges,
+    reward: Reward,
     context: int,
     skipped: Skipped,
 ) -> list[Sample]:
-    """The samples of earlier rounds under today's reward models: only then do scores compare.
-
-    Raises ValueError where a pool was made with another tokenizer.
-    """
+    """The samples of earlier rounds under today's reward: only then do scores compare."""
     kept: list[Sample] = []
-    sequences: list[list[int]] = []
+    answers: list[Answer] = []
     for path in config.pools:
-        for number, sample in enumerate(read_samples(path), 1):
-            if max(sample["tokens"]) >= tokenizer.vocab_size or (
-                decode_answer(tokenizer, sample["tokens"]) != sample["answer"]
-            ):
-                raise ValueError(
-                    f"{path}:{number}: the ids do not spell the answer; this pool was made with "
-                    "another tokenizer: leave it out"
-                )
-            sequence = encode_prompt(tokenizer, sample["messages"]) + sample["tokens"]
-            if len(sequence) > context:
+        for number, sample in enumerate(read_pool(path, tokenizer), 1):
+            prompt = encode_prompt(tokenizer, sample["messages"])
+            if len(prompt) + len(sample["tokens"]) > context:
                 skipped.add(f"longer than the context of {context} tokens", f"{path}:{number}")
             else:
                 kept.append(sample)
-                sequences.append(sequence)
-    scores = judges.scores(sequences, [sample["is_safety"] for sample in kept])
-    for sample, verdict in zip(kept, scores, strict=True):
-        sample["score"] = verdict.score
-        sample["helpfulness"], sample["safety"] = verdict.helpfulness, verdict.safety
+                answers.append(
+                    Answer(
+                        messages=sample["messages"],
+                        text=sample["answer"],
+                        prompt_ids=prompt,
+                        ids=sample["tokens"],
+                        finished=sample["finished"],
+                        is_safety=sample["is_safety"],
+                    )
+                )
+    if not kept:
+        return kept
+    scores = score_answers(reward, answers, loop.device_of(config))
+    for sample, (score, parts) in zip(kept, scored_rows(scores), strict=True):
+        sample["score"], sample["scores"] = score, parts
     return kept
 
 

@@ -84,7 +84,9 @@ def run(config: RewardConfig) -> Path:
     margins = MARGINS[config.margin]
 
     def batch_at(step: int) -> list[PairBatch]:
-        mine = [pairs[i] for i in next_token.share(step_rows(len(pairs), batch, config.seed, step))]
+        mine = [
+            pairs[i] for i in next_token.rank_part(step_rows(len(pairs), batch, config.seed, step))
+        ]
         return list(micro_batches(mine, config.micro_batch, margins, device))
 
     network = next_token.prepared(source, config)

@@ -9,114 +9,34 @@ last versions PPO goes on from there.
     round-1/helpfulness.jsonl         what the annotator said (the same for safety)
     round-1/helpfulness/, safety/     reward models
     round-1/rejection/, ppo/          the version's model
+    round-1/student/                  the student's, where there is one
     rounds.jsonl                      one row a version: models, accuracies
 """
 
-import json
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from puna.core import parallel
-from puna.core.checkpoint.folder import open_model, open_source, tokenizer_path
+from puna.core.checkpoint.folder import open_model, tokenizer_path
 from puna.core.tokenizer import Tokenizer
-from puna.trainers import ppo, rejection, reward
+from puna.trainers import ppo, rejection
 from puna.trainers.data.packing import encode_pairs
-from puna.trainers.data.prompts import draw, load_prompts
-from puna.trainers.data.readers import read_preferences, read_prompts
+from puna.trainers.data.readers import read_preferences
+from puna.trainers.reward import RewardConfig, accuracies, margins_of
+from puna.trainers.reward import run as run_reward
 from puna.trainers.rl.comparisons import (
     Annotator,
-    Variant,
-    annotate,
-    sample_pairs,
-    write_rows,
 )
-from puna.trainers.train import loop, next_token
+from puna.trainers.rl.config import PPOConfig, RLHFConfig
+from puna.trainers.rl.rewards import Reward
+from puna.trainers.rl.rounds import KINDS, compare, record, round_prompts
+from puna.trainers.rl.rounds import Waiting as Waiting
+from puna.trainers.train import loop
 from puna.trainers.train.command import command
 from puna.trainers.train.config import check_keys, from_values
-from puna.trainers.train.ranges import (
-    Above,
-    AtLeast,
-    AtMost,
-    Batch,
-    Count,
-    CountOrNone,
-    Options,
-    Seed,
-)
 from puna.trainers.train.run import claim
-
-KINDS = ("helpfulness", "safety")
-
-
-@dataclass(kw_only=True)
-class RLHFConfig(Options):
-    """The loop V1..Vn: comparisons, reward models, rejection sampling, PPO in the last ones."""
-
-    out: Path
-    """folder of the loop; an interrupted loop in it is continued"""
-    model: Path
-    """the SFT model that V1 starts from"""
-    prompts: list[Path]
-    """prompts for rejection sampling and PPO; `safety` tags the risky ones"""
-    helpfulness_prompts: list[Path]
-    """prompts whose answers are compared for helpfulness"""
-    safety_prompts: list[Path]
-    """prompts whose answers are compared for safety"""
-    helpfulness_data: list[Path] = field(default_factory=list)
-    """further comparisons, used in every round"""
-    safety_data: list[Path] = field(default_factory=list)
-    """further comparisons, used in every round"""
-    eval_prompts: list[Path] = field(default_factory=list)
-    """held-out prompts that PPO stops early by (`patience` in [ppo])"""
-    round_prompts: CountOrNone = 0
-    """prompts that one round's rejection sampling takes, each round the next of a shuffled order
-    (the best answers to earlier ones stay in the pool); 0: all of them every time"""
-    versions: Count = 5
-    """V1 .. Vn (paper: 5)"""
-    ppo_versions: CountOrNone = 1
-    """so many of the last versions end with PPO (paper: V5; V4 is unclear)"""
-    helpfulness_pairs: Count = 2000
-    """comparisons a round"""
-    safety_pairs: Count = 1000
-    """comparisons a round"""
-    temperatures: Annotated[list[float], Above(0), AtLeast(0.01), AtMost(1000)] = field(
-        default_factory=lambda: [0.8, 1.0, 1.2]
-    )
-    """the answers to compare are drawn at one of these"""
-    max_new_tokens: Count = 512
-    """longest answer, tokens"""
-    go_on: bool = False
-    """train the reward models on from the last round's with fresh data only (the paper starts
-    anew from the chat model on all data)"""
-    seed: Seed = 0
-    device: str = "auto"
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """of the matrix products in what this loop samples and scores itself; each stage has its own"""
-    generation_batch: Batch = 256
-    """answers sampled side by side"""
-    reward: dict[str, Any] = field(default_factory=dict)
-    """table: options of `puna reward` for both reward models"""
-    helpfulness: dict[str, Any] = field(default_factory=dict)
-    """table: further options for the helpfulness model"""
-    safety: dict[str, Any] = field(default_factory=dict)
-    """table: further options for the safety model"""
-    rejection: dict[str, Any] = field(default_factory=dict)
-    """table: options of `puna rejection`"""
-    ppo: dict[str, Any] = field(default_factory=dict)
-    """table: options of `puna ppo`"""
-
-    def check(self) -> None:
-        if self.ppo_versions and self.ppo.get("patience") and not self.eval_prompts:
-            raise ValueError(
-                "patience in [ppo] needs eval_prompts to look at; name some or set it to 0"
-            )
-
-
-class Waiting(RuntimeError):
-    """Comparisons wait for an annotator; the message says where."""
 
 
 class Version(NamedTuple):
@@ -124,49 +44,87 @@ class Version(NamedTuple):
 
     number: int
     model: Path
-    helpfulness: Path
-    safety: Path
+    judges: dict[str, Path]  # reward models by kind; empty where a reward was handed over
     pool: Path  # the best answer to each prompt of all rounds so far
 
 
-def run(config: RLHFConfig, annotators: Mapping[str, Annotator] | None = None) -> Path:
+# What each stage's table may not say, because the loop says it, and what to say instead.
+SET_BY_THE_LOOP = {
+    "reward": {
+        "out": "it is under the loop's own `out`",
+        "model": "reward models start from the newest chat model",
+        "data": "use `helpfulness_data` and `safety_data`",
+    },
+    "rejection": {
+        "out": "it is under the loop's own `out`",
+        "policy": "the newest version samples",
+        "helpfulness": "the round's own reward models score",
+        "safety": "the round's own reward models score",
+        "prompts": "use `prompts` and `rejection_prompts`",
+        "student": "use the loop's own `student`",
+        "pools": "each round takes the pool of the one before",
+        "selected": "use the loop's own `student`",
+        "round": "the loop counts",
+    },
+    "ppo": {
+        "out": "it is under the loop's own `out`",
+        "policy": "PPO goes on from the round's rejection sampling",
+        "helpfulness": "the round's own reward models score",
+        "safety": "the round's own reward models score",
+        "prompts": "use `prompts` and `ppo_prompts`",
+        "eval_prompts": "use the loop's own `eval_prompts`",
+    },
+}
+STAGES: dict[str, tuple[type, dict[str, str]]] = {
+    "reward": (RewardConfig, SET_BY_THE_LOOP["reward"]),
+    "helpfulness": (RewardConfig, SET_BY_THE_LOOP["reward"]),
+    "safety": (RewardConfig, SET_BY_THE_LOOP["reward"]),
+    "rejection": (rejection.RejectionConfig, SET_BY_THE_LOOP["rejection"]),
+    "ppo": (PPOConfig, SET_BY_THE_LOOP["ppo"]),
+}
+
+
+def run(
+    config: RLHFConfig,
+    annotators: Mapping[str, Annotator] | None = None,
+    reward: Reward | None = None,
+) -> Path:
     """Run, or continue, the loop; returns the last version's model folder.
 
     `annotators` has one for "helpfulness" and one for "safety". Without them the pairs are
-    written out and `Waiting` is raised until a file of answers lies beside them.
+    written out and `Waiting` is raised until a file of answers lies beside them. With a `reward`
+    of one's own nothing is compared and no reward model is trained: it scores every answer.
     """
-    check(config)
+    check(config, reward)
     if parallel.is_main():
         claim(config.out, config)
     parallel.barrier()
     models = [config.model, config.model]
     last: Version | None = None
     for number in range(1, config.versions + 1):
-        last = play_round(config, number, models, last, annotators)
+        last = play_round(config, number, models, last, annotators, reward)
         models.append(last.model)
     assert last is not None
     return last.model
 
 
-def check(config: RLHFConfig) -> None:
+def check(config: RLHFConfig, reward: Reward | None = None) -> None:
     """ValueError for options that cannot be, before anything is trained."""
-    if config.versions < 1 or not 0 <= config.ppo_versions <= config.versions:
-        raise ValueError(
-            f"versions is {config.versions} and ppo_versions {config.ppo_versions}; there must be "
-            "at least one version, and not more with PPO than there are"
-        )
-    stages: dict[str, type] = {
-        "reward": reward.RewardConfig,
-        "helpfulness": reward.RewardConfig,
-        "safety": reward.RewardConfig,
-        "rejection": rejection.RejectionConfig,
-        "ppo": ppo.PPOConfig,
-    }
-    for table, cls in stages.items():
-        check_keys(cls, getattr(config, table), f"[{table}]")
+    for table, (cls, taken) in STAGES.items():
+        check_keys(cls, getattr(config, table), f"[{table}]", taken)
         from_values(cls, getattr(config, table), f"{table}.")
-    if not config.temperatures:
-        raise ValueError("temperatures is empty; name at least one to draw answers at")
+    # Whole configurations, too: what does not fit together must not wait for the annotators.
+    judges = {} if reward else {kind: config.model for kind in KINDS}
+    rejection_config(config, 1, config.prompts, config.model, None, judges)
+    if config.ppo_versions:
+        ppo.check(ppo_config(config, 1, config.model, judges))
+    for kind in judges:
+        reward_config(config, 1, kind, config.model, None)
+    for kind in KINDS:
+        if reward is None and not getattr(config, f"{kind}_prompts"):
+            raise ValueError(
+                f"{kind}_prompts is empty; name files of prompts to compare answers to"
+            )
 
 
 def play_round(
@@ -175,135 +133,109 @@ def play_round(
     models: list[Path],
     last: Version | None,
     annotators: Mapping[str, Annotator] | None,
+    reward: Reward | None,
 ) -> Version:
     """One version: compare, train the reward models, sample and fine-tune, PPO if it is due."""
     folder = config.out / f"round-{number}"
-    compare(config, number, folder, models, annotators)
-    before = accuracy_of(config, last, folder)
-    judges = {k: train_reward(config, number, k, folder, models[-1], last) for k in KINDS}
-    common = {"seed": config.seed, "device": config.device}
-    sampled = from_values(
-        rejection.RejectionConfig,
-        {
-            **common,
-            "max_new_tokens": config.max_new_tokens,
-            **config.rejection,
-            "prompts": [str(path) for path in round_prompts(config, number, folder)],
-            "out": str(folder / "rejection"),
-            "policy": str(models[-1]),
-            "student": str(config.model),
-            "round": number,
-            "pools": [] if last is None else [str(last.pool)],
-            **{kind: str(path) for kind, path in judges.items()},
-        },
-    )
-    model = rejection.run(sampled)
+    judges: dict[str, Path] = {}
+    before: dict[str, dict[str, float]] = {}
+    if reward is None:
+        compare(config, number, folder, models, annotators)
+        before = accuracy_of(config, last, folder)
+        judges = {k: run_reward(reward_config(config, number, k, models[-1], last)) for k in KINDS}
+    prompts = round_prompts(config, number, folder)
+    sampled = rejection_config(config, number, prompts, models[-1], last, judges)
+    model = rejection.run(sampled, reward)
     pool = folder / "rejection" / "selected.jsonl"
+    if config.student is not None:
+        teach(config, folder, config.student, pool)
     if number > config.versions - config.ppo_versions:
-        options = {
-            **common,
-            "max_new_tokens": config.max_new_tokens,
-            **config.ppo,
-            "prompts": [str(path) for path in config.prompts],
-            "out": str(folder / "ppo"),
-            "policy": str(model),
-            **{kind: str(path) for kind, path in judges.items()},
-        }
-        model = ppo.run(from_values(ppo.PPOConfig, options))
-    version = Version(number, model, judges["helpfulness"], judges["safety"], pool)
+        model = ppo.run(ppo_config(config, number, model, judges), reward)
+    version = Version(number, model, judges, pool)
     after = accuracy_of(config, version, folder)
     if parallel.is_main():
-        record(config.out / "rounds.jsonl", version, before, after)
+        record(config.out / "rounds.jsonl", number, model, before, after)
     return version
 
 
-def round_prompts(config: RLHFConfig, number: int, folder: Path) -> list[Path]:
-    """The files to sample from in round `number`: all prompts, or its own stretch of them."""
-    if config.round_prompts == 0:
-        return list(config.prompts)
-    path = folder / "prompts.jsonl"
-    if parallel.is_main() and not path.exists():
-        rows = [row for file in config.prompts for row in read_prompts(file)[0]]
-        places = [(number - 1) * config.round_prompts + i for i in range(config.round_prompts)]
-        chosen = [rows[draw(place, len(rows), config.seed)[0]] for place in places]
-        write_rows(path, [{"messages": p.messages, "safety": p.is_safety} for p in chosen])
-    parallel.barrier()
-    return [path]
+def stage_options(
+    config: RLHFConfig, table: Mapping[str, Any], judges: Mapping[str, Path]
+) -> dict[str, Any]:
+    """A sampling stage's options: the loop's, its table's over them, and the reward models."""
+    return {
+        "seed": config.seed,
+        "device": config.device,
+        "max_new_tokens": config.max_new_tokens,
+        **table,
+        **{kind: str(path) for kind, path in judges.items()},
+    }
 
 
-def compare(
+def rejection_config(
     config: RLHFConfig,
     number: int,
-    folder: Path,
-    models: list[Path],
-    annotators: Mapping[str, Annotator] | None,
-) -> None:
-    """Sample this round's pairs and have them annotated; raises Waiting where nobody has yet."""
-    for kind in KINDS:
-        pairs, answered = folder / f"{kind}-pairs.jsonl", folder / f"{kind}.jsonl"
-        if not parallel.broadcast(answered.exists()):
-            sample_kind(config, number, kind, pairs, models)
-            if annotators and parallel.is_main():
-                annotate(pairs, answered, annotators[kind], number)
-    parallel.barrier()
-    missing = [kind for kind in KINDS if not (folder / f"{kind}.jsonl").exists()]
-    if missing:
-        files = " and ".join(f"{kind}-pairs.jsonl" for kind in missing)
-        answers = " and ".join(f"{kind}.jsonl" for kind in missing)
-        raise Waiting(
-            f"{files} in {folder} wait for an annotator: write the preferences to {answers} there "
-            "(messages, chosen, rejected, rating, safety), then run the same command"
-        )
+    prompts: Sequence[Path],
+    policy: Path,
+    last: Version | None,
+    judges: Mapping[str, Path],
+) -> rejection.RejectionConfig:
+    """The round's rejection sampling from the newest model."""
+    options = {
+        **stage_options(config, config.rejection, judges),
+        "prompts": [str(path) for path in [*prompts, *config.rejection_prompts]],
+        "out": str(config.out / f"round-{number}" / "rejection"),
+        "policy": str(policy),
+        "student": str(config.model),
+        "round": number,
+        "pools": [] if last is None else [str(last.pool)],
+    }
+    return from_values(rejection.RejectionConfig, options)
 
 
-def sample_kind(
-    config: RLHFConfig, number: int, kind: str, pairs: Path, models: list[Path]
-) -> None:
-    """Answers of the two newest models to this kind's prompts, in pairs."""
-    tokenizer = Tokenizer(tokenizer_path(config.model))
-    longest = open_source(models[-1]).config.context - config.max_new_tokens
-    if longest < 1:
-        raise ValueError(
-            f"max_new_tokens {config.max_new_tokens} leaves no room for a prompt in the model's "
-            "context; lower it"
-        )
-    prompts, skipped = load_prompts(getattr(config, f"{kind}_prompts"), tokenizer, longest)
-    next_token.say(skipped)
-    temperatures = tuple(config.temperatures)
-    sample_pairs(
-        pairs,
-        (Variant(models[-1], temperatures), Variant(models[-2], temperatures)),
-        tokenizer,
-        prompts,
-        getattr(config, f"{kind}_pairs"),
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-        round_index=2 * number + KINDS.index(kind),
-        device=loop.device_of_name(config.device),
-        batch_size=config.generation_batch,
-        compute_dtype=loop.DTYPES[config.dtype],
-    )
+def teach(config: RLHFConfig, folder: Path, student: Path, pool: Path) -> Path:
+    """The student, fine-tuned on the answers that the round selected."""
+    options = {
+        **stage_options(config, config.rejection, {}),
+        "out": str(folder / "student"),
+        "policy": str(student),
+        "selected": str(pool),
+    }
+    return rejection.run(from_values(rejection.RejectionConfig, options))
 
 
-def train_reward(
-    config: RLHFConfig, number: int, kind: str, folder: Path, chat: Path, last: Version | None
-) -> Path:
+def ppo_config(
+    config: RLHFConfig, number: int, policy: Path, judges: Mapping[str, Path]
+) -> PPOConfig:
+    """PPO on top of the round's rejection sampling."""
+    options = {
+        **stage_options(config, config.ppo, judges),
+        "prompts": [str(path) for path in [*config.prompts, *config.ppo_prompts]],
+        "eval_prompts": [str(path) for path in config.eval_prompts],
+        "out": str(config.out / f"round-{number}" / "ppo"),
+        "policy": str(policy),
+    }
+    return from_values(PPOConfig, options)
+
+
+def reward_config(
+    config: RLHFConfig, number: int, kind: str, chat: Path, last: Version | None
+) -> RewardConfig:
     """The round's reward model of this kind."""
     rounds = [config.out / f"round-{n}" / f"{kind}.jsonl" for n in range(1, number + 1)]
     start = chat
     if config.go_on and last is not None:
-        start, rounds = getattr(last, kind), rounds[-1:]
+        start, rounds = last.judges[kind], rounds[-1:]
     data = [*getattr(config, f"{kind}_data"), *rounds]
     options = {
         "seed": config.seed,
         "device": config.device,
         **config.reward,
         **getattr(config, kind),
-        "out": str(folder / kind),
+        "out": str(config.out / f"round-{number}" / kind),
         "model": str(start),
         "data": [str(path) for path in data],
     }
-    return reward.run(from_values(reward.RewardConfig, options))
+    return from_values(RewardConfig, options)
 
 
 def accuracy_of(
@@ -311,10 +243,7 @@ def accuracy_of(
 ) -> dict[str, dict[str, float]]:
     """Accuracy of a version's reward models on a round's comparisons, by kind and rating."""
     found: dict[str, dict[str, float]] = {}
-    if version is None:
-        return found
-    for kind in KINDS:
-        path = getattr(version, kind)
+    for kind, path in (version.judges if version else {}).items():
         model = parallel.load(
             open_model(path),
             loop.device_of_name(config.device),
@@ -323,27 +252,9 @@ def accuracy_of(
         rows, _ = read_preferences(folder / f"{kind}.jsonl")
         tokenizer = Tokenizer(tokenizer_path(path))
         pairs, _ = encode_pairs(tokenizer, rows, model.config.context)
-        device = model.head_weight.device
-        found[kind] = reward.accuracies(*reward.margins_of(model, pairs, 64, device))
+        device = model.device
+        found[kind] = accuracies(*margins_of(model, pairs, 64, device))
     return found
-
-
-def record(
-    path: Path,
-    version: Version,
-    before: dict[str, dict[str, float]],
-    after: dict[str, dict[str, float]],
-) -> None:
-    """Append the version's row, once."""
-    rows = [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
-    rows = [row for row in rows if row["version"] < version.number]
-    row = {
-        "version": version.number,
-        "model": str(version.model),
-        "accuracy_before_training": before,
-        "accuracy_on_trained": after,
-    }
-    write_rows(path, [*rows, row])
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from puna.trainers.data.packing import PackedRows
 from puna.trainers.data.readers import Skipped, parse_dialogues, read_dialogues
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.command import command
-from puna.trainers.train.ranges import Count, CountOrNone, ShareOf
+from puna.trainers.train.ranges import Count, CountOrZero, ShareOf
 from puna.trainers.train.run import Run, open_start
 
 
@@ -42,7 +42,7 @@ class SFTConfig(loop.RowsConfig):
     """peak (paper: 2e-5, cosine)"""
     batch: int = 64
     """rows in a step, all processes together (paper: 64)"""
-    row_tokens: CountOrNone = 0
+    row_tokens: CountOrZero = 0
     """tokens in a row; 0 takes the model's context (paper: 4096)"""
 
 

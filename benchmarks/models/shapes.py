@@ -32,7 +32,7 @@ class Models:
 
     @property
     def device(self) -> torch.device:
-        return self.puna.head_weight.device
+        return self.puna.device
 
 
 def open_models(shape: str, folder: Path, device: torch.device) -> Models:

@@ -10,7 +10,6 @@ from torch import Tensor
 from puna.benchmarks.machine import why_not_compiled
 from puna.core.model import Transformer
 from puna.core.native.loader import keep_freed_memory
-from puna.core.ops import linear_cross_entropy
 
 Step = Callable[[], float]  # returns the loss before the update
 
@@ -22,7 +21,7 @@ def puna_step(model: Transformer, tokens: Tensor) -> Step:
     targets[:, :-1] = tokens[:, 1:]
 
     def loss() -> Tensor:
-        return linear_cross_entropy(model(tokens), model.head_weight, targets)
+        return model.cross_entropy(model(tokens), targets)
 
     return training_step(model, loss)
 

@@ -61,6 +61,15 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """`text` as the whole of `path`, in UTF-8: what stood there stays until all is on disk.
+
+    Raises OSError with one sentence where the disk is full.
+    """
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def _naming_full_disk(path: Path) -> Iterator[None]:
     try:

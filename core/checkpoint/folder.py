@@ -24,7 +24,7 @@ from puna.core.checkpoint.atomic import atomic_folder as atomic_folder
 from puna.core.checkpoint.atomic import recover
 from puna.core.checkpoint.source import Source, check_shapes, in_memory, parameter_shapes
 from puna.core.config import ModelConfig
-from puna.core.model import Transformer
+from puna.core.model import Transformer, check_parameters
 from puna.core.tokenizer import Tokenizer
 
 SHARD_BYTES = 5_000_000_000
@@ -52,8 +52,9 @@ def save_model(
 ) -> None:
     """Write `model` as a model folder, replacing an earlier one only when all is on disk.
 
-    Raises ValueError where the tokenizer's vocabulary is not the model's or `folder` holds
-    something else than a model, OSError where the disk is full.
+    Raises ValueError where the tokenizer's vocabulary is not the model's, the model has adapters
+    that are not merged, or `folder` holds something else than a model; OSError where the disk is
+    full.
     """
     with atomic_folder(folder) as partial:
         write_model(partial, model, tokenizer_path, shard_bytes=shard_bytes)
@@ -67,6 +68,7 @@ def write_model(
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """The files of `save_model` into an existing folder: for use inside `atomic_folder`."""
+    check_parameters(model)
     write_tensors(
         folder,
         model.config,

@@ -24,7 +24,7 @@ class Batch:
         self, model: Transformer, prompts: list[list[int]], keys: Tensor, limits: list[int]
     ):
         self.model = model
-        self.device = model.head_weight.device
+        self.device = model.device
         self.lengths = [len(prompt) for prompt in prompts]
         self.limits = limits
         self.keys = keys
@@ -45,7 +45,7 @@ class Batch:
         tokens = torch.zeros(len(first), longest, dtype=torch.int64)
         for slot, prompt in enumerate(first):
             tokens[slot, : len(prompt)] = torch.tensor(prompt)
-        dtype = self.model.head_weight.dtype
+        dtype = self.model.dtype
         cache = KVCache(self.model.config, len(first), max_tokens, device=self.device, dtype=dtype)
         hidden = self.model(tokens.to(self.device), cache=cache)
         copies = torch.tensor([place[tuple(self.prompts[i])] for i in rows], device=self.device)

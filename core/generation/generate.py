@@ -114,7 +114,7 @@ def _drawn(
         for drawn in continuous.decode(engine, [prompt], keys, limits, sampler, eos_id, 1, steps=1):
             yield int(drawn.tokens)
         return
-    batch = Batch(model, [prompt], keys.to(model.head_weight.device), limits)
+    batch = Batch(model, [prompt], keys.to(model.device), limits)
     for _ in batch.steps(sampler, eos_id):
         yield batch.tokens[0][-1]
 
@@ -155,7 +155,7 @@ def _by_batches(
     eos_id: int | None,
     batch_size: int,
 ) -> list[Completion]:
-    keys = keys.to(model.head_weight.device)
+    keys = keys.to(model.device)
     results: dict[int, Completion] = {}
     # Prompts of similar length share a batch: less padding.
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))

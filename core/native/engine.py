@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from puna.core import ops
-from puna.core.model import Block, Transformer
+from puna.core.checkpoint.source import parameter_shapes
+from puna.core.config import ModelConfig
+from puna.core.model import Block, RMSNorm, Transformer
 from puna.core.native.loader import WIDTHS, best_instructions, extension
+from puna.core.plain import altered
 
 log = logging.getLogger("puna")
 
@@ -70,7 +73,7 @@ class Engine:
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of row `source` to row `target`."""
-        rows, max_tokens = self._native.rows, self._native.slots
+        rows, max_tokens = self._native.rows, self._native.max_tokens
         if not (0 <= source < rows and 0 <= target < rows and 0 <= length <= max_tokens):
             raise ValueError(
                 f"cannot copy {length} tokens from row {source} to row {target} of a cache of "
@@ -157,6 +160,13 @@ def unfit(model: Transformer) -> str | None:
         return "it has no language-model head"
     if ops.traced():
         return "it is being traced"
+    for name, module in model.named_modules():
+        if why := altered(module):
+            return f"of {name or 'the model'}, {why}"
+    if "logits" in model.__dict__:
+        return "its logits were replaced"
+    if other := _unlike_its_config(model):
+        return f"{other} is not as its config says"
     for weight in model.parameters():
         if weight.device.type != "cpu" or weight.dtype != torch.float32:
             return f"its weights are {weight.dtype} on {weight.device}, not float32 on the CPU"
@@ -167,6 +177,23 @@ def unfit(model: Transformer) -> str | None:
     if not instruction_sets(config.head_dim):
         return f"its head size is {config.head_dim}"
     return None
+
+
+def _unlike_its_config(model: Transformer) -> str | None:
+    """The first parameter or norm that a layer added, cut or replaced makes another one."""
+    expected = dict(_shapes(model.config))
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if expected.pop(name, None) != weight.shape:
+            return name
+    for name, module in model.named_modules():
+        if isinstance(module, RMSNorm) and module.eps != model.config.norm_eps:
+            return f"{name}.eps"
+    return next(iter(expected), None)
+
+
+@functools.cache
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return parameter_shapes(config, "lm")
 
 
 def instruction_sets(head_dim: int) -> list[str]:

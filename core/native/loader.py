@@ -35,7 +35,7 @@ def native() -> ModuleType:
 
 @functools.cache
 def best_instructions(size: int = 0) -> str | None:
-    """The best instruction set of this machine whose vectors fill `size` floats without a rest."""
+    """The widest instruction set of this machine whose vector length divides `size` (floats)."""
     module = extension()
     for name in module.instruction_sets() if module else ():
         if size % WIDTHS[name] == 0:

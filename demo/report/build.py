@@ -12,6 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from puna.core.checkpoint.atomic import write_text
 from puna.demo.report import captions, figures, page, reward_figures
 from puna.demo.report.bars import bars
 from puna.demo.report.drawing import inline_svg
@@ -105,7 +106,7 @@ def write_report(folder: Path) -> Path:
         *_machine(folder, evaluation),
     ]
     path = folder / "report.html"
-    path.write_text(page.page("Puna: demo report", body), encoding="utf-8")
+    write_text(path, page.page("Puna: demo report", body))
     return path
 
 
@@ -134,7 +135,7 @@ def write_summary(folder: Path) -> Path:
         },
     }
     path = folder / "summary.json"
-    path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(summary, indent=2) + "\n")
     return path
 
 

@@ -25,6 +25,7 @@ from puna.demo.village.personas import (
 )
 from puna.demo.village.tasks import Task, read_question
 from puna.trainers.rl.comparisons import Verdict
+from puna.trainers.rl.rewards import Answer
 
 # Rating levels are cut from the noisy difference of two scores in 0..1.
 CUTS = ((0.5, "significantly_better"), (0.3, "better"), (0.12, "slightly_better"))
@@ -228,12 +229,17 @@ def _safety_label(chosen: Assessment, other: Assessment) -> str:
 
 def annotator(
     seed: int, *, safety: bool = False, noise: float = NOISE
-) -> Callable[[Sequence[Message], str, str], Verdict]:
+) -> Callable[[Sequence[Answer], Sequence[Answer]], list[Verdict]]:
     """An annotator whose noise depends on the seed and the texts, not on the order of the calls."""
 
-    def annotate(messages: Sequence[Message], a: str, b: str) -> Verdict:
-        said = "\n".join([*(message["content"] for message in messages), a, b])
+    def verdict(a: Answer, b: Answer) -> Verdict:
+        said = "\n".join([*(message["content"] for message in a.messages), a.text, b.text])
         rng = random.Random(f"{seed} {safety} {crc32(said.encode())}")
-        return compare(messages, a, b, rng, noise=noise, safety=safety)
+        return compare(a.messages, a.text, b.text, rng, noise=noise, safety=safety)
 
-    return annotate
+    return lambda a, b: [verdict(*pair) for pair in zip(a, b, strict=True)]
+
+
+def judge(answers: Sequence[Answer]) -> list[bool]:
+    """Whether each answer keeps the instruction that its dialogue begins with."""
+    return [keeps(a.messages[0]["content"], a.messages[-1]["content"], a.text) for a in answers]

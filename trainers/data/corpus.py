@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from puna.core.checkpoint.atomic import atomic_file
 from puna.core.tokenizer import Tokenizer
 
 CHUNK = 1 << 24  # tokens looked at together, so that a corpus larger than memory can be opened
@@ -44,14 +45,8 @@ def save_corpus(path: Path, corpus: Corpus) -> None:
     """Writes the ids as `.npy`; raises ValueError for a path of another ending."""
     if path.suffix != ".npy":
         raise ValueError(f"{path}: a corpus of ids is written as .npy; name it so")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.save(file, corpus.tokens, allow_pickle=False)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as partial, partial.open("wb") as file:
+        np.save(file, corpus.tokens, allow_pickle=False)
 
 
 def open_corpus(path: Path, tokenizer: Tokenizer) -> Corpus:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from puna.core.chat import encode_answer, encode_prompt
-from puna.core.packed import flat_sequences as flat_sequences
+from puna.core.packed import flat_sequences
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.corpus import Corpus, token_dtype
 from puna.trainers.data.formats import RATINGS, Preference

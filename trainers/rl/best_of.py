@@ -25,9 +25,8 @@ class Sample(TypedDict):
     answer: str  # the text
     tokens: list[int]  # the ids as they were drawn, EOS included
     finished: bool
-    score: float  # Eq. 4's combined raw score under the reward models that judged last
-    helpfulness: float
-    safety: float
+    score: float  # the raw score of the reward that judged last
+    scores: dict[str, float]  # its parts: helpfulness and safety, where it is Eq. 4
     round: int  # the RLHF version whose model drew it
     prompt: int  # number of the prompt in that round
     sample: int  # 0 .. K-1

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 
 from puna.core import parallel
-from puna.core.chat import Message, decode_answer
+from puna.core.chat import decode_answer, encode_prompt
+from puna.core.checkpoint.atomic import atomic_file
 from puna.core.checkpoint.folder import open_model
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.prompts import EncodedPrompt, draw
+from puna.trainers.rl.rewards import Answer
 from puna.trainers.rl.rollout import sample_everywhere
 
 
@@ -28,7 +30,8 @@ class Verdict(NamedTuple):
     safety: str | None  # chosen_safe, both_safe, both_unsafe, chosen_unsafe; None: not asked
 
 
-Annotator = Callable[[Sequence[Message], str, str], Verdict]
+Annotator = Callable[[Sequence[Answer], Sequence[Answer]], Sequence[Verdict]]
+"""Answers a and b to the same prompts -> one verdict each."""
 
 
 class Variant(NamedTuple):
@@ -52,8 +55,9 @@ def sample_pairs(
     batch_size: int = 256,
     compute_dtype: torch.dtype | None = None,
 ) -> int:
-    """Write `count` rows of {"messages", "a", "b"} to `path`, less those whose answers are equal
-    or empty (nobody could rank them); returns how many were written. Which variant is a is drawn.
+    """Write `count` rows of {"messages", "is_safety", "a", "b", "a_ids", "b_ids"} to `path`, less
+    those whose answers are equal or empty (nobody could rank them); returns how many were written.
+    Which variant is a is drawn.
 
     The draws depend on (seed, round_index, prompt, variant) only, so that a repeated call writes
     the same file. All ranks take part and rank 0 writes.
@@ -67,11 +71,11 @@ def sample_pairs(
     for number, variant in enumerate(variants):
         which = rng.integers(len(variant.temperatures), size=count)
         model = parallel.load(open_model(variant.model), device, compute_dtype=compute_dtype)
-        texts = [""] * count
+        drawn: list[tuple[str, list[int]]] = [("", [])] * count
         with parallel.gathered(model) as whole:
             for index, temperature in enumerate(variant.temperatures):
                 rows = np.flatnonzero(which == index).tolist()
-                drawn = sample_everywhere(
+                sampled = sample_everywhere(
                     whole,
                     [chosen[row].ids for row in rows],
                     max_new_tokens=max_new_tokens,
@@ -83,29 +87,40 @@ def sample_pairs(
                     sample_ids=[number] * len(rows),
                     batch_size=batch_size,
                 )
-                for row, tokens in zip(rows, drawn, strict=True):
-                    texts[row] = decode_answer(tokenizer, tokens)
-        answers.append(texts)
+                for row, ids in zip(rows, sampled, strict=True):
+                    drawn[row] = decode_answer(tokenizer, ids), ids
+        answers.append(drawn)
     swapped = rng.random(count) < 0.5
     rows_out = []
     for prompt, one, other, swap in zip(chosen, *answers, swapped, strict=True):
-        if one and other and one != other:
-            a, b = (other, one) if swap else (one, other)
-            rows_out.append({"messages": prompt.messages, "a": a, "b": b})
+        if one[0] and other[0] and one[0] != other[0]:
+            (a, a_ids), (b, b_ids) = (other, one) if swap else (one, other)
+            given = {"messages": prompt.messages, "is_safety": prompt.is_safety}
+            rows_out.append({**given, "a": a, "b": b, "a_ids": a_ids, "b_ids": b_ids})
     if parallel.is_main():
         write_rows(path, rows_out)
     parallel.barrier()
     return len(rows_out)
 
 
-def annotate(pairs: Path, path: Path, annotator: Annotator, batch: int) -> None:
-    """Ask `annotator` about every row of `pairs`; write preference rows of round `batch`."""
+def annotate(
+    pairs: Path, path: Path, annotator: Annotator, tokenizer: Tokenizer, batch: int
+) -> None:
+    """Ask `annotator` about all rows of `pairs`; write preference rows of round `batch`.
+
+    Raises ValueError where it gives another number of verdicts than there are pairs.
+    """
     if path.exists():
         return
+    found = [json.loads(line) for line in pairs.read_text(encoding="utf-8").split("\n") if line]
+    verdicts = annotator(*([_answer(pair, side, tokenizer) for pair in found] for side in "ab"))
+    if len(verdicts) != len(found):
+        raise ValueError(
+            f"the annotator gave {len(verdicts)} verdicts for {len(found)} pairs; it must return "
+            "one for each pair"
+        )
     rows = []
-    for line in pairs.read_text().splitlines():
-        pair = json.loads(line)
-        verdict = annotator(pair["messages"], pair["a"], pair["b"])
+    for pair, verdict in zip(found, verdicts, strict=True):
         chosen, rejected = (pair["a"], pair["b"]) if verdict.chosen == 0 else (pair["b"], pair["a"])
         row = {
             "messages": pair["messages"],
@@ -120,11 +135,21 @@ def annotate(pairs: Path, path: Path, annotator: Annotator, batch: int) -> None:
     write_rows(path, rows)
 
 
+def _answer(pair: dict[str, Any], side: str, tokenizer: Tokenizer) -> Answer:
+    """Answer "a" or "b" of a row of pairs."""
+    ids = pair[f"{side}_ids"]
+    return Answer(
+        messages=pair["messages"],
+        text=pair[side],
+        prompt_ids=encode_prompt(tokenizer, pair["messages"]),
+        ids=ids,
+        finished=ids[-1] == tokenizer.eos_id,
+        is_safety=pair["is_safety"],
+    )
+
+
 def write_rows(path: Path, rows: Sequence[Any]) -> None:
     """JSON lines, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with atomic_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    partial.replace(path)

@@ -1,17 +1,17 @@
 """Losses and estimators of reward modelling and PPO: pure functions of tensors.
 
-No function here averages over a batch: each returns one number per pair, response or token, and
-the caller divides the sum by a count taken over all ranks. So a loss does not depend on the
-number of ranks or on how a batch is cut into micro-batches.
+No loss here averages over a batch: each returns one number per pair, response or token, and the
+caller divides the sum by a count taken over all ranks. So a loss does not depend on the number of
+ranks or on how a batch is cut into micro-batches. `moments` and `whiten` are over all ranks.
 
 P preference pairs, S responses, A answer tokens laid end to end. Everything is computed in fp32.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from puna.core import parallel
 
 # m(r) of Eq. 2 for each of the four ratings: the paper's Table 27, and Eq. 1 (no margin).
 MARGINS: dict[str, dict[str, float]] = {
@@ -34,13 +34,6 @@ MARGINS: dict[str, dict[str, float]] = {
         "negligibly_better": 0.0,
     },
 }
-
-AllSum = Callable[[Tensor], Tensor]
-
-
-def identity(x: Tensor) -> Tensor:
-    """The sum over ranks of a run that has one rank."""
-    return x
 
 
 def ranking_loss(chosen: Tensor, rejected: Tensor, margins: Tensor | None = None) -> Tensor:
@@ -104,12 +97,6 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return logprobs - ref_logprobs
 
 
-def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Half the squared log-ratio per sampled token: biased, but as a loss on the policy's own
-    samples its gradient is the KL's."""
-    return 0.5 * (logprobs - ref_logprobs).square()
-
-
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """exp(-x) - 1 + x of the log-ratio x per sampled token: unbiased, low variance and never
     negative: the form to log."""
@@ -117,29 +104,25 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return torch.expm1(difference) - difference
 
 
-def moments(
-    x: Tensor, mask: Tensor | None = None, all_sum: AllSum = identity
-) -> tuple[Tensor, Tensor, Tensor]:
+def moments(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Count, mean and (population) variance of x over its mask and over all ranks, fp64 scalars.
 
-    x: any shape; mask: bool of the same shape, None for all; all_sum: a tensor's sum over ranks.
+    x: any shape; mask: bool of the same shape, None for all.
     """
     kept = (x if mask is None else x[mask]).double()
-    count, total = all_sum(torch.stack([kept.new_tensor(float(kept.numel())), kept.sum()]))
+    count, total = parallel.all_sum(torch.stack([kept.new_tensor(float(kept.numel())), kept.sum()]))
     mean = total / count.clamp(min=1)
-    variance = all_sum((kept - mean).square().sum()[None])[0] / count.clamp(min=1)
-    return count, mean, variance
+    squares = parallel.all_sum((kept - mean).square().sum()[None])[0]
+    return count, mean, squares / count.clamp(min=1)
 
 
-def whiten(
-    x: Tensor, mask: Tensor | None = None, all_sum: AllSum = identity, eps: float = 1e-8
-) -> Tensor:
+def whiten(x: Tensor, mask: Tensor | None = None, eps: float = 1e-8) -> Tensor:
     """x with zero mean and unit variance over its mask and over all ranks.
 
     What the mask leaves out does not count and comes back as 0. Fewer than two values have no
     spread to divide by: they are only centred. Shapes as in `moments`; returns x's shape.
     """
-    count, mean, variance = moments(x, mask, all_sum)
+    count, mean, variance = moments(x, mask)
     scale = torch.where(count < 2, torch.ones_like(variance), torch.rsqrt(variance + eps))
     whitened = ((x.double() - mean) * scale).to(x.dtype)
     return whitened if mask is None else torch.where(mask, whitened, torch.zeros_like(whitened))

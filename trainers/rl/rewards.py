@@ -1,84 +1,161 @@
-"""From answers to rewards: two reward models, and the paper's Eq. 4.
+"""From answers to rewards: one small protocol, and the paper's Eq. 4 as its default.
 
     R_c = R_s  if is_safety(prompt) or sigma(R_s) < 0.15,  else R_h
     R   = WHITEN(LOGIT(sigma(R_c))) - beta * KL(policy || reference)
 
-The logit undoes the sigmoid, so the raw score of the chosen model is whitened. S answers,
-T tokens of the longest one.
+The logit undoes the sigmoid, so the raw score of the chosen model is whitened. A reward of one's
+own is a function of answers that returns one number for each. S answers, T tokens of the longest
+one.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from puna.core.chat import Message
 from puna.core.model import Transformer
-from puna.trainers.rl.losses import AllSum, identity, whiten
-from puna.trainers.rl.packed import AllMax, forward_groups, one_rank
+from puna.core.packed import score
+from puna.trainers.rl.losses import whiten
 
 SAFETY_THRESHOLD = 0.15  # on sigma(R_s): precision 0.89, recall 0.55 on Meta's safety test set
+
 RAW_SAFETY_THRESHOLD = math.log(SAFETY_THRESHOLD / (1 - SAFETY_THRESHOLD))
 
 # What an answer that ran out of tokens before its EOS is worth. The paper does not say.
 UNFINISHED = ("keep", "subtract", "replace", "mask")
 
 
-@torch.no_grad()
-def score(
-    model: Transformer,
-    sequences: Sequence[list[int]],
-    *,
-    max_tokens: int = 16384,
-    all_max: AllMax = one_rank,
-) -> Tensor:
-    """Raw scores (S,), fp32, of whole dialogues (prompt and answer ids), on the model's device.
+class Answer(NamedTuple):
+    """One answer and what it answers: what rewards, annotators and judges are given."""
 
-    Each is read at the sequence's last token, the same place as in training: EOS if the answer
-    has one. Nothing is padded, so there is no padding to mistake for it. `max_tokens` bounds one
-    forward pass. Raises ValueError for a language model or an empty sequence.
+    messages: list[Message]
+    """the dialogue up to the last user message"""
+    text: str
+    prompt_ids: list[int] = []
+    """ids up to where the answer begins"""
+    ids: list[int] = []
+    """as they were drawn, EOS included where there is one; empty where only the text is known"""
+    finished: bool = True
+    """False where it was cut off before its EOS"""
+    is_safety: bool = False
+    """Eq. 4's is_safety(prompt): it was written to draw out an unsafe answer"""
+
+
+class Scores(NamedTuple):
+    """One score an answer, and what a reward wants to be logged beside it."""
+
+    raw: Tensor
+    """(S,) fp32"""
+    parts: Mapping[str, Tensor] = {}
+    """(S,) each: their means are logged as `reward_<name>`"""
+    branches: Mapping[str, Tensor] = {}
+    """(S,) bool each: how many are True is logged as `branch_<name>`"""
+
+
+Reward = Callable[[Sequence[Answer]], "Scores | Tensor | Sequence[float]"]
+"""Answers -> one raw score each. Every rank calls it with its own share, equally often."""
+
+
+def score_answers(reward: Reward, answers: Sequence[Answer], device: torch.device) -> Scores:
+    """What `reward` says of each answer, checked, on `device`.
+
+    Raises ValueError where it gives another number of scores than there are answers, RuntimeError
+    where one is not finite.
     """
-    if model.head != "score":
-        raise ValueError("this checkpoint has a language-model head; scoring needs a reward model")
-    if any(not sequence for sequence in sequences):
-        raise ValueError("an empty sequence cannot be scored")
-    device = next(model.parameters()).device
-    scores = torch.empty(len(sequences), dtype=torch.float32, device=device)
-    for group, hidden, starts in forward_groups(model, sequences, max_tokens, all_max):
-        last = model.logits(hidden[starts[1:] - 1])[:, 0]
-        if group:
-            scores[torch.tensor(group, device=device)] = last.float()
-    return scores
+    found = reward(answers)
+    scores = found if isinstance(found, Scores) else Scores(torch.as_tensor(found))
+    raw = scores.raw.to(device, torch.float32)
+    if raw.shape != (len(answers),):
+        raise ValueError(
+            f"the reward gave scores of shape {tuple(raw.shape)} for {len(answers)} answers; it "
+            "must return one number for each answer"
+        )
+    check_finite("the reward", raw)
+    return Scores(
+        raw,
+        {name: part.to(device) for name, part in scores.parts.items()},
+        {name: branch.to(device) for name, branch in scores.branches.items()},
+    )
 
 
-class Combined(NamedTuple):
-    """The scores that Eq. 4's switch let through, and which way it went."""
+def check_finite(who: str, scores: Tensor) -> None:
+    """RuntimeError naming `who` where one of its scores (S,) is not a finite number."""
+    bad = int((~torch.isfinite(scores)).sum())
+    if bad:
+        raise RuntimeError(
+            f"{who} gave no finite score for {bad} of {len(scores)} answers; nothing was trained "
+            "on them: look at its weights or its code, then run again"
+        )
 
-    raw: Tensor  # (S,) fp32, the chosen model's raw score: logit(sigma(R_c))
-    from_safety: Tensor  # (S,) bool, True where the safety model's score was taken
-    branches: dict[str, int]  # how many by "is_safety", "unsafe" (below 0.15), "helpfulness"
+
+class RewardModels:
+    """Eq. 4 over two reward models; with one of them alone, that one's score."""
+
+    def __init__(
+        self,
+        helpfulness: Transformer | None,
+        safety: Transformer | None,
+        *,
+        combine: str = "switch",
+        threshold: float = SAFETY_THRESHOLD,
+        max_tokens: int = 16384,
+    ):
+        """combine: "switch" is the paper's, "sum" adds the scores; threshold: on sigma(R_s), of the
+        switch; max_tokens: most tokens in one forward pass. Raises ValueError without any model.
+        """
+        models = {"helpfulness": helpfulness, "safety": safety}
+        self.models = {name: model for name, model in models.items() if model is not None}
+        if not self.models:
+            raise ValueError("there is no reward model; name one, or hand a reward function over")
+        self.combine, self.threshold, self.max_tokens = combine, threshold, max_tokens
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest dialogue that all models can read."""
+        return min(model.config.context for model in self.models.values())
+
+    def __call__(self, answers: Sequence[Answer]) -> Scores:
+        sequences = [answer.prompt_ids + answer.ids for answer in answers]
+        parts = {}
+        for name, model in self.models.items():
+            parts[name] = score(model, sequences, max_tokens=self.max_tokens)
+            check_finite(f"the {name} reward model", parts[name])
+        if len(parts) == 1:
+            return Scores(next(iter(parts.values())), parts)
+        helpfulness, safety = parts["helpfulness"], parts["safety"]
+        if self.combine == "sum":
+            return Scores(helpfulness + safety, parts)
+        is_safety = torch.tensor(
+            [answer.is_safety for answer in answers], dtype=torch.bool, device=safety.device
+        )
+        raw, branches = switch(helpfulness, safety, is_safety, self.threshold)
+        return Scores(raw, parts, branches)
 
 
-def combine(helpfulness: Tensor, safety: Tensor, is_safety: Tensor) -> Combined:
-    """Eq. 4's switch between raw scores helpfulness (S,) and safety (S,); is_safety (S,) bool."""
-    unsafe = (safety < RAW_SAFETY_THRESHOLD) & ~is_safety
+def switch(
+    helpfulness: Tensor, safety: Tensor, is_safety: Tensor, threshold: float = SAFETY_THRESHOLD
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. 4's switch: (raw score of the model chosen, fp32; which answers went which way).
+
+    helpfulness, safety: (S,) raw scores; is_safety: (S,) bool. Returns (S,) and three (S,) bool:
+    "is_safety" and "unsafe" (below the threshold) take the safety score, "helpfulness" the other.
+    """
+    unsafe = (safety < math.log(threshold / (1 - threshold))) & ~is_safety
     from_safety = is_safety | unsafe
-    counts = {
-        "is_safety": int(is_safety.sum()),
-        "unsafe": int(unsafe.sum()),
-        "helpfulness": int((~from_safety).sum()),
-    }
-    return Combined(torch.where(from_safety, safety, helpfulness).float(), from_safety, counts)
+    branches = {"is_safety": is_safety, "unsafe": unsafe, "helpfulness": ~from_safety}
+    return torch.where(from_safety, safety, helpfulness).float(), branches
 
 
 def settle_unfinished(raw: Tensor, finished: Tensor, policy: str, penalty: float) -> Tensor:
     """Raw scores (S,) after the rule for answers without EOS (finished (S,) bool is False).
 
-    keep: the reward model's opinion stands. subtract: minus `penalty`. replace: `-penalty`
-    whatever the answer says. mask: as keep, but the caller gives these answers no gradient and
-    no part in any whitening. All act before whitening, in units of the raw score. Raises
-    ValueError for another name.
+    keep: the reward's opinion stands. subtract: minus `penalty`. replace: `-penalty` whatever the
+    answer says. mask: as keep, but the caller gives these answers no gradient and no part in any
+    whitening. All act before whitening, in units of the raw score. Raises ValueError for another
+    name.
     """
     if policy not in UNFINISHED:
         raise ValueError(f"unknown rule '{policy}' for unfinished answers: {', '.join(UNFINISHED)}")
@@ -96,16 +173,17 @@ def token_rewards(
     *,
     beta: float,
     counted: Tensor | None = None,
-    all_sum: AllSum = identity,
+    whitened: bool = True,
 ) -> Tensor:
     """Eq. 4 per token: whitened score on an answer's last token, minus beta * KL on each.
 
-    raw: (S,) combined raw scores, whitened here over the batch of all ranks and before KL is
-    subtracted (others whiten per token with the KL inside: that is not the paper's). kl: (S, T)
-    k1 per token; lengths: (S,) tokens per answer, EOS included; counted: (S,) bool, answers that
-    take part in the whitening. Returns (S, T), zero past an answer's end.
+    raw: (S,) raw scores, whitened here over the batch of all ranks and before KL is subtracted
+    (others whiten per token with the KL inside: that is not the paper's), or taken as they are
+    where `whitened` is False. kl: (S, T) k1 per token; lengths: (S,) tokens per answer, EOS
+    included; counted: (S,) bool, answers that take part in the whitening. Returns (S, T), zero
+    past an answer's end.
     """
     steps = torch.arange(kl.shape[1], device=kl.device)
     rewards = torch.where(steps < lengths[:, None], -beta * kl, torch.zeros_like(kl))
-    terminal = whiten(raw, counted, all_sum)
+    terminal = whiten(raw, counted) if whitened else raw
     return rewards + torch.where(steps == lengths[:, None] - 1, terminal[:, None], 0.0)

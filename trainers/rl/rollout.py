@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from puna.core import parallel
+from puna.core.chat import decode_answer
 from puna.core.generation.generate import generate
 from puna.core.model import Transformer
-from puna.core.ops import linear_logprobs
-from puna.trainers.rl.packed import AllMax, forward_groups, one_rank
+from puna.core.packed import forward_groups
+from puna.core.tokenizer import Tokenizer
+from puna.trainers.data.prompts import EncodedPrompt
+from puna.trainers.rl.rewards import Answer
 
 
 class Rollout(NamedTuple):
@@ -47,6 +50,17 @@ class Rollout(NamedTuple):
             self.logprobs[index],
             self.finished[index],
         )
+
+
+def as_answers(
+    rollout: Rollout, prompts: Sequence[EncodedPrompt], tokenizer: Tokenizer
+) -> list[Answer]:
+    """A rollout as rewards, annotators and judges are given it; one prompt for each answer."""
+    rows = zip(prompts, rollout.answers, rollout.finished.tolist(), strict=True)
+    return [
+        Answer(p.messages, decode_answer(tokenizer, ids), p.ids, ids, finished, p.is_safety)
+        for p, ids, finished in rows
+    ]
 
 
 def answer_mask(lengths: Tensor, steps: int) -> Tensor:
@@ -145,7 +159,7 @@ def sample_everywhere(
 
 
 def answer_states(
-    model: Transformer, rollout: Rollout, *, max_tokens: int, all_max: AllMax = one_rank
+    model: Transformer, rollout: Rollout, *, max_tokens: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """One packed forward pass per micro-batch: (rows, hidden (A', C), targets (A',)).
 
@@ -154,7 +168,7 @@ def answer_states(
     end. With an empty list of rows (see `packed`) one stand-in token is yielded.
     """
     sequences = rollout.sequences
-    for rows, hidden, starts in forward_groups(model, sequences, max_tokens, all_max):
+    for rows, hidden, starts in forward_groups(model, sequences, max_tokens):
         if not rows:
             yield rows, hidden[:1], starts.new_zeros(1)
             continue
@@ -168,12 +182,7 @@ def answer_states(
 
 @torch.no_grad()
 def answer_logprobs(
-    model: Transformer,
-    rollout: Rollout,
-    *,
-    temperature: float,
-    max_tokens: int,
-    all_max: AllMax = one_rank,
+    model: Transformer, rollout: Rollout, *, temperature: float, max_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """(logprobs, entropy), both (S, T) fp32 and zero past an answer's end, under `model`.
 
@@ -181,10 +190,8 @@ def answer_logprobs(
     are all of the tempered distribution.
     """
     logprobs, entropy = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)
-    for rows, hidden, targets in answer_states(
-        model, rollout, max_tokens=max_tokens, all_max=all_max
-    ):
-        new = linear_logprobs(hidden, model.head_weight, targets, temperature=temperature)
+    for rows, hidden, targets in answer_states(model, rollout, max_tokens=max_tokens):
+        new = model.logprobs(hidden, targets, temperature=temperature)
         if rows:
             for out, flat in zip((logprobs, entropy), new, strict=True):
                 out[rows] = pad_answers(flat, rollout.lengths[rows], out.shape[1])
@@ -192,12 +199,10 @@ def answer_logprobs(
 
 
 @torch.no_grad()
-def answer_values(
-    critic: Transformer, rollout: Rollout, *, max_tokens: int, all_max: AllMax = one_rank
-) -> Tensor:
+def answer_values(critic: Transformer, rollout: Rollout, *, max_tokens: int) -> Tensor:
     """The critic's value (S, T) fp32 of the state before each answer token, zero past the end."""
     values = torch.zeros_like(rollout.logprobs)
-    for rows, hidden, _ in answer_states(critic, rollout, max_tokens=max_tokens, all_max=all_max):
+    for rows, hidden, _ in answer_states(critic, rollout, max_tokens=max_tokens):
         flat = critic.logits(hidden)[:, 0]
         if rows:
             values[rows] = pad_answers(flat, rollout.lengths[rows], values.shape[1])

@@ -27,7 +27,7 @@ from puna.trainers.train.ranges import (
     Batch,
     Below,
     Count,
-    CountOrNone,
+    CountOrZero,
     Options,
     Rate,
     Seed,
@@ -47,17 +47,17 @@ class TrainConfig(Options):
     out: Path
     """the run folder; an interrupted run in it is continued"""
     seed: Seed = 0
-    """of data order, initialisation and sampling"""
+    """seed of everything random: order of the data, fresh weights, sampled tokens"""
     lr: Rate = 3e-4
     """peak learning rate"""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """of the learning rate, after the warm-up"""
+    """of the learning rate after the warm-up: down along a cosine, or constant"""
     min_lr: Share = 0.1
     """where the cosine ends, as a share of the peak (paper: 10%)"""
-    warmup_steps: CountOrNone = 0
+    warmup_steps: CountOrZero = 0
     """steps of linear warm-up"""
     weight_decay: Weight = 0.1
-    """on matrices only"""
+    """AdamW's, on matrices only"""
     beta1: Annotated[float, AtLeast(0), Below(1)] = 0.9
     beta2: Annotated[float, AtLeast(0), Below(1)] = 0.95
     eps: Annotated[float, Above(0), AtLeast(1e-30)] = 1e-5
@@ -69,6 +69,8 @@ class TrainConfig(Options):
     """steps between looks at held-out data"""
     keep: Count = 2
     """newest checkpoints to keep"""
+    log: Literal["none", "tensorboard", "trackio"] = "none"
+    """where else to show the metrics, by a package of its own: pip install "puna[tensorboard]" """
     device: str = "auto"
     """auto takes a GPU where there is one"""
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -168,7 +170,7 @@ def step_optimizer(network: Trained, rate: float, clip: float) -> float:
 
 def backward(model: Transformer, batches: Sequence[Any], objective: Objective) -> dict[str, float]:
     """Accumulate the gradient of one step; returns its loss and other means over all ranks."""
-    device = model.head_weight.device
+    device = model.device
     weight = torch.tensor([sum(objective.weight(b) for b in batches)], dtype=torch.float64)
     total = max(float(parallel.all_sum(weight.to(device))), 1e-12)
     sums: dict[str, Tensor] = {}
@@ -249,7 +251,7 @@ def evaluated(
 @torch.no_grad()
 def mean_loss(model: Transformer, batches: Sequence[Any], objective: Objective) -> dict[str, float]:
     """The objective's means over `batches`, all ranks' together, without gradients."""
-    device = model.head_weight.device
+    device = model.device
     sums: dict[str, Tensor] = {"weight": torch.zeros((), dtype=torch.float64, device=device)}
     for batch in batches:
         loss, extras = objective.loss(model, batch)

@@ -12,7 +12,6 @@ from torch import Tensor
 from puna.core import parallel
 from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer
-from puna.core.ops import linear_cross_entropy
 from puna.trainers.data.packing import LMBatch, step_rows
 from puna.trainers.data.readers import Skipped
 from puna.trainers.train import loop
@@ -37,10 +36,7 @@ Loss = Callable[[Transformer, LMBatch], tuple[Tensor, dict[str, Tensor]]]
 def next_token_loss(model: Transformer, batch: LMBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """Summed weighted cross-entropy of the batch, nats."""
     hidden = model(batch.tokens, batch.positions, batch.cu_seqlens)
-    loss = linear_cross_entropy(
-        hidden, model.head_weight, batch.targets, weights=batch.weights, reduction="sum"
-    )
-    return loss, {}
+    return model.cross_entropy(hidden, batch.targets, weights=batch.weights, reduction="sum"), {}
 
 
 def checked(loss: Loss) -> Loss:
@@ -67,7 +63,7 @@ OBJECTIVE = loop.Objective(
 )
 
 
-def share(indices: Indices) -> Indices:
+def rank_part(indices: Indices) -> Indices:
     """This rank's equal part of a global batch; ValueError where it cannot be equal."""
     size, left = divmod(len(indices), parallel.world_size())
     if left:
@@ -91,7 +87,7 @@ def row_batches(
     """
 
     def batch_at(step: int) -> list[LMBatch]:
-        mine = share(step_rows(len(rows), batch, seed, step))
+        mine = rank_part(step_rows(len(rows), batch, seed, step))
         parts = [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
         return [to_device(rows.batch(part), device) for part in parts]
 
@@ -110,7 +106,7 @@ def evaluation(
 
     def evaluate(model: Transformer) -> dict[str, float]:
         padded = -(-len(rows) // parallel.world_size()) * parallel.world_size()
-        mine = share([i % len(rows) for i in range(padded)])
+        mine = rank_part([i % len(rows) for i in range(padded)])
         parts = [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
         batches = [to_device(rows.batch(part), device) for part in parts]
         return loop.mean_loss(model, batches, objective)

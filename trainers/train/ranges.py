@@ -91,7 +91,7 @@ LARGEST = AtMost(2**31 - 1)  # of every number whose own ranges have no upper en
 
 Count = Annotated[int, AtLeast(1)]
 Batch = Annotated[int, AtLeast(1), AtMost(2**20)]  # of what is in memory at once
-CountOrNone = Annotated[int, AtLeast(0)]  # where 0 has a meaning of its own
+CountOrZero = Annotated[int, AtLeast(0)]  # where 0 has a meaning of its own
 Seed = Annotated[int, AtLeast(0), AtMost(2**63 - 1)]
 Rate = Annotated[float, Above(0)]
 Weight = Annotated[float, AtLeast(0)]

@@ -25,10 +25,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from puna.core import parallel
+from puna.core.checkpoint.atomic import write_text
 from puna.core.checkpoint.folder import atomic_folder, open_model, write_tensors
 from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer
 from puna.trainers.train.config import to_toml
+from puna.trainers.train.viewers import viewer
 
 ROWS_DIGEST = "rows.sha256"
 
@@ -50,6 +52,7 @@ class Run:
         self.tokenizer = tokenizer
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self._show = viewer(getattr(config, "log", "none"), path)
         if parallel.is_main():
             claim(path, config)
             self.checkpoints.mkdir(exist_ok=True)
@@ -69,7 +72,7 @@ class Run:
                     f"{self.path} holds a run on other rows than these; hand over the same ones in "
                     "the same order, give another out, or remove the folder"
                 )
-            recorded.write_text(digest)
+            write_text(recorded, digest)
         parallel.barrier()
 
     @property
@@ -91,10 +94,11 @@ class Run:
         return sorted(self.checkpoints.glob("step-*"), key=lambda path: int(path.name[5:]))
 
     def log(self, step: int, **values: float | int | str) -> None:
-        """Append one row to metrics.jsonl."""
+        """Append one row to metrics.jsonl, and show it where the configuration asks for that."""
         if parallel.is_main():
             with self.metrics.open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
+            self._show(step, {k: v for k, v in values.items() if not isinstance(v, str)})
 
     def save(self, step: int, networks: dict[str, Trained], *, keep: int) -> None:
         """Write checkpoints/step-N and drop all but the newest `keep`.
@@ -144,9 +148,7 @@ class Run:
             return
         rows = self.metrics.read_text().splitlines()
         kept = [row for row in rows if _step_of(row) <= step] if step else []
-        partial = self.metrics.with_suffix(".partial")
-        partial.write_text("".join(row + "\n" for row in kept))
-        partial.replace(self.metrics)
+        write_text(self.metrics, "".join(row + "\n" for row in kept))
 
     def restore_optimizers(self, networks: dict[str, Trained]) -> None:
         """Load the newest checkpoint's optimizer states into networks already on its weights."""
@@ -193,10 +195,8 @@ def claim(path: Path, config: Any) -> None:
                 f"{', '.join(changed)}); give another --out, or remove the folder"
             )
     path.mkdir(parents=True, exist_ok=True)
-    (path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-    partial = recorded.with_suffix(".partial")
-    partial.write_text(toml, encoding="utf-8")
-    partial.replace(recorded)
+    write_text(path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    write_text(recorded, toml)
 
 
 def is_untouched(path: Path) -> bool:

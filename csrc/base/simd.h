@@ -1,0 +1,120 @@
+// A vector type for the instruction set of this translation unit, by GCC's and clang's vector
+// extensions: the same source compiles to AVX-512, AVX2, SSE2 or NEON.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+namespace PUNA_ISA {
+
+constexpr int W = PUNA_WIDTH;  // floats in a vector
+
+typedef float vec __attribute__((vector_size(W * 4)));
+typedef int32_t ivec __attribute__((vector_size(W * 4)));
+typedef uint32_t uvec __attribute__((vector_size(W * 4)));
+
+inline vec load(const float* p) {
+  vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+
+// W bf16 numbers: the upper halves of floats.
+inline vec load_bf16(const uint16_t* p) {
+  typedef uint16_t halves __attribute__((vector_size(W * 2)));
+  halves v;
+  std::memcpy(&v, p, sizeof v);
+  return (vec)(__builtin_convertvector(v, ivec) << 16);
+}
+
+// Adds to each lane of `sum` the dot product of its 4 bytes, 0 to 255, with 4 integers of -127 to
+// 127. `even` holds the integers for bytes 0 and 2 as 16-bit halves, `odd` those for 1 and 3.
+inline ivec dot4(ivec sum, ivec bytes, int32_t even, int32_t odd) {
+  const ivec low = bytes & 0x00FF00FF, high = (ivec)((uvec)bytes >> 8) & 0x00FF00FF;
+#if PUNA_WIDTH == 16
+  const auto pairs = [](ivec a, int32_t b) {
+    return (ivec)_mm512_madd_epi16((__m512i)a, _mm512_set1_epi32(b));
+  };
+#elif PUNA_WIDTH == 8
+  const auto pairs = [](ivec a, int32_t b) {
+    return (ivec)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi32(b));
+  };
+#else
+  const auto pairs = [](ivec a, int32_t b) {
+    return (a & 0xFFFF) * static_cast<int16_t>(b) + (a >> 16) * (b >> 16);
+  };
+#endif
+  return sum + pairs(low, even) + pairs(high, odd);
+}
+
+inline vec broadcast(float x) { return x - vec{}; }  // subtracting keeps a negative zero
+
+inline vec select(ivec condition, vec a, vec b) { return condition ? a : b; }
+
+// Where one argument is NaN: the first argument. (Written so that it is one instruction.)
+inline vec max(vec a, vec b) { return b > a ? b : a; }
+inline vec min(vec a, vec b) { return b < a ? b : a; }
+
+inline float reduce_sum(vec v) {
+  float total = 0.0f;
+  for (int i = 0; i < W; ++i) total += v[i];
+  return total;
+}
+
+inline float reduce_max(vec v) {
+  float result = v[0];
+  for (int i = 1; i < W; ++i) result = v[i] > result ? v[i] : result;
+  return result;
+}
+
+// Alternate elements of a and b, from the first half of both or from the second.
+inline vec interleave(vec a, vec b, bool second) {
+#ifdef __clang__
+  vec v;
+  for (int i = 0; i < W; ++i) v[i] = (i % 2 ? b : a)[i / 2 + (second ? W / 2 : 0)];
+  return v;
+#else
+  ivec from;
+  for (int i = 0; i < W; ++i) from[i] = i / 2 + (second ? W / 2 : 0) + (i % 2 ? W : 0);
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
+// Transposes W rows of W numbers. Each round rotates the bits of the index (row, column) by one.
+inline void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+  vec rows[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) rows[i] = load(from + i * stride);
+  for (int round = 1; round < W; round *= 2) {
+    vec interleaved[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i)
+      interleaved[i] = interleave(rows[i / 2], rows[i / 2 + W / 2], i % 2);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) rows[i] = interleaved[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) store(to + i * to_stride, rows[i]);
+}
+
+// e^x to about 2 units in the last place, for x up to 88; below -87.3 it stays at 1e-38.
+inline vec exp(vec x) {
+  x = max(min(x, broadcast(88.0f)), broadcast(-87.3f));
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  const vec n = (x * 1.44269504f + magic) - magic;
+  const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  vec y = broadcast(1.9875691e-4f);
+  y = y * r + 1.3981999e-3f;
+  y = y * r + 8.3334519e-3f;
+  y = y * r + 4.1665796e-2f;
+  y = y * r + 1.6666665e-1f;
+  y = y * r + 5.0000001e-1f;
+  y = y * (r * r) + r + 1.0f;
+  const ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
+  return y * (vec)power;
+}
+
+}  // namespace PUNA_ISA

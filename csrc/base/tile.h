@@ -1,0 +1,64 @@
+// The inner loop of every fp32 matrix product: a tile of the result stays in registers while the
+// inner dimension passes, vectors of b's columns and one number of a at a time.
+#pragma once
+
+#include "base/simd.h"
+#include "base/standard.h"
+
+namespace PUNA_ISA {
+
+constexpr int PANEL_WIDTH = 2 * W;               // output columns computed together
+constexpr int MAX_TILE_ROWS = W == 16 ? 12 : 6;  // rows together: 24 (12) accumulators fit
+
+inline vec load(const uint16_t* bf16) { return load_bf16(bf16); }
+
+template <int ROWS, int VECTORS>
+inline void clear(vec (&sums)[ROWS][VECTORS]) {
+#pragma GCC unroll 16
+  for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j) sums[m][j] = vec{};
+}
+
+// sums (ROWS, VECTORS * W) += a (ROWS, count) b (count, VECTORS * W). Numbers of a lie `a_row`
+// apart from row to row and `a_inner` within a row; rows of b, fp32 or bf16, lie `b_row` apart.
+template <typename Element, int ROWS, int VECTORS>
+__attribute__((always_inline)) inline void multiply_add(vec (&sums)[ROWS][VECTORS], const float* a,
+                                                        int64_t a_row, int64_t a_inner,
+                                                        const Element* b, int64_t b_row,
+                                                        int64_t count) {
+  for (int64_t i = 0; i < count; ++i, a += a_inner, b += b_row) {
+    vec columns[VECTORS];
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j) columns[j] = load(b + j * W);
+#pragma GCC unroll 16
+    for (int m = 0; m < ROWS; ++m) {
+      const vec value = broadcast(a[m * a_row]);
+#pragma GCC unroll 4
+      for (int j = 0; j < VECTORS; ++j) sums[m][j] += value * columns[j];
+    }
+  }
+}
+
+// c (ROWS, VECTORS * W) = sums, or c + sums with `add`.
+template <int ROWS, int VECTORS>
+__attribute__((always_inline)) inline void store_tile(const vec (&sums)[ROWS][VECTORS], float* c,
+                                                      int64_t c_row, bool add) {
+#pragma GCC unroll 16
+  for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j) {
+      float* to = c + m * c_row + j * W;
+      store(to, add ? load(to) + sums[m][j] : sums[m][j]);
+    }
+}
+
+// Calls use(n) with `rows`, 1 to MAX, as a compile-time constant.
+template <int MAX, typename Use>
+inline void dispatch_rows(int rows, Use use) {
+  if constexpr (MAX > 1)
+    if (rows < MAX) return dispatch_rows<MAX - 1>(rows, use);
+  use(std::integral_constant<int, MAX>());
+}
+
+}  // namespace PUNA_ISA

@@ -1,0 +1,68 @@
+// A Llama's forward pass for decoding on a CPU. Activations are fp32, the packed weights fp32,
+// bf16 or int8 (which multiplies activations rounded to int8).
+//
+// A call takes any number of tokens, each with its cache row and its position: one token of many
+// rows (decoding), many tokens of a few rows (prompts), or both. A token's result depends on its
+// row alone, to the last bit: the order of every sum is the same for any batch.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "base/weight_format.h"
+
+namespace puna {
+
+struct ModelShape {
+  int64_t layers, dim, heads, kv_heads, head_dim, ffn, vocab;
+  float eps;
+};
+
+// Projections are fp32 (out, in), row-major, as PyTorch's Linear holds them.
+struct LayerWeights {
+  const float *q, *k, *v, *o, *gate, *up, *down, *attention_norm, *ffn_norm;
+};
+
+struct Weights {
+  const float *embedding, *head, *norm;  // (V, C), (V, C), (C)
+  const float *cos, *sin;                // (context, D / 2)
+  std::vector<LayerWeights> layers;
+  WeightFormat format;  // of the packed copy; the embedding is read where it is
+};
+
+// The tokens of one row are neighbours, in the order of their positions.
+struct Batch {
+  int64_t count;
+  const int64_t *tokens, *rows, *positions;
+  int64_t wanted_count;
+  const int64_t* wanted;  // which of the tokens get logits
+  float* logits;          // (wanted_count, V)
+};
+
+// How tokens are drawn from the logits (see kernels/sample.py). Each drawn token is fed to its row,
+// until `steps` steps are done or one of the tokens is `eos`.
+struct Draw {
+  int64_t steps;         // at least 1
+  int64_t eos;           // -1: there is none
+  float temperature;     // 0: greedy
+  const int64_t* seeds;  // (steps, wanted_count)
+  int64_t* tokens;       // (steps, wanted_count)
+  float* logprobs;       // (steps, wanted_count)
+};
+
+class Engine {
+ public:
+  virtual ~Engine() = default;
+  // Room for `rows` rows of `max_tokens` tokens each; what the rows held is lost.
+  virtual void reserve(int64_t rows, int64_t max_tokens) = 0;
+  // Returns the number of steps done: 1 without `draw`.
+  virtual int64_t forward(const Batch& batch, const Draw* draw, int threads) = 0;
+  // Copies the first `length` tokens of row `from` to row `to`.
+  virtual void copy_row(int64_t from, int64_t to, int64_t length) = 0;
+  virtual int64_t vocab() const = 0;
+  virtual int64_t rows() const = 0;
+  virtual int64_t max_tokens() const = 0;
+};
+
+}  // namespace puna

@@ -1,9 +1,0 @@
-#if defined(__x86_64__)
-#include "standard.h"
-#pragma GCC target("avx2,fma")
-#define PUNA_ISA avx2
-#define PUNA_WIDTH 8
-#include "operations_impl.h"
-
-const puna::Operations& puna::operations_avx2() { return avx2::operations; }
-#endif

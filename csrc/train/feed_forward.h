@@ -1,0 +1,22 @@
+// A whole gated feed-forward layer.
+#pragma once
+
+#include <cstdint>
+
+namespace puna {
+
+// y = down (silu(gate x) * up x); all matrices are contiguous.
+struct FeedForward {
+  int64_t rows, width, hidden;
+  const float *x, *gate, *up, *down;  // (rows, width), (hidden, width) twice, (width, hidden)
+  float *gates, *ups;                 // gate x and up x (rows, hidden); or null
+  float* y;                           // (rows, width)
+};
+
+struct FeedForwardGradient {
+  int64_t rows, width, hidden;
+  const float *x, *gate, *up, *down, *gates, *ups, *d_y;
+  float *d_x, *d_gate, *d_up, *d_down;
+};
+
+}  // namespace puna

@@ -1,0 +1,69 @@
+"""Run: python -m pytest tests/test_viewers.py -q"""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from puna.trainers import sft
+from puna.trainers.train.viewers import viewer
+
+
+def trained(tiny: Path, out: Path, log: str) -> list[dict[str, float]]:
+    """The rows of a short run."""
+    config = sft.SFTConfig(
+        model=tiny / "lm", data=[tiny / "dialogues.jsonl"], out=out, batch=4, eval_every=2,
+        device="cpu", log=log,
+    )  # fmt: skip
+    sft.run(config)
+    return [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def scalars(folder: Path) -> set[tuple[int, str, float]]:
+    """(step, name, value) of all event files in a folder, after purging."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    names = events.Tags()["scalars"]
+    return {(e.step, name, e.value) for name in names for e in events.Scalars(name)}
+
+
+def test_tensorboard_has_the_same_names_numbers_and_steps(tiny, tmp_path):
+    pytest.importorskip("tensorboard")
+    rows = trained(tiny, tmp_path / "run", "tensorboard")
+    shown = scalars(tmp_path / "run" / "tensorboard")
+    written = {(row["step"], k, v) for row in rows for k, v in row.items() if k != "step"}
+    assert {(s, k) for s, k, _ in shown} == {(s, k) for s, k, _ in written}
+    by_name = {(s, k): v for s, k, v in shown}
+    assert all(by_name[s, k] == pytest.approx(v, rel=1e-6) for s, k, v in written)
+
+
+def test_tensorboard_forgets_what_a_resumed_run_repeats(tmp_path):
+    pytest.importorskip("tensorboard")
+    first = viewer("tensorboard", tmp_path)
+    for step in range(5):
+        first(step, {"loss": 1.0})
+    viewer("tensorboard", tmp_path)(3, {"loss": 2.0})
+    found = scalars(tmp_path / "tensorboard")
+    assert found == {(0, "loss", 1.0), (1, "loss", 1.0), (2, "loss", 1.0), (3, "loss", 2.0)}
+
+
+def test_trackio_is_told_the_same(tiny, tmp_path, monkeypatch):
+    told, begun = [], []
+    fake = types.ModuleType("trackio")
+    fake.__spec__ = types.SimpleNamespace(name="trackio")
+    run = types.SimpleNamespace(log=lambda values, step: told.append({"step": step, **values}))
+    fake.init = lambda **options: begun.append(options) or run
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    assert trained(tiny, tmp_path / "project" / "run", "trackio") == told
+    assert begun == [{"project": "project", "name": "run", "resume": "allow"}]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "trackio"])
+def test_a_missing_package_is_named_before_anything_is_read(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("puna.trainers.train.viewers.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=rf"log is {name}, .*; pip install 'puna\[{name}\]'"):
+        viewer(name, tmp_path)
+    assert viewer("none", tmp_path)(1, {"loss": 1.0}) is None

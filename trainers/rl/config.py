@@ -1,0 +1,231 @@
+"""What rejection sampling and PPO are configured with: whose answers, judged by whom, and how."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from puna.core.checkpoint.folder import open_model
+from puna.core.model import Transformer
+from puna.trainers.rl.rewards import Reward, RewardModels
+from puna.trainers.train import loop
+from puna.trainers.train.ranges import (
+    Above,
+    AtLeast,
+    AtMost,
+    Batch,
+    Below,
+    Count,
+    CountOrZero,
+    Options,
+    Rate,
+    Seed,
+    Share,
+    Temperature,
+    Weight,
+)
+
+
+@dataclass(kw_only=True)
+class SamplingConfig(loop.TrainConfig):
+    """Options of a stage that samples answers and has them scored."""
+
+    policy: Path
+    """model that answers"""
+    helpfulness: Path | None = None
+    """helpfulness reward model; from Python a reward function can stand for both"""
+    safety: Path | None = None
+    """safety reward model; with only one of the two, that one scores every answer"""
+    combine: Literal["switch", "sum"] = "switch"
+    """how two scores become one: Eq. 4's switch (paper), or their sum"""
+    safety_threshold: Annotated[float, Above(0), Below(1)] = 0.15
+    """the switch takes the safety score where its sigmoid is below this (paper: 0.15)"""
+    prompts: list[Path]
+    """prompt files to sample from"""
+    temperature: Temperature = 1.0
+    """of the answers; all log-probs are taken at it"""
+    max_new_tokens: Count = 512
+    """longest answer, tokens"""
+    generation_batch: Batch = 256
+    """answers sampled side by side"""
+    micro_batch_tokens: Count = 16384
+    """most tokens in one forward pass over answers"""
+
+
+@dataclass(kw_only=True)
+class PPOConfig(SamplingConfig):
+    """Proximal policy optimisation (paper section 3.2.3; its values are the defaults)."""
+
+    policy: Path
+    """model to start from, which is also the reference of the KL term"""
+    eval_prompts: list[Path] = field(default_factory=list)
+    """prompt files for held-out reward and early stopping"""
+    eval_count: Count = 512
+    """held-out prompts per evaluation"""
+    iterations: Count = 400
+    """rollouts (paper: 200-400, stopped early)"""
+    batch: Batch = 512
+    """answers per iteration, all ranks together (paper)"""
+    minibatch: Batch = 64
+    """answers per gradient step (paper)"""
+    beta: Weight = 0.01
+    """weight of KL (paper: 0.01 for 7b and 13b, 0.005 for 34b and 70b)"""
+    whiten: bool = True
+    """scores are whitened over the batch before KL is subtracted (paper, Eq. 4)"""
+    ratio_clip: Annotated[float, Above(0), Below(1)] = 0.2
+    """half width of the interval around ratio 1 (paper)"""
+    lr: float = 1e-6
+    """constant (paper)"""
+    schedule: Literal["cosine", "constant"] = "constant"
+    critic_lr: Annotated[float | None, Above(0)] = None
+    """the critic's learning rate; the policy's where left out"""
+    critic: Literal["helpfulness", "policy"] = "helpfulness"
+    """whose weights the critic starts from, with a fresh head"""
+    critic_warmup: CountOrZero = 0
+    """iterations at the beginning that train the critic alone"""
+    value_clip: Annotated[float | None, Above(0)] = 0.2
+    """how far a value may move since the rollout; in units of the whitened reward"""
+    gamma: Share = 1.0
+    """discount per token"""
+    lam: Share = 0.95
+    """of generalised advantage estimation"""
+    unfinished: Literal["keep", "subtract", "replace", "mask"] = "subtract"
+    """an answer without EOS: keep its score; subtract the penalty; replace the score by minus
+    the penalty; mask it out of loss and whitening"""
+    unfinished_penalty: Weight = 1.0
+    """in units of the raw score"""
+    patience: CountOrZero = 0
+    """stop after so many evaluations without a better held-out reward and take the best model; 0:
+    go on to the end and take the last"""
+    max_kl: Annotated[float | None, Above(0)] = None
+    """stop when the mean KL of an answer, in nats, exceeds it"""
+    ratio_tolerance: Rate = 1e-3
+    """largest mean |log ratio| of an iteration's first mini-batch; about 2e-2 in bf16"""
+    save_every: int = 20
+    eval_every: int = 10
+
+    def check(self) -> None:
+        if self.batch % self.minibatch:
+            raise ValueError(
+                f"batch {self.batch} is not a multiple of minibatch {self.minibatch}; "
+                "one pass in equal gradient steps needs that"
+            )
+        if self.patience and not self.eval_prompts:
+            raise ValueError("patience needs eval_prompts to look at; name some or set it to 0")
+
+
+@dataclass(kw_only=True)
+class RLHFConfig(Options):
+    """The loop V1..Vn: comparisons, reward models, rejection sampling, PPO in the last ones."""
+
+    out: Path
+    """folder of the loop; an interrupted loop in it is continued"""
+    model: Path
+    """the SFT model that V1 starts from"""
+    prompts: list[Path]
+    """prompts for rejection sampling and PPO; their `safety` is Eq. 4's is_safety"""
+    rejection_prompts: list[Path] = field(default_factory=list)
+    """further prompts, for rejection sampling alone, in every round"""
+    ppo_prompts: list[Path] = field(default_factory=list)
+    """further prompts, for PPO alone"""
+    eval_prompts: list[Path] = field(default_factory=list)
+    """prompts for PPO's held-out reward and early stopping"""
+    student: Path | None = None
+    """smaller SFT model that is fine-tuned on every version's selected answers besides (paper: the
+    70b's answers train the other sizes)"""
+    helpfulness_prompts: list[Path] = field(default_factory=list)
+    """prompts whose answers are compared for helpfulness"""
+    safety_prompts: list[Path] = field(default_factory=list)
+    """prompts whose answers are compared for safety"""
+    helpfulness_data: list[Path] = field(default_factory=list)
+    """further comparisons, used in every round"""
+    safety_data: list[Path] = field(default_factory=list)
+    """further comparisons, used in every round"""
+    round_prompts: CountOrZero = 0
+    """prompts that one round's rejection sampling takes, each round the next of a shuffled order
+    (the best answers to earlier ones stay in the pool); 0: all of them every time"""
+    versions: Count = 5
+    """V1 .. Vn (paper: 5)"""
+    ppo_versions: CountOrZero = 1
+    """so many of the last versions end with PPO (paper: V5; V4 is unclear)"""
+    helpfulness_pairs: Count = 2000
+    """comparisons a round"""
+    safety_pairs: Count = 1000
+    """comparisons a round"""
+    temperatures: Annotated[list[float], Above(0), AtLeast(0.01), AtMost(1000)] = field(
+        default_factory=lambda: [0.8, 1.0, 1.2]
+    )
+    """the answers to compare are drawn at one of these"""
+    max_new_tokens: Count = 512
+    """longest answer, tokens"""
+    go_on: bool = False
+    """train the reward models on from the last round's with fresh data only (the paper starts
+    anew from the chat model on all data)"""
+    seed: Seed = 0
+    device: str = "auto"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """of the matrix products in what this loop samples and scores itself; each stage has its own"""
+    generation_batch: Batch = 256
+    """answers sampled side by side"""
+    reward: dict[str, Any] = field(default_factory=dict)
+    """table: options of `puna reward` for both reward models"""
+    helpfulness: dict[str, Any] = field(default_factory=dict)
+    """table: further options for the helpfulness model"""
+    safety: dict[str, Any] = field(default_factory=dict)
+    """table: further options for the safety model"""
+    rejection: dict[str, Any] = field(default_factory=dict)
+    """table: options of `puna rejection`"""
+    ppo: dict[str, Any] = field(default_factory=dict)
+    """table: options of `puna ppo`"""
+
+    def check(self) -> None:
+        if self.ppo_versions > self.versions:
+            raise ValueError(
+                f"versions is {self.versions} and ppo_versions {self.ppo_versions}; there must "
+                "not be more with PPO than there are"
+            )
+        if not self.temperatures:
+            raise ValueError("temperatures is empty; name at least one to draw answers at")
+        if self.ppo_versions and self.ppo.get("patience") and not self.eval_prompts:
+            raise ValueError(
+                "patience in [ppo] needs eval_prompts to look at; name some or set it to 0"
+            )
+
+
+def frozen(path: Path, head: str, config: loop.TrainConfig) -> Transformer:
+    """A model to look with, not to train."""
+    return loop.load(open_model(path, head=head), config).requires_grad_(False)
+
+
+def open_reward_models(config: SamplingConfig) -> RewardModels:
+    """The default reward, Eq. 4; ValueError where no reward model is named."""
+    return RewardModels(
+        frozen(config.helpfulness, "score", config) if config.helpfulness else None,
+        frozen(config.safety, "score", config) if config.safety else None,
+        combine=config.combine,
+        threshold=config.safety_threshold,
+        max_tokens=config.micro_batch_tokens,
+    )
+
+
+def reward_paths(config: SamplingConfig) -> list[Path]:
+    """The reward models that are named."""
+    return [path for path in (config.helpfulness, config.safety) if path is not None]
+
+
+def check_reward(config: SamplingConfig, reward: Reward | None) -> None:
+    """ValueError unless answers are scored by either reward models or a function handed over."""
+    if reward is not None and reward_paths(config):
+        raise ValueError("a reward function stands for the reward models: leave their paths out")
+    if reward is None and not reward_paths(config):
+        raise ValueError("name a reward model (helpfulness, safety) or hand a reward function over")
+
+
+def prompt_room(config: SamplingConfig, context: int) -> int:
+    """Tokens that a prompt may have; ValueError where the answer leaves none of `context`."""
+    room = context - config.max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"max_new_tokens {config.max_new_tokens} leaves no room for a prompt in the models' "
+            f"context of {context}; lower it"
+        )
+    return room

@@ -1,0 +1,109 @@
+"""A round of the loop V1..Vn, as far as it is files: its prompts, its comparisons, its record."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from puna.core import parallel
+from puna.core.checkpoint.folder import open_source, tokenizer_path
+from puna.core.tokenizer import Tokenizer
+from puna.trainers.data.prompts import draw, load_prompts
+from puna.trainers.data.readers import read_prompts
+from puna.trainers.rl.comparisons import Annotator, Variant, annotate, sample_pairs, write_rows
+from puna.trainers.rl.config import RLHFConfig
+from puna.trainers.train import loop
+from puna.trainers.train.next_token import say
+
+KINDS = ("helpfulness", "safety")
+
+
+class Waiting(RuntimeError):
+    """Comparisons wait for an annotator; the message says where."""
+
+
+def round_prompts(config: RLHFConfig, number: int, folder: Path) -> list[Path]:
+    """The files to sample from in round `number`: all prompts, or its own stretch of them."""
+    if config.round_prompts == 0:
+        return list(config.prompts)
+    path = folder / "prompts.jsonl"
+    if parallel.is_main() and not path.exists():
+        rows = [row for file in config.prompts for row in read_prompts(file)[0]]
+        places = [(number - 1) * config.round_prompts + i for i in range(config.round_prompts)]
+        chosen = [rows[draw(place, len(rows), config.seed)[0]] for place in places]
+        write_rows(path, [{"messages": p.messages, "safety": p.is_safety} for p in chosen])
+    parallel.barrier()
+    return [path]
+
+
+def compare(
+    config: RLHFConfig,
+    number: int,
+    folder: Path,
+    models: list[Path],
+    annotators: Mapping[str, Annotator] | None,
+) -> None:
+    """Sample this round's pairs and have them annotated; raises Waiting where nobody has yet."""
+    for kind in KINDS:
+        pairs, answered = folder / f"{kind}-pairs.jsonl", folder / f"{kind}.jsonl"
+        if not parallel.broadcast(answered.exists()):
+            sample_kind(config, number, kind, pairs, models)
+            if annotators and parallel.is_main():
+                tokenizer = Tokenizer(tokenizer_path(config.model))
+                annotate(pairs, answered, annotators[kind], tokenizer, number)
+    parallel.barrier()
+    missing = [kind for kind in KINDS if not (folder / f"{kind}.jsonl").exists()]
+    if missing:
+        files = " and ".join(f"{kind}-pairs.jsonl" for kind in missing)
+        answers = " and ".join(f"{kind}.jsonl" for kind in missing)
+        raise Waiting(
+            f"{files} in {folder} wait for an annotator: write the preferences to {answers} there "
+            "(messages, chosen, rejected, rating, safety), then run the same command"
+        )
+
+
+def sample_kind(
+    config: RLHFConfig, number: int, kind: str, pairs: Path, models: list[Path]
+) -> None:
+    """Answers of the two newest models to this kind's prompts, in pairs."""
+    tokenizer = Tokenizer(tokenizer_path(config.model))
+    longest = open_source(models[-1]).config.context - config.max_new_tokens
+    if longest < 1:
+        raise ValueError(
+            f"max_new_tokens {config.max_new_tokens} leaves no room for a prompt in the model's "
+            "context; lower it"
+        )
+    prompts, skipped = load_prompts(getattr(config, f"{kind}_prompts"), tokenizer, longest)
+    say(skipped)
+    temperatures = tuple(config.temperatures)
+    sample_pairs(
+        pairs,
+        (Variant(models[-1], temperatures), Variant(models[-2], temperatures)),
+        tokenizer,
+        prompts,
+        getattr(config, f"{kind}_pairs"),
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        round_index=2 * number + KINDS.index(kind),
+        device=loop.device_of_name(config.device),
+        batch_size=config.generation_batch,
+        compute_dtype=loop.DTYPES[config.dtype],
+    )
+
+
+def record(
+    path: Path,
+    number: int,
+    model: Path,
+    before: dict[str, dict[str, float]],
+    after: dict[str, dict[str, float]],
+) -> None:
+    """Append the version's row, once."""
+    rows = [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
+    rows = [row for row in rows if row["version"] < number]
+    row = {
+        "version": number,
+        "model": str(model),
+        "accuracy_before_training": before,
+        "accuracy_on_trained": after,
+    }
+    write_rows(path, [*rows, row])

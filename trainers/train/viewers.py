@@ -1,0 +1,58 @@
+"""A run's metrics in a viewer, besides metrics.jsonl: the same names, numbers and steps.
+
+Both packages are extras: `pip install "puna[tensorboard]"`, `pip install "puna[trackio]"`.
+"""
+
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+Show = Callable[[int, Mapping[str, float]], None]  # (step, numbers by name)
+
+
+def viewer(name: str, folder: Path) -> Show:
+    """What shows a row of the run in `folder`; "none" shows nothing.
+
+    Nothing is written before the first row. Raises ValueError where the package is missing.
+    """
+    if name == "none":
+        return lambda step, values: None
+    if find_spec(name) is None:
+        raise ValueError(
+            f"log is {name}, but that package is not installed; "
+            f"pip install 'puna[{name}]', or leave the option out"
+        )
+    return tensorboard(folder) if name == "tensorboard" else trackio(folder)
+
+
+def tensorboard(folder: Path) -> Show:
+    """Event files in the run's own folder; what a resumed run repeats is not shown twice."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writers: list[SummaryWriter] = []
+
+    def show(step: int, values: Mapping[str, float]) -> None:
+        if not writers:
+            writers.append(SummaryWriter(str(folder / "tensorboard"), purge_step=step))
+        for name, value in values.items():
+            writers[0].add_scalar(name, value, step)
+        writers[0].flush()
+
+    return show
+
+
+def trackio(folder: Path) -> Show:
+    """A run of the project that the run's parent folder names, in trackio's own place."""
+    import trackio as package
+
+    runs: list[package.Run] = []
+
+    def show(step: int, values: Mapping[str, float]) -> None:
+        if not runs:
+            place = folder.resolve()
+            runs.append(
+                package.init(project=place.parent.name or "puna", name=place.name, resume="allow")
+            )
+        runs[0].log(dict(values), step=step)
+
+    return show
