@@ -32,7 +32,9 @@ from puna.core.generation import generate as generation
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer, stream_text
 
-Chat: TypeAlias = list[Message]
+# A literal chat is inferred as the second: type checkers do not take it for the first.
+Chat: TypeAlias = list[Message] | list[dict[str, str]]
+Chats: TypeAlias = list[list[Message]] | list[list[dict[str, str]]] | list[Chat]
 WeightFormat: TypeAlias = Literal["fp32", "bf16", "int8"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -110,7 +112,7 @@ class Llama:
     @overload
     def generate(
         self,
-        prompts: list[str] | list[Chat] | list[str | Chat],
+        prompts: list[str] | Chats | list[str | Chat],
         *,
         max_new_tokens: int = 256,
         temperature: float = 0.6,
@@ -206,7 +208,7 @@ class Llama:
     def logprobs(self, texts: str | Chat) -> list[float]: ...
 
     @overload
-    def logprobs(self, texts: list[str] | list[Chat] | list[str | Chat]) -> list[list[float]]: ...
+    def logprobs(self, texts: list[str] | Chats | list[str | Chat]) -> list[list[float]]: ...
 
     def logprobs(self, texts: Any) -> list[float] | list[list[float]]:
         """Log-probabilities in nats: of a text, one for each token; of a chat that ends with an
@@ -226,7 +228,7 @@ class Llama:
     def score(self, dialogues: Chat) -> float: ...
 
     @overload
-    def score(self, dialogues: list[Chat]) -> list[float]: ...
+    def score(self, dialogues: Chats) -> list[float]: ...
 
     def score(self, dialogues: Any) -> float | list[float]:
         """A reward model's raw score of a chat that ends with an assistant message, read at its
@@ -304,14 +306,16 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
-def _prompt_ids(tokenizer: Tokenizer, prompt: str | Chat) -> list[int]:
+def _prompt_ids(tokenizer: Tokenizer, prompt: str | list[Message]) -> list[int]:
     """Ids up to where the text goes on, or the answer begins."""
     if isinstance(prompt, str):
         return tokenizer.encode(prompt, bos=True)
     return encode_prompt(tokenizer, prompt)
 
 
-def _known_and_asked(tokenizer: Tokenizer, text: str | Chat) -> tuple[list[int], list[int]]:
+def _known_and_asked(
+    tokenizer: Tokenizer, text: str | list[Message]
+) -> tuple[list[int], list[int]]:
     """BOS and a text's ids, or the ids of a chat up to its last answer and those of the answer."""
     if isinstance(text, str):
         return [tokenizer.bos_id], tokenizer.encode(text)
@@ -321,7 +325,7 @@ def _known_and_asked(tokenizer: Tokenizer, text: str | Chat) -> tuple[list[int],
     return encode_prompt(tokenizer, text[:-1]), encode_answer(tokenizer, text[-1]["content"])
 
 
-def _text(tokenizer: Tokenizer, prompt: str | Chat, ids: list[int]) -> str:
+def _text(tokenizer: Tokenizer, prompt: str | list[Message], ids: list[int]) -> str:
     """What was drawn after a prompt, as text."""
     if isinstance(prompt, str):
         return tokenizer.decode(ids)

@@ -3,7 +3,7 @@
     load, Llama                        a model with its tokenizer: generate, stream, logprobs, score
     pretrain, sft, reward, rejection,
     ppo, gatt, rlhf, evaluate          the stages; each takes its configuration, SFTConfig and so on
-    Tokenizer, train_tokenizer, convert, Message, next_token_loss
+    Tokenizer, train_tokenizer, convert, Message, Answer, next_token_loss
 
 Each is imported when it is asked for: `import puna` alone does not import PyTorch.
 """
@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the same as PLACES, for type checkers and editors
     from puna.trainers.rejection import run as rejection
     from puna.trainers.reward import RewardConfig
     from puna.trainers.reward import run as reward
+    from puna.trainers.rl.rewards import Answer
     from puna.trainers.rlhf import RLHFConfig
     from puna.trainers.rlhf import run as rlhf
     from puna.trainers.sft import SFTConfig
@@ -38,7 +39,7 @@ if TYPE_CHECKING:  # the same as PLACES, for type checkers and editors
     __version__: str
 
 __all__ = [
-    "EvaluateConfig", "GAttConfig", "Llama", "Message", "PPOConfig", "PretrainConfig",
+    "Answer", "EvaluateConfig", "GAttConfig", "Llama", "Message", "PPOConfig", "PretrainConfig",
     "RLHFConfig", "RejectionConfig", "RewardConfig", "SFTConfig", "Tokenizer", "__version__",
     "convert", "evaluate", "gatt", "load", "next_token_loss", "ppo", "pretrain", "rejection",
     "reward", "rlhf", "sft", "train_tokenizer",
@@ -64,11 +65,12 @@ PLACES = {  # name -> module, and what it is called there
     "load": ("puna.core.llama", "load"),
     "Tokenizer": ("puna.core.tokenizer", "Tokenizer"),
     "train_tokenizer": ("puna.core.tokenizer", "train_tokenizer"),
+    "Answer": ("puna.trainers.rl.rewards", "Answer"),
     "next_token_loss": ("puna.trainers.train.next_token", "next_token_loss"),
 }
 
 
-def __getattr__(name: str) -> Any:
+def _found(name: str) -> Any:
     """What `puna.<name>` stands for, imported now and kept. Raises AttributeError for others."""
     if name == "__version__":
         found: Any = _version()
@@ -79,6 +81,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'puna' has no attribute {name!r}")
     globals()[name] = found
     return found
+
+
+if not TYPE_CHECKING:  # to a type checker it would say that every name is there
+    __getattr__ = _found
 
 
 def __dir__() -> list[str]:

@@ -210,3 +210,14 @@ def test_a_loss_of_ones_own_is_minimised_and_reported(tiny, tmp_path):
     assert own[1]["loss"] == 2 * own[1]["plain"] == 2 * plain[1]["loss"]
     assert own[1]["grad_norm"] == pytest.approx(2 * plain[1]["grad_norm"], rel=1e-5)
     assert own[0]["eval_loss"] == 2 * own[0]["eval_plain"] == 2 * plain[0]["eval_loss"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda loss: loss, lambda loss: (loss[None], {}), lambda loss: (loss, {"a": 1.0})]
+)
+def test_a_loss_that_returns_something_else_is_told_what_to_return(tiny, tmp_path, wrong):
+    def loss(model, batch):
+        return wrong(puna.next_token_loss(model, batch)[0])
+
+    with pytest.raises(ValueError, match="the loss must return two things"):
+        sft.run(configured(tiny, tmp_path), loss=loss)

@@ -39,6 +39,23 @@ def next_token_loss(model: Transformer, batch: LMBatch) -> tuple[Tensor, dict[st
     return model.cross_entropy(hidden, batch.targets, weights=batch.weights, reduction="sum"), {}
 
 
+def checked(loss: Loss) -> Loss:
+    """`loss`, a user's own, which raises ValueError where it returns something else than a Loss."""
+
+    def looked_at(model: Transformer, batch: LMBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        match loss(model, batch):
+            case Tensor(ndim=0) as total, dict() as further if all(
+                isinstance(value, Tensor) for value in further.values()
+            ):
+                return total, further
+        raise ValueError(
+            "the loss must return two things: the batch's summed loss, a tensor of one number, and "
+            "a dict of further sums to log, tensors by name (it may be empty)"
+        )
+
+    return looked_at
+
+
 OBJECTIVE = loop.Objective(
     loss=next_token_loss,
     weight=lambda batch: float(batch.weights.sum()),
