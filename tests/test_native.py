@@ -90,7 +90,7 @@ def test_any_shape(head_dim, kv_heads, group, ffn, vocabulary, lengths, weights,
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        engine = Engine(model, name, weights=weights)
+        engine = Engine(model, name, weight_format=weights)
         engine.reserve(len(lengths), 24)
         found = feed(engine, sequences)
     finally:

@@ -51,7 +51,7 @@ def test_formats_against_fp64_of_rounded_numbers(config, name, weights, threads)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        engine = Engine(model, name, weights=weights)
+        engine = Engine(model, name, weight_format=weights)
         engine.reserve(5, 32)
         found = feed(engine, sequences)
         alone = feed(engine, sequences[1:2])
@@ -73,7 +73,7 @@ def test_what_is_not_finite_does_not_pass_for_a_number(weights, value):
     model = build(SHAPES[0])
     with torch.no_grad():
         model.lm_head.weight[5, 3] = value
-    engine = Engine(model, weights=weights)
+    engine = Engine(model, weight_format=weights)
     engine.reserve(1, 4)
     logits = feed(engine, [[1, 2]])[0]
     assert not logits[5].isfinite()

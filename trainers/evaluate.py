@@ -14,6 +14,7 @@ from rich.table import Table
 from puna.core import parallel
 from puna.core.checkpoint.atomic import write_text
 from puna.core.checkpoint.folder import load_model, open_source, tokenizer_path
+from puna.core.device import device_of_name
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.formats import SAFETY, Columns, Ratings
 from puna.trainers.data.packing import Pair, encode_pairs
@@ -21,7 +22,7 @@ from puna.trainers.data.readers import Skipped
 from puna.trainers.reward import load_preferences, margins_of
 from puna.trainers.rl import accuracy
 from puna.trainers.rl.accuracy import Bin, Share
-from puna.trainers.train import loop, next_token
+from puna.trainers.train import next_token
 from puna.trainers.train.ranges import Batch, Options
 
 
@@ -49,7 +50,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     """Print the figures, write them to `config.out`, and return what was written."""
     if open_source(config.model).head != "score":
         raise ValueError(f"{config.model} is a language model; evaluate needs a reward model")
-    model = load_model(config.model, device=loop.device_of_name(config.device))
+    model = load_model(config.model, device=device_of_name(config.device))
     pairs, skipped = load_pairs(config, model.config.context)
     next_token.say(skipped)
     differences, ratings = margins_of(model, pairs, config.micro_batch, model.device)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from puna.core import parallel
 from puna.core.checkpoint.folder import open_model, tokenizer_path
+from puna.core.device import device_of_name
 from puna.core.tokenizer import Tokenizer
 from puna.trainers import ppo, rejection
 from puna.trainers.data.packing import encode_pairs
@@ -246,7 +247,7 @@ def accuracy_of(
     for kind, path in (version.judges if version else {}).items():
         model = parallel.load(
             open_model(path),
-            loop.device_of_name(config.device),
+            device_of_name(config.device),
             compute_dtype=loop.DTYPES[config.dtype],
         )
         rows, _ = read_preferences(folder / f"{kind}.jsonl")

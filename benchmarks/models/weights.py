@@ -64,7 +64,7 @@ def windows(ids: list[int], bos_id: int, context: int) -> list[list[int]]:
 
 def loss(model: Transformer, sequences: list[list[int]], weights: str) -> float:
     """Mean cross-entropy, nats a token, of all but each row's first token."""
-    engine = Engine(model, weights=weights)
+    engine = Engine(model, weight_format=weights)
     engine.reserve(ROWS, max(len(ids) for ids in sequences))
     total, count = 0.0, 0
     for start in range(0, len(sequences), ROWS):

@@ -30,13 +30,13 @@ FORMATS = {"fp32": 4.0, "bf16": 2.0, "int8": 1.125}  # bytes a weight; groups of
 class Engine:
     """A model's weights, packed for decoding, and a key/value cache: rows of `max_tokens` tokens.
 
-    `weights` is the format of the packed copy: "fp32"; "bf16"; "int8", where groups of 32 inputs
+    `weight_format` is that of the packed copy: "fp32"; "bf16"; "int8", where groups of 32 inputs
     share an fp32 scale for each output, and what they multiply is rounded to int8 in the same
     groups. All else is fp32, the embedding the model's own.
     """
 
     def __init__(
-        self, model: Transformer, instruction_set: str | None = None, *, weights: str = "fp32"
+        self, model: Transformer, instruction_set: str | None = None, *, weight_format: str = "fp32"
     ):
         module = extension()
         if module is None:
@@ -59,7 +59,7 @@ class Engine:
             *model.rope_tables(torch.device("cpu")),
         )
         self._native = module.make_engine(
-            instruction_set, weights, *_description(model, self._alive)
+            instruction_set, weight_format, *_description(model, self._alive)
         )
 
     def reserve(self, rows: int, max_tokens: int) -> None:
@@ -224,29 +224,33 @@ def stamp(model: Transformer) -> tuple[tuple[int, int], ...]:
 _engines: "weakref.WeakKeyDictionary[Transformer, dict[str, Engine]]" = weakref.WeakKeyDictionary()
 
 
-def engine_for(model: Transformer, weights: str = "fp32") -> Engine | None:
+def engine_for(model: Transformer, weight_format: str = "fp32") -> Engine | None:
     """The model's engine with its weights as they are now; None where PyTorch is to do the work.
 
-    Packing copies the weights, in the format called `weights`; the copy is kept until the model's
+    Packing copies the weights, in `weight_format`; the copy is kept until the model's
     change or the model goes. A model of more than a quarter of the machine's memory stays with
     PyTorch, which is said once. `use_backend("native")` takes it too, and makes it an error
     (ValueError) where there can be no engine; so does a format that only the engine has.
     """
-    if weights not in FORMATS:
-        raise ValueError(f"weights is {weights!r}; expected one of {', '.join(FORMATS)}")
+    if weight_format not in FORMATS:
+        raise ValueError(
+            f"weight_format is {weight_format!r}; expected one of {', '.join(FORMATS)}"
+        )
     asked = ops.forced()
     if asked not in ("auto", "native"):
-        if weights != "fp32":
-            raise ValueError(f"{weights} weights need the native engine, not back end {asked!r}")
+        if weight_format != "fp32":
+            raise ValueError(
+                f"{weight_format} weights need the native engine, not back end {asked!r}"
+            )
         return None
     unable = extension() is None or unfit(model) is not None
-    if asked == "auto" and weights == "fp32" and (unable or _too_large(model)):
+    if asked == "auto" and weight_format == "fp32" and (unable or _too_large(model)):
         return None
     kept = _engines.setdefault(model, {})
-    engine = kept.get(weights)
+    engine = kept.get(weight_format)
     if engine is None or unable or engine.stamp != stamp(model):
-        kept.pop(weights, None)  # before the new copy is made
-        engine = kept[weights] = Engine(model, weights=weights)
+        kept.pop(weight_format, None)  # before the new copy is made
+        engine = kept[weight_format] = Engine(model, weight_format=weight_format)
     return engine
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from puna.core import parallel
 from puna.core.checkpoint.folder import open_source, tokenizer_path
+from puna.core.device import device_of_name
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.prompts import draw, load_prompts
 from puna.trainers.data.readers import read_prompts
@@ -84,7 +85,7 @@ def sample_kind(
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
         round_index=2 * number + KINDS.index(kind),
-        device=loop.device_of_name(config.device),
+        device=device_of_name(config.device),
         batch_size=config.generation_batch,
         compute_dtype=loop.DTYPES[config.dtype],
     )

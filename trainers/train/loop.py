@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from puna.core import parallel
 from puna.core.checkpoint.source import Source
+from puna.core.device import device_of_name
 from puna.core.model import Transformer
 from puna.core.native.loader import keep_freed_memory
 from puna.trainers.train.interrupts import stop_requests
@@ -105,15 +106,6 @@ class Objective(NamedTuple):
 def device_of(config: TrainConfig) -> torch.device:
     """The device asked for; ValueError where it is not there."""
     return device_of_name(config.device)
-
-
-def device_of_name(name: str) -> torch.device:
-    """The device called `name` ("auto": a GPU where there is one); ValueError for one not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {name} was asked for, but no GPU is visible")
-    return torch.device(name)
 
 
 def load(source: Source, config: TrainConfig) -> Transformer:
