@@ -10,7 +10,14 @@ Each is imported when it is asked for: `import puna` alone does not import PyTor
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+# In a checkout the rooms stand beside this folder, not in it: found there without an installation,
+# and where an installed wheel's own are hidden behind this folder.
+_CHECKOUT = Path(__file__).resolve().parents[1]
+if (_CHECKOUT / "setup.py").is_file():
+    __path__.append(str(_CHECKOUT))
 
 if TYPE_CHECKING:  # the same as PLACES, for type checkers and editors
     from puna.core.chat import Message
