@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -48,17 +48,7 @@ from puna.trainers.train import loop
 from puna.trainers.train.command import command
 from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.progress import meter
-from puna.trainers.train.ranges import (
-    Above,
-    Batch,
-    Below,
-    Count,
-    CountOrNone,
-    Rate,
-    Share,
-    Temperature,
-    Weight,
-)
+from puna.trainers.train.ranges import Batch, Count, CountOrNone, Rate, Share, Temperature, Weight
 from puna.trainers.train.run import Run, Trained
 
 SHOWN = 8  # answers written to samples/ at a time
@@ -87,18 +77,18 @@ class PPOConfig(loop.TrainConfig):
     """answers per gradient step (paper)"""
     beta: Weight = 0.01
     """weight of KL (paper: 0.01 for 7b and 13b, 0.005 for 34b and 70b)"""
-    ratio_clip: Annotated[float, Above(0), Below(1)] = 0.2
+    ratio_clip: Rate = 0.2
     """half width of the interval around ratio 1 (paper)"""
     lr: float = 1e-6
     """constant (paper)"""
     schedule: Literal["cosine", "constant"] = "constant"
-    critic_lr: Annotated[float | None, Above(0)] = None
+    critic_lr: Rate | None = None
     """the critic's learning rate; the policy's where left out"""
     critic: Literal["helpfulness", "policy"] = "helpfulness"
     """whose weights the critic starts from, with a fresh head"""
     critic_warmup: CountOrNone = 0
     """iterations at the beginning that train the critic alone"""
-    value_clip: Annotated[float | None, Above(0)] = 0.2
+    value_clip: Rate | None = 0.2
     """how far a value may move since the rollout; in units of the whitened reward"""
     gamma: Share = 1.0
     """discount per token"""
@@ -116,7 +106,7 @@ class PPOConfig(loop.TrainConfig):
     patience: CountOrNone = 0
     """stop after so many evaluations without a better held-out reward and take the best model; 0:
     go on to the end and take the last"""
-    max_kl: Annotated[float | None, Above(0)] = None
+    max_kl: Rate | None = None
     """stop when the mean KL of an answer, in nats, exceeds it"""
     eval_count: Count = 512
     """held-out prompts per evaluation"""
@@ -205,21 +195,10 @@ def ended(config: PPOConfig, folder: Run, policy: Transformer) -> bool:
 
 
 def check(config: PPOConfig) -> None:
-    """ValueError for sizes that do not divide or values that make no sense."""
+    """ValueError for a size that the processes cannot share."""
     ranks = parallel.world_size()
-    if config.minibatch < 1 or config.batch % config.minibatch:
-        raise ValueError(
-            f"batch {config.batch} is not a multiple of minibatch {config.minibatch}; "
-            "one pass in equal gradient steps needs that"
-        )
     if config.minibatch % ranks:
         raise ValueError(f"minibatch {config.minibatch} must be a multiple of the {ranks} ranks")
-    if config.temperature <= 0:
-        raise ValueError(
-            f"temperature is {config.temperature}; answers are sampled: set it above 0"
-        )
-    if config.patience and not config.eval_prompts:
-        raise ValueError("patience needs eval_prompts to look at; name some or set it to 0")
 
 
 def open_stage(config: PPOConfig, folder: Run, tokenizer: Tokenizer) -> Stage:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from puna.core import parallel
 from puna.core.checkpoint.folder import open_model, open_source, tokenizer_path
@@ -36,16 +36,7 @@ from puna.trainers.rl.comparisons import (
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.command import command
 from puna.trainers.train.config import check_keys, from_values
-from puna.trainers.train.ranges import (
-    Above,
-    AtLeast,
-    AtMost,
-    Batch,
-    Count,
-    CountOrNone,
-    Options,
-    Seed,
-)
+from puna.trainers.train.ranges import Batch, Count, CountOrNone, Options, Seed, Temperature
 from puna.trainers.train.run import claim
 
 KINDS = ("helpfulness", "safety")
@@ -82,9 +73,7 @@ class RLHFConfig(Options):
     """comparisons a round"""
     safety_pairs: Count = 1000
     """comparisons a round"""
-    temperatures: Annotated[list[float], Above(0), AtLeast(0.01), AtMost(1000)] = field(
-        default_factory=lambda: [0.8, 1.0, 1.2]
-    )
+    temperatures: list[Temperature] = field(default_factory=lambda: [0.8, 1.0, 1.2])
     """the answers to compare are drawn at one of these"""
     max_new_tokens: Count = 512
     """longest answer, tokens"""
