@@ -184,7 +184,9 @@ class Inner(Options):
 class Base(Options):
     count: Annotated[int, AtLeast(1)] = 3
     rate: Annotated[float | None, Above(0)] = None
-    rates: Annotated[list[float], Above(0)] = field(default_factory=list)
+    rates: list[Annotated[float, Above(0)]] = field(default_factory=list)
+    pair: Annotated[tuple[float, ...], Above(0)] = ()
+    choice: Annotated[int, AtLeast(1)] | None = None
     inner: Inner = field(default_factory=Inner)
     seen: str = ""
 
@@ -204,6 +206,8 @@ def test_a_field_declared_anew_keeps_its_range_unless_it_states_another():
         ({"count": 0}, "count is 0; it must be at least 1"),
         ({"rate": 1.0}, "rate is 1.0; it must be at least 2"),
         ({"rates": [1.0, -1.0]}, "rates is -1.0; it must be above 0"),
+        ({"pair": (1.0, -1.0)}, "pair is -1.0; it must be above 0"),
+        ({"choice": 0}, "choice is 0; it must be at least 1"),
         ({"seen": "never"}, "count 5 was never seen; see it"),
     ):
         with pytest.raises(ValueError, match=f"^{said}$"):
@@ -240,7 +244,7 @@ PPO_LOW = {
     "max_kl": 5e-324, "micro_batch_tokens": 1, "eval_count": 1, "ratio_tolerance": 1e-2,
 }  # fmt: skip
 PPO_HIGH = {
-    "iterations": 2, "batch": 8, "minibatch": 8, "beta": 100.0, "ratio_clip": 0.999999,
+    "iterations": 2, "batch": 8, "minibatch": 8, "beta": 100.0, "ratio_clip": 2.0**31 - 1,
     "gamma": 1.0, "critic_lr": 1e-3, "value_clip": 2.0**31 - 1, "lam": 1.0,
     "unfinished_penalty": 2.0**31 - 1, "critic_warmup": 2**31 - 1, "max_kl": 2.0**31 - 1,
     "micro_batch_tokens": 2**31 - 1, "eval_count": 2**31 - 1, "patience": 2**31 - 1,

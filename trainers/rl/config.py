@@ -10,8 +10,6 @@ from puna.trainers.rl.rewards import Reward, RewardModels
 from puna.trainers.train import loop
 from puna.trainers.train.ranges import (
     Above,
-    AtLeast,
-    AtMost,
     Batch,
     Below,
     Count,
@@ -71,18 +69,18 @@ class PPOConfig(SamplingConfig):
     """weight of KL (paper: 0.01 for 7b and 13b, 0.005 for 34b and 70b)"""
     whiten: bool = True
     """scores are whitened over the batch before KL is subtracted (paper, Eq. 4)"""
-    ratio_clip: Annotated[float, Above(0), Below(1)] = 0.2
+    ratio_clip: Rate = 0.2
     """half width of the interval around ratio 1 (paper)"""
     lr: float = 1e-6
     """constant (paper)"""
     schedule: Literal["cosine", "constant"] = "constant"
-    critic_lr: Annotated[float | None, Above(0)] = None
+    critic_lr: Rate | None = None
     """the critic's learning rate; the policy's where left out"""
     critic: Literal["helpfulness", "policy"] = "helpfulness"
     """whose weights the critic starts from, with a fresh head"""
     critic_warmup: CountOrZero = 0
     """iterations at the beginning that train the critic alone"""
-    value_clip: Annotated[float | None, Above(0)] = 0.2
+    value_clip: Rate | None = 0.2
     """how far a value may move since the rollout; in units of the whitened reward"""
     gamma: Share = 1.0
     """discount per token"""
@@ -96,7 +94,7 @@ class PPOConfig(SamplingConfig):
     patience: CountOrZero = 0
     """stop after so many evaluations without a better held-out reward and take the best model; 0:
     go on to the end and take the last"""
-    max_kl: Annotated[float | None, Above(0)] = None
+    max_kl: Rate | None = None
     """stop when the mean KL of an answer, in nats, exceeds it"""
     ratio_tolerance: Rate = 1e-3
     """largest mean |log ratio| of an iteration's first mini-batch; about 2e-2 in bf16"""
@@ -151,9 +149,7 @@ class RLHFConfig(Options):
     """comparisons a round"""
     safety_pairs: Count = 1000
     """comparisons a round"""
-    temperatures: Annotated[list[float], Above(0), AtLeast(0.01), AtMost(1000)] = field(
-        default_factory=lambda: [0.8, 1.0, 1.2]
-    )
+    temperatures: list[Temperature] = field(default_factory=lambda: [0.8, 1.0, 1.2])
     """the answers to compare are drawn at one of these"""
     max_new_tokens: Count = 512
     """longest answer, tokens"""

@@ -6,7 +6,7 @@
 
 The command line, a recipe and Python all end in `Options.__post_init__`, so that nothing is read,
 sampled or trained with a number that cannot be. A subclass that declares a field anew keeps the
-field's ranges unless it states others; in a list, they hold for each number.
+field's ranges unless it states others. `Rate | None` and `list[Rate]` are what they look like.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from tyro import MISSING
 
@@ -165,10 +165,16 @@ def ranges_of(cls: type) -> dict[str, tuple[Range, ...]]:
     found: dict[str, tuple[Range, ...]] = {}
     for base in reversed(cls.__mro__):
         for name, hint in inspect.get_annotations(base).items():
-            metadata = getattr(hint, "__metadata__", ())
-            if stated := tuple(each for each in metadata if isinstance(each, Range)):
+            if stated := stated_in(hint):
                 found[name] = stated
     return found
+
+
+def stated_in(hint: Any) -> tuple[Range, ...]:
+    """The ranges in a field's type, be they of the whole, of what may be None, or of a list's."""
+    metadata = getattr(hint, "__metadata__", ())
+    own = tuple(each for each in metadata if isinstance(each, Range))
+    return own or tuple(each for part in get_args(hint) for each in stated_in(part))
 
 
 def numbers_in(value: Any) -> list[float]:
