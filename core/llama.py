@@ -86,12 +86,11 @@ class Llama:
         self.path = path
 
     def __repr__(self) -> str:
-        weight = self.model.head_weight
         size = sum(parameter.numel() for parameter in self.model.parameters())
-        kind = str(weight.dtype).removeprefix("torch.")
+        kind = str(self.model.dtype).removeprefix("torch.")
         return (
             f"<Llama {self._name()}: {self.model.head} head, {size:,} parameters, {kind} on "
-            f"{weight.device}>"
+            f"{self.model.device}>"
         )
 
     @overload

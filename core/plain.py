@@ -38,7 +38,10 @@ def altered(module: nn.Module) -> str | None:
         return f"it is a {kind.__name__}"
     if _forwards[kind] is not kind.forward or "forward" in own:
         return "its forward was replaced"
-    if any([own[name] for name in HOOKS]):
+    # One by one: this runs 37 times a decoded token of a model of 6 layers.
+    if own["_forward_pre_hooks"] or own["_forward_hooks"]:
+        return "it has a hook"
+    if own["_backward_pre_hooks"] or own["_backward_hooks"]:
         return "it has a hook"
     if own["_parameters"].get("bias") is not None:
         return "it has a bias"

@@ -79,7 +79,9 @@ class SwiGLU(torch.autograd.Function):
 class Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin):
-        token = q.new_empty(0)  # leads to the inputs, and holds none of them
+        # An output that leads to the inputs and holds nothing: it lies where cos does.
+        place = cos.untyped_storage(), cos.storage_offset(), (min(1, cos.numel()),)
+        token = cos.new_empty(0).set_(*place)
         ctx.save_for_backward(cos, sin, token)
         return *elementwise.rope(q, k, cos, sin), token
 
