@@ -264,7 +264,7 @@ def test_one_frozen_input(triton_device, reduction, frozen, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_is_the_same_in_any_batch(triton_device, dtype):
+def test_a_row_is_the_same_in_any_batch(triton_device, dtype, products_by_rows):
     hidden, weight, targets = make(triton_device, 300, 40, 1100, dtype)
     whole = linear_cross_entropy(hidden, weight, targets, reduction="none")
     for rows in (slice(0, 1), slice(137, 138), slice(100, 257)):

@@ -3,7 +3,6 @@
 import importlib
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -117,15 +116,7 @@ def test_a_log_prob_at_rollout_equals_the_one_in_training(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_is_the_same_in_any_batch(triton_device, dtype, monkeypatch):
-    """The interpreter multiplies with numpy, whose BLAS (OpenBLAS 0.3.31) rounds a row by where in
-    the tile it stands, 7e-6 off: it is given one row at a time."""
-    product = np.matmul
-
-    def by_rows(a, b, **options):
-        return np.concatenate([product(a[i : i + 1], b, **options) for i in range(len(a))])
-
-    monkeypatch.setattr(np, "matmul", by_rows)
+def test_a_row_is_the_same_in_any_batch(triton_device, dtype, products_by_rows):
     hidden, weight, targets = make(triton_device, 300, 40, 1100, dtype)
     whole = linear_logprobs(hidden, weight, targets, temperature=0.9)
     for rows in (slice(0, 1), slice(137, 138), slice(100, 257)):

@@ -90,7 +90,8 @@ def run_stage(stage: str, argv: list[str]) -> None:
             annotators = {"helpfulness": longer, "safety": longer}
             rlhf.run(parse(rlhf.RLHFConfig, argv, stage), annotators)
         else:
-            importlib.import_module(f"puna.trainers.{stage}").main()
+            status = importlib.import_module(f"puna.trainers.{stage}").main()
+            assert status == 0, f"{stage} ended with {status}"
     finally:
         sys.argv = before
 

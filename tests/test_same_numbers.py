@@ -25,7 +25,6 @@ from puna.kernels import (
     rope,
     rope_tables,
     swiglu,
-    use_backend,
 )
 
 ROWS = 5
@@ -64,7 +63,7 @@ def same(request):
                     torch.testing.assert_close(whole[rows], part, rtol=1e-5, atol=1e-5)
 
     check.device = torch.device("cuda" if request.param == "gpu" else "cpu")
-    with use_backend("triton" if triton else "reference"):
+    with ops.use_backend("triton" if triton else "reference"):
         yield check
 
 
@@ -221,12 +220,12 @@ def trained_on(model, completions):
 def test_logprobs_of_a_rollout_are_those_of_training(policy, rollout, batch_size):
     if rollout == "native" and native.extension() is None:
         pytest.skip("the native engine is not built")
-    with use_backend(rollout):
+    with ops.use_backend(rollout):
         completions = generate(
             policy, PROMPTS, max_new_tokens=24, eos_id=7, temperature=TEMPERATURE, seed=5,
             batch_size=batch_size,
         )  # fmt: skip
-    with use_backend("reference"):
+    with ops.use_backend("reference"):
         trained = trained_on(policy, completions)
     assert min(len(c.tokens) for c in completions) > 1
     for completion, again in zip(completions, trained, strict=True):
@@ -235,12 +234,12 @@ def test_logprobs_of_a_rollout_are_those_of_training(policy, rollout, batch_size
 
 @pytest.mark.skipif(_NO_INTERPRETER, reason="TRITON_INTERPRET=1 is not set")
 def test_logprobs_of_a_rollout_are_those_of_triton_in_training(policy):
-    with use_backend("triton"):
+    with ops.use_backend("triton"):
         completions = generate(
             policy, PROMPTS, max_new_tokens=4, eos_id=None, temperature=TEMPERATURE, seed=5
         )
         trained = trained_on(policy, completions)
-    with use_backend("reference"):
+    with ops.use_backend("reference"):
         reference = trained_on(policy, completions)
     for completion, *others in zip(completions, trained, reference, strict=True):
         for other in others:

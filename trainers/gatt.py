@@ -314,9 +314,9 @@ def _load_turns(path: Path, dialogues: Sequence[GhostDialogue]) -> list[list[Exc
     return history
 
 
-def main() -> None:
-    sys.exit(command("python -m puna.trainers.gatt", GAttConfig, run))
+def main() -> int:
+    return command("python -m puna.trainers.gatt", GAttConfig, run)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -292,9 +292,9 @@ def write_samples(folder: Run, iteration: int, answers: list[Answer], scores: Sc
             file.write(json.dumps(document, ensure_ascii=False) + "\n")
 
 
-def main() -> None:
-    sys.exit(command("python -m puna.trainers.ppo", PPOConfig, run))
+def main() -> int:
+    return command("python -m puna.trainers.ppo", PPOConfig, run)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -91,9 +91,9 @@ def load_corpus(config: PretrainConfig, tokenizer: Tokenizer) -> Corpus:
     return encode_corpus(tokenizer, texts)
 
 
-def main() -> None:
-    sys.exit(command("python -m puna.trainers.pretrain", PretrainConfig, run))
+def main() -> int:
+    return command("python -m puna.trainers.pretrain", PretrainConfig, run)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

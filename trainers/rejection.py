@@ -323,9 +323,9 @@ def summary(fresh: list[Sample], kept: list[Sample], samples: int) -> dict[str, 
     }
 
 
-def main() -> None:
-    sys.exit(command("python -m puna.trainers.rejection", RejectionConfig, run))
+def main() -> int:
+    return command("python -m puna.trainers.rejection", RejectionConfig, run)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -226,9 +226,9 @@ def evaluation(
     return evaluate
 
 
-def main() -> None:
-    sys.exit(command("python -m puna.trainers.reward", RewardConfig, run))
+def main() -> int:
+    return command("python -m puna.trainers.reward", RewardConfig, run)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -258,9 +258,9 @@ def accuracy_of(
     return found
 
 
-def main() -> None:
-    sys.exit(command("python -m puna.trainers.rlhf", RLHFConfig, run))
+def main() -> int:
+    return command("python -m puna.trainers.rlhf", RLHFConfig, run)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

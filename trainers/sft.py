@@ -111,9 +111,9 @@ def pack(tokenizer: Tokenizer, dialogues: list[Dialogue], row_tokens: int) -> Pa
     return PackedRows(sequences, row_tokens, vocab_size=tokenizer.vocab_size)
 
 
-def main() -> None:
-    sys.exit(command("python -m puna.trainers.sft", SFTConfig, run))
+def main() -> int:
+    return command("python -m puna.trainers.sft", SFTConfig, run)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
