@@ -51,7 +51,7 @@ lint: $(READY)
 
 # What every Triton kernel becomes, without a GPU.
 aot: $(READY)
-	$(BIN)/python -m puna.benchmarks.aot.run --targets sm_90,gfx942
+	$(BIN)/python -m puna.benchmarks.aot --targets sm_90,gfx942
 
 bench: $(READY)
 	$(BIN)/puna bench

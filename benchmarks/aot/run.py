@@ -1,6 +1,6 @@
 """Every Triton kernel compiled ahead of time, for GPUs that need not be there.
 
-python -m puna.benchmarks.aot.run [--targets sm_90,gfx942] [--only sample,gae] [--peer]
+python -m puna.benchmarks.aot [--targets sm_90,gfx942] [--only sample,gae] [--peer]
 
 One row a kernel, launch and target: registers a thread, bytes a thread of registers that went to
 memory, shared memory a program, the widest and narrowest load of its large tiles in bits a
