@@ -112,6 +112,15 @@ def test_a_verdict_becomes_a_preference_row_that_the_reader_takes(tokenizer, tmp
 
     with pytest.raises(ValueError, match="3 verdicts for 4 pairs; it must return one"):
         annotate(*files, lambda a, b: verdicts[:3], tokenizer, 3)
+    for wrong, said in (
+        (Verdict("a", "better", None), "verdict 1 has chosen 'a'; expected one of 0, 1"),
+        (Verdict(7, "better", None), "has chosen 7"),
+        (Verdict(0, "great", None), "has rating 'great'; expected one of significantly_better"),
+        (Verdict(0, "better", "safe"), "has safety 'safe'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            annotate(*files, lambda a, b, wrong=wrong: [wrong] * 4, tokenizer, 3)
+    assert not files[1].exists()  # so that a right annotator is asked again
     annotate(*files, annotator, tokenizer, 3)
     rows, skipped = read_preferences(tmp_path / "out.jsonl")
     assert [(r.chosen, r.rejected, r.rating, r.safety, r.batch) for r in rows] == [

@@ -223,3 +223,19 @@ def test_unwhitened_scores_are_taken_as_they_are():
         torch.tensor([2.0, -3.0]), torch.ones(2, 2), torch.tensor([1, 2]), beta=0.1, whitened=False
     )
     assert torch.allclose(rewards, torch.tensor([[1.9, 0.0], [-0.1, -3.1]]))
+
+
+def test_a_reward_may_change_what_it_is_given():
+    """Prompts are shared by all their answers and by all epochs."""
+    given = [Answer([{"role": "user", "content": "red"}], "cup", [1, 5], [7, 2])]
+
+    def spoils(batch):
+        for answer in batch:
+            answer.messages.append({"role": "assistant", "content": answer.text})
+            answer.messages[0]["content"] = "other"
+            answer.ids.clear()
+            answer.prompt_ids.append(9)
+        return [0.0]
+
+    score_answers(spoils, given, CPU)
+    assert given == [Answer([{"role": "user", "content": "red"}], "cup", [1, 5], [7, 2])]

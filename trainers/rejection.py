@@ -101,7 +101,8 @@ def run(config: RejectionConfig, reward: Reward | None = None) -> Path:
         return folder.final
     selected = config.selected or folder.path / "selected.jsonl"
     if not parallel.broadcast(selected.exists()):
-        select(config, folder, tokenizer, selected, reward or open_reward_models(config))
+        reward = open_reward_models(config) if reward is None else reward
+        select(config, folder, tokenizer, selected, reward)
     source = open_start(folder, student, head="lm")
     row_tokens = next_token.row_length(config.row_tokens, source.config.context)
     mixed, skipped = load_dialogues(config.mix, Columns())

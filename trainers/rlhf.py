@@ -115,7 +115,7 @@ def check(config: RLHFConfig, reward: Reward | None = None) -> None:
         check_keys(cls, getattr(config, table), f"[{table}]", taken)
         from_values(cls, getattr(config, table), f"{table}.")
     # Whole configurations, too: what does not fit together must not wait for the annotators.
-    judges = {} if reward else {kind: config.model for kind in KINDS}
+    judges = {} if reward is not None else {kind: config.model for kind in KINDS}
     rejection_config(config, 1, config.prompts, config.model, None, judges)
     if config.ppo_versions:
         ppo.check(ppo_config(config, 1, config.model, judges))

@@ -90,7 +90,7 @@ def run(
         config,
         steps=next_token.epoch_steps(len(rows), config.epochs, config.batch),
         eval_rows=pack(tokenizer, held, row_tokens) if held else None,
-        loss=next_token.checked(loss or next_token.next_token_loss),
+        loss=next_token.checked(next_token.next_token_loss if loss is None else loss),
     )
 
 

@@ -17,6 +17,7 @@ from puna.core.chat import decode_answer, encode_prompt
 from puna.core.checkpoint.atomic import atomic_file
 from puna.core.checkpoint.folder import open_model
 from puna.core.tokenizer import Tokenizer
+from puna.trainers.data.formats import RATINGS, SAFETY
 from puna.trainers.data.prompts import EncodedPrompt, draw
 from puna.trainers.rl.rewards import Answer
 from puna.trainers.rl.rollout import sample_everywhere
@@ -120,6 +121,8 @@ def annotate(
             "one for each pair"
         )
     rows = []
+    for number, verdict in enumerate(verdicts, 1):
+        check_verdict(verdict, number)
     for pair, verdict in zip(found, verdicts, strict=True):
         chosen, rejected = (pair["a"], pair["b"]) if verdict.chosen == 0 else (pair["b"], pair["a"])
         row = {
@@ -133,6 +136,21 @@ def annotate(
             row["safety"] = verdict.safety
         rows.append(row)
     write_rows(path, rows)
+
+
+def check_verdict(verdict: Verdict, number: int) -> None:
+    """ValueError for what no annotator can mean, before anything is written."""
+    allowed = {
+        "chosen": (0, 1),
+        "rating": RATINGS,
+        "safety": (None, *SAFETY, "chosen_unsafe"),
+    }
+    for name, values in allowed.items():
+        if (said := getattr(verdict, name)) not in values:
+            raise ValueError(
+                f"the annotator's verdict {number} has {name} {said!r}; expected one of "
+                f"{', '.join(map(str, values))}"
+            )
 
 
 def _answer(pair: dict[str, Any], side: str, tokenizer: Tokenizer) -> Answer:

@@ -65,7 +65,7 @@ def score_answers(reward: Reward, answers: Sequence[Answer], device: torch.devic
     Raises ValueError where it gives another number of scores than there are answers, RuntimeError
     where one is not finite.
     """
-    found = reward(answers)
+    found = reward([own_copy(answer) for answer in answers])
     scores = found if isinstance(found, Scores) else Scores(torch.as_tensor(found))
     raw = scores.raw.to(device, torch.float32)
     if raw.shape != (len(answers),):
@@ -78,6 +78,15 @@ def score_answers(reward: Reward, answers: Sequence[Answer], device: torch.devic
         raw,
         {name: part.to(device) for name, part in scores.parts.items()},
         {name: branch.to(device) for name, branch in scores.branches.items()},
+    )
+
+
+def own_copy(answer: Answer) -> Answer:
+    """An answer whose lists may be changed: prompts and ids are used again after the scoring."""
+    return answer._replace(
+        messages=[{**message} for message in answer.messages],
+        prompt_ids=list(answer.prompt_ids),
+        ids=list(answer.ids),
     )
 
 
