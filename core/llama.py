@@ -3,9 +3,9 @@
     llama = load("runs/chat/model")
     llama.generate([{"role": "user", "content": "How are you?"}])
 
-Wherever a text or a chat is taken, a list of them is, too, and gives a list (`stream` takes one). A chat is a list of
-messages, `{"role": "system" | "user" | "assistant", "content": "..."}`; a text is continued as it
-is, after BOS.
+Wherever a text or a chat is taken, a list of them is, too, and gives a list (`stream` takes one).
+A chat is a list of messages, `{"role": "system" | "user" | "assistant", "content": "..."}`; a text
+is continued as it is, after BOS.
 """
 
 import os
