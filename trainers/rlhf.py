@@ -36,7 +36,7 @@ from puna.trainers.rl.rounds import KINDS, compare, record, round_prompts
 from puna.trainers.rl.rounds import Waiting as Waiting
 from puna.trainers.train import loop
 from puna.trainers.train.command import command
-from puna.trainers.train.config import check_keys, from_values
+from puna.trainers.train.config import check_table, from_values
 from puna.trainers.train.run import claim
 
 
@@ -112,8 +112,7 @@ def run(
 def check(config: RLHFConfig, reward: Reward | None = None) -> None:
     """ValueError for options that cannot be, before anything is trained."""
     for table, (cls, taken) in STAGES.items():
-        check_keys(cls, getattr(config, table), f"[{table}]", taken)
-        from_values(cls, getattr(config, table), f"{table}.")
+        check_table(cls, getattr(config, table), table, taken, {})
     # Whole configurations, too: what does not fit together must not wait for the annotators.
     judges = {} if reward is not None else {kind: config.model for kind in KINDS}
     rejection_config(config, 1, config.prompts, config.model, None, judges)
