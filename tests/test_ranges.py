@@ -146,8 +146,7 @@ def test_a_stage_run_as_a_module_ends_a_mistake_in_the_same_sentence(stage, monk
     wrong = [*flags(config_of(stage)), "--seed", "-1"]
     said = f"python -m puna.trainers.{stage}: seed is -1; it cannot be negative\n"
     monkeypatch.setattr(sys, "argv", [stage, *wrong])
-    with pytest.raises(SystemExit, match="^1$"):
-        importlib.import_module(f"puna.trainers.{stage}").main()
+    assert importlib.import_module(f"puna.trainers.{stage}").main() == 1
     assert capsys.readouterr().err == said
     if stage == "ppo":
         command = [sys.executable, "-m", f"puna.trainers.{stage}", *wrong]
