@@ -9,9 +9,6 @@ the end of that backward.
 """
 
 import functools
-import json
-import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -28,101 +25,20 @@ from torch.utils.checkpoint import checkpoint
 from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer, check_parameters
 from puna.core.plain import HOOKS, altered
+from puna.core.ranks import all_max as all_max
+from puna.core.ranks import all_sum as all_sum
+from puna.core.ranks import barrier as barrier
+from puna.core.ranks import broadcast as broadcast
+from puna.core.ranks import close as close
+from puna.core.ranks import gather as gather
+from puna.core.ranks import init as init
+from puna.core.ranks import is_main as is_main
+from puna.core.ranks import on_main as on_main
+from puna.core.ranks import rank as rank
+from puna.core.ranks import same as same
+from puna.core.ranks import world_size as world_size
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def init() -> None:
-    """Join the other processes where torchrun started several; nothing otherwise.
-
-    Tensors on CUDA travel by nccl, on the CPU by gloo; each process takes the device of its
-    local rank.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend)
-
-
-def close() -> None:
-    """Leave the process group, if there is one, together: a process that goes first once took its
-    threads down while the other still talked to them.
-
-    gloo's threads outlive the group (PyTorch's caches of FSDP hold it). One that still lets go of
-    the last tensors when the interpreter ends aborts the process: 1 run of 12 on a busy machine.
-    """
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-        time.sleep(0.2)
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def is_main() -> bool:
-    return rank() == 0
-
-
-def barrier() -> None:
-    """Wait until every rank is here."""
-    all_sum(torch.zeros(1))
-
-
-def all_sum(tensor: Tensor) -> Tensor:
-    """The sum over ranks, as a new tensor; the tensor itself for one rank."""
-    return _all_reduce(tensor, dist.ReduceOp.SUM)
-
-
-def all_max(value: int) -> int:
-    """The largest of the ranks' values."""
-    return int(_all_reduce(torch.tensor(value), dist.ReduceOp.MAX))
-
-
-def _all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
-    if world_size() == 1:
-        return tensor
-    result = tensor.detach().clone()
-    dist.all_reduce(result, operation)
-    return result
-
-
-def broadcast(value: Any) -> Any:
-    """Rank 0's value (anything JSON holds) on every rank; the others' are ignored."""
-    if world_size() == 1:
-        return value
-    text = json.dumps(value).encode() if is_main() else b""
-    size = torch.tensor(len(text))
-    dist.broadcast(size, src=0)
-    buffer = torch.empty(int(size), dtype=torch.uint8)
-    if is_main():
-        buffer.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-    dist.broadcast(buffer, src=0)
-    return json.loads(buffer.numpy().tobytes())
-
-
-def gather(value: Any) -> list[Any]:
-    """Every rank's value (anything JSON holds), in the order of the ranks, on every rank."""
-    if world_size() == 1:
-        return [value]
-    text = json.dumps(value).encode()
-    sizes = torch.zeros(world_size(), dtype=torch.int64)
-    sizes[rank()] = len(text)
-    sizes = all_sum(sizes)
-    padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
-    padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    pairs = zip(parts, sizes.tolist(), strict=True)
-    return [json.loads(part[:size].numpy().tobytes()) for part, size in pairs]
 
 
 @torch.no_grad()
@@ -311,8 +227,8 @@ def load_optimizer_state(
 ) -> None:
     """Put what `optimizer_state` gave into a new optimizer, for any number of ranks.
 
-    Every rank passes the same whole tensors and keeps its own part. Raises ValueError where
-    they are not this model's.
+    Every rank passes the same whole tensors and keeps its own part. Of a model that was never
+    stepped there are none. Raises ValueError where they are not this model's, or not all of them.
     """
     _reshard(model)
     parameters = dict(model.named_parameters())
@@ -322,11 +238,15 @@ def load_optimizer_state(
             f"the optimizer state has {unknown[0]}, which the model has not; resume with the "
             "model that it was saved with"
         )
+    wanted = {f"{name}.{key}" for name in parameters for key in ("step", *MOMENTS)}
+    if tensors and (missing := sorted(wanted - set(tensors))):
+        raise ValueError(
+            f"the optimizer state has no {missing[0]}; moments that began anew would make another "
+            "run of it: resume from a checkpoint that is whole"
+        )
     # A fused optimizer counts its steps where the weights are, any other on the CPU.
     fused = {p for group in optimizer.param_groups if group["fused"] for p in group["params"]}
-    for name, parameter in parameters.items():
-        if f"{name}.step" not in tensors:
-            continue
+    for name, parameter in parameters.items() if tensors else ():
         device = parameter.device if parameter in fused else "cpu"
         state = {"step": tensors[f"{name}.step"].to(device, copy=True)}
         for moment in MOMENTS:

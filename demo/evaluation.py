@@ -27,7 +27,7 @@ from puna.trainers.data.readers import read_preferences, read_prompts
 from puna.trainers.rl import rewards
 from puna.trainers.rl.best_of import read_samples
 from puna.trainers.rl.comparisons import Variant, annotate, sample_pairs
-from puna.trainers.train.run import environment
+from puna.trainers.train.environment import environment
 
 HELD_OUT_PROMPTS = 500  # of each kind
 HELD_OUT_PAIRS = 2_500  # comparisons of each kind a round, before pairs of equal answers go

@@ -21,9 +21,9 @@ from puna.demo.report.build import write_report, write_summary
 from puna.demo.village import oracle, world
 from puna.trainers import gatt, pretrain, rlhf, sft
 from puna.trainers.rl.comparisons import write_rows
+from puna.trainers.train.claim import owned
 from puna.trainers.train.config import find_recipe, from_values, load_recipe
 from puna.trainers.train.ranges import Above, AtMost, Options, Seed
-from puna.trainers.train.run import claim
 
 Config = TypeVar("Config")
 VOCABULARY = 1024  # nearly every word of the world is one piece: 20 exchanges fit the context
@@ -44,17 +44,19 @@ class DemoConfig(Options):
 def run(config: DemoConfig) -> Path:
     """Run, or continue, the demo; returns the report's path."""
     began = time.monotonic()
-    claim(config.out, config)
     demo = Demo(config)
-    demo.stage("data", demo.write_world)
-    demo.stage("tokenizer", demo.train_tokenizer)
-    demo.stage("pretrain", demo.pretrain)
-    demo.stage("sft", demo.sft)
-    demo.stage("rlhf", demo.rlhf)
-    demo.stage("gatt", demo.gatt)
-    demo.stage("evaluation", lambda: evaluation.write_evaluation(demo.out, demo.versions(), config))
-    write_summary(demo.out)
-    report = write_report(demo.out)
+    with owned(config):
+        demo.stage("data", demo.write_world)
+        demo.stage("tokenizer", demo.train_tokenizer)
+        demo.stage("pretrain", demo.pretrain)
+        demo.stage("sft", demo.sft)
+        demo.stage("rlhf", demo.rlhf)
+        demo.stage("gatt", demo.gatt)
+        demo.stage(
+            "evaluation", lambda: evaluation.write_evaluation(demo.out, demo.versions(), config)
+        )
+        write_summary(demo.out)
+        report = write_report(demo.out)
     print(
         f"\nDone in {demo.seconds():.0f} s ({time.monotonic() - began:.0f} s in this call)."
         f"\nReport: {report}"

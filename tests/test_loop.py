@@ -23,7 +23,7 @@ from puna.trainers.data.packing import LMBatch
 from puna.trainers.train import loop
 from puna.trainers.train.loop import TrainConfig
 from puna.trainers.train.next_token import OBJECTIVE, prepared
-from puna.trainers.train.run import Run
+from puna.trainers.train.run import open_run
 
 SHAPE = ModelConfig(16, 2, 2, 1, 24, vocab_size=40, context=32)
 STEPS = 8
@@ -51,10 +51,10 @@ def configured(out: Path, **options) -> TrainConfig:
 
 
 def train(config: TrainConfig, batch_at=batches, objective=OBJECTIVE, evaluate=None) -> Path:
-    run = Run(config.out, config, tokenizer=None)
-    source = fresh(SHAPE, 1) if run.latest() is None else open_model(run.latest())
-    network = prepared(source, config)
-    return loop.fit("test", run, network, batch_at, STEPS, objective, config, evaluate)
+    with open_run(config, tokenizer=None) as run:
+        source = fresh(SHAPE, 1) if run.checkpoint is None else open_model(run.checkpoint)
+        network = prepared(source, config)
+        return loop.fit("test", run, network, batch_at, STEPS, objective, config, evaluate)
 
 
 def metrics(out: Path) -> list[dict[str, float]]:
@@ -221,7 +221,7 @@ def test_nan_stops_names_the_step_and_keeps_the_last_good_checkpoint(whole, tmp_
         return loss, extras
 
     config = configured(tmp_path)
-    with pytest.raises(RuntimeError, match=f"the {bad} is (nan|inf) at step 5.*step-000004; lower"):
+    with pytest.raises(RuntimeError, match=f"the {bad} is (nan|inf) at step 5.*step-000004; look"):
         train(config, watched, OBJECTIVE._replace(loss=broken))
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4]
     kept = load_model(tmp_path / "checkpoints" / "step-000004")

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
@@ -34,9 +34,11 @@ from puna.trainers.rl.rollout import sample_everywhere
 from puna.trainers.sft import load_dialogues
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.command import command
+from puna.trainers.train.kinds import FIXED, FREE
+from puna.trainers.train.plan import of_epochs
 from puna.trainers.train.progress import meter
 from puna.trainers.train.ranges import Batch, Count, CountOrZero, Share, Temperature
-from puna.trainers.train.run import Run, open_start
+from puna.trainers.train.run import Run, open_run, open_start
 
 Judge = Callable[[Sequence[Answer]], Sequence[bool]]
 """Answers -> whether each obeys; `messages` is the dialogue so far, its instruction first."""
@@ -56,7 +58,7 @@ class GAttConfig(loop.RowsConfig):
     """ordinary dialogues to train on besides"""
     shorten: Share = 0.5
     """how often the instruction is replaced by its short form (paper: half of the time)"""
-    samples: Batch = 1
+    samples: Annotated[Batch, FIXED] = 1
     """answers drawn for each turn; the first that a judge accepts is taken"""
     targets: Count = 5
     """examples made of one dialogue, each ending at another turn"""
@@ -69,7 +71,7 @@ class GAttConfig(loop.RowsConfig):
     epochs: Count = 1
     lr: float = 2e-5
     """peak (the paper does not say; this is SFT's)"""
-    generation_batch: Batch = 256
+    generation_batch: Annotated[Batch, FREE] = 256
     """answers sampled side by side"""
 
 
@@ -85,16 +87,21 @@ def run(config: GAttConfig, judge: Judge | None = None) -> Path:
     `judge` decides which answers may become targets; without one every finished answer does.
     """
     tokenizer_file = tokenizer_path(config.model)
-    folder = Run(config.out, config, tokenizer=tokenizer_file)
-    if folder.done:
-        return folder.final
-    tokenizer = Tokenizer(tokenizer_file)
+    with open_run(config, tokenizer=tokenizer_file) as folder:
+        if folder.done:
+            return folder.final
+        return fit(config, folder, Tokenizer(tokenizer_file), judge)
+
+
+def fit(config: GAttConfig, folder: Run, tokenizer: Tokenizer, judge: Judge | None) -> Path:
+    """What there is still to do in an open run."""
     dialogues = read_ghost_dialogues(config.dialogues, config.instructions, config.seed)
     sampled = sampled_exchanges(config, folder, tokenizer, dialogues, judge)
     source = open_start(folder, config.model, head="lm")
     rows = training_rows(config, tokenizer, dialogues, sampled, source.config.context)
-    steps = next_token.epoch_steps(len(rows), config.epochs, config.batch)
-    return next_token.train("gatt", folder, source, rows, config, steps=steps)
+    plan = of_epochs(len(rows), config.epochs, config.batch)
+    what = rows.described("dialogues")
+    return next_token.train("gatt", folder, source, rows, config, plan=plan, what=what)
 
 
 def sampled_exchanges(

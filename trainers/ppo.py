@@ -11,7 +11,6 @@ of the whole answer); population statistics of the batch for whitening; whitened
 entropy bonus; what an answer without EOS is worth.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -19,9 +18,11 @@ from typing import Any, NamedTuple
 
 from puna.core import parallel
 from puna.core.checkpoint.folder import open_model
+from puna.core.errors import UserError
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.prompts import EncodedPrompt, common_tokenizer, draw, load_prompts
+from puna.trainers.rl.comparisons import write_rows
 from puna.trainers.rl.config import (
     PPOConfig,
     check_reward,
@@ -52,7 +53,7 @@ from puna.trainers.train.command import command
 from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.next_token import say
 from puna.trainers.train.progress import meter
-from puna.trainers.train.run import Run, Trained
+from puna.trainers.train.run import Run, Trained, open_run
 
 SHOWN = 8  # answers written to samples/ at a time
 EVAL_ROUND = -1  # held-out answers are drawn with the same random numbers every time
@@ -80,11 +81,17 @@ def run(config: PPOConfig, reward: Reward | None = None) -> Path:
     check(config)
     check_reward(config, reward)
     tokenizer_file = common_tokenizer(config.policy, *reward_paths(config))
-    folder = Run(config.out, config, tokenizer=tokenizer_file)
-    if folder.done:
-        return folder.final
+    with open_run(config, tokenizer=tokenizer_file) as folder:
+        if folder.done:
+            return folder.final
+        stage = open_stage(config, folder, Tokenizer(tokenizer_file), reward)
+        return train(stage, folder)
+
+
+def train(stage: Stage, folder: Run) -> Path:
+    """Iterate from the run's checkpoint to the end, or until it is time to stop."""
+    config = stage.config
     iteration = folder.resume_step()
-    stage = open_stage(config, folder, Tokenizer(tokenizer_file), reward)
     networks = {"model": stage.policy, "critic": stage.critic}
     folder.restore_optimizers(networks)
     if stage.eval_prompts and parallel.broadcast(not history(folder.metrics)):
@@ -147,7 +154,7 @@ def open_stage(
     if config.critic == "helpfulness" and config.helpfulness is not None:
         start = config.helpfulness
     critic_options: dict[str, Any] = {"head": "score"}
-    if folder.latest() is None:
+    if folder.checkpoint is None:
         critic_options |= {"fresh_head": True, "seed": config.seed}
     policy = trained(open_model(folder.weights(config.policy), head="lm"), config)
     critic = trained(open_model(folder.weights(start, "critic"), **critic_options), config)
@@ -183,6 +190,7 @@ def train_iteration(stage: Stage, folder: Run, iteration: int) -> dict[str, floa
     prompts = [stage.prompts[index] for index, _ in picks]
     rollout = sample(stage, prompts, [i for i, _ in picks], [e for _, e in picks], iteration)
     sampled = time.monotonic()
+    check_finished(config, rollout)
     answers = as_answers(rollout, prompts, stage.tokenizer)
     scores = score_answers(stage.reward, answers, rollout.lengths.device)
     experience = make_experience(stage.reference, stage.critic.model, rollout, scores.raw, config)
@@ -205,6 +213,16 @@ def train_iteration(stage: Stage, folder: Run, iteration: int) -> dict[str, floa
         "seconds_scoring": judged - sampled,
         "seconds_training": ended - judged,
     }
+
+
+def check_finished(config: PPOConfig, rollout: Rollout) -> None:
+    """UserError where every answer of all ranks is masked out, so that nothing could be learned."""
+    if config.unfinished == "mask" and not parallel.all_max(int(rollout.finished.any())):
+        raise UserError(
+            f"no answer of {config.batch} ends within max_new_tokens {config.max_new_tokens} and "
+            "unfinished ones are masked, so nothing is left to learn from; raise it (--amend), "
+            'or set unfinished to "subtract"'
+        )
 
 
 def learning_rates(config: PPOConfig, iteration: int) -> Rates:
@@ -279,17 +297,18 @@ def write_samples(folder: Run, iteration: int, answers: list[Answer], scores: Sc
         return
     target = folder.path / "samples" / f"step-{iteration:06d}.jsonl"
     target.parent.mkdir(exist_ok=True)
-    with target.open("w", encoding="utf-8") as file:
-        for row, answer in enumerate(answers[:SHOWN]):
-            document = {
-                "messages": answer.messages,
-                "answer": answer.text,
-                "finished": answer.finished,
-                "score": float(scores.raw[row]),
-                "scores": {name: float(part[row]) for name, part in scores.parts.items()},
-                "branch": next((b for b, taken in scores.branches.items() if taken[row]), None),
-            }
-            file.write(json.dumps(document, ensure_ascii=False) + "\n")
+    rows = [
+        {
+            "messages": answer.messages,
+            "answer": answer.text,
+            "finished": answer.finished,
+            "score": float(scores.raw[row]),
+            "scores": {name: float(part[row]) for name, part in scores.parts.items()},
+            "branch": next((b for b, taken in scores.branches.items() if taken[row]), None),
+        }
+        for row, answer in enumerate(answers[:SHOWN])
+    ]
+    write_rows(target, rows)
 
 
 def main() -> int:

@@ -17,8 +17,10 @@ from puna.trainers.data.packing import CorpusRows
 from puna.trainers.data.readers import Skipped, read_texts
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.command import command
+from puna.trainers.train.kinds import FIXED
+from puna.trainers.train.plan import of_epochs, of_steps
 from puna.trainers.train.ranges import CountOrZero, ShareOf
-from puna.trainers.train.run import Run, open_start
+from puna.trainers.train.run import Run, open_run, open_start
 
 
 @dataclass(kw_only=True)
@@ -29,9 +31,9 @@ class PretrainConfig(loop.RowsConfig):
     """.txt (one document a file), .jsonl with `text`, or one .npy of token ids"""
     tokenizer: Path
     """tokenizer.model; its vocabulary is the model's"""
-    size: str = "mini"
+    size: Annotated[str, FIXED] = "mini"
     """model shape: 7b, 13b, 34b, 70b, or a small one (15m, 110m, 1b, demo, mini)"""
-    context: CountOrZero = 0
+    context: Annotated[CountOrZero, FIXED] = 0
     """longest sequence the model is made for, tokens; 0 takes the shape's own"""
     row_tokens: CountOrZero = 0
     """tokens in a training row; 0 takes the context (paper: 4096)"""
@@ -46,9 +48,12 @@ class PretrainConfig(loop.RowsConfig):
 def run(config: PretrainConfig) -> Path:
     """Train, or continue, the run in `config.out`; returns the finished model's folder."""
     tokenizer = Tokenizer(config.tokenizer)
-    folder = Run(config.out, config, tokenizer=config.tokenizer)
-    if folder.done:
-        return folder.final
+    with open_run(config, tokenizer=config.tokenizer) as folder:
+        return folder.final if folder.done else fit(config, folder, tokenizer)
+
+
+def fit(config: PretrainConfig, folder: Run, tokenizer: Tokenizer) -> Path:
+    """What there is still to do in an open run."""
     corpus = load_corpus(config, tokenizer)
     training, held = corpus, None
     if config.eval_share > 0:
@@ -56,21 +61,24 @@ def run(config: PretrainConfig) -> Path:
     source = new_model(config, folder, tokenizer.vocab_size)
     row_tokens = next_token.row_length(config.row_tokens, source.config.context)
     rows = CorpusRows(training, row_tokens)
-    steps = config.steps or next_token.epoch_steps(len(rows), 1, config.batch)
+    plan = of_epochs(len(rows), 1, config.batch)
+    if config.steps:
+        plan = of_steps(len(rows), config.steps, config.batch)
     return next_token.train(
         "pretrain",
         folder,
         source,
         rows,
         config,
-        steps=steps,
+        plan=plan,
+        what=f"{len(training.tokens):,} tokens in {len(rows):,} rows of {row_tokens:,}",
         eval_rows=CorpusRows(held, row_tokens) if held is not None else None,
     )
 
 
 def new_model(config: PretrainConfig, folder: Run, vocab_size: int) -> Source:
     """A freshly initialised model's weights, or that of the run's newest checkpoint."""
-    if folder.latest() is not None:
+    if folder.checkpoint is not None:
         return open_start(folder, config.out)
     shape = replace(size(config.size), vocab_size=vocab_size)
     if config.context:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -45,9 +45,11 @@ from puna.trainers.sft import load_dialogues
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.command import command
 from puna.trainers.train.interrupts import stop_requests
+from puna.trainers.train.kinds import FIXED
+from puna.trainers.train.plan import of_epochs
 from puna.trainers.train.progress import meter
 from puna.trainers.train.ranges import Batch, Count, CountOrZero, Temperature
-from puna.trainers.train.run import Run, open_start
+from puna.trainers.train.run import Run, open_run, open_start
 
 
 @dataclass(kw_only=True)
@@ -70,11 +72,11 @@ class RejectionConfig(SamplingConfig, loop.RowsConfig):
     a version would otherwise forget"""
     round: Count = 1
     """number of this RLHF version; part of the random numbers"""
-    samples: Batch = 20
+    samples: Annotated[Batch, FIXED] = 20
     """K, answers to each prompt (paper: not said; its Fig. 26 uses 20)"""
     temperature: Temperature = 1.2
     """of the answers (paper: 1.2 to 1.3 is best for its RLHF model; tune it for every version)"""
-    chunk: Batch = 64
+    chunk: Annotated[Batch, FIXED] = 64
     """prompts sampled and scored at a time, all processes together; an interruption loses at most
     one chunk"""
     epochs: Count = 2
@@ -96,9 +98,18 @@ def run(config: RejectionConfig, reward: Reward | None = None) -> Path:
     student = config.student or config.policy
     tokenizer_file = common_tokenizer(config.policy, *reward_paths(config), student)
     tokenizer = Tokenizer(tokenizer_file)
-    folder = Run(config.out, config, tokenizer=tokenizer_file)
-    if folder.done:
-        return folder.final
+    with open_run(config, tokenizer=tokenizer_file) as folder:
+        return folder.final if folder.done else fit(config, folder, tokenizer, student, reward)
+
+
+def fit(
+    config: RejectionConfig,
+    folder: Run,
+    tokenizer: Tokenizer,
+    student: Path,
+    reward: Reward | None,
+) -> Path:
+    """What there is still to do in an open run."""
     selected = config.selected or folder.path / "selected.jsonl"
     if not parallel.broadcast(selected.exists()):
         reward = open_reward_models(config) if reward is None else reward
@@ -109,8 +120,9 @@ def run(config: RejectionConfig, reward: Reward | None = None) -> Path:
     rows = pack(tokenizer, read_pool(selected, tokenizer), row_tokens, mixed)
     skipped.merge(rows.skipped)
     next_token.say(skipped)
-    steps = next_token.epoch_steps(len(rows), config.epochs, config.batch)
-    return next_token.train("rejection", folder, source, rows, config, steps=steps)
+    plan = of_epochs(len(rows), config.epochs, config.batch)
+    what = rows.described("answers")
+    return next_token.train("rejection", folder, source, rows, config, plan=plan, what=what)
 
 
 def pack(
@@ -248,16 +260,10 @@ def scored_rows(scores: Scores) -> list[tuple[float, dict[str, float]]]:
 
 def append_chunk(path: Path, samples: list[Sample]) -> None:
     """All ranks' samples of a chunk at the end of `path`, in the order of the prompts."""
-    part = path.with_name(f".{path.name}.{parallel.rank()}")
-    write_samples(part, samples, mode="w")
-    parallel.barrier()
+    merged = [sample for part in parallel.gather(samples) for sample in part]
     if parallel.is_main():
-        parts = [path.with_name(f".{path.name}.{rank}") for rank in range(parallel.world_size())]
-        merged = [sample for file in parts for sample in read_samples(file)]
         merged.sort(key=lambda sample: (sample["prompt"], sample["sample"]))
         write_samples(path, merged, mode="a")
-        for file in parts:
-            file.unlink()
     parallel.barrier()
 
 

@@ -25,8 +25,9 @@ from puna.trainers.rl.accuracy import accuracies, sentences, shares
 from puna.trainers.rl.losses import MARGINS, ranking_loss, safety_loss
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.command import command
+from puna.trainers.train.plan import announce, check_shares, of_epochs
 from puna.trainers.train.ranges import Count, ShareOf, Weight
-from puna.trainers.train.run import Run, open_start
+from puna.trainers.train.run import Run, open_run, open_start
 
 
 @dataclass(kw_only=True)
@@ -71,23 +72,28 @@ def run(config: RewardConfig) -> Path:
     At the end the held-out accuracy is printed with its 95% interval.
     """
     tokenizer_file = tokenizer_path(config.model)
-    folder = Run(config.out, config, tokenizer=tokenizer_file)
-    if folder.done:
-        return folder.final
+    with open_run(config, tokenizer=tokenizer_file) as folder:
+        return folder.final if folder.done else fit(config, folder, Tokenizer(tokenizer_file))
+
+
+def fit(config: RewardConfig, folder: Run, tokenizer: Tokenizer) -> Path:
+    """What there is still to do in an open run."""
     source = start_model(config, folder)
-    pairs, held = load_pairs(config, Tokenizer(tokenizer_file), source.config.context)
-    batch = largest_batch(config.batch, len(pairs))
-    steps = next_token.epoch_steps(len(pairs), config.epochs, batch)
+    pairs, held = load_pairs(config, tokenizer, source.config.context)
+    check_shares(config.batch)
+    plan = of_epochs(len(pairs), config.epochs, config.batch)
     if config.warmup_steps == 0:
-        config = replace(config, warmup_steps=max(5, round(0.03 * steps)))
+        config = replace(config, warmup_steps=min(plan.steps - 1, warmup(plan.steps)))
+    announce("reward", f"{len(pairs):,} pairs", plan, config, config.batch)
     device = loop.device_of(config)
     margins = MARGINS[config.margin]
 
     def batch_at(step: int) -> list[PairBatch]:
-        mine = [
-            pairs[i] for i in next_token.rank_part(step_rows(len(pairs), batch, config.seed, step))
+        chosen = step_rows(len(pairs), plan.batch, config.seed, step, plan.visits)
+        return [
+            pairs_on(device, [pairs[i] for i in piece], margins, real)
+            for piece, real in next_token.parts(chosen, config.micro_batch)
         ]
-        return list(micro_batches(mine, config.micro_batch, margins, device))
 
     network = next_token.prepared(source, config)
     final = loop.fit(
@@ -95,7 +101,7 @@ def run(config: RewardConfig) -> Path:
         folder,
         network,
         batch_at,
-        steps,
+        plan.steps,
         objective(config.safety_weight, config.center_weight),
         config,
         evaluation(held, config, device),
@@ -107,16 +113,9 @@ def run(config: RewardConfig) -> Path:
     return final
 
 
-def largest_batch(asked: int, pairs: int) -> int:
-    """The batch asked for, or all pairs where there are fewer (said, not silent)."""
-    if asked <= pairs:
-        return asked
-    ranks = parallel.world_size()
-    if pairs < ranks:
-        raise ValueError(f"{pairs} pairs are too few for {ranks} processes; run fewer")
-    if parallel.is_main():
-        print(f"a batch of {asked} exceeds the {pairs} pairs; all are taken in a step", flush=True)
-    return pairs // ranks * ranks
+def warmup(steps: int) -> int:
+    """Steps of warm-up where none are asked for (paper: 3%, at least 5)."""
+    return max(5, round(0.03 * steps))
 
 
 def start_model(config: RewardConfig, folder: Run) -> Source:
@@ -159,11 +158,13 @@ def load_preferences(
     return rows, skipped
 
 
-def micro_batches(
-    pairs: Sequence[Pair], size: int, margins: dict[str, float], device: torch.device
-) -> list[PairBatch]:
-    parts = [pairs[i : i + size] for i in range(0, len(pairs), size)]
-    return [PairBatch(*(t.to(device) for t in pair_batch(part, margins))) for part in parts]
+def pairs_on(
+    device: torch.device, pairs: Sequence[Pair], margins: dict[str, float], real: int
+) -> PairBatch:
+    """Pairs as one batch, of which the first `real` count."""
+    batch = pair_batch(pairs, margins)
+    batch.weights[real:] = 0.0
+    return PairBatch(*(tensor.to(device) for tensor in batch))
 
 
 def pair_scores(model: Transformer, batch: PairBatch) -> tuple[Tensor, Tensor]:
@@ -180,21 +181,24 @@ def objective(safety_weight: float, center_weight: float = 0.0) -> loop.Objectiv
 
     def loss(model: Transformer, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = pair_scores(model, batch)
-        ranking = ranking_loss(chosen, rejected, batch.margins).sum()
-        extras = {"accuracy": (chosen > rejected).float().sum()}
+        each = batch.weights
+        ranking = (ranking_loss(chosen, rejected, batch.margins) * each).sum()
+        extras = {"accuracy": ((chosen > rejected).float() * each).sum()}
         total = ranking
         if safety_weight > 0:
             scores = torch.stack((chosen, rejected), 1).flatten()
-            safety = 0.5 * safety_loss(scores, batch.safe).sum()
+            both = each.repeat_interleave(2)
+            safety = 0.5 * (safety_loss(scores, batch.safe) * both).sum()
             total = total + safety_weight * safety
             extras |= {"ranking_loss": ranking, "safety_loss": safety}
         if center_weight > 0:
-            total = total + center_weight * (0.5 * (chosen + rejected)).square().sum()
+            middle = 0.5 * (chosen + rejected)
+            total = total + center_weight * (middle.square() * each).sum()
         return total, extras
 
     return loop.Objective(
         loss=loss,
-        weight=lambda batch: float(len(batch.margins)),
+        weight=lambda batch: float(batch.weights.sum()),
         tokens=lambda batch: batch.tokens.numel(),
     )
 
@@ -205,7 +209,9 @@ def margins_of(
 ) -> tuple[Tensor, Tensor]:
     """(r_chosen - r_rejected, rating index), both (P,) on the CPU, for `pairs` in order."""
     differences, ratings = [], []
-    for batch in micro_batches(pairs, micro_batch, MARGINS["none"], device):
+    for start in range(0, len(pairs), micro_batch):
+        piece = pairs[start : start + micro_batch]
+        batch = pairs_on(device, piece, MARGINS["none"], len(piece))
         chosen, rejected = pair_scores(model, batch)
         differences.append((chosen - rejected).cpu())
         ratings.append(batch.ratings.cpu())

@@ -14,30 +14,29 @@ last versions PPO goes on from there.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from puna.core import parallel
-from puna.core.checkpoint.folder import open_model, tokenizer_path
+from puna.core.checkpoint.folder import open_model, open_source, tokenizer_path
 from puna.core.device import device_of_name
 from puna.core.tokenizer import Tokenizer
 from puna.trainers import ppo, rejection
 from puna.trainers.data.packing import encode_pairs
-from puna.trainers.data.readers import read_preferences
+from puna.trainers.data.prompts import common_tokenizer
+from puna.trainers.data.readers import read_preferences, read_prompts
 from puna.trainers.reward import RewardConfig, accuracies, margins_of
 from puna.trainers.reward import run as run_reward
-from puna.trainers.rl.comparisons import (
-    Annotator,
-)
+from puna.trainers.rl.comparisons import Annotator
 from puna.trainers.rl.config import PPOConfig, RLHFConfig
 from puna.trainers.rl.rewards import Reward
 from puna.trainers.rl.rounds import KINDS, compare, record, round_prompts
 from puna.trainers.rl.rounds import Waiting as Waiting
 from puna.trainers.train import loop
+from puna.trainers.train.claim import is_finished, owned
 from puna.trainers.train.command import command
 from puna.trainers.train.config import check_table, from_values
-from puna.trainers.train.run import claim
 
 
 class Version(NamedTuple):
@@ -97,16 +96,25 @@ def run(
     of one's own nothing is compared and no reward model is trained: it scores every answer.
     """
     check(config, reward)
-    if parallel.is_main():
-        claim(config.out, config)
-    parallel.barrier()
-    models = [config.model, config.model]
-    last: Version | None = None
-    for number in range(1, config.versions + 1):
-        last = play_round(config, number, models, last, annotators, reward)
-        models.append(last.model)
+    tables = {name: cls for name, (cls, _) in STAGES.items()}
+    with owned(config, tables=tables):
+        models = [config.model, config.model]
+        last: Version | None = None
+        for number in range(1, config.versions + 1):
+            last = play_round(config, number, models, last, annotators, reward)
+            models.append(last.model)
     assert last is not None
     return last.model
+
+
+Stage = TypeVar("Stage", bound=loop.TrainConfig)
+
+
+def once(stage: Stage, work: Callable[[Stage], Path]) -> Path:
+    """A stage's model: what is finished stays as it is, whatever has been amended since."""
+    if parallel.on_main(lambda: is_finished(stage.out)):
+        return stage.out / "model"
+    return work(stage)
 
 
 def check(config: RLHFConfig, reward: Reward | None = None) -> None:
@@ -120,11 +128,26 @@ def check(config: RLHFConfig, reward: Reward | None = None) -> None:
         ppo.check(ppo_config(config, 1, config.model, judges))
     for kind in judges:
         reward_config(config, 1, kind, config.model, None)
+    check_files(config)
     for kind in KINDS:
         if reward is None and not getattr(config, f"{kind}_prompts"):
             raise ValueError(
                 f"{kind}_prompts is empty; name files of prompts to compare answers to"
             )
+
+
+def check_files(config: RLHFConfig) -> None:
+    """ValueError for a file that is named and cannot be used: some are needed days later."""
+    common_tokenizer(config.model, *[config.student] if config.student else [])
+    for model in (config.model, config.student):
+        if model is not None and open_source(model).head != "lm":
+            raise ValueError(f"{model} is a reward model; the loop starts from language models")
+    prompts = ("prompts", "rejection_prompts", "ppo_prompts", "eval_prompts")
+    for name in (*prompts, "helpfulness_prompts", "safety_prompts"):
+        for path in getattr(config, name):
+            read_prompts(path)
+    for path in [*config.helpfulness_data, *config.safety_data]:
+        read_preferences(path)
 
 
 def play_round(
@@ -142,15 +165,19 @@ def play_round(
     if reward is None:
         compare(config, number, folder, models, annotators)
         before = accuracy_of(config, last, folder)
-        judges = {k: run_reward(reward_config(config, number, k, models[-1], last)) for k in KINDS}
+        judges = {
+            kind: once(reward_config(config, number, kind, models[-1], last), run_reward)
+            for kind in KINDS
+        }
     prompts = round_prompts(config, number, folder)
     sampled = rejection_config(config, number, prompts, models[-1], last, judges)
-    model = rejection.run(sampled, reward)
+    model = once(sampled, lambda stage: rejection.run(stage, reward))
     pool = folder / "rejection" / "selected.jsonl"
     if config.student is not None:
         teach(config, folder, config.student, pool)
     if number > config.versions - config.ppo_versions:
-        model = ppo.run(ppo_config(config, number, model, judges), reward)
+        improved = ppo_config(config, number, model, judges)
+        model = once(improved, lambda stage: ppo.run(stage, reward))
     version = Version(number, model, judges, pool)
     after = accuracy_of(config, version, folder)
     if parallel.is_main():
@@ -164,6 +191,7 @@ def stage_options(
     """A sampling stage's options: the loop's, its table's over them, and the reward models."""
     return {
         "seed": config.seed,
+        "amend": config.amend,
         "device": config.device,
         "max_new_tokens": config.max_new_tokens,
         **table,
@@ -200,7 +228,7 @@ def teach(config: RLHFConfig, folder: Path, student: Path, pool: Path) -> Path:
         "policy": str(student),
         "selected": str(pool),
     }
-    return rejection.run(from_values(rejection.RejectionConfig, options))
+    return once(from_values(rejection.RejectionConfig, options), rejection.run)
 
 
 def ppo_config(
@@ -228,6 +256,7 @@ def reward_config(
     data = [*getattr(config, f"{kind}_data"), *rounds]
     options = {
         "seed": config.seed,
+        "amend": config.amend,
         "device": config.device,
         **config.reward,
         **getattr(config, kind),

@@ -18,8 +18,9 @@ from puna.trainers.data.packing import PackedRows
 from puna.trainers.data.readers import Skipped, parse_dialogues, read_dialogues
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.command import command
+from puna.trainers.train.plan import of_epochs
 from puna.trainers.train.ranges import Count, CountOrZero, ShareOf
-from puna.trainers.train.run import Run, open_start
+from puna.trainers.train.run import Run, open_run, open_start
 
 
 @dataclass(kw_only=True)
@@ -64,11 +65,21 @@ def run(
         raise ValueError("dialogues come from config.data and from Python, too; leave one out")
     given = None if dialogues is None else parse_dialogues(dialogues, config.columns)
     tokenizer_file = tokenizer_path(config.model)
-    folder = Run(config.out, config, tokenizer=tokenizer_file)
-    if given:
-        folder.claim_rows(dialogue.messages for dialogue in given[0])
-    if folder.done:
-        return folder.final
+    rows = {"dialogues": [dialogue.messages for dialogue in given[0]]} if given else None
+    with open_run(config, tokenizer=tokenizer_file, rows=rows) as folder:
+        if folder.done:
+            return folder.final
+        return fit(config, folder, Tokenizer(tokenizer_file), given, loss)
+
+
+def fit(
+    config: SFTConfig,
+    folder: Run,
+    tokenizer: Tokenizer,
+    given: tuple[list[Dialogue], Skipped] | None = None,
+    loss: next_token.Loss | None = None,
+) -> Path:
+    """What there is still to do in an open run."""
     learned, skipped = given or load_dialogues(config.data, config.columns)
     held: list[Dialogue] = []
     if config.eval_data:
@@ -78,7 +89,6 @@ def run(
         learned, held = next_token.split(learned, config.eval_share, config.seed)
     source = open_start(folder, config.model, head="lm")
     row_tokens = next_token.row_length(config.row_tokens, source.config.context)
-    tokenizer = Tokenizer(tokenizer_file)
     rows = pack(tokenizer, learned, row_tokens)
     skipped.merge(rows.skipped)
     next_token.say(skipped)
@@ -88,7 +98,8 @@ def run(
         source,
         rows,
         config,
-        steps=next_token.epoch_steps(len(rows), config.epochs, config.batch),
+        plan=of_epochs(len(rows), config.epochs, config.batch),
+        what=rows.described("dialogues"),
         eval_rows=pack(tokenizer, held, row_tokens) if held else None,
         loss=next_token.checked(next_token.next_token_loss if loss is None else loss),
     )

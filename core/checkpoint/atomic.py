@@ -36,7 +36,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         if path.exists():
             path.rename(previous)
         partial.rename(path)
-        _flush(path.parent)
+        flush(path.parent)
     except BaseException:
         recover(path)
         shutil.rmtree(partial, ignore_errors=True)
@@ -54,9 +54,9 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         with _naming_full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
-            _flush(partial)
+            flush(partial)
         partial.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -111,11 +111,12 @@ def _flush_tree(folder: Path) -> None:
     """Force every file and folder below `folder` to disk."""
     for root, _, files in os.walk(folder):
         for name in files:
-            _flush(Path(root) / name)
-        _flush(Path(root))
+            flush(Path(root) / name)
+        flush(Path(root))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Force a file's or a folder's contents to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -73,6 +73,8 @@ class PairBatch(NamedTuple):
     """(P,) int64, index into RATINGS; -1 where unknown"""
     safe: Tensor
     """(2P,) float32, 1 safe, 0 unsafe, NaN unknown; in the order of the sequences"""
+    weights: Tensor
+    """(P,) float32, 1, or 0 for a pair that only fills a rank's part"""
 
 
 @lru_cache(maxsize=2)  # a step needs at most the epoch that ends and the one that begins
@@ -83,8 +85,11 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def step_rows(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """(batch_size,) int64: the rows of step number `step` (from 0) out of n.
+def step_rows(
+    n: int, batch_size: int, seed: int, step: int, visits: int | None = None
+) -> np.ndarray:
+    """(batch_size,) int64: the rows of step number `step` (from 0) out of n; fewer in the step in
+    which `visits` rows, those of all steps together, come to an end.
 
     The epochs follow each other without a gap: a batch may end one and begin the next, so that
     every row is visited once an epoch whatever the batch size is. Raises ValueError for n = 0.
@@ -92,6 +97,8 @@ def step_rows(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     if n < 1:
         raise ValueError("there are no rows to train on")
     first = step * batch_size
+    if visits is not None:
+        batch_size = min(batch_size, visits - first)
     last = first + batch_size - 1
     orders = [epoch_order(n, seed, epoch) for epoch in range(first // n, last // n + 1)]
     start = first - first // n * n
@@ -133,6 +140,11 @@ class PackedRows:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def described(self, what: str) -> str:
+        """How many of what in how many rows."""
+        count = len(self._starts) - 1
+        return f"{count:,} {what} in {len(self.rows):,} packed rows of {self.row_tokens:,} tokens"
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> LMBatch:
         """The rows with these indices, B = len(indices)."""
@@ -298,4 +310,5 @@ def pair_batch(pairs: Sequence[Pair], margins: dict[str, float]) -> PairBatch:
         ),
         ratings=torch.tensor(levels, dtype=torch.int64),
         safe=torch.tensor(labels, dtype=torch.float32).flatten(),
+        weights=torch.ones(len(pairs)),
     )

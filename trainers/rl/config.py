@@ -8,6 +8,7 @@ from puna.core.checkpoint.folder import open_model
 from puna.core.model import Transformer
 from puna.trainers.rl.rewards import Reward, RewardModels
 from puna.trainers.train import loop
+from puna.trainers.train.kinds import FIXED, FREE
 from puna.trainers.train.ranges import (
     Above,
     Batch,
@@ -43,9 +44,9 @@ class SamplingConfig(loop.TrainConfig):
     """of the answers; all log-probs are taken at it"""
     max_new_tokens: Count = 512
     """longest answer, tokens"""
-    generation_batch: Batch = 256
+    generation_batch: Annotated[Batch, FREE] = 256
     """answers sampled side by side"""
-    micro_batch_tokens: Count = 16384
+    micro_batch_tokens: Annotated[Count, FREE] = 16384
     """most tokens in one forward pass over answers"""
 
 
@@ -76,7 +77,7 @@ class PPOConfig(SamplingConfig):
     schedule: Literal["cosine", "constant"] = "constant"
     critic_lr: Rate | None = None
     """the critic's learning rate; the policy's where left out"""
-    critic: Literal["helpfulness", "policy"] = "helpfulness"
+    critic: Annotated[Literal["helpfulness", "policy"], FIXED] = "helpfulness"
     """whose weights the critic starts from, with a fresh head"""
     critic_warmup: CountOrZero = 0
     """iterations at the beginning that train the critic alone"""
@@ -96,8 +97,8 @@ class PPOConfig(SamplingConfig):
     go on to the end and take the last"""
     max_kl: Rate | None = None
     """stop when the mean KL of an answer, in nats, exceeds it"""
-    ratio_tolerance: Rate = 1e-3
-    """largest mean |log ratio| of an iteration's first mini-batch; about 2e-2 in bf16"""
+    ratio_tolerance: Rate | None = None
+    """largest mean |log ratio| of an iteration's first mini-batch; left out: 1e-3, in bf16 2e-2"""
     save_every: int = 20
     eval_every: int = 10
 
@@ -106,6 +107,11 @@ class PPOConfig(SamplingConfig):
             raise ValueError(
                 f"batch {self.batch} is not a multiple of minibatch {self.minibatch}; "
                 "one pass in equal gradient steps needs that"
+            )
+        if self.critic_warmup >= self.iterations:
+            raise ValueError(
+                f"critic_warmup {self.critic_warmup} leaves none of {self.iterations} iterations "
+                "to train the policy; lower it"
             )
         if self.patience and not self.eval_prompts:
             raise ValueError("patience needs eval_prompts to look at; name some or set it to 0")
@@ -157,10 +163,12 @@ class RLHFConfig(Options):
     """train the reward models on from the last round's with fresh data only (the paper starts
     anew from the chat model on all data)"""
     seed: Seed = 0
-    device: str = "auto"
+    amend: Annotated[bool, FREE] = False
+    """go on with other options or prompts from here on; what is sampled and annotated stays"""
+    device: Annotated[str, FREE] = "auto"
     dtype: Literal["fp32", "bf16"] = "fp32"
     """of the matrix products in what this loop samples and scores itself; each stage has its own"""
-    generation_batch: Batch = 256
+    generation_batch: Annotated[Batch, FREE] = 256
     """answers sampled side by side"""
     reward: dict[str, Any] = field(default_factory=dict)
     """table: options of `puna reward` for both reward models"""

@@ -60,5 +60,4 @@ def finish_with_best(run: Run) -> Path:
     if parallel.is_main():
         with atomic_folder(run.final) as partial:
             shutil.copytree(run.path / "best", partial, dirs_exist_ok=True)
-    parallel.barrier()
-    return run.final
+    return run.finished()

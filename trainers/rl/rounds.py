@@ -7,6 +7,7 @@ from pathlib import Path
 from puna.core import parallel
 from puna.core.checkpoint.folder import open_source, tokenizer_path
 from puna.core.device import device_of_name
+from puna.core.errors import UserError
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.prompts import draw, load_prompts
 from puna.trainers.data.readers import read_prompts
@@ -18,7 +19,7 @@ from puna.trainers.train.next_token import say
 KINDS = ("helpfulness", "safety")
 
 
-class Waiting(RuntimeError):
+class Waiting(UserError):
     """Comparisons wait for an annotator; the message says where."""
 
 

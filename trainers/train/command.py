@@ -1,11 +1,43 @@
 """A stage as a command: its configuration from the command line, its exit status, its mistakes."""
 
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
-from puna.core import parallel
+import torch
+
+from puna.core import ranks
+from puna.core.errors import UserError
 from puna.trainers.train.config import Config, parse
+
+
+class Outlasting:
+    """A stream whose reader may go away (`| head`): what is written from then on is dropped."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._let_go()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Also for what Python itself writes when it ends."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 def command(
@@ -16,17 +48,45 @@ def command(
 ) -> int:
     """Do `work` with the configuration of `arguments` (left out: the process's own).
 
-    Returns the exit status; a user's mistake is one sentence on stderr.
+    Returns the exit status. A user's mistake is one sentence on stderr, from one rank; a mistake
+    of ours shows where it happened.
     """
-    parallel.init()
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Outlasting(sys.stdout), Outlasting(sys.stderr)
     try:
+        ranks.init()
         work(parse(config, sys.argv[1:] if arguments is None else arguments, prog))
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 1
+        ranks.close()
+        return 0
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return 130
+        return ended(f"{prog}: interrupted", 130)
+    except SystemExit as stop:
+        if not isinstance(stop.code, str):
+            raise
+        return ended(f"{prog}: {stop.code}", 1)
+    except Exception as error:
+        if ranks.is_lost(error):
+            return ended(f"{prog}: {ranks.who_is_missing()}", 1, by_others=True)
+        return ended(f"{prog}: {sentence(error)}", 1)
     finally:
-        parallel.close()
-    return 0
+        sys.stdout, sys.stderr = before
+
+
+def ended(line: str, status: int, *, by_others: bool = False) -> int:
+    """Say why, where this rank is the one to say it."""
+    if ranks.fail(line, by_others=by_others):
+        print(line, file=sys.stderr, flush=True)
+    return status
+
+
+def sentence(error: Exception) -> str:
+    """What to tell the user of an error: its own sentence, or where Puna went wrong."""
+    if isinstance(error, (ValueError, OSError, UserError)):
+        return str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in str(error):
+        return (
+            f"the memory is full ({str(error).splitlines()[0] if str(error) else 'of this machine'}"
+            "); take smaller pieces (micro_batch, generation_batch, row_tokens) or a smaller model"
+        )
+    lines = "".join(traceback.format_exception(error))
+    return f"this is a mistake in Puna, not in what you did; please report these lines\n{lines}"

@@ -12,7 +12,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -164,9 +164,10 @@ def _describe(hint: Any) -> str:
     return words.get(hint, '"None"' if hint is types.NoneType else "a text")
 
 
-def to_toml(config: Any) -> str:
-    """The resolved configuration as a recipe that gives the same one again."""
-    return _rows(_plain(config), "")
+def to_toml(config: Any, *, without: Collection[str] = ()) -> str:
+    """The resolved configuration as a recipe that gives the same one again, but for `without`."""
+    kept = {name: value for name, value in _plain(config).items() if name not in without}
+    return _rows(kept, "")
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM end a run between two steps, not inside one, so that it can go on exactly."""
+"""Ctrl-C, SIGTERM and SIGHUP (a terminal that is closed) end a run between two steps, not inside
+one, so that it can go on exactly."""
 
 import signal
 import threading
@@ -20,7 +21,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked.set()
 
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield asked.is_set
     finally:

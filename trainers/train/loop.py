@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from puna.core import parallel
 from puna.core.checkpoint.source import Source
 from puna.core.device import device_of_name
+from puna.core.errors import UserError
 from puna.core.model import Transformer
 from puna.core.native.loader import keep_freed_memory
 from puna.trainers.train.interrupts import stop_requests
+from puna.trainers.train.kinds import FREE
 from puna.trainers.train.progress import meter
 from puna.trainers.train.ranges import (
     Above,
@@ -64,21 +66,25 @@ class TrainConfig(Options):
     eps: Annotated[float, Above(0), AtLeast(1e-30)] = 1e-5
     clip: Rate = 1.0
     """largest gradient norm"""
-    save_every: Count = 500
+    save_every: Annotated[Count, FREE] = 500
     """steps between checkpoints"""
-    eval_every: Count = 100
+    eval_every: Annotated[Count, FREE] = 100
     """steps between looks at held-out data"""
-    keep: Count = 2
+    keep: Annotated[Count, FREE] = 2
     """newest checkpoints to keep"""
-    log: Literal["none", "tensorboard", "trackio"] = "none"
+    amend: Annotated[bool, FREE] = False
+    """go on with an interrupted or finished run under other options, or on other data, from here"""
+    resume: Annotated[Literal["newest", "previous"], FREE] = "newest"
+    """previous: where the newest checkpoint is damaged, set it aside and take the one before it"""
+    log: Annotated[Literal["none", "tensorboard", "trackio"], FREE] = "none"
     """where else to show the metrics, by a package of its own: pip install "puna[tensorboard]" """
-    device: str = "auto"
+    device: Annotated[str, FREE] = "auto"
     """auto takes a GPU where there is one"""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """of the matrix products; parameters and optimizer are fp32"""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Annotated[bool, FREE] = False
     """recompute each block in the backward pass: less memory, a third more work"""
-    compile: bool = False
+    compile: Annotated[bool, FREE] = False
     """torch.compile each block"""
 
 
@@ -88,7 +94,7 @@ class RowsConfig(TrainConfig):
 
     batch: Batch = 64
     """rows in a step, all processes together"""
-    micro_batch: Batch = 8
+    micro_batch: Annotated[Batch, FREE] = 8
     """rows in one forward pass"""
 
 
@@ -190,8 +196,8 @@ def fit(
     Every step is a row of metrics.jsonl, with `evaluate`'s numbers every so often; row 0 holds
     those of the untrained model.
 
-    Raises RuntimeError, naming the step and the last good checkpoint, where the loss or the
-    gradient is not finite. Ctrl-C and SIGTERM save a checkpoint, then end the run (SystemExit).
+    Raises UserError, naming the step and the last good checkpoint, where the loss or the gradient
+    is not finite. Ctrl-C, SIGTERM and SIGHUP save a checkpoint, then end the run (SystemExit).
     """
     step = run.resume_step()
     run.restore_optimizers({"model": network})
@@ -221,14 +227,14 @@ def fit(
 
 
 def check_finite(run: Run, step: int, **values: float) -> None:
-    """RuntimeError where a value is not finite, before anything of this step is kept."""
+    """UserError where a value is not finite, before anything of this step is kept."""
     for name, value in values.items():
         if not math.isfinite(value):
-            kept = run.latest()
+            kept = run.checkpoint
             where = f"the last good checkpoint is {kept}" if kept else "no checkpoint was due yet"
-            raise RuntimeError(
-                f"the {name} is {value} at step {step}; {where}; lower the learning rate or look "
-                "at that step's data, then run again"
+            raise UserError(
+                f"the {name} is {value} at step {step}; {where}; look at that step's data, or go "
+                "on from there with a lower learning rate: --amend --lr <rate>"
             )
 
 

@@ -1,7 +1,7 @@
 """Next-token training: the objective and the batches that pretraining, SFT, rejection sampling's
 fine-tuning and GAtt share. They differ only in where rows and weights come from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -15,9 +15,9 @@ from puna.core.model import Transformer
 from puna.trainers.data.packing import LMBatch, step_rows
 from puna.trainers.data.readers import Skipped
 from puna.trainers.train import loop
+from puna.trainers.train.plan import Plan, announce, check_shares
 from puna.trainers.train.run import Run, Trained
 
-Indices = TypeVar("Indices", list[int], np.ndarray)
 Item = TypeVar("Item")
 
 
@@ -63,15 +63,33 @@ OBJECTIVE = loop.Objective(
 )
 
 
-def rank_part(indices: Indices) -> Indices:
-    """This rank's equal part of a global batch; ValueError where it cannot be equal."""
-    size, left = divmod(len(indices), parallel.world_size())
-    if left:
-        raise ValueError(
-            f"a batch of {len(indices)} cannot be shared equally by {parallel.world_size()} "
-            "processes; choose a multiple"
-        )
-    return indices[parallel.rank() * size : (parallel.rank() + 1) * size]
+def rank_part(indices: Sequence[int] | np.ndarray) -> tuple[list[int], int]:
+    """(this rank's part of a global batch, how many of it count).
+
+    The parts are equally long, since every rank must take part in every forward pass: what is
+    missing at the end is filled up with the first index, to count for nothing.
+    """
+    size = -(-len(indices) // parallel.world_size())
+    first = parallel.rank() * size
+    mine = [int(index) for index in indices[first : first + size]]
+    return mine + [int(indices[0])] * (size - len(mine)), len(mine)
+
+
+def parts(indices: Sequence[int] | np.ndarray, size: int) -> Iterator[tuple[list[int], int]]:
+    """`rank_part` in pieces of at most `size`: (indices, how many of them count)."""
+    mine, real = rank_part(indices)
+    for start in range(0, len(mine), size):
+        piece = mine[start : start + size]
+        yield piece, min(len(piece), max(0, real - start))
+
+
+def counted(batch: LMBatch, real: int) -> LMBatch:
+    """The batch with no weight on the rows after the first `real`."""
+    if real == len(batch.weights):
+        return batch
+    weights = batch.weights.clone()
+    weights[real:] = 0.0
+    return batch._replace(weights=weights)
 
 
 def to_device(batch: LMBatch, device: torch.device) -> LMBatch:
@@ -79,7 +97,7 @@ def to_device(batch: LMBatch, device: torch.device) -> LMBatch:
 
 
 def row_batches(
-    rows: Rows, batch: int, micro_batch: int, seed: int, device: torch.device
+    rows: Rows, plan: Plan, micro_batch: int, seed: int, device: torch.device
 ) -> Callable[[int], list[LMBatch]]:
     """`batch_at` for `loop.fit`: step -> this rank's micro-batches of at most `micro_batch` rows.
 
@@ -87,9 +105,11 @@ def row_batches(
     """
 
     def batch_at(step: int) -> list[LMBatch]:
-        mine = rank_part(step_rows(len(rows), batch, seed, step))
-        parts = [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
-        return [to_device(rows.batch(part), device) for part in parts]
+        chosen = step_rows(plan.rows, plan.batch, seed, step, plan.visits)
+        return [
+            to_device(counted(rows.batch(piece), real), device)
+            for piece, real in parts(chosen, micro_batch)
+        ]
 
     return batch_at
 
@@ -105,10 +125,10 @@ def evaluation(
         return None
 
     def evaluate(model: Transformer) -> dict[str, float]:
-        padded = -(-len(rows) // parallel.world_size()) * parallel.world_size()
-        mine = rank_part([i % len(rows) for i in range(padded)])
-        parts = [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
-        batches = [to_device(rows.batch(part), device) for part in parts]
+        batches = [
+            to_device(counted(rows.batch(piece), real), device)
+            for piece, real in parts(range(len(rows)), micro_batch)
+        ]
         return loop.mean_loss(model, batches, objective)
 
     return evaluate
@@ -121,22 +141,26 @@ def train(
     rows: Rows,
     config: loop.RowsConfig,
     *,
-    steps: int,
+    plan: Plan,
+    what: str,
     eval_rows: Rows | None = None,
     loss: Loss = next_token_loss,
 ) -> Path:
     """Fit the model of `source` to `rows`; returns the finished model's folder.
 
-    `loss` is minimised on the rows and reported for `eval_rows`, both per unit of weight.
+    `loss` is minimised on the rows and reported for `eval_rows`, both per unit of weight; `what`
+    says in words what the rows are.
     """
+    check_shares(config.batch)
+    announce(title, what, plan, config, config.batch)
     device = loop.device_of(config)
     objective = OBJECTIVE._replace(loss=loss)
     return loop.fit(
         title,
         run,
         prepared(source, config),
-        row_batches(rows, config.batch, config.micro_batch, config.seed, device),
-        steps,
+        row_batches(rows, plan, config.micro_batch, config.seed, device),
+        plan.steps,
         objective,
         config,
         evaluation(eval_rows, config.micro_batch, device, objective),
@@ -147,11 +171,6 @@ def prepared(source: Source, config: loop.TrainConfig) -> Trained:
     """The model, sharded and so on as configured, with its optimizer."""
     model = loop.load(source, config)
     return Trained(model, loop.make_optimizer(model, config))
-
-
-def epoch_steps(rows: int, epochs: int, batch: int) -> int:
-    """Steps that visit `rows` rows `epochs` times, at least one."""
-    return max(1, round(rows * epochs / batch))
 
 
 def row_length(asked: int, context: int) -> int:

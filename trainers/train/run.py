@@ -1,38 +1,37 @@
 """The run folder: what was asked, on what machine, what happened, and where to go on from.
 
-config.toml        the resolved configuration, itself a recipe
-environment.json   versions, machine, commit
-rows.sha256        of the rows, where they came from Python and not from a file
 metrics.jsonl      one row a step, one history: a resumed run cuts it to its checkpoint
 checkpoints/step-000123/   a model folder with `training/` beside the weights
 samples/           text, where a stage writes some
-model/             the finished model; its presence means that the run is done
+model/             the finished model
+
+Whose it is stands beside these (`claim`).
 """
 
-import hashlib
 import json
-import os
-import platform
+import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterable
-from importlib import metadata
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from puna.core import parallel
-from puna.core.checkpoint.atomic import write_text
+from puna.core.checkpoint.atomic import flush, write_text
 from puna.core.checkpoint.folder import atomic_folder, open_model, write_tensors
+from puna.core.checkpoint.hashes import HASHES, damage, write_hashes
 from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer
-from puna.trainers.train.config import to_toml
+from puna.trainers.train.claim import FINISHED, amended_since_finished, amendments, owned
+from puna.trainers.train.notice import notice
 from puna.trainers.train.viewers import viewer
 
-ROWS_DIGEST = "rows.sha256"
+STATE = "training/state.json"
+PROOF = f"training/{HASHES}"
 
 
 class Trained(NamedTuple):
@@ -42,38 +41,56 @@ class Trained(NamedTuple):
     optimizer: torch.optim.Optimizer
 
 
+@contextmanager
+def open_run(
+    config: Any, *, tokenizer: Path | None, rows: Mapping[str, Iterable[Any]] | None = None
+) -> Iterator["Run"]:
+    """The run in `config.out`, a new one or one to continue, held until the block ends.
+
+    `rows`, by the argument they were handed over as, are of the run like its files. Collective.
+    Raises ValueError as `claim.owned` does, and where the newest checkpoint is damaged.
+    """
+    with owned(config, rows=rows, step=lambda path: newest_step(path / "checkpoints")):
+        run = Run(config, tokenizer)
+        if run.done:
+            notice(f"{run.path} is finished; its model is {run.final}")
+        yield run
+
+
 class Run:
-    """A run folder, opened for writing: a new one, or one to continue."""
+    """A run folder that is held: its newest checkpoint is looked up once, when it is opened."""
 
-    def __init__(self, path: Path, config: Any, *, tokenizer: Path | None):
-        """Create or reopen `path`. Raises ValueError where it holds a run of another
-        configuration, naming the keys that differ."""
-        self.path = path
+    def __init__(self, config: Any, tokenizer: Path | None):
+        self.path: Path = config.out
         self.tokenizer = tokenizer
-        self.checkpoints = path / "checkpoints"
-        self.metrics = path / "metrics.jsonl"
-        self._show = viewer(getattr(config, "log", "none"), path)
-        if parallel.is_main():
-            claim(path, config)
-            self.checkpoints.mkdir(exist_ok=True)
-        parallel.barrier()
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self._show = viewer(getattr(config, "log", "none"), self.path)
+        fall_back = getattr(config, "resume", "newest") == "previous"
+        found = parallel.on_main(lambda: self._open(fall_back))
+        self.checkpoint: Path | None = self.checkpoints / found if found else None
+        there = self.checkpoint is None or (self.checkpoint / STATE).is_file()
+        parallel.same({"checkpoint": {"newest": found if there else "none"}})
+        self.step = 0
+        self._entries: dict[str, int] = {}  # of each network's optimizer
+        if self.checkpoint is not None:
+            self.step, self._entries = read_state(self.checkpoint)
 
-    def claim_rows(self, rows: Iterable[Any]) -> None:
-        """Make this the run of these rows of JSON, which come from Python and not from a file.
+    def _open(self, fall_back: bool) -> str | None:
+        """The newest checkpoint's name (rank 0)."""
+        self.checkpoints.mkdir(exist_ok=True)
+        if self.done and amended_since_finished(self.path):
+            self._reopen()
+        found = newest(self.checkpoints, fall_back=fall_back)
+        return found.name if found else None
 
-        Raises ValueError where it has gone some way with others.
-        """
-        if parallel.is_main():
-            digest = hashlib.sha256("".join(map(json.dumps, rows)).encode()).hexdigest()
-            recorded = self.path / ROWS_DIGEST
-            same = recorded.exists() and recorded.read_text() == digest
-            if not (same or is_untouched(self.path)):
-                raise ValueError(
-                    f"{self.path} holds a run on other rows than these; hand over the same ones in "
-                    "the same order, give another out, or remove the folder"
-                )
-            write_text(recorded, digest)
-        parallel.barrier()
+    def _reopen(self) -> None:
+        if not saved(self.checkpoints):
+            raise ValueError(
+                f"{self.path} is finished and kept no checkpoint to go on from; start another run "
+                f"from {self.final}"
+            )
+        (self.path / FINISHED).unlink()
 
     @property
     def final(self) -> Path:
@@ -82,16 +99,15 @@ class Run:
 
     @property
     def done(self) -> bool:
-        return (self.final / "config.json").exists()
-
-    def latest(self) -> Path | None:
-        """The newest checkpoint; None in a fresh run."""
-        found = [p for p in self._saved() if (p / "training").is_dir()]
-        return found[-1] if found else None
-
-    def _saved(self) -> list[Path]:
-        """All checkpoints, oldest first."""
-        return sorted(self.checkpoints.glob("step-*"), key=lambda path: int(path.name[5:]))
+        """Whether the run said so itself; ValueError where its model is no longer there."""
+        if not (self.path / FINISHED).exists():
+            return False
+        if not (self.final / "config.json").exists():
+            raise ValueError(
+                f"{self.path} is finished, but its model is not in {self.final}: put it back, or "
+                "give another --out"
+            )
+        return True
 
     def log(self, step: int, **values: float | int | str) -> None:
         """Append one row to metrics.jsonl, and show it where the configuration asks for that."""
@@ -109,63 +125,67 @@ class Run:
         """
         folder = self.checkpoints / f"step-{step:06d}"
         if parallel.is_main():
+            if self.metrics.exists():
+                flush(self.metrics)  # the history of a checkpoint is on disk before it is
             with atomic_folder(folder) as partial:
                 self._write(partial, step, networks)
-            self._prune(keep)
+            for old in saved(self.checkpoints)[:-keep]:
+                shutil.rmtree(old)
         else:
             for network in networks.values():
                 _gather(network)
         parallel.barrier()
+        self.checkpoint = folder
 
     def _write(self, partial: Path, step: int, networks: dict[str, Trained]) -> None:
         training = partial / "training"
+        entries = {}
         for index, (name, network) in enumerate(networks.items()):
             target = partial if index == 0 else training / name
             target.mkdir(parents=True, exist_ok=True)
             write_model(target, network.model, self.tokenizer)
             training.mkdir(exist_ok=True)
             state = parallel.optimizer_state(network.model, network.optimizer)
+            entries[name] = len(state)
             save_file(state, training / f"{name}-optimizer.safetensors")
-        (training / "state.json").write_text(json.dumps({"step": step, "networks": list(networks)}))
-
-    def _prune(self, keep: int) -> None:
-        for old in self._saved()[:-keep]:
-            shutil.rmtree(old)
+        write_text(partial / STATE, json.dumps({"step": step, "optimizer_entries": entries}))
+        write_hashes(partial, PROOF)
 
     def resume_step(self) -> int:
         """The step to go on from, with metrics.jsonl cut to it (emptied where it is 0)."""
-        checkpoint = self.latest()
-        step = 0
-        if checkpoint is not None:
-            step = int(json.loads((checkpoint / "training" / "state.json").read_text())["step"])
-        if parallel.is_main():
-            self._truncate_metrics(step)
+        if parallel.is_main() and self.metrics.exists():
+            rows = self.metrics.read_text().split("\n")
+            kept = [row for row in rows if _step_of(row) <= self.step] if self.step else []
+            write_text(self.metrics, "".join(row + "\n" for row in kept))
         parallel.barrier()
-        return step
-
-    def _truncate_metrics(self, step: int) -> None:
-        if not self.metrics.exists():
-            return
-        rows = self.metrics.read_text().splitlines()
-        kept = [row for row in rows if _step_of(row) <= step] if step else []
-        write_text(self.metrics, "".join(row + "\n" for row in kept))
+        return self.step
 
     def restore_optimizers(self, networks: dict[str, Trained]) -> None:
-        """Load the newest checkpoint's optimizer states into networks already on its weights."""
-        checkpoint = self.latest()
-        if checkpoint is None:
+        """Load the checkpoint's optimizer states into networks already on its weights.
+
+        Raises ValueError where entries are missing: moments that begin anew are another run.
+        """
+        if self.checkpoint is None:
             return
         for name, network in networks.items():
-            state = load_file(checkpoint / "training" / f"{name}-optimizer.safetensors")
+            file = self.checkpoint / "training" / f"{name}-optimizer.safetensors"
+            try:
+                state = load_file(file)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{file} cannot be read ({error}); {PREVIOUS}") from error
+            if len(state) != self._entries.get(name):
+                raise ValueError(
+                    f"{file} has {len(state)} entries where {self._entries.get(name)} were "
+                    f"written; {PREVIOUS}"
+                )
             parallel.load_optimizer_state(network.model, network.optimizer, state)
 
     def weights(self, start: Path, name: str | None = None) -> Path:
         """Where to load a network's weights from: the newest checkpoint, else `start`. `name` is
         that of a further network; None is the folder's own model."""
-        checkpoint = self.latest()
-        if checkpoint is None:
+        if self.checkpoint is None:
             return start
-        return checkpoint if name is None else checkpoint / "training" / name
+        return self.checkpoint if name is None else self.checkpoint / "training" / name
 
     def finish(self, model: Transformer) -> Path:
         """Write the finished model and return its folder."""
@@ -174,36 +194,72 @@ class Run:
                 write_model(partial, model, self.tokenizer)
         else:
             _drain(model)
+        return self.finished()
+
+    def finished(self) -> Path:
+        """Note that all is done and `model/` stands; returns its folder."""
+        if parallel.is_main():
+            document = {"model": self.final.name, "amendments": amendments(self.path)}
+            write_text(self.path / FINISHED, json.dumps(document) + "\n")
         parallel.barrier()
         return self.final
 
 
-def claim(path: Path, config: Any) -> None:
-    """Make `path` the folder of this configuration: config.toml and environment.json in it.
+PREVIOUS = "--resume previous goes on from the checkpoint before it"
 
-    Raises ValueError where something of another one was done in it, naming the keys that differ.
+
+def saved(checkpoints: Path) -> list[Path]:
+    """All checkpoints, oldest first; whatever else lies there is none of ours."""
+    found = [
+        (int(match[1]), path)
+        for path in (checkpoints.iterdir() if checkpoints.is_dir() else ())
+        if (match := re.fullmatch(r"step-(\d{6,12})", path.name)) and path.is_dir()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def newest(checkpoints: Path, *, fall_back: bool) -> Path | None:
+    """The newest checkpoint, every file of it as it was written; None where there is none.
+
+    Raises ValueError, naming it, where it is damaged. With `fall_back` it is set aside instead and
+    the one before it is taken.
     """
-    recorded, toml = path / "config.toml", to_toml(config)
-    if recorded.exists():
-        before, now = recorded.read_text(encoding="utf-8").splitlines(), toml.splitlines()
-        changed = sorted({line.split(" =")[0] for line in set(before) ^ set(now)})
-        if not changed:
-            return
-        if not is_untouched(path):
+    found = saved(checkpoints)
+    while found:
+        path = found.pop()
+        why = damage(path, PROOF)
+        if why is None:
+            return path
+        if not found:
             raise ValueError(
-                f"{path} holds a run with another configuration (differs in "
-                f"{', '.join(changed)}); give another --out, or remove the folder"
+                f"{path} is damaged ({why}) and there is no other checkpoint; give another --out, "
+                "or remove it to begin anew"
             )
-    path.mkdir(parents=True, exist_ok=True)
-    write_text(path / "environment.json", json.dumps(environment(), indent=2) + "\n")
-    write_text(recorded, toml)
+        if not fall_back:
+            raise ValueError(
+                f"{path} is damaged ({why}); add --resume previous to set it aside and go on from "
+                f"{found[-1].name}"
+            )
+        aside = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        notice(f"{path} is damaged ({why}): set aside as {aside.name}")
+    return None
 
 
-def is_untouched(path: Path) -> bool:
-    """Whether a run's folder holds nothing but what `claim` and `Run` put there: a run that ended
-    over a mistake in its options can be started again with the right ones."""
-    ours = {"config.toml", "environment.json", ROWS_DIGEST}
-    return all(p.name in ours or (p.is_dir() and not any(p.iterdir())) for p in path.iterdir())
+def newest_step(checkpoints: Path) -> int:
+    """The step of the newest checkpoint by its name; 0 without any."""
+    found = saved(checkpoints)
+    return int(found[-1].name[5:]) if found else 0
+
+
+def read_state(checkpoint: Path) -> tuple[int, dict[str, int]]:
+    """(step, entries of each network's optimizer); ValueError where that is not what is there."""
+    try:
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        return int(state["step"]), {str(k): int(v) for k, v in state["optimizer_entries"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{checkpoint / STATE} is damaged; {PREVIOUS}") from error
 
 
 def write_model(folder: Path, model: Transformer, tokenizer: Path | None) -> None:
@@ -236,42 +292,8 @@ def _step_of(row: str) -> float:
         return float("inf")
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine: what is needed to judge or to repeat a run's numbers."""
-    packages = ("torch", "triton", "numpy", "sentencepiece", "safetensors")
-    found = {}
-    for name in packages:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "python": platform.python_version(),
-        "packages": found,
-        "machine": platform.machine(),
-        "processors": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "ranks": parallel.world_size(),
-        "commit": _commit(),
-        "arguments": sys.argv[1:],
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the source tree that this file belongs to; None for an installed wheel."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return answer.stdout.strip() or None
-
-
 def open_start(run: Run, start: Path, **options: Any) -> Source:
     """The weights to go on from: the newest checkpoint's, else those of `start`."""
-    checkpoint = run.latest()
-    if checkpoint is not None:
+    if run.checkpoint is not None:
         options.pop("fresh_head", None)
     return open_model(run.weights(start), **options)

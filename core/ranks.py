@@ -1,0 +1,217 @@
+"""The processes that torchrun started: who they are, what they say to each other, how they end.
+
+One process, no group: every function here is then the plain thing. No rank may wait for another
+that will not come: one that fails says so to the others (`fail`) and leaves without waiting.
+"""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+PARENT_SECONDS = 1.0  # between looks at whether torchrun is still there
+LAST_SECONDS = 300.0  # for a worker without torchrun to save a checkpoint before it is ended
+FAILED = "puna/failed"  # in the ranks' common store: "<rank>\n<why>"
+STUCK = "puna/stuck"  # the same: ranks that waited in vain
+
+
+def init() -> None:
+    """Join the other processes where torchrun started several; nothing otherwise.
+
+    Tensors on CUDA travel by nccl, on the CPU by gloo; each process takes the device of its
+    local rank, and stops when torchrun is gone. Raises ValueError where torchrun's variables are
+    left over from something else.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
+        return
+    needed = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if not os.environ.get(name)]
+    if missing:
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']!r} but {missing[0]} is not set: start "
+            "several processes with torchrun, or unset WORLD_SIZE"
+        )
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend)
+    stop_with_parent()
+
+
+def stop_with_parent() -> None:
+    """Stop this process as SIGTERM does, with a checkpoint, when the one that started it is gone:
+    the workers of a torchrun that was killed would go on writing into the next one's run."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(LAST_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def close() -> None:
+    """Leave the process group, if there is one, together: a process that goes first once took its
+    threads down while the other still talked to them.
+
+    gloo's threads outlive the group (PyTorch's caches of FSDP hold it). One that still lets go of
+    the last tensors when the interpreter ends aborts the process: 1 run of 12 on a busy machine.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        time.sleep(0.2)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    all_sum(torch.zeros(1))
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """The sum over ranks, as a new tensor; the tensor itself for one rank."""
+    return _all_reduce(tensor, dist.ReduceOp.SUM)
+
+
+def all_max(value: int) -> int:
+    """The largest of the ranks' values."""
+    return int(_all_reduce(torch.tensor(value), dist.ReduceOp.MAX))
+
+
+def _all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    if world_size() == 1:
+        return tensor
+    result = tensor.detach().clone()
+    dist.all_reduce(result, operation)
+    return result
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's value (anything JSON holds) on every rank; the others' are ignored."""
+    if world_size() == 1:
+        return value
+    text = json.dumps(value).encode() if is_main() else b""
+    size = torch.tensor(len(text))
+    dist.broadcast(size, src=0)
+    buffer = torch.empty(int(size), dtype=torch.uint8)
+    if is_main():
+        buffer.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    dist.broadcast(buffer, src=0)
+    return json.loads(buffer.numpy().tobytes())
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value (anything JSON holds), in the order of the ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    text = json.dumps(value).encode()
+    sizes = torch.zeros(world_size(), dtype=torch.int64)
+    sizes[rank()] = len(text)
+    sizes = all_sum(sizes)
+    padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+    padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    pairs = zip(parts, sizes.tolist(), strict=True)
+    return [json.loads(part[:size].numpy().tobytes()) for part, size in pairs]
+
+
+def on_main(work: Callable[[], Any]) -> Any:
+    """What rank 0's `work` gives (anything JSON holds), on every rank. Where it raises ValueError
+    or OSError there, every rank raises ValueError with its words: none goes on alone."""
+    if world_size() == 1:
+        return work()
+    outcome: dict[str, Any] = {}
+    if is_main():
+        try:
+            outcome["value"] = work()
+        except (ValueError, OSError) as error:
+            outcome["error"] = str(error)
+    outcome = broadcast(outcome)
+    if "error" in outcome:
+        raise ValueError(outcome["error"])
+    return outcome["value"]
+
+
+def same(said: Mapping[str, Mapping[str, Any]]) -> None:
+    """ValueError, on every rank, where one says something else than rank 0.
+
+    `said` has, for each kind of thing, its values by name (anything JSON holds).
+    """
+    everyone = gather(said)
+    for other, theirs in enumerate(everyone):
+        for kind, expected in everyone[0].items():
+            for name in sorted(expected.keys() | theirs[kind].keys()):
+                ours, found = expected.get(name), theirs[kind].get(name)
+                if ours != found:
+                    raise ValueError(
+                        f"rank {other} has another {kind} {name} than rank 0 ({_short(found)}, not "
+                        f"{_short(ours)}); start every rank with the same command on the same files"
+                    )
+
+
+def _short(value: Any) -> str:
+    return f"{value!s:.40}"
+
+
+def fail(why: str, *, by_others: bool) -> bool:
+    """Tell the other ranks that this one ends; returns whether it is the one to say so.
+
+    `by_others`: it ends because it could not reach them. The first rank speaks, and any with
+    something else to say.
+    """
+    if not dist.is_initialized():
+        return True
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        first, _, said = store.compare_set(FAILED, "", f"{rank()}\n{why}").decode().partition("\n")
+    except RuntimeError:
+        return True  # the store went with torchrun
+    return int(first) == rank() or not (by_others or said == why)
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether the error is that other ranks could not be reached."""
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Timed out waiting")
+    return (
+        dist.is_initialized()
+        and isinstance(error, RuntimeError)
+        and any(each in str(error) for each in words)
+    )
+
+
+def who_is_missing() -> str:
+    """Which ranks others waited for in vain: all but those that say, within two seconds, that they
+    were waiting, too."""
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"{STUCK}/{rank()}", "1")
+        time.sleep(2.0)
+        gone = [r for r in range(world_size()) if not store.check([f"{STUCK}/{r}"])]
+    except RuntimeError:
+        return "torchrun is gone"
+    names = " and ".join(f"rank {r}" for r in gone) or "another rank"
+    return f"{names} did not come to where the others waited; what it wrote last may say why"

@@ -1,0 +1,234 @@
+"""Whose folder it is: a run is continued with what it began with, and by one process at a time.
+
+config.toml        the resolved configuration, itself a recipe
+inputs.json        digests of all that it reads
+environment.json   versions, machine, commit, of the newest start
+amendments.jsonl   what `--amend` changed, and after which step
+finished.json      written when all is done; nothing else says so
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from puna.core import parallel
+from puna.core.checkpoint.atomic import write_text
+from puna.trainers.train.config import to_toml
+from puna.trainers.train.environment import environment
+from puna.trainers.train.inputs import Inputs, differences, inputs_of
+from puna.trainers.train.kinds import Kind, kinds_of
+from puna.trainers.train.lock import locked
+from puna.trainers.train.notice import notice
+from puna.trainers.train.recipes import read_toml
+
+CONFIG, INPUTS, AMENDMENTS, FINISHED = (
+    "config.toml", "inputs.json", "amendments.jsonl", "finished.json",
+)  # fmt: skip
+RECORDS = {CONFIG, INPUTS, AMENDMENTS, "environment.json"}
+ASKED_EACH_TIME = ("amend", "resume")  # of this start, not of the run
+
+Tables = Mapping[str, type]
+"""Field that is a table -> the configuration whose options stand in it"""
+
+
+@contextmanager
+def owned(
+    config: Any,
+    *,
+    tables: Tables | None = None,
+    rows: Mapping[str, Iterable[Any]] | None = None,
+    step: Callable[[Path], int] = lambda path: 0,
+) -> Iterator[None]:
+    """Hold `config.out` as the folder of this configuration, alone, until the block ends.
+
+    `rows` came from Python and not from a file; `step` says how far a run in a folder has come.
+    Collective. Raises ValueError, on every rank, where another process has the folder; where it is
+    not empty and holds no run; where what decides the run's numbers is not what it began with, or
+    not the same on every rank.
+    """
+    inputs = inputs_of(config, rows)
+    same_on_every_rank(config, inputs)
+    with ExitStack() as stack:
+
+        def take() -> None:
+            refuse_strangers(config.out)
+            config.out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(config.out))
+            claim(config, inputs, tables or {}, step)
+
+        parallel.on_main(take)
+        yield
+
+
+def refuse_strangers(path: Path) -> None:
+    """ValueError where `path` holds something, but no run."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; give another --out")
+    if not path.exists() or (path / CONFIG).exists():
+        return
+    there = sorted(each.name for each in path.iterdir() if not each.name.startswith("."))
+    if there:
+        raise ValueError(
+            f"{path} is not empty and holds no run ({', '.join(there[:3])}); give another --out"
+        )
+
+
+def claim(config: Any, inputs: Inputs, tables: Tables, step: Callable[[Path], int]) -> None:
+    """Write what is asked for into the folder, or hold it against what was asked for there."""
+    path = config.out
+    if (path / CONFIG).exists() and not is_untouched(path):
+        free, amended, fixed = changes(read_toml(path / CONFIG), config, tables)
+        replaced = differences(read_inputs(path), inputs)
+        refuse(config, fixed, [*amended, *replaced])
+        if free:
+            notice(f"{path} goes on with another {', '.join(free)}")
+        if amended or replaced:
+            note_amendment(path, step(path), [*amended, *replaced])
+    write_text(path / CONFIG, to_toml(config, without=ASKED_EACH_TIME))
+    write_text(path / INPUTS, json.dumps(inputs, indent=2) + "\n")
+    write_text(path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+
+
+def refuse(config: Any, fixed: list[str], amended: list[str]) -> None:
+    """ValueError where something cannot change, or was not asked to."""
+    if fixed:
+        raise ValueError(
+            f"{config.out} holds a run with {'; '.join(fixed)}, which cannot change on the way; "
+            "give another --out"
+        )
+    if amended and not getattr(config, "amend", False):
+        way = "add --amend to change them from here on, " if hasattr(config, "amend") else ""
+        raise ValueError(
+            f"{config.out} holds a run on other terms ({'; '.join(amended)}); go on with the old "
+            f"ones, {way}or give another --out"
+        )
+
+
+def is_untouched(path: Path) -> bool:
+    """Whether a run's folder holds nothing but what `claim` and `Run` put there: a run that ended
+    over a mistake in its options can be started again with the right ones."""
+    return all(
+        each.name in RECORDS or each.name.startswith(".") or is_empty(each)
+        for each in path.iterdir()
+    )
+
+
+def is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def changes(
+    before: Mapping[str, Any], config: Any, tables: Tables
+) -> tuple[list[str], list[str], list[str]]:
+    """What differs from the recorded options, as phrases: (free, to be amended, fixed)."""
+    old = flat({**defaults(type(config)), **before})
+    new = flat({**defaults(type(config)), **plain(config)})
+    found: dict[Kind, list[str]] = {kind: [] for kind in Kind}
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            phrase = f"{key} {said(new.get(key))} where it was {said(old.get(key))}"
+            found[kind_of(key, type(config), tables)].append(phrase)
+    return found[Kind.FREE], found[Kind.AMENDED], found[Kind.FIXED]
+
+
+def kind_of(key: str, cls: type, tables: Tables) -> Kind:
+    """Of an option, or of one in a table of another configuration's options."""
+    table, _, name = key.partition(".")
+    if name and table in tables:
+        return kinds_of(tables[table]).get(name, Kind.AMENDED)
+    return kinds_of(cls).get(table, Kind.AMENDED)
+
+
+def said(value: Any) -> str:
+    return "left out" if value is None else str(value)
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """The options as they come back from config.toml."""
+    values = dataclasses.asdict(config)
+    return {
+        name: "None" if value is None else in_toml(value)
+        for name, value in values.items()
+        if name not in ASKED_EACH_TIME
+    }
+
+
+def in_toml(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: in_toml(each) for key, each in value.items() if each is not None}
+    if isinstance(value, (list, tuple)):
+        return [in_toml(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """The values of options that a recorded configuration, of an older version, may not have."""
+    found = {}
+    for field in dataclasses.fields(cls):
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = in_toml(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+            value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+            found[field.name] = in_toml(value)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def flat(values: Mapping[str, Any], table: str = "") -> dict[str, Any]:
+    """{"columns.text": ...} of {"columns": {"text": ...}}; "None" is what TOML has for None."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{table}{key}.")
+        elif value != "None":
+            found[f"{table}{key}"] = value
+    return found
+
+
+def read_inputs(path: Path) -> Inputs:
+    """What the run began with; ValueError where inputs.json is no longer readable."""
+    try:
+        found = json.loads((path / INPUTS).read_text(encoding="utf-8"))
+        if all(isinstance(f["sha256"], str) for files in found.values() for f in files):
+            return found
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+        pass
+    raise ValueError(f"{path / INPUTS} is missing or damaged; give another --out")
+
+
+def note_amendment(path: Path, step: int, what: list[str]) -> None:
+    file = path / AMENDMENTS
+    rows = file.read_text(encoding="utf-8") if file.exists() else ""
+    row = {"after_step": step, "at": time.strftime("%Y-%m-%d %H:%M:%S"), "changed": what}
+    write_text(file, rows + json.dumps(row, ensure_ascii=False) + "\n")
+    notice(f"{path} is amended after step {step}: {'; '.join(what)}")
+
+
+def is_finished(path: Path) -> bool:
+    """Whether the run in `path` said that all is done."""
+    return (path / FINISHED).exists()
+
+
+def amendments(path: Path) -> int:
+    """How often the run in `path` was amended."""
+    file = path / AMENDMENTS
+    return file.read_text(encoding="utf-8").count("\n") if file.exists() else 0
+
+
+def amended_since_finished(path: Path) -> bool:
+    """Whether a finished run was given more to do; ValueError where finished.json is damaged."""
+    try:
+        return amendments(path) > int(json.loads((path / FINISHED).read_text())["amendments"])
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path / FINISHED} is damaged; remove it to go on") from None
+
+
+def same_on_every_rank(config: Any, inputs: Inputs) -> None:
+    """ValueError, on every rank, where one was started with other options or reads other files."""
+    options = {key: str(value) for key, value in flat(plain(config)).items()}
+    files = {name: [each["sha256"] for each in found] for name, found in inputs.items()}
+    parallel.same({"option": options, "contents of": files})

@@ -1,0 +1,96 @@
+"""What a run reads, pinned: a digest of every file that its options name, in inputs.json.
+
+A run that is continued must go on with what it began with. Names and places may change, contents
+may not.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from puna.core.checkpoint.hashes import digests
+from puna.trainers.train.kinds import Kind, kinds_of
+
+READ_OF_A_MODEL = (".safetensors", ".json", ".model")  # of a folder; a README may come and go
+LARGE = 2_000_000_000  # bytes that take seconds to read: said
+
+Inputs = dict[str, list[dict[str, Any]]]
+"""Option -> its files, each as {"path", "bytes", "lines", "sha256"}"""
+
+
+def inputs_of(config: Any, given: Mapping[str, Iterable[Any]] | None = None) -> Inputs:
+    """The digests of all files that `config` names, `out` left out; and of `given`, rows of JSON
+    that came from Python, by the name of their argument."""
+    cls: type = type(config)
+    named = {
+        name: [file for path in paths_in(getattr(config, name)) for file in files_of(path)]
+        for name, kind in kinds_of(cls).items()
+        if kind is Kind.FILES and name != "out"
+    }
+    files = [file for paths in named.values() for file in paths]
+    size = sum(file.stat().st_size for file in files)
+    if size > LARGE:
+        print(f"reading {size / 1e9:.1f} GB of inputs to pin them", file=sys.stderr, flush=True)
+    found = dict(zip(files, digests(files), strict=True))
+    inputs = {
+        name: [{"path": str(file.resolve()), **found[file]._asdict()} for file in paths]
+        for name, paths in named.items()
+        if paths
+    }
+    return inputs | {name: [of_rows(rows)] for name, rows in (given or {}).items()}
+
+
+def paths_in(value: Any) -> list[Path]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [each for each in values if isinstance(each, Path)]
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file itself, or what is read of a model folder; nothing where there is nothing (whoever
+    opens it says so better) or what can be read only once (a pipe)."""
+    if path.is_dir():
+        inside = sorted(path.iterdir())
+        return [each for each in inside if each.suffix in READ_OF_A_MODEL and each.is_file()]
+    return [path] if path.is_file() else []
+
+
+def of_rows(rows: Iterable[Any]) -> dict[str, Any]:
+    state, count = hashlib.sha256(), 0
+    for row in rows:
+        state.update(json.dumps(row).encode() + b"\n")
+        count += 1
+    return {"path": None, "sha256": state.hexdigest(), "lines": count}
+
+
+def differences(before: Inputs, now: Inputs) -> list[str]:
+    """One phrase for each option whose files are not those of before."""
+    return [
+        phrase
+        for name in sorted(before.keys() | now.keys())
+        if (phrase := difference(name, before.get(name, []), now.get(name, []))) is not None
+    ]
+
+
+def difference(name: str, before: list[dict], now: list[dict]) -> str | None:
+    if [each["sha256"] for each in before] == [each["sha256"] for each in now]:
+        return None
+    if len(before) != len(now):
+        return f"{name} is {len(now)} files where it was {len(before)}"
+    old, new = next(
+        (old, new) for old, new in zip(before, now, strict=True) if old["sha256"] != new["sha256"]
+    )
+    what = os.path.basename(new["path"]) if new["path"] else "the rows handed over"
+    return f"{name}: {what} has {size(new)} where it had {size(old)}"
+
+
+def size(file: dict[str, Any]) -> str:
+    """Rows where a file has them, bytes where not; other contents of the same size are said so."""
+    tail = f" (sha256 {file['sha256'][:8]})"
+    name = file["path"] or ".jsonl"
+    if name.endswith((".jsonl", ".txt")):
+        return f"{file['lines']:,} rows{tail}"
+    return f"{file['bytes']:,} bytes{tail}"

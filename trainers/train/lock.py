@@ -1,0 +1,55 @@
+"""One writer: a run folder belongs to one process at a time.
+
+The lock is the operating system's (flock), so it ends with the process that holds it, however that
+ends; the file `.lock` only says who it was. Workers that outlive a killed torchrun hold it until
+they have stopped (`parallel.stop_with_parent`).
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LOCK = ".lock"
+BUSY = (errno.EWOULDBLOCK, errno.EACCES)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock. Raises ValueError, naming the holder, where another one has it."""
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in BUSY:
+                raise ValueError(
+                    f"{folder} is being written to by {holder(descriptor)}; wait for it, stop it, "
+                    "or give another --out"
+                ) from None
+            print(f"{folder} cannot be locked here ({error.strerror})", file=sys.stderr)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, (json.dumps(ourselves()) + "\n").encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def ourselves() -> dict[str, str | int]:
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    return {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+
+
+def holder(descriptor: int) -> str:
+    """Who holds the lock, in words."""
+    try:
+        said = json.loads(os.pread(descriptor, 1000, 0))
+        return f"process {int(said['pid'])} on {said['host']!s:.80}, since {said['since']!s:.80}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"  # which has not written its name yet

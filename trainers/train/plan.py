@@ -1,0 +1,60 @@
+"""What a run is going to do, in numbers and in one line: epochs are what they say."""
+
+from typing import NamedTuple
+
+from puna.core import parallel
+from puna.trainers.train.loop import TrainConfig, learning_rate
+from puna.trainers.train.notice import notice
+
+
+class Plan(NamedTuple):
+    """So many steps of `batch` rows; the last one takes what is left of `visits`."""
+
+    rows: int
+    batch: int
+    steps: int
+    visits: int  # rows in all steps together: each of `rows` in every epoch
+
+
+def of_epochs(rows: int, epochs: int, batch: int) -> Plan:
+    """Every row `epochs` times. A batch that exceeds the rows is all of them, so that an epoch is
+    at least one step."""
+    size = min(batch, rows)
+    return Plan(rows, size, -(-rows * epochs // size), rows * epochs)
+
+
+def of_steps(rows: int, steps: int, batch: int) -> Plan:
+    """So many whole batches, epoch after epoch."""
+    return Plan(rows, batch, steps, steps * batch)
+
+
+def check_shares(batch: int) -> None:
+    """ValueError where a batch cannot be shared equally."""
+    ranks = parallel.world_size()
+    if batch % ranks:
+        raise ValueError(
+            f"a batch of {batch} cannot be shared equally by {ranks} processes; choose a multiple"
+        )
+
+
+def announce(title: str, what: str, plan: Plan, config: TrainConfig, asked: int) -> None:
+    """The line at the start, and one for each thing that is probably not meant."""
+    seen = plan.visits / plan.rows
+    times = "once" if seen == 1 else f"{seen:.3g} times"
+    steps = "1 step" if plan.steps == 1 else f"{plan.steps:,} steps"
+    peak = max(
+        learning_rate(step, plan.steps, config)
+        for step in {0, plan.steps - 1, min(config.warmup_steps, plan.steps - 1)}
+    )
+    rate = f"peak learning rate {peak:.3g}"
+    notice(f"{title}: {what}; {steps} of {plan.batch:,}, each seen {times}; {rate}")
+    if asked > plan.rows:
+        notice(
+            f"{title}: a batch of {asked:,} exceeds the {plan.rows:,} there are, so a step takes them "
+            "all; lower batch, or row_tokens, for more steps"
+        )
+    if config.warmup_steps >= plan.steps:
+        notice(
+            f"{title}: the warm-up of {config.warmup_steps:,} steps is as long as the run or "
+            f"longer, so {config.lr:.3g} is hardly reached; lower warmup_steps"
+        )
