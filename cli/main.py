@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import puna
+from puna.core import starting
 
 
 class Verb(NamedTuple):
@@ -75,9 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_verb(name: str, arguments: Sequence[str]) -> int:
     verb = VERBS[name]
+    starting.begins()
     module = importlib.import_module(verb.module)
     from puna.trainers.train.command import command
 
+    starting.is_done()
     config, work = getattr(module, verb.config), getattr(module, verb.function)
     return command(f"puna {name}", config, work, arguments)
 

@@ -8,6 +8,7 @@
 Each is imported when it is asked for: `import puna` alone does not import PyTorch.
 """
 
+import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +19,10 @@ from typing import TYPE_CHECKING, Any
 _CHECKOUT = Path(__file__).resolve().parents[1]
 if (_CHECKOUT / "setup.py").is_file():
     __path__.append(str(_CHECKOUT))
+
+# `python -m puna.trainers.sft` and its like: this is imported before all that takes long.
+if any(word.startswith("puna.") for word in sys.orig_argv[1:4]) and sys.argv[:1] == ["-m"]:
+    import_module("puna.core.starting").begins()
 
 if TYPE_CHECKING:  # the same as PLACES, for type checkers and editors
     from puna.core.chat import Message

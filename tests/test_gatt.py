@@ -194,6 +194,8 @@ def test_a_run_samples_every_turn_and_trains(tiny, ghosts, tokenizer, whole):
 def test_sampling_goes_on_where_it_was_killed(tiny, whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole / "samples", out / "samples")
+    for name in ("config.toml", "inputs.json"):
+        shutil.copy(whole / name, out / name)
     file = out / "samples" / "turns.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:2]) + lines[2][:40])

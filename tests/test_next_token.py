@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from puna.core import parallel
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
-from puna.trainers.data.packing import PackedRows
+from puna.trainers.data.packing import PackedRows, step_rows
 from puna.trainers.train import loop, next_token
+from puna.trainers.train.plan import announce, check_shares, of_epochs, of_steps
 
 CPU = torch.device("cpu")
 
@@ -45,14 +46,14 @@ def test_the_loss_is_the_weighted_cross_entropy_of_each_sequence_alone(rows, mod
 
 
 def test_micro_batches_visit_every_row_once_an_epoch_and_depend_on_the_step_only(rows):
-    batch_at = next_token.row_batches(rows, batch=5, micro_batch=2, seed=3, device=CPU)
+    batch_at = next_token.row_batches(rows, of_steps(len(rows), 99, 5), 2, 3, CPU)
     everything = rows.batch(range(len(rows))).tokens.tolist()
     seen = [row for step in range(len(rows)) for b in batch_at(step) for row in b.tokens.tolist()]
     assert [len(b.tokens) for b in batch_at(0)] == [2, 2, 1]
     for epoch in range(5):
         part = seen[epoch * len(rows) : (epoch + 1) * len(rows)]
         assert sorted(part) == sorted(everything)
-    again = next_token.row_batches(rows, batch=5, micro_batch=2, seed=3, device=CPU)(4)
+    again = next_token.row_batches(rows, of_steps(len(rows), 99, 5), 2, 3, CPU)(4)
     assert all(torch.equal(x.tokens, y.tokens) for x, y in zip(again, batch_at(4), strict=True))
 
 
@@ -66,12 +67,23 @@ def test_the_held_out_loss_is_the_mean_over_all_weights(rows, model, micro_batch
     assert next_token.evaluation(None, 1, CPU) is None
 
 
-def test_a_batch_is_shared_equally_or_refused(monkeypatch):
+@given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 9))
+def test_the_ranks_parts_are_equally_long_and_every_row_counts_once(count, ranks, size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "world_size", lambda: ranks)
+        counting, lengths = [], set()
+        for rank in range(ranks):
+            patch.setattr(parallel, "rank", lambda rank=rank: rank)
+            pieces = list(next_token.parts(range(100, 100 + count), size))
+            lengths.add(tuple(len(piece) for piece, _ in pieces))
+            counting += [index for piece, real in pieces for index in piece[:real]]
+    assert counting == list(range(100, 100 + count)) and len(lengths) == 1
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch):
     monkeypatch.setattr(parallel, "world_size", lambda: 2)
-    monkeypatch.setattr(parallel, "rank", lambda: 1)
-    assert next_token.rank_part([1, 2, 3, 4]) == [3, 4]
     with pytest.raises(ValueError, match="a batch of 3 cannot be shared equally by 2 processes"):
-        next_token.rank_part([1, 2, 3])
+        check_shares(3)
 
 
 @given(st.integers(2, 60), st.floats(0, 0.9), st.integers(0, 3))
@@ -92,8 +104,35 @@ def test_one_row_cannot_be_held_out():
         next_token.split(["a"], 0.02, 0)
 
 
+@given(st.integers(1, 50), st.integers(1, 5), st.integers(1, 70), st.integers(0, 3))
+def test_epochs_are_epochs(count, epochs, batch, seed):
+    """Every row is visited once an epoch, whatever the batch is: also the remainder, also where
+    the batch exceeds the rows."""
+    plan = of_epochs(count, epochs, batch)
+    seen = [
+        int(row)
+        for step in range(plan.steps)
+        for row in step_rows(plan.rows, plan.batch, seed, step, plan.visits)
+    ]
+    assert len(seen) == count * epochs and plan.steps >= epochs
+    for epoch in range(epochs):
+        assert sorted(seen[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
 @pytest.mark.parametrize(
-    ("rows", "epochs", "batch", "steps"), [(100, 2, 64, 3), (64, 1, 64, 1), (3, 1, 64, 1)]
-)
-def test_steps_of_an_epoch(rows, epochs, batch, steps):
-    assert next_token.epoch_steps(rows, epochs, batch) == steps
+    ("plan", "asked", "warmup", "lines"),
+    [
+        (of_epochs(59, 2, 64), 64, 0, ["2 steps of 59, each seen 2 times; peak learning rate 0.1",
+                                       "a batch of 64 exceeds the 59"]),
+        (of_epochs(3, 10, 64), 64, 0, ["10 steps of 3, each seen 10 times", "a batch of 64"]),
+        (of_epochs(100, 1, 40), 40, 0, ["3 steps of 40, each seen once"]),
+        (of_steps(100, 2, 40), 40, 1000, ["2 steps of 40, each seen 0.8 times; peak learning rate "
+                                          "0.0002", "the warm-up of 1,000 steps is as long"]),
+    ],
+)  # fmt: skip
+def test_a_run_says_what_it_is_going_to_do(capsys, tmp_path, plan, asked, warmup, lines):
+    config = loop.TrainConfig(out=tmp_path, lr=0.1, warmup_steps=warmup)
+    announce("sft", "rows", plan, config, asked)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == len(lines)
+    assert all(part in line for part, line in zip(lines, said, strict=True))

@@ -42,7 +42,8 @@ def required(cls: Any) -> dict[str, Any]:
     for each in fields(cls):
         if each.default is MISSING and each.default_factory is MISSING:
             is_list = typing.get_origin(hints[each.name]) in (list, tuple)
-            given[each.name] = [Path("absent")] if is_list else Path("absent")
+            absent = "absent" if hints[each.name] is str else Path("absent")
+            given[each.name] = [absent] if is_list else absent
     return given
 
 
@@ -245,7 +246,7 @@ PPO_LOW = {
 PPO_HIGH = {
     "iterations": 2, "batch": 8, "minibatch": 8, "beta": 100.0, "ratio_clip": 2.0**31 - 1,
     "gamma": 1.0, "critic_lr": 1e-3, "value_clip": 2.0**31 - 1, "lam": 1.0,
-    "unfinished_penalty": 2.0**31 - 1, "critic_warmup": 2**31 - 1, "max_kl": 2.0**31 - 1,
+    "unfinished_penalty": 2.0**31 - 1, "critic_warmup": 1, "max_kl": 2.0**31 - 1,
     "micro_batch_tokens": 2**31 - 1, "eval_count": 2**31 - 1, "patience": 2**31 - 1,
 }  # fmt: skip
 

@@ -45,5 +45,5 @@ def test_ppo_with_a_reward_of_ones_own(folder):
 
 def test_sft_with_rows_and_a_loss_of_ones_own(folder, capsys):
     exec(compile(scripts()[2], "<README>", "exec"), {})
-    assert (folder / "runs" / "sums" / "rows.sha256").exists()
+    assert (folder / "runs" / "sums" / "inputs.json").exists()
     assert capsys.readouterr().out.strip()

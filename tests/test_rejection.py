@@ -184,6 +184,8 @@ def test_sampling_goes_on_where_a_kill_left_it(world, whole, tmp_path):
     """Two whole chunks, a part of a third and half a line: the same samples in the end."""
     config = configured(world, tmp_path / "run")
     config.out.mkdir()
+    for name in ("config.toml", "inputs.json"):
+        shutil.copy(whole / name, config.out / name)
     lines = (whole / "samples.jsonl").read_text().splitlines(keepends=True)
     (config.out / "samples.jsonl").write_text("".join(lines[: 2 * 16 + 5]) + lines[40][:30])
     watched = []

@@ -131,8 +131,13 @@ def test_the_old_reward_models_are_asked_about_the_new_comparisons_first(tiny, w
     [
         ["round-2"],
         ["round-2/safety.jsonl", "round-2/safety", "round-2/rejection", "round-2/ppo"],
-        ["round-1/rejection/model", "round-1/rejection/selected.jsonl", "round-2", "rounds.jsonl"],
-        ["round-2/ppo/model"],
+        [
+            "round-1/rejection/finished.json",
+            "round-1/rejection/selected.jsonl",
+            "round-2",
+            "rounds.jsonl",
+        ],
+        ["round-2/ppo/model", "round-2/ppo/finished.json"],
     ],
 )
 def test_a_loop_goes_on_from_whatever_a_kill_left(tiny, whole, tmp_path, monkeypatch, lost):
@@ -205,10 +210,33 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(tiny, tmp_path, op
         rlhf.run(configured(tiny, tmp_path / "loop", **options), ANNOTATORS)
 
 
-def test_another_configuration_is_refused(tiny, whole):
-    with pytest.raises(ValueError, match="another configuration .differs in samples"):
-        options = configured(tiny, whole).rejection | {"samples": 9}
-        rlhf.run(replace(configured(tiny, whole), rejection=options), ANNOTATORS)
+def test_other_options_need_an_amendment_and_cost_nothing_that_is_done(tiny, whole, tmp_path):
+    loop = tmp_path / "loop"
+    shutil.copytree(whole, loop)
+    shutil.rmtree(loop / "round-2" / "ppo")
+    before = files(loop)
+    options = configured(tiny, loop).rejection | {"samples": 9, "save_every": 77}
+    changed = replace(configured(tiny, loop), rejection=options, device="cpu")
+    with pytest.raises(ValueError, match=r"rejection.samples 9 where it was \d+\); .*--amend"):
+        rlhf.run(changed, ANNOTATORS)
+    rlhf.run(replace(changed, amend=True), ANNOTATORS)
+    after = files(loop)
+    assert {name: after[name] for name in before if name in after} == before
+    assert "round-2/ppo/metrics.jsonl" in after
+    (row,) = (loop / "amendments.jsonl").read_text().splitlines()
+    assert json.loads(row)["changed"] == ["rejection.samples 9 where it was 3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [("eval_prompts", "absent"), ("ppo_prompts", "broken"), ("student", "absent")]
+)
+def test_files_that_are_needed_late_are_opened_first(tiny, tmp_path, name, rows):
+    (tmp_path / "broken").write_text("{")
+    given = tmp_path / rows
+    options = {name: given if name == "student" else [given]}
+    with pytest.raises((ValueError, OSError), match=rows):
+        rlhf.run(configured(tiny, tmp_path / "loop", **options), ANNOTATORS)
+    assert not (tmp_path / "loop").exists()
 
 
 def test_a_student_learns_from_every_versions_answers_and_each_stage_has_prompts_of_its_own(

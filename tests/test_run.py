@@ -57,10 +57,10 @@ def opened():
     """Opens a run as a process of its own would: the one opened before has ended."""
     before = ExitStack()
 
-    def open_one(path: Path, rows=None, **options) -> Run:
+    def open_one(path: Path, given=None, **options) -> Run:
         before.close()
         config = Config(out=path, **options)
-        return before.enter_context(open_run(config, tokenizer=None, rows=rows))
+        return before.enter_context(open_run(config, tokenizer=None, given=given))
 
     with before:
         yield open_one
@@ -155,22 +155,22 @@ def test_what_is_read_is_pinned(tmp_path, opened: Opened, capsys):
     data = data.rename(tmp_path / "moved.jsonl")
     opened(out, data=[data])
     data.write_text("1\n2\n")
-    with pytest.raises(ValueError, match=r"data: moved.jsonl has 2 rows .*where it had 3 rows"):
+    with pytest.raises(ValueError, match=r"data: moved.jsonl is 2 rows .*where it was 3 rows"):
         opened(out, data=[data])
     with pytest.raises(ValueError, match="data is 0 files where it was 1"):
         opened(out)
     opened(out, data=[data], amend=True)
     opened(out, data=[data])
     data.write_text("2\n1\n")  # shuffled
-    with pytest.raises(ValueError, match=r"has 2 rows \(sha256 \w+\) where it had 2 rows"):
+    with pytest.raises(ValueError, match=r"is 2 rows \(sha256 \w+\) where it was 2 rows"):
         opened(out, data=[data])
 
 
 def test_rows_from_python_are_pinned(tmp_path, opened: Opened):
-    opened(tmp_path, rows={"dialogues": [1, 2]}).log(1, loss=1.0)
-    opened(tmp_path, rows={"dialogues": [1, 2]})
-    with pytest.raises(ValueError, match="dialogues: the rows handed over has 3 rows"):
-        opened(tmp_path, rows={"dialogues": [1, 2, 3]})
+    opened(tmp_path, given={"dialogues": [1, 2]}).log(1, loss=1.0)
+    opened(tmp_path, given={"dialogues": [1, 2]})
+    with pytest.raises(ValueError, match="dialogues: what was handed over is 3 rows"):
+        opened(tmp_path, given={"dialogues": [1, 2, 3]})
 
 
 def test_metrics_are_one_history(tmp_path, opened: Opened):

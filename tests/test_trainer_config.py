@@ -15,7 +15,7 @@ from puna.trainers.data.formats import Columns
 from puna.trainers.ppo import PPOConfig
 from puna.trainers.reward import RewardConfig
 from puna.trainers.rlhf import RLHFConfig
-from puna.trainers.train.config import convert, find_recipe, load_recipe, parse, to_toml
+from puna.trainers.train.config import find_recipe, from_values, load_recipe, parse, to_toml
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -155,7 +155,7 @@ value = st.one_of(text, number, st.booleans(), st.integers(-(2**63), 2**63 - 1),
     )
 )
 def test_to_toml_is_a_recipe_that_gives_the_same_configuration(config):
-    assert convert(Example, tomllib.loads(to_toml(config)), "recipe") == config
+    assert from_values(Example, tomllib.loads(to_toml(config))) == config
 
 
 def test_to_toml_of_every_shipped_demo_recipe_is_stable():
@@ -163,8 +163,8 @@ def test_to_toml_of_every_shipped_demo_recipe_is_stable():
         values = load_recipe(cls, find_recipe(name))
         lists = ("prompts", "helpfulness_prompts", "safety_prompts")
         required = {"out": "o", "model": "m", **dict.fromkeys(lists, ["p"])}
-        config = convert(cls, {**values, **required}, "recipe")
-        assert convert(cls, tomllib.loads(to_toml(config)), "recipe") == config
+        config = from_values(cls, {**values, **required})
+        assert from_values(cls, tomllib.loads(to_toml(config))) == config
         assert config.ppo == values["ppo"]
 
 
@@ -173,7 +173,7 @@ def test_a_value_switched_off_stays_off_in_the_recorded_recipe():
         policy=Path("p"), helpfulness=Path("h"), safety=Path("s"), prompts=[], out=Path("o"),
         value_clip=None,
     )  # fmt: skip
-    assert convert(PPOConfig, tomllib.loads(to_toml(config)), "recipe").value_clip is None
+    assert from_values(PPOConfig, tomllib.loads(to_toml(config))).value_clip is None
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("bench", "demo")])

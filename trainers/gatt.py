@@ -87,7 +87,7 @@ def run(config: GAttConfig, judge: Judge | None = None) -> Path:
     `judge` decides which answers may become targets; without one every finished answer does.
     """
     tokenizer_file = tokenizer_path(config.model)
-    with open_run(config, tokenizer=tokenizer_file) as folder:
+    with open_run(config, tokenizer=tokenizer_file, given={"judge": judge}) as folder:
         if folder.done:
             return folder.final
         return fit(config, folder, Tokenizer(tokenizer_file), judge)

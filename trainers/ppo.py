@@ -81,7 +81,7 @@ def run(config: PPOConfig, reward: Reward | None = None) -> Path:
     check(config)
     check_reward(config, reward)
     tokenizer_file = common_tokenizer(config.policy, *reward_paths(config))
-    with open_run(config, tokenizer=tokenizer_file) as folder:
+    with open_run(config, tokenizer=tokenizer_file, given={"reward": reward}) as folder:
         if folder.done:
             return folder.final
         stage = open_stage(config, folder, Tokenizer(tokenizer_file), reward)

@@ -95,10 +95,12 @@ def run(config: RejectionConfig, reward: Reward | None = None) -> Path:
     """
     if config.selected is None:
         check_reward(config, reward)
+    elif reward is not None or reward_paths(config):
+        raise ValueError("selected answers are not scored again: leave the reward out")
     student = config.student or config.policy
     tokenizer_file = common_tokenizer(config.policy, *reward_paths(config), student)
     tokenizer = Tokenizer(tokenizer_file)
-    with open_run(config, tokenizer=tokenizer_file) as folder:
+    with open_run(config, tokenizer=tokenizer_file, given={"reward": reward}) as folder:
         return folder.final if folder.done else fit(config, folder, tokenizer, student, reward)
 
 

@@ -96,8 +96,10 @@ def run(
     of one's own nothing is compared and no reward model is trained: it scores every answer.
     """
     check(config, reward)
+    check_handed(annotators, reward)
+    check_files(config)
     tables = {name: cls for name, (cls, _) in STAGES.items()}
-    with owned(config, tables=tables):
+    with owned(config, tables=tables, given={"reward": reward}):
         models = [config.model, config.model]
         last: Version | None = None
         for number in range(1, config.versions + 1):
@@ -112,9 +114,9 @@ Stage = TypeVar("Stage", bound=loop.TrainConfig)
 
 def once(stage: Stage, work: Callable[[Stage], Path]) -> Path:
     """A stage's model: what is finished stays as it is, whatever has been amended since."""
-    if parallel.on_main(lambda: is_finished(stage.out)):
-        return stage.out / "model"
-    return work(stage)
+    model = stage.out / "model"
+    there = parallel.on_main(lambda: is_finished(stage.out) and (model / "config.json").exists())
+    return model if there else work(stage)
 
 
 def check(config: RLHFConfig, reward: Reward | None = None) -> None:
@@ -128,12 +130,19 @@ def check(config: RLHFConfig, reward: Reward | None = None) -> None:
         ppo.check(ppo_config(config, 1, config.model, judges))
     for kind in judges:
         reward_config(config, 1, kind, config.model, None)
-    check_files(config)
     for kind in KINDS:
         if reward is None and not getattr(config, f"{kind}_prompts"):
             raise ValueError(
                 f"{kind}_prompts is empty; name files of prompts to compare answers to"
             )
+
+
+def check_handed(annotators: Mapping[str, Annotator] | None, reward: Reward | None) -> None:
+    """ValueError for functions that would not be asked, or are missing."""
+    if annotators is not None and reward is not None:
+        raise ValueError("with a reward of your own nothing is compared: leave the annotators out")
+    if annotators is not None and (missing := [k for k in KINDS if k not in annotators]):
+        raise ValueError(f"annotators has none for {missing[0]}; give one for each of {KINDS}")
 
 
 def check_files(config: RLHFConfig) -> None:

@@ -65,8 +65,9 @@ def run(
         raise ValueError("dialogues come from config.data and from Python, too; leave one out")
     given = None if dialogues is None else parse_dialogues(dialogues, config.columns)
     tokenizer_file = tokenizer_path(config.model)
-    rows = {"dialogues": [dialogue.messages for dialogue in given[0]]} if given else None
-    with open_run(config, tokenizer=tokenizer_file, rows=rows) as folder:
+    rows = [dialogue.messages for dialogue in given[0]] if given else None
+    handed = {"dialogues": rows, "loss": loss}
+    with open_run(config, tokenizer=tokenizer_file, given=handed) as folder:
         if folder.done:
             return folder.final
         return fit(config, folder, Tokenizer(tokenizer_file), given, loss)

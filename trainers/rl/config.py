@@ -220,6 +220,11 @@ def check_reward(config: SamplingConfig, reward: Reward | None) -> None:
     """ValueError unless answers are scored by either reward models or a function handed over."""
     if reward is not None and reward_paths(config):
         raise ValueError("a reward function stands for the reward models: leave their paths out")
+    if reward is not None and (config.combine, config.safety_threshold) != ("switch", 0.15):
+        raise ValueError(
+            "combine and safety_threshold are of the two reward models: a reward function does as "
+            "it says; leave them out"
+        )
     if reward is None and not reward_paths(config):
         raise ValueError("name a reward model (helpfulness, safety) or hand a reward function over")
 

@@ -10,7 +10,7 @@ finished.json      written when all is done; nothing else says so
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from puna.core import parallel
 from puna.core.checkpoint.atomic import write_text
 from puna.trainers.train.config import to_toml
 from puna.trainers.train.environment import environment
-from puna.trainers.train.inputs import Inputs, differences, inputs_of
+from puna.trainers.train.inputs import Given, Inputs, differences, inputs_of
 from puna.trainers.train.kinds import Kind, kinds_of
 from puna.trainers.train.lock import locked
 from puna.trainers.train.notice import notice
+from puna.trainers.train.ranges import Options, enforce
 from puna.trainers.train.recipes import read_toml
 
 CONFIG, INPUTS, AMENDMENTS, FINISHED = (
@@ -40,17 +41,19 @@ def owned(
     config: Any,
     *,
     tables: Tables | None = None,
-    rows: Mapping[str, Iterable[Any]] | None = None,
+    given: Given | None = None,
     step: Callable[[Path], int] = lambda path: 0,
 ) -> Iterator[None]:
     """Hold `config.out` as the folder of this configuration, alone, until the block ends.
 
-    `rows` came from Python and not from a file; `step` says how far a run in a folder has come.
+    `given` came from Python and not from a file; `step` says how far a run in a folder has come.
     Collective. Raises ValueError, on every rank, where another process has the folder; where it is
     not empty and holds no run; where what decides the run's numbers is not what it began with, or
     not the same on every rank.
     """
-    inputs = inputs_of(config, rows)
+    if isinstance(config, Options):
+        enforce(config)
+    inputs = inputs_of(config, given)
     same_on_every_rank(config, inputs)
     with ExitStack() as stack:
 
@@ -136,10 +139,12 @@ def changes(
 
 
 def kind_of(key: str, cls: type, tables: Tables) -> Kind:
-    """Of an option, or of one in a table of another configuration's options."""
+    """Of an option, or of one in a table of another configuration's options: what is fixed in a
+    run of its own can change for the runs that a loop has not begun."""
     table, _, name = key.partition(".")
     if name and table in tables:
-        return kinds_of(tables[table]).get(name, Kind.AMENDED)
+        kind = kinds_of(tables[table]).get(name, Kind.AMENDED)
+        return Kind.AMENDED if kind is Kind.FIXED else kind
     return kinds_of(cls).get(table, Kind.AMENDED)
 
 

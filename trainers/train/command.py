@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 import torch
 
-from puna.core import ranks
+from puna.core import ranks, starting
 from puna.core.errors import UserError
 from puna.trainers.train.config import Config, parse
 
@@ -51,6 +51,7 @@ def command(
     Returns the exit status. A user's mistake is one sentence on stderr, from one rank; a mistake
     of ours shows where it happened.
     """
+    starting.is_done()
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Outlasting(sys.stdout), Outlasting(sys.stderr)
     try:

@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import json
 import re
-import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import tyro
 
 from puna.trainers.train.ranges import Options, check_ranges, drafts, enforce
 from puna.trainers.train.recipes import find_recipe, read_recipe
+from puna.trainers.train.values import convert
 
 Config = TypeVar("Config")
 
@@ -103,65 +103,16 @@ def from_values(cls: type[Config], values: dict[str, Any], table: str = "") -> C
     arguments: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if field.name in values:
-            name = table + field.name
-            arguments[field.name] = convert(hints[field.name], values[field.name], name)
+            name, value = table + field.name, values[field.name]
+            if dataclasses.is_dataclass(hints[field.name]) and isinstance(value, dict):
+                value = from_values(hints[field.name], value, f"{name}.")
+            arguments[field.name] = convert(hints[field.name], value, name)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             arguments[field.name] = tyro.MISSING
     try:
         return cls(**arguments)
     except ValueError as error:
         raise ValueError(f"[{table[:-1]}] {error}" if table else str(error)) from error
-
-
-def convert(hint: Any, value: Any, name: str) -> Any:
-    """One TOML value as the field's type; ValueError where it cannot be.
-
-    TOML has no null: where a field may be None, the text "None" stands for it, as in flags.
-    """
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return from_values(typing.cast(type, hint), value, f"{name}.")
-    options = typing.get_args(hint) if _is_union(hint) else (hint,)
-    if types.NoneType in options and value == "None":
-        return None
-    for option in options:
-        origin = typing.get_origin(option) or option
-        if origin is Any:
-            return value
-        if origin is Path and isinstance(value, str):
-            return Path(value)
-        if origin is float and type(value) in (int, float):
-            return float(value)
-        if origin is typing.Literal:
-            if value in typing.get_args(option):
-                return value
-        elif origin in (list, tuple) and isinstance(value, list):
-            inner = typing.get_args(option)[0]
-            return origin(convert(inner, v, name) for v in value)
-        elif origin is dict and isinstance(value, dict):
-            inner = typing.get_args(option)[1]
-            return {key: convert(inner, v, f"{name}.{key}") for key, v in value.items()}
-        elif isinstance(origin, type) and type(value) is origin:
-            return value
-    raise ValueError(f"'{name}' is {value!r}; expected {_describe(hint)}")
-
-
-def _is_union(hint: Any) -> bool:
-    return isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-
-
-def _describe(hint: Any) -> str:
-    """A field's type in words."""
-    if _is_union(hint):
-        return " or ".join(_describe(option) for option in typing.get_args(hint))
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return " or ".join(repr(value) for value in inner)
-    if origin in (list, tuple):
-        return f"a list, each of it {_describe(inner[0])}"
-    if origin is dict or dataclasses.is_dataclass(hint):
-        return "a table"
-    words = {int: "a whole number", float: "a number", bool: "true or false"}
-    return words.get(hint, '"None"' if hint is types.NoneType else "a text")
 
 
 def to_toml(config: Any, *, without: Collection[str] = ()) -> str:

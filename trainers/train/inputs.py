@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,12 @@ Inputs = dict[str, list[dict[str, Any]]]
 """Option -> its files, each as {"path", "bytes", "lines", "sha256"}"""
 
 
-def inputs_of(config: Any, given: Mapping[str, Iterable[Any]] | None = None) -> Inputs:
-    """The digests of all files that `config` names, `out` left out; and of `given`, rows of JSON
-    that came from Python, by the name of their argument."""
+Given = Mapping[str, Iterable[Any] | Callable | None]
+"""Argument -> rows of JSON, or a function, that came from Python and not from a file; or nothing"""
+
+
+def inputs_of(config: Any, given: Given | None = None) -> Inputs:
+    """The digests of all files that `config` names, `out` left out; and of what was `given`."""
     cls: type = type(config)
     named = {
         name: [file for path in paths_in(getattr(config, name)) for file in files_of(path)]
@@ -41,7 +44,11 @@ def inputs_of(config: Any, given: Mapping[str, Iterable[Any]] | None = None) -> 
         for name, paths in named.items()
         if paths
     }
-    return inputs | {name: [of_rows(rows)] for name, rows in (given or {}).items()}
+    from_python = {name: value for name, value in (given or {}).items() if value is not None}
+    return inputs | {
+        name: [of_function(value) if callable(value) else of_rows(value)]
+        for name, value in from_python.items()
+    }
 
 
 def paths_in(value: Any) -> list[Path]:
@@ -66,6 +73,13 @@ def of_rows(rows: Iterable[Any]) -> dict[str, Any]:
     return {"path": None, "sha256": state.hexdigest(), "lines": count}
 
 
+def of_function(function: Callable) -> dict[str, Any]:
+    """Its name: what it does cannot be compared."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    name = f"{named.__module__}.{named.__qualname__}"
+    return {"path": None, "sha256": hashlib.sha256(name.encode()).hexdigest(), "name": name}
+
+
 def differences(before: Inputs, now: Inputs) -> list[str]:
     """One phrase for each option whose files are not those of before."""
     return [
@@ -83,12 +97,14 @@ def difference(name: str, before: list[dict], now: list[dict]) -> str | None:
     old, new = next(
         (old, new) for old, new in zip(before, now, strict=True) if old["sha256"] != new["sha256"]
     )
-    what = os.path.basename(new["path"]) if new["path"] else "the rows handed over"
-    return f"{name}: {what} has {size(new)} where it had {size(old)}"
+    what = os.path.basename(new["path"]) if new["path"] else "what was handed over"
+    return f"{name}: {what} is {size(new)} where it was {size(old)}"
 
 
 def size(file: dict[str, Any]) -> str:
-    """Rows where a file has them, bytes where not; other contents of the same size are said so."""
+    """Rows where a file has them, bytes where not; of a function its name."""
+    if "name" in file:
+        return file["name"]
     tail = f" (sha256 {file['sha256'][:8]})"
     name = file["path"] or ".jsonl"
     if name.endswith((".jsonl", ".txt")):

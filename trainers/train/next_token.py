@@ -29,6 +29,8 @@ class Rows(Protocol):
     def batch(self, indices: Sequence[int] | np.ndarray) -> LMBatch: ...
 
 
+OURS = {"step", "loss", "lr", "grad_norm", "tokens"}  # names in metrics.jsonl
+
 Loss = Callable[[Transformer, LMBatch], tuple[Tensor, dict[str, Tensor]]]
 """(model, batch) -> (summed loss, further sums to log per weight, by name)"""
 
@@ -47,6 +49,11 @@ def checked(loss: Loss) -> Loss:
             case Tensor(ndim=0) as total, dict() as further if all(
                 isinstance(value, Tensor) for value in further.values()
             ):
+                if taken := sorted(OURS & set(further)):
+                    raise ValueError(
+                        f"the loss calls something it logs {taken[0]}, as the run does; give it "
+                        "another name"
+                    )
                 return total, further
         raise ValueError(
             "the loss must return two things: the batch's summed loss, a tensor of one number, and "

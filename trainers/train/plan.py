@@ -50,8 +50,8 @@ def announce(title: str, what: str, plan: Plan, config: TrainConfig, asked: int)
     notice(f"{title}: {what}; {steps} of {plan.batch:,}, each seen {times}; {rate}")
     if asked > plan.rows:
         notice(
-            f"{title}: a batch of {asked:,} exceeds the {plan.rows:,} there are, so a step takes them "
-            "all; lower batch, or row_tokens, for more steps"
+            f"{title}: a batch of {asked:,} exceeds the {plan.rows:,} there are, so a step takes "
+            "them all; lower batch, or row_tokens, for more steps"
         )
     if config.warmup_steps >= plan.steps:
         notice(

@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_type_hints
 
 from tyro import MISSING
 
 from puna.trainers.train.paths import as_paths
+from puna.trainers.train.values import convert
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,14 @@ def drafts() -> Iterator[None]:
 
 
 class Options:
-    """The base of every configuration: paths may be given as text, and numbers are in range.
+    """The base of every configuration: values are of their fields' types (paths may be given as
+    text), choices are among those that there are, and numbers are in range.
 
     Raises ValueError, one sentence, for what cannot be.
     """
 
     def __post_init__(self) -> None:
-        as_paths(self)
+        as_typed(self)
         if not _drafting.get():
             enforce(self)
 
@@ -130,8 +132,19 @@ class Options:
         ranges were found to hold, once every option has a value."""
 
 
+def as_typed(options: Options) -> None:
+    """Every field as its type says; one that still has no value is passed over."""
+    as_paths(options)
+    for name, hint in get_type_hints(type(options)).items():
+        value = getattr(options, name, MISSING)
+        if value is not MISSING:
+            setattr(options, name, convert(hint, value, name))
+
+
 def enforce(options: Options) -> None:
-    """The ranges of all fields, then the class's own `check`."""
+    """The types and ranges of all fields, then the class's own `check`: when one is made, and again
+    when it is used, since attributes can be set."""
+    as_typed(options)
     check_ranges(options)
     if all(value is not MISSING for value in vars(options).values()):
         options.check()

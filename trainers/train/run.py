@@ -11,7 +11,7 @@ Whose it is stands beside these (`claim`).
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from puna.core.checkpoint.hashes import HASHES, damage, write_hashes
 from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer
 from puna.trainers.train.claim import FINISHED, amended_since_finished, amendments, owned
+from puna.trainers.train.inputs import Given
 from puna.trainers.train.notice import notice
 from puna.trainers.train.viewers import viewer
 
@@ -42,15 +43,13 @@ class Trained(NamedTuple):
 
 
 @contextmanager
-def open_run(
-    config: Any, *, tokenizer: Path | None, rows: Mapping[str, Iterable[Any]] | None = None
-) -> Iterator["Run"]:
+def open_run(config: Any, *, tokenizer: Path | None, given: Given | None = None) -> Iterator["Run"]:
     """The run in `config.out`, a new one or one to continue, held until the block ends.
 
-    `rows`, by the argument they were handed over as, are of the run like its files. Collective.
-    Raises ValueError as `claim.owned` does, and where the newest checkpoint is damaged.
+    `given`, rows and functions from Python, are of the run like its files. Collective. Raises
+    ValueError as `claim.owned` does, and where the newest checkpoint is damaged.
     """
-    with owned(config, rows=rows, step=lambda path: newest_step(path / "checkpoints")):
+    with owned(config, given=given, step=lambda path: newest_step(path / "checkpoints")):
         run = Run(config, tokenizer)
         if run.done:
             notice(f"{run.path} is finished; its model is {run.final}")
