@@ -234,6 +234,11 @@ def amended_since_finished(path: Path) -> bool:
 
 def same_on_every_rank(config: Any, inputs: Inputs) -> None:
     """ValueError, on every rank, where one was started with other options or reads other files."""
-    options = {key: str(value) for key, value in flat(plain(config)).items()}
+    cls: type = type(config)
+    options = {
+        key: str(value)
+        for key, value in flat(plain(config)).items()
+        if kind_of(key, cls, {}) is not Kind.FILES
+    }
     files = {name: [each["sha256"] for each in found] for name, found in inputs.items()}
     parallel.same({"option": options, "contents of": files})

@@ -126,6 +126,7 @@ class Run:
         if parallel.is_main():
             if self.metrics.exists():
                 flush(self.metrics)  # the history of a checkpoint is on disk before it is
+                flush(self.path)
             with atomic_folder(folder) as partial:
                 self._write(partial, step, networks)
             for old in saved(self.checkpoints)[:-keep]:
