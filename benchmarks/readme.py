@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from puna.benchmarks.suite import RESULTS
+from puna.core.checkpoint.atomic import write_text
 
 BEGIN, END = "<!-- results: python -m puna.benchmarks.readme -->\n", "<!-- end of results -->\n"
 README = RESULTS.parents[1] / "README.md"
@@ -58,5 +59,5 @@ def page(readme: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(page(README.read_text(encoding="utf-8")), encoding="utf-8")
+    write_text(README, page(README.read_text(encoding="utf-8")))
     sys.exit()

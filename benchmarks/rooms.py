@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from puna.core.checkpoint.atomic import write_text
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- rooms: python -m puna.benchmarks.rooms -->\n", "<!-- end of rooms -->\n"
@@ -46,5 +48,5 @@ def page(text: str, rooms: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), table()), encoding="utf-8")
+    write_text(PAGE, page(PAGE.read_text(encoding="utf-8"), table()))
     sys.exit()

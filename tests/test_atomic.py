@@ -1,5 +1,6 @@
 """Model folders are written whole or not at all: full disks, kills and errors lose nothing."""
 
+import ast
 import os
 import signal
 import subprocess
@@ -15,6 +16,8 @@ from puna.core.config import ModelConfig
 from puna.core.model import Transformer
 
 CONFIG = ModelConfig(64, 2, 4, 4, 96, 320, context=128)
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def random_model(seed: int = 0) -> Transformer:
@@ -125,3 +128,53 @@ def test_a_file_is_replaced_only_at_the_end(tmp_path: Path) -> None:
         partial.write_text("new")
         assert file.read_text() == "old"
     assert file.read_text() == "new" and os.listdir(tmp_path) == ["model.bin"]
+
+
+# Where a file is written other than by core.checkpoint.atomic, and why that is whole or not at all.
+WRITERS = {
+    "core/checkpoint/atomic.py": "it is the writer",
+    "core/checkpoint/folder.py": "into a folder that atomic_folder made",
+    "core/checkpoint/hashes.py": "the same",
+    "core/checkpoint/llama2c.py": "to a name that atomic_file made",
+    "core/tokenizer.py": "the same",
+    "trainers/data/corpus.py": "the same",
+    "trainers/rl/best_of.py": "the same, or rows at the end, cut to whole chunks when it goes on",
+    "trainers/rl/comparisons.py": "to a name that atomic_file made",
+    "trainers/rejection.py": "the same",
+    "trainers/gatt.py": "a row at the end, cut where it is torn",
+    "trainers/train/run.py": "the same: metrics.jsonl, cut to its checkpoint",
+    "benchmarks/models/decode_peers.py": "a peer's input, in a temporary folder",
+    "benchmarks/timing.py": "/proc/self/clear_refs",
+}
+
+
+def writes(path: Path) -> bool:
+    """Whether a file calls something that writes: .write_text(...), .open("w"), open(..., "ab")."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if called in ("write_text", "write_bytes") and isinstance(node.func, ast.Attribute):
+            return True
+        if called == "open" and any(
+            not isinstance(mode, ast.Constant)
+            or (
+                isinstance(mode.value, str)
+                and set(mode.value) <= set("rwabx+t")
+                and set(mode.value) & set("wax+")
+            )
+            for mode in node.args[: 2 if isinstance(node.func, ast.Name) else 1]
+            if isinstance(mode, (ast.Constant, ast.Name))
+        ):
+            return True
+    return False
+
+
+def test_files_are_written_whole_or_not_at_all():
+    found = {
+        str(path.relative_to(ROOT))
+        for room in ("core", "trainers", "demo", "cli", "benchmarks")
+        for path in (ROOT / room).rglob("*.py")
+        if writes(path)
+    }
+    assert found == set(WRITERS)

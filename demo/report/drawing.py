@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, PercentFormatter
 
+from puna.core.checkpoint.atomic import write_text
+
 WIDTH = 7.2  # inches; the page shows it about 1.4 times as large
 
 # Okabe and Ito's colour-blind safe hues, darkened where they carry text.
@@ -135,7 +137,6 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
 def save_svg(figure: Figure, path: Path) -> Path:
     """For a page of documentation: opaque, readable on any background."""
     figure.set_facecolor(PAPER)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_svg(figure, path.stem), encoding="utf-8")
+    write_text(path, to_svg(figure, path.stem))
     figure.set_facecolor("none")
     return path

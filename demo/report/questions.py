@@ -11,6 +11,7 @@ from string import Template
 
 from matplotlib.figure import Figure
 
+from puna.core.checkpoint.atomic import write_text
 from puna.demo.report import figures, reward_figures
 from puna.demo.report.drawing import save_svg
 from puna.demo.report.results import (
@@ -161,9 +162,8 @@ def write_questions(folder: Path, docs: Path) -> Path:
         **_accuracy(evaluation),
     )
     text = "\n\n".join(map(_wrapped, text.split("\n\n"))).rstrip() + "\n"
-    docs.mkdir(parents=True, exist_ok=True)
     path = docs / "questions.md"
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path
 
 
