@@ -139,9 +139,10 @@ class Llama:
         """The continuation of a text or the answer to a chat; of a list of them, the list of these.
 
         `temperature` 0 is greedy; `top_p` keeps the most likely tokens up to that mass, `top_k` so
-        many of them (0: all). What is drawn depends on `seed`, `round_index` and the place in the
-        list alone: the same call gives the same text, and `[chat] * 4` four different ones.
-        `weight_format` "bf16" or "int8" reads rounded weights on a CPU, faster and a little worse;
+        many of them (0: all); with both, the mass is of what `top_k` leaves. What is drawn depends
+        on `seed`, `round_index` and the place in the list alone: the same call gives the same
+        text, and `[chat] * 4` four different ones. `weight_format` "bf16" or "int8" reads rounded
+        weights on a CPU, faster and a little worse;
         `batch_size` prompts are continued at once. Raises ValueError for a prompt that fills the
         context and for a chat that does not end with a user message.
         """
@@ -160,6 +161,7 @@ class Llama:
             round_index=round_index,
             batch_size=batch_size,
             weight_format=weight_format,
+            called=self._name(),
         )
         texts = [
             _text(tokenizer, prompt, each.tokens)
@@ -200,6 +202,7 @@ class Llama:
             seed=seed,
             round_index=round_index,
             weight_format=weight_format,
+            called=self._name(),
         )
         return stream_text(tokenizer, (token for token in drawn if token != tokenizer.eos_id))
 

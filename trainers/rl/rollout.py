@@ -117,6 +117,7 @@ def collect(
             prompt_ids=list(prompt_ids),
             sample_ids=list(sample_ids),
             batch_size=batch_size,
+            called="the policy",
         )
     lengths = torch.tensor([len(c.tokens) for c in completions], dtype=torch.int64)
     assert bool((lengths > 0).all()), "an answer has at least one token"
