@@ -38,6 +38,7 @@ Chats: TypeAlias = list[list[Message]] | list[list[dict[str, str]]] | list[Chat]
 WeightFormat: TypeAlias = Literal["fp32", "bf16", "int8"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LONGEST = 1 << 22  # tokens: the angles of more would take gigabytes
 
 
 def load(
@@ -60,6 +61,13 @@ def load(
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype!r}; expected a type of floats, as torch.bfloat16")
+    whole = isinstance(context, int) and not isinstance(context, bool)
+    if context is not None and not (whole and 1 <= context <= LONGEST):
+        raise ValueError(
+            f"context is {context!r}; it must be a whole number of tokens, 1 to {LONGEST}"
+        )
     place = device_of_name(device)
     source = open_any(path)
     if context is not None:
