@@ -13,7 +13,7 @@ ROOMS := $(filter-out puna,$(patsubst %/py.typed,%,$(wildcard */py.typed)))
 export ONEDNN_MAX_CPU_ISA ?= AVX512_CORE_BF16
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-gpu sanitize lint aot bench
+.PHONY: demo test test-gpu sanitize threads lint aot bench
 
 demo: $(READY)
 	$(BIN)/puna demo
@@ -26,19 +26,38 @@ test: $(READY)
 test-gpu: $(READY)
 	$(BIN)/pytest -m gpu
 
-# The extension under the address and undefined-behaviour sanitizers, in a copy of the rooms. (Its
-# leaks are not looked for: Python's own would hide them.)
-SANITIZED := build/sanitized
-sanitize: $(READY)
-	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)/puna
-	cp -r puna/* $(ROOMS) $(SANITIZED)/puna && rm -f $(SANITIZED)/puna/core/_C*
-	$(CXX) -std=c++17 -O1 -g -fopenmp -fPIC -shared -ffp-contract=fast -Wno-psabi \
-		-fsanitize=address,undefined -fno-sanitize-recover=undefined \
+# The rooms are copied to build/$(1), with an extension under the sanitizers $(2) beside them.
+define instrumented
+	rm -rf build/$(1) && mkdir -p build/$(1)/puna
+	cp -r puna/* $(ROOMS) build/$(1)/puna && rm -f build/$(1)/puna/core/_C*
+	$(CXX) -std=c++17 -O1 -g -fopenmp -fPIC -shared -ffp-contract=fast -Wno-psabi $(2) \
 		$$($(BIN)/python -m pybind11 --includes) -Icsrc $(filter %.cpp,$(NATIVE)) \
-		-o $(SANITIZED)/puna/core/_C$$($(BIN)/python \
+		-o build/$(1)/puna/core/_C$$($(BIN)/python \
 		-c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
-	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest -s tests/test_native*.py
+endef
+
+# Addresses and undefined behaviour, over the tests of the engine, many calls in threads and random
+# shapes for FUZZ seconds. (Leaks are not looked for: Python's own would hide them.)
+ASAN := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+FUZZ ?= 60
+sanitize: export PYTHONPATH = build/address
+sanitize: export ASAN_OPTIONS = detect_leaks=0
+sanitize: UNDER = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"
+sanitize: $(READY)
+	$(call instrumented,address,$(ASAN))
+	$(UNDER) $(BIN)/pytest -s tests/test_native*.py tests/test_threads.py tests/test_not_a_number.py
+	$(UNDER) $(BIN)/python tests/campaign/threads.py --threads 8 --calls 1000
+	$(UNDER) $(BIN)/python tests/campaign/shapes.py --seconds $(FUZZ)
+
+# Races, over the same calls in threads. One OpenMP thread a call: libgomp is not instrumented, and
+# where its threads begin and end would be taken for races. (Addresses are not moved about: GCC's
+# ThreadSanitizer cannot start where they are moved as far as newer kernels do.)
+threads: export PYTHONPATH = build/thread
+threads: export TSAN_OPTIONS = ignore_noninstrumented_modules=1 exitcode=66
+threads: $(READY)
+	$(call instrumented,thread,-fsanitize=thread)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so)" setarch -R \
+		$(BIN)/python tests/campaign/threads.py --threads 8 --calls 1000
 
 # Mypy does not see through an editable install, so it reads the rooms through links.
 lint: $(READY)

@@ -37,7 +37,7 @@ class GenerateConfig(Options):
     top_p: Annotated[float, Above(0), AtMost(1)] = 0.9
     """keep the most likely tokens up to this mass (Meta's default: 0.9)"""
     top_k: CountOrZero = 0
-    """keep so many of the most likely tokens; 0 is off"""
+    """keep so many of the most likely tokens, of whose mass top_p is then a part; 0 is off"""
     max_new_tokens: Count = 256
     seed: Seed = 0
     device: str = "cpu"

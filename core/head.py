@@ -43,8 +43,7 @@ def cross_entropy(
     if reduction == "none":
         return losses
     total = losses.sum()
-    tiny = torch.finfo(scale.dtype).tiny
-    return total / scale.sum().clamp_min(tiny) if reduction == "mean" else total
+    return ops.mean_of(total, scale) if reduction == "mean" else total
 
 
 def logprobs(
@@ -55,7 +54,7 @@ def logprobs(
     fp32 (fp64 for fp64). Raises ValueError for shapes, labels or a temperature that do not fit.
     """
     _check(hidden, targets)
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, it must be above 0")
     logp = (_wide(head(hidden)) / temperature).log_softmax(-1)
     # A hook may forbid tokens: 0 * -inf would be NaN, here and in the gradient.

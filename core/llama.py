@@ -38,6 +38,7 @@ Chats: TypeAlias = list[list[Message]] | list[list[dict[str, str]]] | list[Chat]
 WeightFormat: TypeAlias = Literal["fp32", "bf16", "int8"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LONGEST = 1 << 22  # tokens: the angles of more would take gigabytes
 
 
 def load(
@@ -60,6 +61,13 @@ def load(
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype!r}; expected a type of floats, as torch.bfloat16")
+    whole = isinstance(context, int) and not isinstance(context, bool)
+    if context is not None and not (whole and 1 <= context <= LONGEST):
+        raise ValueError(
+            f"context is {context!r}; it must be a whole number of tokens, 1 to {LONGEST}"
+        )
     place = device_of_name(device)
     source = open_any(path)
     if context is not None:
@@ -139,9 +147,10 @@ class Llama:
         """The continuation of a text or the answer to a chat; of a list of them, the list of these.
 
         `temperature` 0 is greedy; `top_p` keeps the most likely tokens up to that mass, `top_k` so
-        many of them (0: all). What is drawn depends on `seed`, `round_index` and the place in the
-        list alone: the same call gives the same text, and `[chat] * 4` four different ones.
-        `weight_format` "bf16" or "int8" reads rounded weights on a CPU, faster and a little worse;
+        many of them (0: all); with both, the mass is of what `top_k` leaves. What is drawn depends
+        on `seed`, `round_index` and the place in the list alone: the same call gives the same
+        text, and `[chat] * 4` four different ones. `weight_format` "bf16" or "int8" reads rounded
+        weights on a CPU, faster and a little worse;
         `batch_size` prompts are continued at once. Raises ValueError for a prompt that fills the
         context and for a chat that does not end with a user message.
         """
@@ -160,6 +169,7 @@ class Llama:
             round_index=round_index,
             batch_size=batch_size,
             weight_format=weight_format,
+            called=self._name(),
         )
         texts = [
             _text(tokenizer, prompt, each.tokens)
@@ -200,6 +210,7 @@ class Llama:
             seed=seed,
             round_index=round_index,
             weight_format=weight_format,
+            called=self._name(),
         )
         return stream_text(tokenizer, (token for token in drawn if token != tokenizer.eos_id))
 

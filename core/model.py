@@ -260,16 +260,17 @@ class Transformer(nn.Module):
 
     def rope_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin (context, D/2) fp32 on `device`, made on first use."""
-        if self._tables is None or self._tables[0].device != device:
+        tables = self._tables  # looked at once: another thread may put others there
+        if tables is None or tables[0].device != device:
             # Made for good: a table from inside `generate` could not be trained through later.
             with torch.inference_mode(False):
-                self._tables = ops.rope_tables(
+                tables = self._tables = ops.rope_tables(
                     self.config.context,
                     self.config.head_dim,
                     theta=self.config.rope_theta,
                     device=device,
                 )
-        return self._tables
+        return tables
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:

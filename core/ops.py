@@ -21,41 +21,23 @@ from puna.kernels import decode_attention as decode_attention
 from puna.kernels import gae as gae
 from puna.kernels import rope_tables as rope_tables
 from puna.kernels import sample as sample
+from puna.kernels.backend import forced as forced
 from puna.kernels.backend import traced as traced
+from puna.kernels.linear_loss.cross_entropy import flat_labels as flat_labels
+from puna.kernels.linear_loss.cross_entropy import mean_of as mean_of
+from puna.kernels.sample import NoDistribution as NoDistribution
+from puna.kernels.sample import check_settings as check_settings
 from puna.kernels.sample import mix64 as mix64
 
-BACKENDS = backend.BACKENDS | {"native"}
 
-_insisted = False
-
-
-class use_backend:
+class use_backend(backend.use_backend):
     """`kernels.use_backend`, which also takes "native": the operations and the generation of
     `puna.core._C`. That is forced until `kernels.use_backend` names another in between.
 
     Raises ValueError for an unknown name.
     """
 
-    def __init__(self, name: str):
-        global _insisted
-        if name not in BACKENDS:
-            raise ValueError(f"back end is {name!r}, expected one of {sorted(BACKENDS)}")
-        self._kernels = backend.use_backend("auto" if name == "native" else name)
-        self._before, _insisted = _insisted, name == "native"
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        global _insisted
-        _insisted = self._before
-        self._kernels.__exit__()
-
-
-def forced() -> str:
-    """The back end asked for, or "auto"."""
-    name = backend.forced()
-    return "native" if _insisted and name == "auto" else name
+    names = backend.BACKENDS | {"native"}
 
 
 def _native() -> bool:
@@ -165,7 +147,7 @@ def linear_cross_entropy(
     rows, labels, scale = native_loss.with_loss(hidden, targets, weights, ignore_index)
     learns = _differentiated(hidden, weight)
     total, _ = autograd.LossSum.apply(rows, weight, labels, scale, z_loss, learns)
-    return total / scale.sum().clamp_min(1e-30) if reduction == "mean" else total
+    return mean_of(total, scale) if reduction == "mean" else total
 
 
 def linear_logprobs(
@@ -174,7 +156,7 @@ def linear_logprobs(
     """`kernels.linear_logprobs`, or the native one for fp32 on the CPU."""
     if not (_native() and native_logprobs.fits(hidden, weight, targets, temperature)):
         return kernels.linear_logprobs(hidden, weight, targets, temperature=temperature)
-    rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    rows, labels = hidden.reshape(-1, hidden.shape[-1]), flat_labels(targets)
     if _differentiated(hidden, weight):
         found = autograd.LogProbs.apply(rows, weight, labels, float(temperature))
     else:

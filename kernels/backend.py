@@ -10,6 +10,7 @@ calls go past the registration, which costs some 10 us a call.
 
 import functools
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -45,7 +46,10 @@ FIRST_ONLY = (
     "PyTorch"
 )
 
-_forced = "auto"
+_asked: tuple["use_backend", ...] = ()  # what is in force, the latest last
+_forced = "auto"  # the main thread's latest
+_others = False  # whether another thread has asked for something
+_asking = threading.Lock()
 
 
 class use_backend:
@@ -53,26 +57,44 @@ class use_backend:
 
     `with use_backend("reference"): ...` for a block, `use_backend("reference")` for good, "auto"
     to choose per tensor again. An operation without the forced back end (flash-attn is for
-    attention alone) chooses as usual. Raises ValueError for an unknown name.
+    attention alone) chooses as usual. What the main thread asks for holds for all threads that
+    ask for nothing (autograd's on a GPU, say); what another thread asks for, for that thread
+    alone. Raises ValueError for an unknown name.
     """
 
+    names = BACKENDS
+
     def __init__(self, name: str):
-        global _forced
-        if name not in BACKENDS:
-            raise ValueError(f"back end is {name!r}, expected one of {sorted(BACKENDS)}")
-        self.before, _forced = _forced, name
+        if name not in self.names:
+            raise ValueError(f"back end is {name!r}, expected one of {sorted(self.names)}")
+        self.name, self.thread = name, threading.get_ident()
+        with _asking:
+            _put((*_asked, self))
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *_: object) -> None:
-        global _forced
-        _forced = self.before
+        with _asking:  # with it goes what this thread has asked for since
+            before = _asked[: _asked.index(self)] if self in _asked else _asked
+            since = _asked[len(before) :]
+            _put((*before, *(each for each in since if each.thread != self.thread)))
+
+
+def _put(asked: tuple[use_backend, ...]) -> None:
+    global _asked, _forced, _others
+    main = threading.main_thread().ident
+    of_main = [each.name for each in asked if each.thread == main]
+    _asked, _others = asked, len(of_main) < len(asked)
+    _forced = of_main[-1] if of_main else "auto"
 
 
 def forced() -> str:
     """The back end asked for, or "auto"."""
-    return _forced
+    if not _others or torch.compiler.is_compiling():  # Dynamo knows no threads
+        return _forced
+    me = threading.get_ident()
+    return next((each.name for each in reversed(_asked) if each.thread == me), _forced)
 
 
 def choose(*tensors: Tensor, unless: str | None = None) -> str:
@@ -81,12 +103,13 @@ def choose(*tensors: Tensor, unless: str | None = None) -> str:
     `unless` is what else keeps the operation from Triton. Raises ValueError where Triton is
     forced and cannot take them.
     """
-    if _forced == "reference" or (_forced != "triton" and not tensors[0].is_cuda):
+    name = forced()
+    if name == "reference" or (name != "triton" and not tensors[0].is_cuda):
         return "reference"
     why = unless
     for tensor in tensors:
         why = why or _why_not_triton(tensor)
-    if _forced == "triton" and why:
+    if name == "triton" and why:
         raise ValueError(f"the triton back end is forced, but {why}")
     return "reference" if why else "triton"
 

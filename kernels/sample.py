@@ -4,7 +4,8 @@ Each row has its own 64-bit seed; the draw is a counter-based random number of t
 alone, so it does not depend on the batch it is in. One uniform number picks the token by
 inverting the cumulative distribution of the tokens that top-k and top-p keep: in the order of
 the vocabulary where nothing is cut, from the largest logit down (equals by index) otherwise.
-top-p keeps the most likely tokens while the mass before a token is at most p (Meta's rule).
+top-p keeps the most likely tokens while the mass before a token is at most p (Meta's rule), of the
+mass that top-k has left (transformers' order).
 
 The Triton kernel reads a row once and holds it in registers (up to 32768 logits; more are read
 again in every pass). It does not sort: the smallest kept logit and the drawn one are found by
@@ -12,8 +13,6 @@ bisection over the bits of a logit, each step a sum over the row. Masses are int
 sums are exact in any order: a token's weight is exp(logit - largest) in units of 2^-44, and what
 is lighter than that is never drawn.
 """
-
-import math
 
 import torch
 from torch import Tensor
@@ -28,6 +27,17 @@ _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 _WHOLE = 1 << 60  # top_p goes to the kernel as a fraction of this: a float would go as fp32
+
+
+COLDEST, HOTTEST = 1e-30, 1e30  # temperatures beyond leave fp32, and their inverses do
+
+
+class NoDistribution(ValueError):
+    """There is nothing to draw from after some row: its logits hold NaN or inf, or all are -inf."""
+
+    def __init__(self, row: int):
+        super().__init__(f"row {row} of logits has NaN or inf in it, or nothing above -inf")
+        self.row = row
 
 
 def mix64(x: Tensor) -> Tensor:
@@ -60,16 +70,28 @@ def sample(
 
     Log-probs are fp32, of the tempered but untruncated distribution, without a gradient.
     temperature 0 is greedy (its log-probs are those at temperature 1). top_k 0 and top_p 1
-    switch truncation off. Raises ValueError for shapes that do not fit and settings outside
-    their range, and for NaN (where the logits are on a CPU, or PUNA_DEBUG=1).
+    switch truncation off; together top_p counts the mass that top_k leaves. Raises ValueError for
+    shapes that do not fit and settings outside their range, and NoDistribution, a ValueError, for
+    NaN (where the logits are on a CPU, or PUNA_DEBUG=1; elsewhere the log-prob is NaN).
     """
     _check(logits, temperature, top_k, top_p, seeds)
     draw = sample_draw if choose(logits) == "triton" else _reference
     tokens, logprobs = draw(logits.detach(), seeds, temperature, top_k, top_p)
     if visible(logprobs) and logprobs.isnan().any():
-        row = int(logprobs.isnan().int().argmax())
-        raise ValueError(f"row {row} of logits has NaN or inf in it, or nothing above -inf")
+        raise NoDistribution(int(logprobs.isnan().int().argmax()))
     return tokens, logprobs
+
+
+def check_settings(temperature: float, top_k: int, top_p: float) -> None:
+    """ValueError for what nothing can be drawn with, on any back end."""
+    if not (temperature == 0 or COLDEST <= temperature <= HOTTEST):
+        raise ValueError(
+            f"temperature is {temperature}; it must be 0 (greedy) or from {COLDEST} to {HOTTEST}"
+        )
+    if not top_k >= 0:
+        raise ValueError(f"top_k is {top_k}; it must be 0 (off) or above")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1 (off)")
 
 
 def _check(logits: Tensor, temperature: float, top_k: int, top_p: float, seeds: Tensor) -> None:
@@ -86,10 +108,7 @@ def _check(logits: Tensor, temperature: float, top_k: int, top_p: float, seeds: 
         raise ValueError(
             f"seeds are {seeds.dtype} on {seeds.device}, expected int64 on {logits.device}"
         )
-    if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            f"temperature {temperature} must be >= 0, top_k {top_k} >= 0, top_p {top_p} in (0, 1]"
-        )
+    check_settings(temperature, top_k, top_p)
 
 
 # Reference
@@ -117,10 +136,10 @@ def _draw(logits: Tensor, temperature: float, top_k: int, top_p: float, u: Tenso
     """Logits are ordered, not probabilities: rounded, those have ties that logits have not."""
     ordered, index = logits.sort(dim=-1, descending=True, stable=True)
     weights = (ordered - ordered[:, :1]).div_(temperature).exp_()
+    if top_k:
+        weights[:, top_k:] = 0
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     gone = cumulative - weights > top_p * cumulative[:, -1:]
-    if top_k:
-        gone[:, top_k:] = True
     return index.gather(1, _invert(weights.masked_fill_(gone, 0), u)[:, None]).squeeze(1)
 
 
@@ -285,9 +304,7 @@ def sample_draw_kernel(
     else:
         only = largest
         if TRUNCATED:
-            # fp64, as in the reference: the product decides whether an equal is still kept
             share = tl.full((), top_p, tl.int64).to(tl.float64) * 8.673617379884035e-19
-            limit = tl.where(share < 1.0, (total.to(tl.float64) * share).to(tl.int64), total)
             threshold = total
             kept = total
             for search in range(3):  # for the k-th logit, the last that top-p keeps, the drawn
@@ -296,8 +313,10 @@ def sample_draw_kernel(
                     needed = (top_k > 0) & (top_k < width)
                     threshold = tl.full((), top_k, tl.int64) - 1
                 elif search == 1:
-                    needed = limit < kept
-                    threshold = limit
+                    # fp64, as in the reference: the product decides whether an equal is still kept
+                    limit = (kept.to(tl.float64) * share).to(tl.int64)
+                    threshold = tl.where(share < 1.0, limit, kept)
+                    needed = threshold < kept
                 else:
                     threshold = _share(kept, _uniform_bits(tl.load(SEEDS + row)))
                 if needed:
@@ -316,7 +335,8 @@ def sample_draw_kernel(
                         if only < float("inf"):  # else fewer than k logits are above -inf
                             kept = above + (top_k - number) * weight
                     elif search == 1:
-                        kept = tl.minimum(kept, above + ((limit - above) // weight + 1) * weight)
+                        last = (threshold - above) // weight + 1
+                        kept = tl.minimum(kept, above + last * weight)
                     else:
                         threshold = (threshold - above) // weight
         else:
@@ -365,8 +385,8 @@ def sample_draw(
             sample_draw_kernel[(logits.shape[0],)](
                 # pointers
                 logits, seeds.contiguous(), tokens, logprobs,
-                # sizes; an infinite 1 / temperature would turn the largest logit into NaN
-                logits.shape[1], top_k, int(top_p * _WHOLE), min(1 / (temperature or 1.0), 1e30),
+                # sizes
+                logits.shape[1], top_k, int(top_p * _WHOLE), 1 / (temperature or 1.0),
                 # strides
                 logits.stride(0),
                 # settings

@@ -4,6 +4,7 @@ import torch
 
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
+from puna.core.native.engine import Engine
 from puna.core.ops import use_backend
 
 SHAPES = [
@@ -28,12 +29,19 @@ def exact(model, tokens):
         return wide.head_weight @ wide(torch.tensor([tokens]))[0, -1]
 
 
-def feed(engine, sequences, starts=None):
+def session_of(model, rows, max_tokens, instruction_set=None, weights="fp32"):
+    """A session with room, over an engine of its own."""
+    session = Engine(model, instruction_set, weight_format=weights).new_session()
+    session.reserve(rows, max_tokens)
+    return session
+
+
+def feed(session, sequences, starts=None):
     """Append each sequence to its own row; the logits after each."""
     starts = starts or [0] * len(sequences)
     lengths = torch.tensor([len(s) for s in sequences])
     spans = zip(sequences, starts, strict=True)
-    return engine.logits(
+    return session.logits(
         torch.tensor([t for s in sequences for t in s]),
         torch.arange(len(sequences)).repeat_interleave(lengths),
         torch.cat([torch.arange(a, a + len(s)) for s, a in spans]),

@@ -1,6 +1,8 @@
 """Run: python -m pytest tests/test_comparisons.py -q"""
 
+import itertools
 import json
+import math
 from collections import Counter
 from contextlib import nullcontext
 
@@ -120,6 +122,18 @@ def test_a_verdict_becomes_a_preference_row_that_the_reader_takes(tokenizer, tmp
     ):
         with pytest.raises(ValueError, match=said):
             annotate(*files, lambda a, b, wrong=wrong: [wrong] * 4, tokenizer, 3)
+    for given, message in [
+        (None, "the annotator gave 'None'; it must return one verdict for each pair"),
+        ("abcd", "the annotator gave 'abcd'; it must return one verdict for each pair"),
+        (itertools.count(), "gave more than 4 verdicts for 4 pairs"),
+        ([None] * 4, "verdict 1 is 'None'; it must be a Verdict of chosen, rating, safety"),
+        ([*verdicts[:3], 0], "verdict 4 is '0'; it must be a Verdict"),
+        ([("better",)] * 4, "verdict 1 is .*; it must be a Verdict"),
+        ([Verdict([0], "better", None)] * 4, r"verdict 1 has chosen \[0\]; expected one of 0, 1"),
+        ([Verdict(math.nan, "better", None)] * 4, "verdict 1 has chosen nan; expected one of 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            annotate(*files, lambda a, b, given=given: given, tokenizer, 3)
     assert not files[1].exists()  # so that a right annotator is asked again
     annotate(*files, annotator, tokenizer, 3)
     rows, skipped = read_preferences(tmp_path / "out.jsonl")

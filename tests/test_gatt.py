@@ -1,11 +1,14 @@
 """Run: python -m pytest tests/test_gatt.py -q"""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from puna.core.chat import decode_answer, encode_answer, encode_dialogue, encode_prompt
 from puna.core.checkpoint.folder import load_model
@@ -167,6 +170,39 @@ def test_only_answers_that_the_judge_accepts_and_that_end_become_targets(tokeniz
     assert choose(tokenizer, dialogue, [], [7], [silent, blue], None) == Exchange("red", blue, True)
     with pytest.raises(ValueError, match="the judge gave 0 verdicts for 1 answers"):
         choose(tokenizer, dialogue, [], [7], [blue], lambda answers: [])
+    with pytest.raises(ValueError, match="the judge gave more than 1 verdicts for 1 answers"):
+        choose(tokenizer, dialogue, [], [7], [blue], lambda answers: itertools.count())
+
+
+@pytest.mark.parametrize("said", ["no", "yes", None, 0.5, float("nan"), 2, [], "a tensor"])
+def test_a_verdict_that_is_neither_yes_nor_no_is_refused(tokenizer, said):
+    """ "no", 0.5 and NaN would all count as a yes."""
+    said = torch.tensor(0.5) if said == "a tensor" else said
+    blue = encode_answer(tokenizer, "blue")
+    with pytest.raises(ValueError, match="the judge gave .*; it must return True or False"):
+        gatt._choose(
+            tokenizer, GhostDialogue("be", "be", ["red"]), [], [7], [blue], lambda a: [said]
+        )
+
+
+@pytest.mark.parametrize("given", [None, "yes", 1, {"a": True}])
+def test_a_judge_that_gives_no_list_is_told(tokenizer, given):
+    blue = encode_answer(tokenizer, "blue")
+    with pytest.raises(ValueError, match="the judge gave .*; it must return one verdict for each"):
+        gatt._choose(
+            tokenizer, GhostDialogue("be", "be", ["red"]), [], [7], [blue], lambda a: given
+        )
+
+
+def test_yes_may_come_from_numpy_torch_or_a_generator(tokenizer):
+    dialogue, blue = GhostDialogue("be", "be", ["red"]), encode_answer(tokenizer, "blue")
+    for yes in (True, 1, np.True_, torch.tensor(True)):
+        for given in ([yes], (yes for _ in range(1))):
+            found = gatt._choose(tokenizer, dialogue, [], [7], [blue], lambda a, g=given: g)
+            assert found == Exchange("red", blue, True)
+    for given in (torch.tensor([False]), np.array([0])):
+        found = gatt._choose(tokenizer, dialogue, [], [7], [blue], lambda a, g=given: g)
+        assert not found.obeys
 
 
 def test_a_judge_reads_the_whole_dialogue_with_its_instruction_first(tokenizer):

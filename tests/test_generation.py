@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from puna.core.config import ModelConfig
 from puna.core.generation.generate import generate, stream
 from puna.core.model import Transformer
-from puna.core.native import engine as native
 from puna.core.native.loader import extension
+from puna.core.native.session import Session
 from puna.core.ops import linear_logprobs, use_backend
 
 CONFIG = ModelConfig(32, 2, 4, 2, 48, vocab_size=23, context=40)
@@ -153,7 +153,7 @@ def test_stream_is_generate(model, options):
 
 def test_stream_gives_each_token_as_it_is_drawn(model, backend, monkeypatch):
     passes = []
-    draw = native.Engine.draw
+    draw = Session.draw
     handle = None
     if backend != "native":  # a model with a hook does not go to the engine
         handle = model.register_forward_hook(lambda *_: passes.append(1))
@@ -162,7 +162,7 @@ def test_stream_gives_each_token_as_it_is_drawn(model, backend, monkeypatch):
         passes.extend([1] * len(seeds))
         return draw(*args, seeds=seeds, **options)
 
-    monkeypatch.setattr(native.Engine, "draw", counted)
+    monkeypatch.setattr(Session, "draw", counted)
     try:
         tokens = stream(model, [1, 5], max_new_tokens=5, eos_id=None)
         for drawn in range(1, 4):
@@ -197,7 +197,7 @@ def test_bad_input(model):
         ({"sample_ids": [0] * 7}, "7 sample_ids for 6 prompts"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1; it must be at least 0"),
-        ({"temperature": -0.1}, "temperature -0.1 must be >= 0"),
+        ({"temperature": -0.1}, "temperature is -0.1; it must be 0 "),
     ]
     for options, message in cases:
         with pytest.raises(ValueError, match=message):

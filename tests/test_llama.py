@@ -182,7 +182,9 @@ MISTAKES = {
     "no answer 2": (lambda m, j: m.logprobs(CHAT), "the chat must end with an assistant message"),
     "a text's score": (lambda m, j: j.score("red"), "a reward model scores chats; give lists of"),
     "a format": (lambda m, j: m.generate("x", weight_format="fp4"), "fp4"),
-    "a temperature": (lambda m, j: m.generate("x", temperature=-1.0), "temperature -1.0 must be"),
+    "a temperature": (lambda m, j: m.generate("x", temperature=-1.0), "temperature is -1.0; it"),
+    "a seed": (lambda m, j: m.generate("x", seed=2**64), "seed is 18446744073709551616; it must"),
+    "a length": (lambda m, j: m.stream("x", max_new_tokens=1.5), "max_new_tokens is 1.5; it must"),
 }  # fmt: skip
 
 
@@ -201,13 +203,22 @@ def test_what_cannot_be_loaded(tiny, tmp_path):
         ({"path": tmp_path / "none"}, "no such model; give a model folder"),
         ({"dtype": "fp8"}, "dtype is 'fp8'; expected one of fp32, bf16, fp16"),
         ({"tokenizer": tmp_path / "other.model"}, "270 pieces where the model's vocabulary is"),
-        ({"context": 0}, "context is 0; it must be at least 1"),
+        *(
+            ({"context": wrong}, f"context is {wrong!r}; it must be a whole number of tokens, 1 to")
+            for wrong in (0, -3, 1.5, True, "512", 10**9)
+        ),
+        ({"dtype": torch.int8}, "dtype is torch.int8; expected a type of floats"),
+        ({"device": "foo"}, "device is 'foo', which is not there; ask for cpu, cuda"),
+        ({"device": "meta"}, "device is 'meta', which is not there"),
     ):
         with pytest.raises(ValueError, match=message):
             puna.load(**{"path": tiny / "chat", **options})
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device cuda was asked for, but no GPU is visible"):
             puna.load(tiny / "chat", device="cuda")
+    if not torch.backends.mps.is_available():
+        with pytest.raises(ValueError, match="device is 'mps', which is not there"):
+            puna.load(tiny / "chat", device="mps")
 
 
 def test_a_model_without_a_tokenizer_says_so_when_it_is_needed(tiny, tmp_path):

@@ -87,6 +87,18 @@ def test_policy_loss_gradient_is_the_policy_gradient_at_ratio_one():
     assert torch.allclose(logprobs.grad, -advantages)
 
 
+def test_far_off_ratios_are_numbers():
+    """A log-ratio above 88 is inf in fp32, and inf * 0, of an advantage or a gradient, is NaN."""
+    for far in (25.0, 88.0, 89.0, 1e4, -89.0, -1e4):
+        for advantage in (1.0, -1.0, 0.0):
+            logprobs = torch.tensor([far - 1e5], requires_grad=True)
+            loss = policy_loss(logprobs, torch.tensor([-1e5]), torch.tensor([advantage]), 0.2)
+            (gradient,) = torch.autograd.grad(loss.sum(), logprobs)
+            assert loss.isfinite().all() and gradient.isfinite().all()
+            assert k3(torch.tensor([far]), torch.zeros(1)).isfinite().all()
+            assert k3(torch.zeros(1), torch.tensor([far])).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("ratio", "advantage", "moves"),
     [(1.5, 1.0, False), (1.5, -1.0, True), (0.5, 1.0, True), (0.5, -1.0, False), (1.1, 1.0, True)],

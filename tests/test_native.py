@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from engine_peers import SHAPES, build, exact, feed
+from engine_peers import SHAPES, build, exact, feed, session_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,18 +25,17 @@ pytestmark = pytest.mark.skipif(extension() is None, reason="the native engine i
 @given(steps=st.integers(1, 12), rows=st.integers(1, 40), eos=st.integers(-1, 96))
 def test_steps_in_one_call_are_those_of_many(steps, rows, eos):
     model = build(SHAPES[0], seed=7)
-    engine = Engine(model)
+    session = session_of(model, rows, steps)
     seeds = torch.arange(steps * rows).view(steps, rows) * 7919
     numbers = torch.arange(rows)
     start = numbers * 3 % 97, numbers, torch.zeros_like(numbers), numbers
     options = dict(temperature=1.0, eos_id=None if eos < 0 else eos)
-    engine.reserve(rows, steps)
-    tokens, logprobs = engine.draw(*start, seeds=seeds, **options)
-    engine.reserve(rows, steps)
+    tokens, logprobs = session.draw(*start, seeds=seeds, **options)
+    session.reserve(rows, steps)
     fed = start[0]
     for step in range(len(tokens)):
         place = torch.full_like(numbers, step)
-        one, score = engine.draw(
+        one, score = session.draw(
             fed, numbers, place, numbers, seeds=seeds[step : step + 1], **options
         )
         assert torch.equal(one[0], tokens[step]) and torch.equal(score[0], logprobs[step])
@@ -57,10 +56,9 @@ def test_against_fp64(config, name, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        engine = Engine(model, name)
-        engine.reserve(5, 32)
-        found = feed(engine, sequences)
-        again = feed(engine, [[3]] * 5, [len(s) for s in sequences])
+        session = session_of(model, 5, 32, name)
+        found = feed(session, sequences)
+        again = feed(session, [[3]] * 5, [len(s) for s in sequences])
     finally:
         torch.set_num_threads(before)
     for row, sequence in enumerate(sequences):
@@ -90,9 +88,7 @@ def test_any_shape(head_dim, kv_heads, group, ffn, vocabulary, lengths, weights,
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        engine = Engine(model, name, weight_format=weights)
-        engine.reserve(len(lengths), 24)
-        found = feed(engine, sequences)
+        found = feed(session_of(model, len(lengths), 24, name, weights), sequences)
     finally:
         torch.set_num_threads(before)
     pick = data.draw(st.integers(0, len(lengths) - 1))
@@ -108,14 +104,13 @@ def test_a_row_does_not_depend_on_its_neighbours(lengths, seed):
     model = build(SHAPES[0])
     torch.manual_seed(seed)
     sequences = [torch.randint(97, (n,)).tolist() for n in lengths]
-    engine = Engine(model)
-    engine.reserve(len(lengths), 20)
-    together = feed(engine, sequences)
-    engine.reserve(1, 20)
-    alone = feed(engine, sequences[:1])
+    session = session_of(model, len(lengths), 20)
+    together = feed(session, sequences)
+    session.reserve(1, 20)
+    alone = feed(session, sequences[:1])
     assert torch.equal(alone[0], together[0])
     for position, token in enumerate(sequences[-1]):
-        last = feed(engine, [[token]], [position])
+        last = feed(session, [[token]], [position])
     assert torch.equal(last[0], together[-1])
 
 
@@ -190,10 +185,9 @@ def test_the_packed_copy_follows_the_weights(change):
     change(model)
     changed = engine_for(model)
     assert changed is not engine
-    changed.reserve(1, 8)
-    torch.testing.assert_close(
-        feed(changed, [[1, 2, 3]])[0].double(), exact(model, [1, 2, 3]), rtol=0, atol=1e-5
-    )
+    with changed.session(1, 8) as session:
+        logits = feed(session, [[1, 2, 3]])[0]
+    torch.testing.assert_close(logits.double(), exact(model, [1, 2, 3]), rtol=0, atol=1e-5)
 
 
 def test_a_model_that_might_fill_the_memory_stays_with_pytorch(monkeypatch, caplog):
@@ -227,15 +221,15 @@ def test_what_the_engine_does_not_take():
 
 
 def test_bad_input():
-    engine = Engine(build(SHAPES[0]))
+    session = session_of(build(SHAPES[0]), 1, 1)
     with pytest.raises(ValueError, match="at least 1 row, and 1 to 96 tokens"):
-        engine.reserve(0, 8)
+        session.reserve(0, 8)
     with pytest.raises(ValueError, match="1 to 96 tokens"):
-        engine.reserve(1, 97)
-    engine.reserve(2, 8)
+        session.reserve(1, 97)
+    session.reserve(2, 8)
     one = torch.zeros(1, dtype=torch.int64)
     good = dict(tokens=one, rows=one, positions=one, wanted=one)
-    engine.logits(**good)
+    session.logits(**good)
     cases = [
         ("tokens", one + 97, "tokens holds 97; expected 0 to 96"),
         ("tokens", one - 1, "tokens holds -1"),
@@ -248,23 +242,23 @@ def test_bad_input():
     ]
     for name, value, message in cases:
         with pytest.raises(ValueError, match=message):
-            engine.logits(**{**good, name: value})
+            session.logits(**{**good, name: value})
     seeds = torch.zeros(8, 1, dtype=torch.int64)
-    engine.draw(**good, seeds=seeds, temperature=1.0)
+    session.draw(**good, seeds=seeds, temperature=1.0)
     for value, temperature, message in [
         (seeds.int(), 1.0, r"seeds is torch.int32 \(8, 1\)"),
         (seeds.expand(8, 2), 1.0, r"expected a contiguous int64 \(8, 1\)"),
-        (seeds, float("nan"), "temperature nan must be >= 0"),
+        (seeds, float("nan"), "temperature is nan; it must be 0"),
         (seeds.new_zeros(9, 1), 1.0, "the cache has no room for 9 steps"),
         (seeds[:0], 1.0, "steps must be at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):
-            engine.draw(**good, seeds=value, temperature=temperature)
+            session.draw(**good, seeds=value, temperature=temperature)
     empty = torch.zeros(0, dtype=torch.int64)
     with pytest.raises(ValueError, match="wanted holds 0; expected 0 to -1"):
-        engine.logits(empty, empty, empty, one)
+        session.logits(empty, empty, empty, one)
     with pytest.raises(ValueError, match="cannot copy 9 tokens"):
-        engine.copy_row(0, 1, 9)
+        session.copy_row(0, 1, 9)
 
 
 def test_a_fork_does_not_hang():

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from engine_peers import SHAPES, build, exact, feed
+from engine_peers import SHAPES, build, exact, feed, session_of
 
 from puna.core.model import Transformer
-from puna.core.native.engine import Engine, engine_for, instruction_sets
+from puna.core.native.engine import engine_for, instruction_sets
 from puna.core.native.loader import extension
 from puna.core.ops import use_backend
 
@@ -51,10 +51,9 @@ def test_formats_against_fp64_of_rounded_numbers(config, name, weights, threads)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        engine = Engine(model, name, weight_format=weights)
-        engine.reserve(5, 32)
-        found = feed(engine, sequences)
-        alone = feed(engine, sequences[1:2])
+        session = session_of(model, 5, 32, name, weights)
+        found = feed(session, sequences)
+        alone = feed(session, sequences[1:2])
     finally:
         torch.set_num_threads(before)
     assert torch.equal(alone[0], found[1])
@@ -73,9 +72,7 @@ def test_what_is_not_finite_does_not_pass_for_a_number(weights, value):
     model = build(SHAPES[0])
     with torch.no_grad():
         model.lm_head.weight[5, 3] = value
-    engine = Engine(model, weight_format=weights)
-    engine.reserve(1, 4)
-    logits = feed(engine, [[1, 2]])[0]
+    logits = feed(session_of(model, 1, 4, weights=weights), [[1, 2]])[0]
     assert not logits[5].isfinite()
     assert logits[torch.arange(97) != 5].isfinite().all()
 

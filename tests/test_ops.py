@@ -1,5 +1,7 @@
 """Run: python -m pytest tests/test_ops.py -q"""
 
+import threading
+
 import pytest
 import torch
 
@@ -16,9 +18,9 @@ def auto():
 
 
 def test_native_is_a_back_end_of_core_alone():
-    """Whoever has imported what: the kernels know their own back ends."""
+    """Whoever has imported what: the kernels do not offer it, and choose as usual under it."""
     with ops.use_backend("native"):
-        assert ops.forced() == "native" and backend.forced() == "auto"
+        assert ops.forced() == "native" and backend.choose(torch.ones(1)) == "reference"
     for _ in range(2):
         known = "auto', 'flash_attn', 'reference', 'triton'"
         with pytest.raises(ValueError, match=f"back end is 'native', expected one of .'{known}."):
@@ -39,7 +41,7 @@ def test_back_ends_inside_each_other():
     with kernels.use_backend("reference"):
         assert ops.forced() == "reference"
         with ops.use_backend("native"):
-            assert ops.forced() == "native" and backend.forced() == "auto"
+            assert ops.forced() == "native" and backend.choose(torch.ones(1)) == "reference"
         assert ops.forced() == backend.forced() == "reference"
 
 
@@ -49,6 +51,46 @@ def test_for_good():
     ops.use_backend("reference")
     assert ops.forced() == backend.forced() == "reference"
     ops.use_backend("auto")
+
+
+def test_a_thread_gets_what_it_asked_for():
+    """Two that hold a back end each, overlapping: neither sees the other's, nothing is left."""
+    meet, found = threading.Barrier(2), {}
+
+    def hold(name):
+        with ops.use_backend(name):
+            meet.wait()
+            found[name] = ops.forced()
+            meet.wait()
+        meet.wait()
+
+    threads = [threading.Thread(target=hold, args=(name,)) for name in ("reference", "native")]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert found == {"reference": "reference", "native": "native"}
+
+
+def test_a_thread_that_asks_for_nothing_gets_what_the_main_thread_asked_for():
+    """As autograd's threads do; and nothing of what another thread asked for."""
+    found = []
+
+    def look():
+        found.append(ops.forced())
+
+    def ask():
+        with ops.use_backend("native"):
+            in_thread(look)
+
+    def in_thread(work):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    with ops.use_backend("reference"):
+        in_thread(look)
+        in_thread(ask)
+    in_thread(ask)
+    assert found == ["reference", "reference", "auto"]
 
 
 def test_reference_is_no_native_code(monkeypatch):

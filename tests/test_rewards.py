@@ -1,7 +1,9 @@
 """Run: python -m pytest tests/test_rewards.py -q"""
 
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -159,12 +161,30 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    "given", [[1, 2, 3], [1.0, 2.0, 3.0], torch.tensor([1.0, 2.0, 3.0]).double(), (True, 2, 3)]
+    "given",
+    [
+        [1, 2, 3],
+        [1.0, 2.0, 3.0],
+        torch.tensor([1.0, 2.0, 3.0]).double(),
+        torch.tensor([1.0, 2.0, 3.0], requires_grad=True),
+        (True, 2, 3),
+        np.array([1.0, 2.0, 3.0]),
+        [np.float32(1), torch.tensor(2.0), 3],
+        Scores([1.0, 2.0, 3.0]),
+    ],
+    ids=repr,
 )
 def test_a_reward_is_any_function_that_gives_a_number_for_each_answer(given):
     scores = score_answers(lambda batch: given, answers(), CPU)
     assert scores.raw.dtype == torch.float32 and scores.raw.tolist() == [1.0, 2.0, 3.0]
     assert not scores.parts and not scores.branches
+
+
+def test_a_reward_may_be_a_generator():
+    def reward(batch):
+        yield from (float(answer.text) for answer in batch)
+
+    assert score_answers(reward, answers(), CPU).raw.tolist() == [0.0, 1.0, 2.0]
 
 
 def test_what_a_reward_wants_logged_goes_with_its_scores():
@@ -175,10 +195,29 @@ def test_what_a_reward_wants_logged_goes_with_its_scores():
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
+        ([1.0, 2.0], ValueError, "the reward gave 2 scores for 3 answers; it must return one for"),
         (
-            [1.0, 2.0],
+            torch.ones(2),
             ValueError,
-            "scores of shape \\(2,\\) for 3 answers; it must return one number",
+            "scores of shape \\(2,\\) for 3 answers; it must return",
+        ),
+        (None, ValueError, "the reward gave 'None'; it must return one score for each answer"),
+        (3.0, ValueError, "the reward gave '3.0'; it must return one score for each answer"),
+        ("123", ValueError, "the reward gave '123'; it must return one score for each answer"),
+        ({1: 2}, ValueError, "it must return one score for each answer"),
+        ([1.0, None, 2.0], ValueError, "the reward gave .*None.*; it must return one number for"),
+        (["1", "2", "3"], ValueError, "it must return one number for each answer"),
+        ([1.0, 2j, 3.0], ValueError, "it must return one number for each answer"),
+        (itertools.count(), ValueError, "gave more than 3 scores for 3 answers"),
+        (Scores([1.0, 2.0]), ValueError, "the reward gave 2 scores for 3 answers"),
+        (Scores(torch.ones(3), [1.0]), ValueError, "parts and branches must be dictionaries"),
+        (Scores(torch.ones(3), {"a": [1.0]}), ValueError, "the reward's part 'a' gave 1 scores"),
+        (Scores(torch.ones(3), {"a": torch.ones(2)}), ValueError, "part 'a' gave .* \\(2,\\)"),
+        (Scores(torch.ones(3), {"a": [1, math.nan, 2]}), RuntimeError, "part 'a' gave no finite"),
+        (
+            Scores(torch.ones(3), {}, {"b": torch.ones(4)}),
+            ValueError,
+            "'b' gave .* \\(4,\\)",
         ),
         ([[1.0], [2.0], [3.0]], ValueError, "shape \\(3, 1\\) for 3 answers"),
         ([1.0, math.nan, 3.0], RuntimeError, "the reward gave no finite score for 1 of 3 answers"),
@@ -186,8 +225,9 @@ def test_what_a_reward_wants_logged_goes_with_its_scores():
     ],
 )
 def test_a_reward_that_gives_something_else_is_named(given, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as raised:
         score_answers(lambda batch: given, answers(), CPU)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 200
 
 
 @pytest.mark.parametrize("broken", ["helpfulness", "safety"])

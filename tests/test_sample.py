@@ -28,9 +28,10 @@ def by_hand(logits, temperature, top_k, top_p, seed):
     """One row, in plain Python: (token, tokens that may be drawn)."""
     probs = (logits.double() / temperature).softmax(-1).tolist()
     order = sorted(range(len(probs)), key=lambda v: -probs[v])
-    kept, mass = [], 0.0
-    for rank, v in enumerate(order):
-        if (top_k and rank >= top_k) or mass > top_p:
+    order = order[: top_k or None]
+    kept, mass, whole = [], 0.0, sum(probs[v] for v in order)
+    for v in order:
+        if mass > top_p * whole:
             break
         kept.append(v)
         mass += probs[v]
@@ -87,18 +88,17 @@ def test_draws_those_of_plain_python(batch, vocabulary, temperature, top_k, top_
 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "kept"),
-    [(1.0, 0, 1.0, 8), (0.5, 0, 1.0, 8), (1.0, 3, 1.0, 3), (2.0, 0, 0.8, 6), (1.0, 4, 0.6, 3)],
+    [(1.0, 0, 1.0, 8), (0.5, 0, 1.0, 8), (1.0, 3, 1.0, 3), (2.0, 0, 0.8, 6), (1.0, 4, 0.7, 3)],
 )
 def test_frequencies_match_probabilities(temperature, top_k, top_p, kept):
     draws = 20000
     logits = torch.tensor([0.3, 1.5, -0.4, 0.9, -1.0, 1.1, 0.0, 0.6])
     probs = (logits.double() / temperature).softmax(-1)
     ordered, order = probs.sort(descending=True)
-    before = ordered.cumsum(0) - ordered
-    gone = before > top_p
     if top_k:
-        gone[top_k:] = True
-    probs[order[gone]] = 0
+        ordered[top_k:] = 0
+    gone = ordered.cumsum(0) - ordered > top_p * ordered.sum()
+    probs[order[gone | (ordered == 0)]] = 0
     expected = probs / probs.sum() * draws
     assert (expected > 0).sum() == kept
     tokens, _ = sample(
@@ -113,6 +113,23 @@ def test_frequencies_match_probabilities(temperature, top_k, top_p, kept):
     real = expected > 0
     statistic = ((counts - expected)[real] ** 2 / expected[real]).sum()
     assert statistic < CHI_SQUARE[kept - 1]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_top_k_with_top_p_is_as_in_transformers(seed):
+    """top-p counts the mass that top-k left; every token that may be drawn is."""
+    warpers = pytest.importorskip("transformers.generation.logits_process")
+    torch.manual_seed(seed)
+    logits, top_k, top_p = torch.randn(1, 20) * 2, 3 + seed, [0.5, 0.7, 0.9, 0.97][seed % 4]
+    left = warpers.TopKLogitsWarper(top_k)(None, logits)
+    expected = warpers.TopPLogitsWarper(top_p)(None, left)[0].softmax(-1)
+    draws = 4000
+    tokens, _ = sample(
+        logits.expand(draws, 20), top_k=top_k, top_p=top_p, seeds=torch.arange(draws)
+    )
+    found = tokens.bincount(minlength=20) / draws
+    assert (found[expected == 0] == 0).all()
+    assert (found - expected).abs().max() < 4 * (0.25 / draws) ** 0.5
 
 
 def test_a_draw_does_not_depend_on_its_batch():
@@ -173,8 +190,11 @@ def test_the_input_is_not_changed():
 
 def test_bad_input():
     logits, seeds = torch.randn(2, 5), torch.arange(2)
-    for wrong in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}):
-        with pytest.raises(ValueError, match="must be"):
+    nan, inf = float("nan"), float("inf")
+    temperatures = [{"temperature": value} for value in (-1.0, 1e-40, 1e40, inf, nan)]
+    for wrong in (*temperatures, {"top_k": -1}, *({"top_p": p} for p in (0.0, 1.1, nan, -inf))):
+        (name,) = wrong
+        with pytest.raises(ValueError, match=f"{name} is .*; it must be"):
             sample(logits, seeds=seeds, **wrong)
     with pytest.raises(ValueError, match="do not fit"):
         sample(logits, seeds=torch.arange(3))

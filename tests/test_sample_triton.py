@@ -37,9 +37,8 @@ def exact_bounds(row, temperature, top_k, top_p):
     probs = (row.double() / temperature).softmax(-1)
     if top_k or top_p < 1:
         probs = probs[row.double().sort(descending=True, stable=True).indices]
-        kept = probs.cumsum(0) - probs <= top_p
-        kept[top_k or len(row) :] = False
-        probs = probs * kept
+        probs[top_k or len(row) :] = 0
+        probs = probs * (probs.cumsum(0) - probs <= top_p * probs.sum())
     return probs.cumsum(0) / probs.sum()
 
 

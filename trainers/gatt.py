@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.formats import Columns
 from puna.trainers.data.ghost import GhostDialogue, read_ghost_dialogues
 from puna.trainers.data.packing import PackedRows
-from puna.trainers.rl.rewards import Answer
+from puna.trainers.rl.rewards import Answer, one_each
 from puna.trainers.rl.rollout import sample_everywhere
 from puna.trainers.sft import load_dialogues
 from puna.trainers.train import loop, next_token
@@ -227,12 +227,12 @@ def _choose(
         if ids[-1] == tokenizer.eos_id
     ]
     answers = [answer for answer in answers if answer.text]
-    obeys = list(judge(answers)) if judge and answers else [True] * len(answers)
-    if len(obeys) != len(answers):
-        raise ValueError(
-            f"the judge gave {len(obeys)} verdicts for {len(answers)} answers; it must return one "
-            "for each"
-        )
+    obeys = [True] * len(answers)
+    if judge and answers:
+        obeys = [
+            _is_yes(verdict)
+            for verdict in one_each("the judge", judge(answers), len(answers), "verdict", "answer")
+        ]
     for answer, obeyed in zip(answers, obeys, strict=True):
         if obeyed:
             return Exchange(user, answer.ids, True)
@@ -240,6 +240,14 @@ def _choose(
     if first[-1] != tokenizer.eos_id:
         first = [*first, tokenizer.eos_id]  # as context a cut answer must end somewhere
     return Exchange(user, first, False)
+
+
+def _is_yes(verdict: Any) -> bool:
+    """A judge's yes or no, numpy's and torch's too: "no" and NaN would count as a yes."""
+    plain = verdict.item() if getattr(verdict, "shape", None) == () else verdict
+    if not isinstance(plain, int) or plain not in (0, 1):
+        raise ValueError(f"the judge gave {verdict!r}; it must return True or False for an answer")
+    return bool(plain)
 
 
 def _messages(

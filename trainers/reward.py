@@ -23,6 +23,7 @@ from puna.trainers.data.packing import Pair, PairBatch, encode_pairs, pair_batch
 from puna.trainers.data.readers import Skipped, read_preferences
 from puna.trainers.rl.accuracy import accuracies, sentences, shares
 from puna.trainers.rl.losses import MARGINS, ranking_loss, safety_loss
+from puna.trainers.rl.rewards import check_finite
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.command import command
 from puna.trainers.train.plan import announce, check_shares, of_epochs
@@ -205,9 +206,16 @@ def objective(safety_weight: float, center_weight: float = 0.0) -> loop.Objectiv
 
 @torch.no_grad()
 def margins_of(
-    model: Transformer, pairs: Sequence[Pair], micro_batch: int, device: torch.device
+    model: Transformer,
+    pairs: Sequence[Pair],
+    micro_batch: int,
+    device: torch.device,
+    called: str = "the reward model",
 ) -> tuple[Tensor, Tensor]:
-    """(r_chosen - r_rejected, rating index), both (P,) on the CPU, for `pairs` in order."""
+    """(r_chosen - r_rejected, rating index), both (P,) on the CPU, for `pairs` in order.
+
+    Raises RuntimeError, of the model as `called`, where a difference is not finite.
+    """
     differences, ratings = [], []
     for start in range(0, len(pairs), micro_batch):
         piece = pairs[start : start + micro_batch]
@@ -215,7 +223,9 @@ def margins_of(
         chosen, rejected = pair_scores(model, batch)
         differences.append((chosen - rejected).cpu())
         ratings.append(batch.ratings.cpu())
-    return torch.cat(differences), torch.cat(ratings)
+    found = torch.cat(differences)
+    check_finite(called, found, "pairs")
+    return found, torch.cat(ratings)
 
 
 def evaluation(

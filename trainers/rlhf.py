@@ -291,7 +291,7 @@ def accuracy_of(
         tokenizer = Tokenizer(tokenizer_path(path))
         pairs, _ = encode_pairs(tokenizer, rows, model.config.context)
         device = model.device
-        found[kind] = accuracies(*margins_of(model, pairs, 64, device))
+        found[kind] = accuracies(*margins_of(model, pairs, 64, device, str(path)))
     return found
 
 

@@ -64,8 +64,8 @@ def windows(ids: list[int], bos_id: int, context: int) -> list[list[int]]:
 
 def loss(model: Transformer, sequences: list[list[int]], weights: str) -> float:
     """Mean cross-entropy, nats a token, of all but each row's first token."""
-    engine = Engine(model, weight_format=weights)
-    engine.reserve(ROWS, max(len(ids) for ids in sequences))
+    session = Engine(model, weight_format=weights).new_session()
+    session.reserve(ROWS, max(len(ids) for ids in sequences))
     total, count = 0.0, 0
     for start in range(0, len(sequences), ROWS):
         some = sequences[start : start + ROWS]
@@ -73,7 +73,7 @@ def loss(model: Transformer, sequences: list[list[int]], weights: str) -> float:
             (ids[t], i, t, ids[t + 1]) for i, ids in enumerate(some) for t in range(len(ids) - 1)
         ]
         tokens, rows, positions, targets = torch.tensor(fed).T.contiguous()
-        logits = engine.logits(tokens, rows, positions, torch.arange(len(fed)))
+        logits = session.logits(tokens, rows, positions, torch.arange(len(fed)))
         picked = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         total, count = total + float(picked.double().sum()), count + len(fed)
     return total / count

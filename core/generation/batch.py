@@ -90,6 +90,8 @@ class Batch:
         for slot, i in enumerate(rows):
             if self.finished[i] or len(self.tokens[i]) == self.limits[i]:
                 continue
+            if logprobs[slot] != logprobs[slot]:  # a GPU's draw does not wait to be looked at
+                raise ops.NoDistribution(slot)
             self.tokens[i].append(drawn[slot])
             self.logprobs[i].append(logprobs[slot])
             self.finished[i] = drawn[slot] == eos_id

@@ -16,6 +16,7 @@ from torch import Tensor
 from puna.core import ops
 from puna.core.generation.sampling import Sampler, step_seeds
 from puna.core.native.engine import Engine
+from puna.core.native.session import Session
 
 STEPS = 16  # drawn in one call at most, so that Ctrl-C is heard: a second of a billion parameters
 
@@ -59,12 +60,28 @@ def decode(
     for i, limit in enumerate(limits):
         if limit > 0:
             groups.setdefault(tuple(prompts[i]), []).append(i)
-    order = [i for members in groups.values() for i in members]
-    if not order:
+    if not groups:
         return
-    first = {i: members[0] for members in groups.values() for i in members}
-    slots = min(slots, len(order))
-    engine.reserve(slots, max(len(prompts[i]) + limits[i] for i in order))
+    slots = min(slots, sum(map(len, groups.values())))
+    longest = max(len(prompt) + limits[i] for prompt, members in groups.items() for i in members)
+    with engine.session(slots, longest) as session:
+        given = prompts, list(groups.values()), keys, limits
+        yield from _decode(session, *given, sampler, eos_id, slots, steps)
+
+
+def _decode(
+    session: Session,
+    prompts: list[list[int]],
+    groups: list[list[int]],
+    keys: Tensor,
+    limits: list[int],
+    sampler: Sampler,
+    eos_id: int | None,
+    slots: int,
+    steps: int,
+) -> Iterator[Drawn]:
+    order = [i for members in groups for i in members]
+    first = {i: members[0] for members in groups for i in members}
     most = torch.tensor(limits)
     seeds = step_seeds(keys[:, None], torch.arange(max(limits)))
     free = list(range(slots))
@@ -75,14 +92,14 @@ def decode(
     while True:
         new: Placed = []
         if len(free) >= together or not len(active.slots):
-            new, ready = _admit(engine, prompts, first, waiting, free, holds)
+            new, ready = _admit(session, prompts, first, waiting, free, holds)
             active = _join(active, prompts, ready + new)
         if not len(active.slots):
             return
         left = int((most[active.prompts] - active.counts).min())
         ahead = torch.arange(1 if sampler.truncates else min(steps, left))[:, None]
         tokens, logprobs = _draw(
-            engine,
+            session,
             *_feed(active, [(slot, prompts[i]) for slot, i in new]),
             seeds=seeds[active.prompts, active.counts + ahead],
             sampler=sampler,
@@ -109,7 +126,7 @@ Placed = list[tuple[int, int]]  # (slot, prompt number)
 
 
 def _admit(
-    engine: Engine,
+    session: Session,
     prompts: list[list[int]],
     first: dict[int, int],
     waiting: deque[int],
@@ -131,7 +148,7 @@ def _admit(
             copies.append((source, slot, len(prompts[i]) - 1))
             pending.add(slot)
         elif source is not None:  # at once: a free slot may be given away before this is over
-            engine.copy_row(source, slot, len(prompts[i]) - 1)
+            session.copy_row(source, slot, len(prompts[i]) - 1)
         elif free and waiting and first[waiting[0]] == first[i] and len(prompts[i]) > 1:
             shared.append((slot, i))
             pending.add(slot)
@@ -141,9 +158,9 @@ def _admit(
         ready.append((slot, i))
     if shared:
         none = torch.empty(0, dtype=torch.int64)
-        engine.logits(*_packed([(slot, prompts[i][:-1]) for slot, i in shared]), none)
+        session.logits(*_packed([(slot, prompts[i][:-1]) for slot, i in shared]), none)
     for copy in copies:
-        engine.copy_row(*copy)
+        session.copy_row(*copy)
     return new, ready
 
 
@@ -183,7 +200,7 @@ def _feed(
 
 
 def _draw(
-    engine: Engine,
+    session: Session,
     tokens: Tensor,
     rows: Tensor,
     positions: Tensor,
@@ -196,6 +213,6 @@ def _draw(
     """(tokens, logprobs), both (S, A), drawn after feeding."""
     fed = tokens, rows, positions, wanted
     if sampler.truncates:
-        drawn = ops.sample(engine.logits(*fed), seeds=seeds[0], **sampler._asdict())
+        drawn = ops.sample(session.logits(*fed), seeds=seeds[0], **sampler._asdict())
         return drawn[0][None], drawn[1][None]
-    return engine.draw(*fed, seeds=seeds, temperature=sampler.temperature, eos_id=eos_id)
+    return session.draw(*fed, seeds=seeds, temperature=sampler.temperature, eos_id=eos_id)

@@ -4,7 +4,10 @@ The draw for token t of sample k of prompt i in round r is a hash of (seed, r, i
 what is sampled does not depend on batch size, order, or how many processes share the work.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +25,44 @@ class Sampler(NamedTuple):
     @property
     def truncates(self) -> bool:
         return self.top_k > 0 or self.top_p < 1.0
+
+
+def check_settings(
+    sampler: Sampler, *, seed: int, round_index: int, max_new_tokens: int, batch_size: int = 1
+) -> None:
+    """ValueError, one sentence, for settings that no back end can draw with."""
+    for name, value in zip(Sampler._fields, sampler, strict=True):
+        _number(name, value, whole=name == "top_k")
+    ops.check_settings(*sampler)
+    for name, value in (("seed", seed), ("round_index", round_index)):
+        _number(name, value, whole=True)
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name} is {value}; it must fit 64 bits, -2^63 to 2^63 - 1")
+    for name, value, least in (
+        ("max_new_tokens", max_new_tokens, 0),
+        ("batch_size", batch_size, 1),
+    ):
+        _number(name, value, whole=True)
+        if value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+
+def _number(name: str, value: Any, *, whole: bool) -> None:
+    kinds, said = (Integral, "a whole number") if whole else (Real, "a number")
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be {said}")
+
+
+@contextmanager
+def blamed(model: str) -> Iterator[None]:
+    """ValueError that names the model where its logits leave nothing to draw from."""
+    try:
+        yield
+    except ops.NoDistribution as error:
+        raise ValueError(
+            f"{model} cannot be sampled from: its logits hold NaN or inf (training that diverged, "
+            "or damaged weights); take an earlier checkpoint or the weights it was made from"
+        ) from error
 
 
 def row_keys(seed: int, round_index: int, prompts: Tensor, samples: Tensor) -> Tensor:

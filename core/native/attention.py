@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puna.core.native.loader import best_instructions, native, readable
+from puna.core.native.loader import address, best_instructions, native, readable
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float | None) -> bool:
@@ -79,7 +79,7 @@ def attention_gradient(
     native().attention_backward(
         best_instructions(q.shape[3]),
         _described(q, k, v, cuts, scale, out, lse),
-        d_out.data_ptr(), d_out.stride(1), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(),
+        d_out.data_ptr(), d_out.stride(1), address(dq), address(dk), address(dv),
         torch.get_num_threads(),
     )  # fmt: skip
     return dq, dk, dv
@@ -95,7 +95,7 @@ def _described(
     q: Tensor, k: Tensor, v: Tensor, cuts: Tensor, scale: float, out: Tensor, lse: Tensor
 ) -> Any:  # fmt: skip
     return native().Attention(
-        q.shape[2], k.shape[2], q.shape[3], len(cuts) - 1, cuts.data_ptr(), scale,
+        q.shape[2], k.shape[2], q.shape[3], len(cuts) - 1, address(cuts), scale,
         q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(1), k.stride(1), v.stride(1),
-        out.data_ptr(), lse.data_ptr(),
+        address(out), address(lse),
     )  # fmt: skip

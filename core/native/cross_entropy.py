@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from puna.core.native.linear import matmul
-from puna.core.native.loader import best_instructions, extension, native
+from puna.core.native.loader import address, best_instructions, extension, native
 
 # Logits held at once, 32 MB. With less, what is copied of the weights for each chunk counts: 16 MB
 # took 1.1 times as long, 64 as long (2048 x 288 by 32000).
@@ -29,7 +29,7 @@ def with_loss(
     flat = hidden.reshape(-1, hidden.shape[-1])
     if len(rows) < len(flat):
         flat, labels, scale = flat.index_select(0, rows), labels[rows], scale[rows]
-    return flat.contiguous(), labels.contiguous(), scale
+    return flat.contiguous(), labels.contiguous(), scale.contiguous()
 
 
 def fits(
@@ -79,8 +79,8 @@ def loss_sum(
     losses = torch.empty(count)
     for part, logits in chunks(rows, weight):
         native().softmax_loss(
-            instructions, len(logits), vocabulary, logits.data_ptr(), labels[part].data_ptr(),
-            scale[part].data_ptr(), z_loss, losses[part].data_ptr(), torch.get_num_threads(),
+            instructions, len(logits), vocabulary, address(logits), address(labels[part]),
+            address(scale[part]), z_loss, address(losses[part]), torch.get_num_threads(),
         )  # fmt: skip
         if d_rows is not None:
             matmul(logits, weight, d_rows[part])

@@ -8,7 +8,7 @@ over 2048 x 288 and 2048 x 768 took 4 to 13 times what the memory needs.
 import torch
 from torch import Tensor
 
-from puna.core.native.loader import best_instructions, extension, native, readable
+from puna.core.native.loader import address, best_instructions, extension, native, readable
 
 
 def fits_rms_norm(x: Tensor, weight: Tensor, cast: str) -> bool:
@@ -26,8 +26,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     width = x.shape[-1]
     y, scale = x.new_empty(x.shape), x.new_empty(x.shape[:-1].numel())
     native().rms_norm(
-        best_instructions(), len(scale), width, x.data_ptr(), weight.data_ptr(), eps, y.data_ptr(),
-        scale.data_ptr(), torch.get_num_threads(),
+        best_instructions(), len(scale), width, address(x), address(weight), eps, address(y),
+        address(scale), torch.get_num_threads(),
     )  # fmt: skip
     return y, scale
 
@@ -41,8 +41,8 @@ def rms_norm_gradient(
     partial = x.new_empty(threads, 2, x.shape[-1])
     native().rms_norm_gradient(
         best_instructions(), len(scale), x.shape[-1],
-        x.data_ptr(), weight.data_ptr(), scale.data_ptr(), d_y.data_ptr(),
-        d_x.data_ptr(), d_weight.data_ptr(), partial.data_ptr(), threads,
+        address(x), address(weight), address(scale), address(d_y),
+        address(d_x), address(d_weight), address(partial), threads,
     )  # fmt: skip
     return d_x, d_weight
 
@@ -62,9 +62,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     native().swiglu(
         best_instructions(),
         y.numel(),
-        gate.data_ptr(),
-        up.data_ptr(),
-        y.data_ptr(),
+        address(gate),
+        address(up),
+        address(y),
         torch.get_num_threads(),
     )
     return y
@@ -75,8 +75,8 @@ def swiglu_gradient(gate: Tensor, up: Tensor, d_y: Tensor) -> tuple[Tensor, Tens
     d_y = d_y.contiguous()
     d_gate, d_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
     native().swiglu_gradient(
-        best_instructions(), gate.numel(), gate.data_ptr(), up.data_ptr(), d_y.data_ptr(),
-        d_gate.data_ptr(), d_up.data_ptr(), torch.get_num_threads(),
+        best_instructions(), gate.numel(), address(gate), address(up), address(d_y),
+        address(d_gate), address(d_up), torch.get_num_threads(),
     )  # fmt: skip
     return d_gate, d_up
 
@@ -117,7 +117,7 @@ def rope(
         best_instructions(), batch, tokens, size // 2,
         (q.shape[2], *q.stride()[:3], q.data_ptr(), q_out.data_ptr()),
         (k.shape[2], *k.stride()[:3], k.data_ptr(), k_out.data_ptr()),
-        cos.data_ptr(), sin.data_ptr(), cos.stride(0) if cos.dim() == 3 else 0, cos.stride(-2),
+        address(cos), address(sin), cos.stride(0) if cos.dim() == 3 else 0, cos.stride(-2),
         -1.0 if back else 1.0, torch.get_num_threads(),
     )  # fmt: skip
     return q_out, k_out

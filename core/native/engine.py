@@ -1,14 +1,19 @@
 """Checked calls into `puna.core._C`, the native engine for CPUs.
 
-The extension has no knowledge of torch: it gets addresses. Everything is checked here, and the
-tensors that it goes on reading are kept alive here. Without the extension, or for a model that it
-does not take, `engine_for` returns None and PyTorch does the work.
+The extension has no knowledge of torch: it gets addresses. The model is checked here, and the
+tensors that it goes on reading are kept alive here; what generates is a `Session`. Without the
+extension, or for a model that it does not take, `engine_for` returns None and PyTorch does the
+work.
 """
 
 import functools
 import logging
 import os
+import threading
 import weakref
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +24,7 @@ from puna.core.checkpoint.source import parameter_shapes
 from puna.core.config import ModelConfig
 from puna.core.model import Block, RMSNorm, Transformer
 from puna.core.native.loader import WIDTHS, best_instructions, extension
+from puna.core.native.session import Session
 from puna.core.plain import altered
 
 log = logging.getLogger("puna")
@@ -28,11 +34,12 @@ FORMATS = {"fp32": 4.0, "bf16": 2.0, "int8": 1.125}  # bytes a weight; groups of
 
 
 class Engine:
-    """A model's weights, packed for decoding, and a key/value cache: rows of `max_tokens` tokens.
+    """A model's weights as they are now, packed for decoding; sessions read them.
 
     `weight_format` is that of the packed copy: "fp32"; "bf16"; "int8", where groups of 32 inputs
     share an fp32 scale for each output, and what they multiply is rounded to int8 in the same
-    groups. All else is fp32, the embedding the model's own.
+    groups. All else is fp32. Nothing changes an engine: any number of sessions, threads too, read
+    it at once, and go on with the weights they began with when the model's change.
     """
 
     def __init__(
@@ -54,100 +61,36 @@ class Engine:
             )
         self.config = model.config
         self.stamp = stamp(model)
+        # Read where they are. The embedding is a copy, or a session would see it change.
         self._alive = (
-            model.model.embed_tokens.weight.detach(),
+            model.model.embed_tokens.weight.detach().clone(),
             *model.rope_tables(torch.device("cpu")),
         )
         self._native = module.make_engine(
             instruction_set, weight_format, *_description(model, self._alive)
         )
+        self._idle: deque[Session] = deque(maxlen=1)
 
-    def reserve(self, rows: int, max_tokens: int) -> None:
-        """Room for `rows` rows of `max_tokens` tokens; what was in the cache is lost."""
-        if rows < 1 or not 1 <= max_tokens <= self.config.context:
-            raise ValueError(
-                f"cannot reserve {rows} rows of {max_tokens} tokens: at least 1 row, and 1 to "
-                f"{self.config.context} tokens (the model's context)"
-            )
-        self._native.reserve(rows, max_tokens)
+    def new_session(self) -> Session:
+        """A session without room yet, for who keeps it longer than a call."""
+        return Session(self._native.new_session(), self.config, self._alive)
 
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of row `source` to row `target`."""
-        rows, max_tokens = self._native.rows, self._native.max_tokens
-        if not (0 <= source < rows and 0 <= target < rows and 0 <= length <= max_tokens):
-            raise ValueError(
-                f"cannot copy {length} tokens from row {source} to row {target} of a cache of "
-                f"{rows} rows of {max_tokens} tokens"
-            )
-        if source != target:
-            self._native.copy_row(source, target, length)
+    @contextmanager
+    def session(self, rows: int, max_tokens: int) -> Iterator[Session]:
+        """A session with room for `rows` rows of `max_tokens` tokens, for one call alone.
 
-    def logits(self, tokens: Tensor, rows: Tensor, positions: Tensor, wanted: Tensor) -> Tensor:
-        """Append tokens (N,) at `positions` (N,) of cache `rows` (N,); all int64.
-
-        A row's tokens stand next to each other, positions rising by one; a token sees its row up
-        to itself. Returns logits (W, V) fp32 after the tokens numbered `wanted` (W,).
-        Raises ValueError for tensors that are not CPU int64, contiguous and of fitting lengths,
-        for ids the model does not know and for places outside the cache.
+        The last one to be given back is kept for the next call: its memory is there, and it knows
+        how many threads are faster.
         """
-        logits = self._room(wanted)
-        self._forward(tokens, rows, positions, wanted, logits, 1, -1, 0.0, (0, 0, 0))
-        return logits
-
-    def draw(
-        self,
-        tokens: Tensor,
-        rows: Tensor,
-        positions: Tensor,
-        wanted: Tensor,
-        *,
-        seeds: Tensor,
-        temperature: float,
-        eos_id: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """As `logits`, and draw a token after each of `wanted`, for S steps on end.
-
-        Seeds (S, W) int64; the draw is `ops.sample`'s without truncation. A token that was drawn
-        is fed to its row, until S steps are done or one of them drew `eos_id` in some row.
-        Returns tokens (S', W) int64 and log-probs (S', W) fp32 of the S' steps done. Raises
-        ValueError too where the cache has no room for S steps.
-        """
-        steps, count = seeds.shape
-        _check_ids("seeds", seeds, (steps, wanted.numel()))
-        if not temperature >= 0:
-            raise ValueError(f"temperature {temperature} must be >= 0")
-        drawn, logprobs = torch.empty(steps, count, dtype=torch.int64), torch.empty(steps, count)
-        done = self._forward(
-            tokens, rows, positions, wanted, self._room(wanted),
-            steps, -1 if eos_id is None else eos_id, float(temperature),
-            (seeds.data_ptr(), drawn.data_ptr(), logprobs.data_ptr()),
-        )  # fmt: skip
-        return drawn[:done], logprobs[:done]
-
-    def _room(self, wanted: Tensor) -> Tensor:
-        return torch.empty(wanted.numel(), self.config.vocab_size)
-
-    def _forward(
-        self,
-        tokens: Tensor,
-        rows: Tensor,
-        positions: Tensor,
-        wanted: Tensor,
-        logits: Tensor,
-        steps: int,
-        eos_id: int,
-        temperature: float,
-        drawn: tuple[int, int, int],  # addresses of seeds, tokens, log-probs; or zeros
-    ) -> int:
-        count = tokens.numel()
-        for name, tensor in (("tokens", tokens), ("rows", rows), ("positions", positions)):
-            _check_ids(name, tensor, (count,))
-        _check_ids("wanted", wanted, (wanted.numel(),))
-        return self._native.forward(
-            count, tokens.data_ptr(), rows.data_ptr(), positions.data_ptr(),
-            wanted.numel(), wanted.data_ptr(), logits.data_ptr(),
-            steps, eos_id, temperature, *drawn, torch.get_num_threads(),
-        )  # fmt: skip
+        try:
+            session = self._idle.pop()
+        except IndexError:
+            session = self.new_session()
+        try:
+            session.reserve(rows, max_tokens)
+            yield session
+        finally:
+            self._idle.append(session)
 
 
 HEAD_VECTORS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)  # head sizes the engine has code for, in vectors
@@ -221,7 +164,16 @@ def stamp(model: Transformer) -> tuple[tuple[int, int], ...]:
     )
 
 
-_engines: "weakref.WeakKeyDictionary[Transformer, dict[str, Engine]]" = weakref.WeakKeyDictionary()
+class _Kept:
+    """A model's engines by format; who looks, or packs anew, holds the lock."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.engines: dict[str, Engine] = {}
+
+
+_kept: "weakref.WeakKeyDictionary[Transformer, _Kept]" = weakref.WeakKeyDictionary()
+_kept_lock = threading.Lock()
 
 
 def engine_for(model: Transformer, weight_format: str = "fp32") -> Engine | None:
@@ -246,12 +198,15 @@ def engine_for(model: Transformer, weight_format: str = "fp32") -> Engine | None
     unable = extension() is None or unfit(model) is not None
     if asked == "auto" and weight_format == "fp32" and (unable or _too_large(model)):
         return None
-    kept = _engines.setdefault(model, {})
-    engine = kept.get(weight_format)
-    if engine is None or unable or engine.stamp != stamp(model):
-        kept.pop(weight_format, None)  # before the new copy is made
-        engine = kept[weight_format] = Engine(model, weight_format=weight_format)
-    return engine
+    with _kept_lock:
+        kept = _kept.setdefault(model, _Kept())
+    with kept.lock:
+        engine = kept.engines.get(weight_format)
+        if engine is None or unable or engine.stamp != stamp(model):
+            engine = None
+            kept.engines.pop(weight_format, None)  # before the new copy is made
+            engine = kept.engines[weight_format] = Engine(model, weight_format=weight_format)
+        return engine
 
 
 def _too_large(model: Transformer) -> bool:
@@ -318,17 +273,3 @@ def _addresses(tensors: dict[str, Tensor]) -> dict[str, int]:
         if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.data_ptr() % 4:
             raise ValueError(f"{name} must be contiguous float32, aligned to 4 bytes")
     return {name: tensor.data_ptr() for name, tensor in tensors.items()}
-
-
-def _check_ids(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if (
-        tensor.dtype != torch.int64
-        or tensor.device.type != "cpu"
-        or tensor.shape != shape
-        or not tensor.is_contiguous()
-        or tensor.data_ptr() % 8
-    ):
-        raise ValueError(
-            f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; expected a "
-            f"contiguous int64 {shape} on the CPU"
-        )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from puna.core.native import linear
-from puna.core.native.loader import best_instructions, native, readable
+from puna.core.native.loader import address, best_instructions, native, readable
 
 
 def fits(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
@@ -31,7 +31,7 @@ def feed_forward(
     gates, ups = (x.new_empty(rows, len(gate)) for _ in range(2)) if keep else (None, None)
     native().feed_forward(
         best_instructions(), rows, *gate.T.shape,
-        *(0 if each is None else each.data_ptr() for each in (x, gate, up, down, gates, ups, y)),
+        *(0 if each is None else address(each) for each in (x, gate, up, down, gates, ups, y)),
         torch.get_num_threads(),
     )  # fmt: skip
     return y, gates, ups
@@ -45,7 +45,7 @@ def gradients(
     d_x, d_gate, d_up, d_down = (torch.empty_like(each) for each in given[:4])
     native().feed_forward_gradient(
         best_instructions(), x.shape[:-1].numel(), *gate.T.shape,
-        *(each.data_ptr() for each in (*given, d_x, d_gate, d_up, d_down)),
+        *(address(each) for each in (*given, d_x, d_gate, d_up, d_down)),
         torch.get_num_threads(),
     )  # fmt: skip
     return d_x, d_gate, d_up, d_down

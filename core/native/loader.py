@@ -60,3 +60,9 @@ def readable(*tensors: torch.Tensor) -> bool:
         type(x) in (torch.Tensor, torch.nn.Parameter) and x.is_cpu and x.dtype == torch.float32
         for x in tensors
     )
+
+
+def address(x: torch.Tensor) -> int:
+    """Where the numbers of x begin, for native code that takes them to lie without gaps."""
+    assert x.is_contiguous(), "native code would read past a tensor with gaps"
+    return x.data_ptr()

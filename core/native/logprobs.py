@@ -7,7 +7,7 @@ from torch import Tensor
 
 from puna.core.native.cross_entropy import chunks
 from puna.core.native.linear import matmul
-from puna.core.native.loader import best_instructions, extension, native, readable
+from puna.core.native.loader import address, best_instructions, extension, native, readable
 
 
 class LogProbs(NamedTuple):
@@ -40,8 +40,8 @@ def logprobs(rows: Tensor, weight: Tensor, labels: Tensor, temperature: float) -
     found = LogProbs(*(rows.new_empty(len(rows)) for _ in LogProbs._fields))
     for part, logits in chunks(rows, weight):
         native().logprobs(
-            best_instructions(), *logits.shape, logits.data_ptr(), labels[part].data_ptr(),
-            temperature, *(each[part].data_ptr() for each in found), torch.get_num_threads(),
+            best_instructions(), *logits.shape, address(logits), address(labels[part]),
+            temperature, *(address(each[part]) for each in found), torch.get_num_threads(),
         )  # fmt: skip
     return found
 
@@ -62,8 +62,8 @@ def gradient(
     kept = (*found[2:], d_logprobs.contiguous(), d_entropy.contiguous())
     for part, logits in chunks(rows, weight):
         native().logprobs_gradient(
-            best_instructions(), *logits.shape, logits.data_ptr(), labels[part].data_ptr(),
-            temperature, *(each[part].data_ptr() for each in kept), torch.get_num_threads(),
+            best_instructions(), *logits.shape, address(logits), address(labels[part]),
+            temperature, *(address(each[part]) for each in kept), torch.get_num_threads(),
         )  # fmt: skip
         if d_rows is not None:
             matmul(logits, weight, d_rows[part])

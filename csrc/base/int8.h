@@ -75,8 +75,9 @@ struct QuantizedRows {
     int32_t integers[QUANT_GROUP];
     int32_t total = 0;
     for (int i = 0; i < QUANT_GROUP; i += W) {
+      // The bound first: it is what comes of NaN, which is no integer. The scale still says NaN.
       const vec clamped =
-          max(min(load(padded + i) * factor, broadcast(127.0f)), broadcast(-127.0f));
+          max(min(broadcast(127.0f), load(padded + i) * factor), broadcast(-127.0f));
       const vec half = select(clamped < 0.0f, broadcast(-0.5f), broadcast(0.5f));
       const ivec n = __builtin_convertvector(clamped + half, ivec);
       std::memcpy(integers + i, &n, sizeof n);

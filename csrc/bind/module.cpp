@@ -7,6 +7,7 @@
 #include <malloc.h>
 #endif
 
+#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -43,10 +44,12 @@ const Operations& operations(const std::string& isa) {
 
 // A forked child has none of the threads that OpenMP would wait for: it works on one thread.
 int usable_threads(int threads) {
-  static pid_t first_parallel = 0;
+  static std::atomic<pid_t> first_parallel{0};
   if (threads < 1) throw std::invalid_argument("threads must be at least 1");
-  if (threads > 1 && !first_parallel) first_parallel = getpid();
-  return first_parallel && first_parallel != getpid() ? 1 : threads;
+  pid_t none = 0;
+  if (threads > 1) first_parallel.compare_exchange_strong(none, getpid());
+  const pid_t first = first_parallel;
+  return first && first != getpid() ? 1 : threads;
 }
 
 void check_range(const char* name, const int64_t* values, int64_t count, int64_t limit) {

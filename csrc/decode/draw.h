@@ -17,17 +17,19 @@ inline double uniform(int64_t seed) {
   return static_cast<double>(x >> 11) * 0x1.0p-53;
 }
 
-// The first token whose cumulative weight exceeds `target`, or the last that has any weight.
-inline int64_t inverse_cdf(const float* weights, int64_t count, double target) {
+// The first token whose cumulative weight exceeds u * total. Rounding may put that above the sum of
+// all weights, which are then added once more in the order of the search: no token that weighs
+// nothing may be the last resort.
+inline int64_t inverse_cdf(const float* weights, int64_t count, double u, double total) {
   double cumulative = 0.0;
   int64_t last = 0;
   for (int64_t i = 0; i < count; ++i) {
     if (weights[i] <= 0.0f) continue;
     cumulative += weights[i];
     last = i;
-    if (cumulative > target) break;
+    if (cumulative > u * total) return i;
   }
-  return last;
+  return cumulative < total ? inverse_cdf(weights, count, u, cumulative) : last;
 }
 
 inline int64_t argmax(const float* logits, int64_t count) {
@@ -51,7 +53,8 @@ inline int64_t argmax(const float* logits, int64_t count) {
 }
 
 // Writes exp(logit - max) over `logits`. Log-probs are of the tempered distribution; at
-// temperature 0, greedy, of the one at temperature 1.
+// temperature 0, greedy, of the one at temperature 1. NaN where there is no distribution: a logit
+// is NaN or inf, which makes the sum of the exponentials NaN, or all are -inf.
 inline void draw_token(float* logits, int64_t vocab, float temperature, int64_t seed,
                        int64_t* token, float* logprob) {
   const float factor = temperature > 0.0f ? 1.0f / temperature : 1.0f;
@@ -72,11 +75,12 @@ inline void draw_token(float* logits, int64_t vocab, float temperature, int64_t 
   int64_t chosen = best;
   float score = 0.0f;  // log of e^(maximum - maximum)
   if (temperature > 0.0f) {
-    chosen = inverse_cdf(logits, vocab, uniform(seed) * total);
+    chosen = inverse_cdf(logits, vocab, uniform(seed), total);
     score = std::log(logits[chosen]);
   }
   *token = chosen;
-  *logprob = std::fmin(score - static_cast<float>(std::log(total)), 0.0f);
+  const float found = score - static_cast<float>(std::log(total));
+  *logprob = found > 0.0f ? 0.0f : found;  // fmin would take NaN for a number
 }
 
 }  // namespace PUNA_ISA

@@ -6,6 +6,7 @@
 // row alone, to the last bit: the order of every sum is the same for any batch.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -51,18 +52,31 @@ struct Draw {
   float* logprobs;       // (steps, wanted_count)
 };
 
-class Engine {
+// What one generation writes to: a cache of keys and values, activations, what it knows of its own
+// speed. One call at a time may be in it.
+class Session {
  public:
-  virtual ~Engine() = default;
+  virtual ~Session() = default;
   // Room for `rows` rows of `max_tokens` tokens each; what the rows held is lost.
   virtual void reserve(int64_t rows, int64_t max_tokens) = 0;
-  // Returns the number of steps done: 1 without `draw`.
+  // Returns the number of steps done: 1 without `draw`. Where the last step's logits are NaN, inf
+  // or all -inf in some row, so that there is nothing to draw from, the number is negative.
   virtual int64_t forward(const Batch& batch, const Draw* draw, int threads) = 0;
   // Copies the first `length` tokens of row `from` to row `to`.
   virtual void copy_row(int64_t from, int64_t to, int64_t length) = 0;
   virtual int64_t vocab() const = 0;
   virtual int64_t rows() const = 0;
   virtual int64_t max_tokens() const = 0;
+
+  std::atomic<bool> busy{false};
+};
+
+// A model's weights, packed. Nothing writes to them: any number of sessions read them at once.
+class Engine {
+ public:
+  virtual ~Engine() = default;
+  // The session reads this engine's weights, which must outlive it.
+  virtual std::unique_ptr<Session> new_session() const = 0;
 };
 
 }  // namespace puna

@@ -25,18 +25,13 @@ struct Activations {
   std::vector<Buffer> normed, scores, quantized;  // one for each thread that works on the block
 };
 
-class Llama final : public puna::Engine {
+class LlamaSession final : public puna::Session {
  public:
-  Llama(const ModelShape& shape, const Weights& weights)
-      : shape_(shape),
-        embedding_(weights.embedding),
-        cos_(weights.cos),
-        sin_(weights.sin),
-        weights_(shape, weights),
-        cache_(shape.layers, shape.kv_heads, shape.head_dim),
-        attend_(attend_kernel_for(shape.head_dim)) {
-    if (!attend_) throw std::invalid_argument("this instruction set cannot split the head size");
-  }
+  explicit LlamaSession(const PackedWeights& weights)
+      : shape_(weights.shape),
+        weights_(weights),
+        cache_(shape_.layers, shape_.kv_heads, shape_.head_dim),
+        attend_(attend_kernel_for(shape_.head_dim)) {}
 
   void reserve(int64_t rows, int64_t max_tokens) override { cache_.reserve(rows, max_tokens); }
   int64_t vocab() const override { return shape_.vocab; }
@@ -58,8 +53,11 @@ class Llama final : public puna::Engine {
       all[i] = i;
     }
     int64_t done = 1;
-    for (; done < draw->steps; ++done) {
+    for (;; ++done) {
       const int64_t* last = draw->tokens + (done - 1) * count;
+      const float* logprobs = draw->logprobs + (done - 1) * count;
+      if (std::any_of(logprobs, logprobs + count, [](float x) { return x != x; })) return -done;
+      if (done == draw->steps) break;
       if (std::find(last, last + count, draw->eos) != last + count) break;
       for (int64_t& position : positions) ++position;
       step({count, last, rows.data(), positions.data(), count, all.data(), batch.logits}, draw,
@@ -183,7 +181,7 @@ class Llama final : public puna::Engine {
     float* x = residual_.get() + first * dim;
     const Range tokens = split(count, team.part, team.parts);
     for (int64_t i = tokens.begin; i < tokens.end; ++i)
-      std::memcpy(x + i * dim, embedding_ + batch.tokens[first + i] * dim, dim * sizeof(float));
+      std::memcpy(x + i * dim, weights_.embedding + batch.tokens[first + i] * dim, dim * sizeof(float));
     team.wait();
     for (int64_t l = 0; l < shape_.layers; ++l) {
       attention(batch, first, count, l, x, team, a);
@@ -251,7 +249,7 @@ class Llama final : public puna::Engine {
     const float scale = 1.0f / std::sqrt(static_cast<float>(d));
     for (int64_t i = 0; i < count; ++i) {
       const int64_t t = batch.positions[first + i], row = batch.rows[first + i];
-      const float *cos = cos_ + t * (d / 2), *sin = sin_ + t * (d / 2);
+      const float *cos = weights_.cos + t * (d / 2), *sin = weights_.sin + t * (d / 2);
       float* q = a.qkv.get() + i * width;
       for (int64_t g = heads.begin; g < heads.end; ++g) {
         float* k = q + q_width() + g * d;
@@ -308,9 +306,8 @@ class Llama final : public puna::Engine {
                     batch.logits + first * shape_.vocab, part, parts, quantized);
   }
 
-  ModelShape shape_;
-  const float *embedding_, *cos_, *sin_;
-  PackedWeights weights_;
+  const ModelShape shape_;
+  const PackedWeights& weights_;
   KVCache cache_;
   AttendKernel attend_;
   puna::Barrier barrier_;
@@ -318,6 +315,20 @@ class Llama final : public puna::Engine {
   std::vector<Activations> activations_;
   Buffer residual_, final_;  // the residual stream (N, C); the normed states that get logits
   int64_t block_capacity_ = 0, score_capacity_ = 0, residual_size_ = 0, final_size_ = 0;
+};
+
+class Llama final : public puna::Engine {
+ public:
+  Llama(const ModelShape& shape, const Weights& weights) : weights_(shape, weights) {
+    if (!attend_kernel_for(shape.head_dim))
+      throw std::invalid_argument("this instruction set cannot split the head size");
+  }
+  std::unique_ptr<puna::Session> new_session() const override {
+    return std::make_unique<LlamaSession>(weights_);
+  }
+
+ private:
+  const PackedWeights weights_;
 };
 
 }  // namespace PUNA_ISA

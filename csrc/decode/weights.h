@@ -14,12 +14,19 @@ struct PackedLayer {
 
 class PackedWeights {
  public:
+  puna::ModelShape shape;
+  const float *embedding, *cos, *sin;  // not packed: read where they are
   std::vector<PackedLayer> layers;
   PackedMatrix head;
   std::vector<float> final_norm;
 
   PackedWeights(const puna::ModelShape& s, const puna::Weights& weights)
-      : head(s.dim, s.vocab, weights.format), final_norm(weights.norm, weights.norm + s.dim) {
+      : shape(s),
+        embedding(weights.embedding),
+        cos(weights.cos),
+        sin(weights.sin),
+        head(s.dim, s.vocab, weights.format),
+        final_norm(weights.norm, weights.norm + s.dim) {
     const int64_t q = s.heads * s.head_dim, kv = s.kv_heads * s.head_dim;
     const auto matrix = [&](int64_t in, int64_t out) {
       return PackedMatrix(in, out, weights.format);

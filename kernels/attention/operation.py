@@ -163,7 +163,7 @@ def attention_packed_reference(
     if tokens == 0:
         return _rows(q, k, v, scale)
     flat_q, flat_k, flat_v = (x.reshape(tokens, *x.shape[2:]) for x in (q, k, v))
-    return _segments(flat_q, flat_k, flat_v, cuts, scale).view(q.shape)
+    return _segments(flat_q, flat_k, flat_v, cuts, scale).reshape(q.shape)
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

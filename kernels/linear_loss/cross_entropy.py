@@ -15,7 +15,7 @@ overflow before the upstream gradient has scaled them, go through `linear_softma
 import torch
 from torch import Tensor
 
-from ..backend import choose, debug, first_only, opaque
+from ..backend import choose, debug, first_only, opaque, visible
 from .cross_entropy_sum import summed_cross_entropy
 from .softmax import linear_softmax
 
@@ -37,12 +37,13 @@ def linear_cross_entropy(
     `weights` (...,) scales each token's loss; zero and `ignore_index` drop it. "mean" divides
     by the sum of the weights (0 if all are dropped), "sum" does not, "none" returns (...,).
     The weights are constants: no gradient flows to them.
-    fp32 result (fp64 for fp64 inputs). Raises ValueError for shapes or labels that do not fit.
+    fp32 result (fp64 for fp64 inputs). Raises ValueError for shapes or labels that do not fit, and
+    for a "mean" over weights whose sum is negative (where it costs no wait; elsewhere it is NaN).
     """
     _check_shapes(hidden, weight, targets)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'")
-    flat, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    flat, labels = hidden.reshape(-1, hidden.shape[-1]), flat_labels(targets)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     scale = torch.ones_like(labels, dtype=wide)
     if weights is not None:
@@ -50,7 +51,7 @@ def linear_cross_entropy(
             raise ValueError(
                 f"weights are {tuple(weights.shape)}, targets {tuple(targets.shape)}: not equal"
             )
-        scale = weights.detach().reshape(-1).to(wide)
+        scale = weights.detach().reshape(-1).contiguous().to(wide)
     scale = scale.masked_fill(labels == ignore_index, 0.0)
     if choose(hidden) == "triton":
         return _triton(flat, weight, labels, scale, reduction, z_loss).view(
@@ -58,6 +59,25 @@ def linear_cross_entropy(
         )
     loss = linear_cross_entropy_reference(flat, weight, labels, scale, reduction, z_loss)
     return loss.view(targets.shape) if reduction == "none" else loss
+
+
+def flat_labels(targets: Tensor) -> Tensor:
+    """targets (...,) as (N,), next to each other: kernels read them there, and `reshape` alone
+    keeps the stride of a column or of one label for all."""
+    return targets.reshape(-1).contiguous()
+
+
+def mean_of(total: Tensor, scale: Tensor) -> Tensor:
+    """total / the sum of the weights `scale` (N,), 0 where nothing counts.
+
+    Raises ValueError for a negative sum where the CPU can see it; elsewhere that gives NaN.
+    """
+    weight = scale.sum()
+    if visible(weight) and weight < 0:
+        raise ValueError(
+            f"the weights' sum is {float(weight)}: a mean needs one of at least 0; take the sum"
+        )
+    return total / weight.clamp_min(torch.finfo(scale.dtype).tiny).where(weight >= 0, torch.nan)
 
 
 def _check_shapes(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
@@ -103,9 +123,7 @@ def linear_cross_entropy_reference(
         losses = _PerToken.apply(few, weight, labels, z_loss) * scale
         return losses.new_zeros(len(flat)).index_copy(0, rows, losses)
     total, _ = _Summed.apply(few, weight, labels, scale, z_loss, torch.is_grad_enabled())
-    if reduction == "sum":
-        return total
-    return total / scale.sum().clamp_min(torch.finfo(scale.dtype).tiny)
+    return total if reduction == "sum" else mean_of(total, scale)
 
 
 def _chunks(rows: int, vocabulary: int) -> list[slice]:
@@ -240,5 +258,4 @@ def _triton(
     else:
         wants = hidden.requires_grad, weight.requires_grad
         total, *_ = summed_cross_entropy(hidden, weight, labels, scale, rows, z_loss, *wants)
-    tiny = torch.finfo(torch.float32).tiny
-    return total / scale.sum().clamp_min(tiny) if reduction == "mean" else total
+    return mean_of(total, scale) if reduction == "mean" else total

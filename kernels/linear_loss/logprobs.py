@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backend import choose, first_only
-from .cross_entropy import _check_labels, _check_shapes, _chunks, _propagate
+from .cross_entropy import _check_labels, _check_shapes, _chunks, _propagate, flat_labels
 from .softmax import linear_softmax
 
 
@@ -25,9 +25,9 @@ def linear_logprobs(
     labels or a temperature that do not fit.
     """
     _check_shapes(hidden, weight, targets)
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, it must be above 0")
-    labels = targets.reshape(-1)
+    labels = flat_labels(targets)
     _check_labels(labels, weight)
     flat = hidden.reshape(-1, hidden.shape[-1])
     if choose(hidden) == "triton":

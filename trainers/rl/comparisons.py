@@ -7,6 +7,7 @@ temperatures; the annotator chooses one, on four levels, and at the safety stage
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from puna.core.checkpoint.folder import open_model
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.formats import RATINGS, SAFETY
 from puna.trainers.data.prompts import EncodedPrompt, draw
-from puna.trainers.rl.rewards import Answer
+from puna.trainers.rl.rewards import Answer, one_each
 from puna.trainers.rl.rollout import sample_everywhere
 
 
@@ -87,6 +88,7 @@ def sample_pairs(
                     prompt_ids=rows,
                     sample_ids=[number] * len(rows),
                     batch_size=batch_size,
+                    called=str(variant.model),
                 )
                 for row, ids in zip(rows, sampled, strict=True):
                     drawn[row] = decode_answer(tokenizer, ids), ids
@@ -114,15 +116,10 @@ def annotate(
     if path.exists():
         return
     found = [json.loads(line) for line in pairs.read_text(encoding="utf-8").split("\n") if line]
-    verdicts = annotator(*([_answer(pair, side, tokenizer) for pair in found] for side in "ab"))
-    if len(verdicts) != len(found):
-        raise ValueError(
-            f"the annotator gave {len(verdicts)} verdicts for {len(found)} pairs; it must return "
-            "one for each pair"
-        )
+    said = annotator(*([_answer(pair, side, tokenizer) for pair in found] for side in "ab"))
+    given = one_each("the annotator", said, len(found), "verdict", "pair")
+    verdicts = [check_verdict(verdict, number) for number, verdict in enumerate(given, 1)]
     rows = []
-    for number, verdict in enumerate(verdicts, 1):
-        check_verdict(verdict, number)
     for pair, verdict in zip(found, verdicts, strict=True):
         chosen, rejected = (pair["a"], pair["b"]) if verdict.chosen == 0 else (pair["b"], pair["a"])
         row = {
@@ -138,19 +135,29 @@ def annotate(
     write_rows(path, rows)
 
 
-def check_verdict(verdict: Verdict, number: int) -> None:
-    """ValueError for what no annotator can mean, before anything is written."""
+def check_verdict(given: Any, number: int) -> Verdict:
+    """A verdict, or a tuple like one; ValueError for what no annotator can mean, before anything
+    is written."""
+    try:
+        verdict = given if isinstance(given, Verdict) else Verdict(*given)
+    except TypeError:
+        raise ValueError(
+            f"the annotator's verdict {number} is {str(given)[:60]!r}; it must be a Verdict of "
+            f"{', '.join(Verdict._fields)}"
+        ) from None
     allowed = {
         "chosen": (0, 1),
         "rating": RATINGS,
         "safety": (None, *SAFETY, "chosen_unsafe"),
     }
     for name, values in allowed.items():
-        if (said := getattr(verdict, name)) not in values:
+        said = getattr(verdict, name)
+        if not isinstance(said, (int, str, NoneType)) or said not in values:
             raise ValueError(
                 f"the annotator's verdict {number} has {name} {said!r}; expected one of "
                 f"{', '.join(map(str, values))}"
             )
+    return verdict
 
 
 def _answer(pair: dict[str, Any], side: str, tokenizer: Tokenizer) -> Answer:

@@ -65,13 +65,22 @@ def safety_loss(scores: Tensor, safe: Tensor) -> Tensor:
     return torch.where(known, loss, torch.zeros_like(loss))
 
 
+LARGEST_LOG_RATIO = 20.0  # e^20 is 5e8; from 88 on the ratio is inf in fp32, and inf * 0 is NaN
+
+
+def ratios(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """pi(token) / pi_old(token) (A,), their log kept within +-20: beyond, there is no gradient."""
+    return (logprobs - old_logprobs).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
+
+
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> Tensor:
     """PPO's clipped surrogate, per token, as a loss: -min(ratio * A, clamp(ratio) * A).
 
     logprobs: (A,) of the policy being trained; old_logprobs: (A,) as the tokens were drawn;
-    advantages: (A,); clip: half width of the trusted interval around ratio 1. Returns (A,).
+    advantages: (A,); clip: half width of the trusted interval around ratio 1. Returns (A,). The
+    log of the ratio is kept within +-20, so that a policy far off gives a large number and not NaN.
     """
-    ratio = torch.exp(logprobs - old_logprobs)
+    ratio = ratios(logprobs, old_logprobs)
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return -torch.minimum(ratio * advantages, clipped * advantages)
 
@@ -101,7 +110,7 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """exp(-x) - 1 + x of the log-ratio x per sampled token: unbiased, low variance and never
     negative: the form to log."""
     difference = ref_logprobs - logprobs
-    return torch.expm1(difference) - difference
+    return torch.expm1(difference.clamp(max=LARGEST_LOG_RATIO)) - difference
 
 
 def moments(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

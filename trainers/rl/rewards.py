@@ -9,8 +9,9 @@ one.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,23 +63,62 @@ Reward = Callable[[Sequence[Answer]], "Scores | Tensor | Sequence[float]"]
 def score_answers(reward: Reward, answers: Sequence[Answer], device: torch.device) -> Scores:
     """What `reward` says of each answer, checked, on `device`.
 
-    Raises ValueError where it gives another number of scores than there are answers, RuntimeError
-    where one is not finite.
+    Raises ValueError where it does not give one number for each answer, RuntimeError where one is
+    not finite.
     """
     found = reward([own_copy(answer) for answer in answers])
-    scores = found if isinstance(found, Scores) else Scores(torch.as_tensor(found))
-    raw = scores.raw.to(device, torch.float32)
-    if raw.shape != (len(answers),):
-        raise ValueError(
-            f"the reward gave scores of shape {tuple(raw.shape)} for {len(answers)} answers; it "
-            "must return one number for each answer"
-        )
-    check_finite("the reward", raw)
+    scores = found if isinstance(found, Scores) else Scores(found)  # type: ignore[arg-type]
+    if not isinstance(scores.parts, Mapping) or not isinstance(scores.branches, Mapping):
+        raise ValueError("the reward's parts and branches must be dictionaries, of name to values")
+
+    def checked(values: Any, who: str) -> Tensor:
+        numbers = as_numbers(who, values, len(answers)).to(device)
+        check_finite(who, numbers)
+        return numbers
+
     return Scores(
-        raw,
-        {name: part.to(device) for name, part in scores.parts.items()},
-        {name: branch.to(device) for name, branch in scores.branches.items()},
+        checked(scores.raw, "the reward"),
+        {name: checked(part, f"the reward's part {name!r}") for name, part in scores.parts.items()},
+        {
+            name: checked(branch, f"the reward's branch {name!r}").bool()
+            for name, branch in scores.branches.items()
+        },
     )
+
+
+def as_numbers(who: str, found: Any, count: int) -> Tensor:
+    """(count,) fp32 of what `who` gave for `count` answers; ValueError where it is not that."""
+    values = found if isinstance(found, Tensor) else one_each(who, found, count, "score", "answer")
+    try:
+        numbers = torch.as_tensor(values).detach()
+        if numbers.is_complex():
+            raise TypeError
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"{who} gave {str(values)[:60]}; it must return one number for each answer"
+        ) from None
+    if numbers.shape != (count,):
+        raise ValueError(
+            f"{who} gave scores of shape {tuple(numbers.shape)} for {count} answers; it must "
+            "return one number for each answer"
+        )
+    return numbers.float()
+
+
+def one_each(who: str, found: Any, count: int, what: str, of: str) -> list[Any]:
+    """What a reward, a judge or an annotator gave, as a list of one for each of `count` things.
+
+    Raises ValueError where it gave something else, a text or nothing at all, or another number.
+    """
+    if isinstance(found, (str, bytes, Mapping)) or not isinstance(found, Iterable):
+        raise ValueError(f"{who} gave {str(found)[:60]!r}; it must return one {what} for each {of}")
+    values = list(islice(found, count + 1))  # a generator may have no end
+    if len(values) != count:
+        gave = f"more than {count}" if len(values) > count else len(values)
+        raise ValueError(
+            f"{who} gave {gave} {what}s for {count} {of}s; it must return one for each {of}"
+        )
+    return values
 
 
 def own_copy(answer: Answer) -> Answer:
@@ -90,13 +130,14 @@ def own_copy(answer: Answer) -> Answer:
     )
 
 
-def check_finite(who: str, scores: Tensor) -> None:
-    """RuntimeError naming `who` where one of its scores (S,) is not a finite number."""
-    bad = int((~torch.isfinite(scores)).sum())
+def check_finite(who: str, scores: Tensor, of: str = "answers") -> None:
+    """RuntimeError naming `who` where one of its scores (S,) or (S, T) is not a finite number."""
+    good = torch.isfinite(scores).flatten(1).all(1) if scores.dim() > 1 else torch.isfinite(scores)
+    bad = int((~good).sum())
     if bad:
         raise RuntimeError(
-            f"{who} gave no finite score for {bad} of {len(scores)} answers; nothing was trained "
-            "on them: look at its weights or its code, then run again"
+            f"{who} gave no finite score for {bad} of {len(scores)} {of}; nothing was trained on "
+            "them: look at its weights or its code, then run again"
         )
 
 

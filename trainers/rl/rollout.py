@@ -18,7 +18,7 @@ from puna.core.model import Transformer
 from puna.core.packed import forward_groups
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.prompts import EncodedPrompt
-from puna.trainers.rl.rewards import Answer
+from puna.trainers.rl.rewards import Answer, check_finite
 
 
 class Rollout(NamedTuple):
@@ -117,6 +117,7 @@ def collect(
             prompt_ids=list(prompt_ids),
             sample_ids=list(sample_ids),
             batch_size=batch_size,
+            called="the policy",
         )
     lengths = torch.tensor([len(c.tokens) for c in completions], dtype=torch.int64)
     assert bool((lengths > 0).all()), "an answer has at least one token"
@@ -200,10 +201,14 @@ def answer_logprobs(
 
 @torch.no_grad()
 def answer_values(critic: Transformer, rollout: Rollout, *, max_tokens: int) -> Tensor:
-    """The critic's value (S, T) fp32 of the state before each answer token, zero past the end."""
+    """The critic's value (S, T) fp32 of the state before each answer token, zero past the end.
+
+    Raises RuntimeError where one is not finite: the critic is at fault, not its learning rate.
+    """
     values = torch.zeros_like(rollout.logprobs)
     for rows, hidden, _ in answer_states(critic, rollout, max_tokens=max_tokens):
         flat = critic.logits(hidden)[:, 0]
         if rows:
             values[rows] = pad_answers(flat, rollout.lengths[rows], values.shape[1])
+    check_finite("the critic", values)
     return values

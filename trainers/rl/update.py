@@ -14,7 +14,7 @@ from puna.core import parallel
 from puna.core.model import Transformer
 from puna.core.ops import gae
 from puna.trainers.rl.config import PPOConfig
-from puna.trainers.rl.losses import k1, k3, moments, policy_loss, value_loss, whiten
+from puna.trainers.rl.losses import k1, k3, moments, policy_loss, ratios, value_loss, whiten
 from puna.trainers.rl.rewards import Scores, settle_unfinished, token_rewards
 from puna.trainers.rl.rollout import Rollout, answer_logprobs, answer_states, answer_values
 from puna.trainers.train import loop
@@ -174,7 +174,7 @@ def policy_pass(
         losses = policy_loss(
             logprobs[kept], old[kept], part.advantages[rows][real][kept], config.ratio_clip
         )
-        ratio = torch.exp(logprobs.detach() - old)[kept]
+        ratio = ratios(logprobs.detach(), old)[kept]
         totals.add("policy_loss", losses)
         totals.add("ratio", ratio)
         totals.add("approx_kl", k3(old, logprobs.detach())[kept])  # KL(old || new), never negative
