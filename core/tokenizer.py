@@ -12,7 +12,9 @@ from pathlib import Path
 import sentencepiece
 
 from puna.core.checkpoint.atomic import atomic_file
+from puna.core.documents import regular_file
 
+LARGEST_BYTES = 1 << 26  # Llama 2's has half a MB
 MAX_SENTENCE_BYTES = 4192  # Llama 2's setting: SentencePiece drops longer lines
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space inside a piece
@@ -26,8 +28,9 @@ class Tokenizer:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
-            raise ValueError(f"{self.path}: no such file; give the path of a tokenizer.model")
+        regular_file(self.path, "no such file; give the path of a tokenizer.model")
+        if self.path.stat().st_size > LARGEST_BYTES:
+            raise ValueError(f"{self.path} is too large to be a tokenizer.model; give that file")
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
         except (RuntimeError, OSError) as error:

@@ -8,7 +8,7 @@ put their own state in `training/` beside the weights.
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -19,11 +19,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from puna.core.checkpoint import hf_config as hf_format
-from puna.core.checkpoint import hf_tokenizer, llama2c
+from puna.core.checkpoint import hf_tokenizer, llama2c, mistaken
 from puna.core.checkpoint.atomic import atomic_folder as atomic_folder
 from puna.core.checkpoint.atomic import recover
-from puna.core.checkpoint.source import Source, check_shapes, in_memory, parameter_shapes
+from puna.core.checkpoint.source import (
+    EMBEDDING,
+    HEADS,
+    Source,
+    check_shapes,
+    check_tensors,
+    in_memory,
+    parameter_shapes,
+)
 from puna.core.config import ModelConfig
+from puna.core.documents import read_object, regular_file
 from puna.core.model import Transformer, check_parameters
 from puna.core.tokenizer import Tokenizer
 
@@ -165,16 +174,20 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     if not path.exists():
         recover(path)
     if not path.is_dir():
+        mistaken.check_file(path)
         raise ValueError(f"{path}: no such model; give a model folder or a llama2.c .bin file")
-    if not (path / "config.json").exists() and (path / "params.json").exists():
-        raise ValueError(f"{path} is in Meta's format; convert it first with `puna convert`")
+    if not (path / "config.json").exists():
+        if (path / "params.json").exists():
+            raise ValueError(f"{path} is in Meta's format; convert it first with `puna convert`")
+        mistaken.check_folder(path)
     config, head, tied = hf_format.read_config(path / "config.json")
     shards = _read_headers(path)
     found = {name: view.shape for tensors in shards.values() for name, view in tensors.items()}
-    tied = tied and head == "lm"
-    if tied and "lm_head.weight" not in found:
-        found["lm_head.weight"] = found.get("model.embed_tokens.weight", ())
-    check_shapes(found, parameter_shapes(config, head), path)
+    # Of two that are tied one may be left out. Where both are stored both count, as in
+    # transformers: the config says tied, but the head may have been trained apart.
+    copied = _left_out(found) if tied and head == "lm" else {}
+    found |= {name: found[other] for other, name in copied.items()}
+    check_tensors(found, config, head, path)
     tokenizer = path / "tokenizer.model"
     if tokenizer.exists():
         check_vocabulary(tokenizer, config.vocab_size)
@@ -182,15 +195,20 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for file, names in shards.items():
             for name in names:
-                if tied and name == "lm_head.weight":
-                    continue  # transformers, too, takes the embedding where the config says tied
                 tensor = _read_tensor(path / file, name)
                 yield name, tensor
-                if tied and name == "model.embed_tokens.weight":
-                    yield "lm_head.weight", tensor.clone()
+                if name in copied:
+                    yield copied[name], tensor.clone()
 
-    dtype = next(iter(next(iter(shards.values())).values())).dtype
+    types = {name: view.dtype for stored in shards.values() for name, view in stored.items()}
+    dtype = types.get(EMBEDDING) or types[HEADS["lm"]]
     return Source(config, head, dtype, tokenizer if tokenizer.exists() else None, tensors)
+
+
+def _left_out(found: Container[str]) -> dict[str, str]:
+    """Stored name -> name of its copy, where one of the embedding and the head is not stored."""
+    pairs = ((EMBEDDING, HEADS["lm"]), (HEADS["lm"], EMBEDDING))
+    return {one: other for one, other in pairs if one in found and other not in found}
 
 
 def tokenizer_path(path: str | os.PathLike[str]) -> Path:
@@ -199,6 +217,8 @@ def tokenizer_path(path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"{path}: no such model; give a model folder or a llama2.c .bin file")
     file = Path(path) / "tokenizer.model"
     if not file.is_file():
+        if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+            mistaken.check_folder(Path(path))
         raise ValueError(f"{path} has no tokenizer.model; name the tokenizer it was trained with")
     return file
 
@@ -259,11 +279,9 @@ def _read_headers(folder: Path) -> dict[str, dict[str, _Stored]]:
         return {"model.safetensors": _read_header(folder / "model.safetensors")}
     index = folder / "model.safetensors.index.json"
     if not index.exists():
-        raise ValueError(
-            f"{folder} holds no model.safetensors; Puna reads no pickled weights: save the model "
-            "again as safetensors"
-        )
-    weight_map = hf_format.read_json(index).get("weight_map")
+        mistaken.check_folder(folder)
+        raise ValueError(f"{folder} holds no model.safetensors; fetch or save the model again")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map; fetch or save it again")
     files = sorted({str(file) for file in weight_map.values()})
@@ -302,11 +320,10 @@ def _read_tensor(file: Path, name: str) -> Tensor:
 
 @contextmanager
 def _opened(file: Path) -> Iterator:
+    regular_file(file, "the file is missing; fetch the checkpoint again")
     try:
         with safe_open(file, framework="pt", device="cpu") as tensors:
             yield tensors
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing; fetch the checkpoint again") from None
     except SafetensorError as error:
         raise ValueError(
             f"{file} is damaged or cut short ({error}); fetch or save it again"
