@@ -58,7 +58,8 @@ def ffn_width(dim: int, multiple_of: int = 256, multiplier: float | None = None)
     """
     if multiple_of < 1 or (multiplier is not None and not 0 < multiplier < math.inf):
         raise ValueError(
-            f"multiple_of is {multiple_of} and ffn_dim_multiplier {multiplier}; both must be above 0"
+            f"multiple_of is {multiple_of} and ffn_dim_multiplier {multiplier}; both must be "
+            "above 0"
         )
     width = 2 * (4 * dim) // 3
     if multiplier is not None:

@@ -25,7 +25,7 @@ from puna.core.chat import (
     encode_prompt,
 )
 from puna.core.checkpoint.any_format import open_any
-from puna.core.checkpoint.folder import check_vocabulary, save_model
+from puna.core.checkpoint.folder import check_own, check_vocabulary, save_model
 from puna.core.checkpoint.source import in_memory
 from puna.core.device import device_of_name
 from puna.core.generation import generate as generation
@@ -64,6 +64,8 @@ def load(
     source = open_any(path)
     if context is not None:
         source = source._replace(config=replace(source.config, context=context))
+    if tokenizer is not None and source.tokenizer is not None:
+        check_own(tokenizer, source.tokenizer)
     file = tokenizer or source.tokenizer
     vocabulary = None if file is None else check_vocabulary(file, source.config.vocab_size)
     return Llama(in_memory(source, place, dtype), vocabulary, Path(path))

@@ -73,6 +73,18 @@ class Tokenizer:
         self._check([token])
         return bool(self._model.is_byte(token))
 
+    def is_text(self, token: int) -> bool:
+        """Whether the id stands for text: it is no control piece, no byte and not the unknown."""
+        self._check([token])
+        model = self._model
+        return not (model.is_control(token) or model.is_unknown(token) or model.is_byte(token))
+
+    def piece_score(self, token: int) -> float:
+        """What the model says of a piece: in a byte-pair model the order of its merge, negative."""
+        self._check([token])
+        score: float = self._model.get_score(token)
+        return score
+
     def _check(self, ids: list[int]) -> None:
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise ValueError(

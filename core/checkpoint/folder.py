@@ -8,6 +8,7 @@ put their own state in `training/` beside the weights.
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +23,12 @@ from puna.core.checkpoint import hf_config as hf_format
 from puna.core.checkpoint import hf_tokenizer, llama2c, mistaken
 from puna.core.checkpoint.atomic import atomic_folder as atomic_folder
 from puna.core.checkpoint.atomic import recover
+from puna.core.checkpoint.kept import keep_foreign
 from puna.core.checkpoint.source import (
     EMBEDDING,
     HEADS,
     Source,
+    as_type,
     check_shapes,
     check_tensors,
     in_memory,
@@ -59,13 +62,15 @@ def save_model(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write `model` as a model folder, replacing an earlier one only when all is on disk.
+    """Write `model` as a model folder, replacing an earlier one only when all is on disk; files
+    that are no model's (a README.md) stay.
 
     Raises ValueError where the tokenizer's vocabulary is not the model's, the model has adapters
     that are not merged, or `folder` holds something else than a model; OSError where the disk is
     full.
     """
     with atomic_folder(folder) as partial:
+        keep_foreign(Path(folder), partial)
         write_model(partial, model, tokenizer_path, shard_bytes=shard_bytes)
 
 
@@ -97,21 +102,32 @@ def write_tensors(
     tokenizer_path: str | os.PathLike[str] | None = None,
     *,
     dtype: torch.dtype,
+    keep_types: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """The files of a model folder from a stream of named tensors (a full state dict's items,
-    a conversion): at most one shard of them is held in memory."""
+    a conversion): at most one shard of them is held in memory.
+
+    All become `dtype`; with `keep_types` each keeps its own, and config.json says `dtype`. Raises
+    ValueError where a number does not fit. A tokenizer whose ids no tokenizer.json of ours gives
+    is written without one, with a warning.
+    """
     tokenizer = None
     if tokenizer_path is not None:
         tokenizer = check_vocabulary(tokenizer_path, config.vocab_size)
         shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
         document = hf_tokenizer.tokenizer_config_json(config, head, tokenizer)
+        try:
+            ours = hf_tokenizer.checked_tokenizer_json(tokenizer_path)
+            _write_json(folder / "tokenizer.json", ours)
+        except ValueError as error:
+            document["tokenizer_class"] = "LlamaTokenizer"  # which reads tokenizer.model
+            warnings.warn(f"{error}: it is left out", stacklevel=2)
         _write_json(folder / "tokenizer_config.json", document)
-        _write_json(folder / "tokenizer.json", hf_tokenizer.tokenizer_json(tokenizer_path))
     _write_json(folder / "config.json", hf_format.config_json(config, head, dtype, tokenizer))
     if head == "lm":
         _write_json(folder / "generation_config.json", hf_format.special_ids(tokenizer))
-    shapes = _write_shards(folder, tensors, dtype, shard_bytes)
+    shapes = _write_shards(folder, tensors, None if keep_types else dtype, shard_bytes)
     check_shapes(shapes, parameter_shapes(config, head), folder)
 
 
@@ -234,12 +250,25 @@ def check_vocabulary(path: str | os.PathLike[str], vocab_size: int) -> Tokenizer
     return tokenizer
 
 
+def check_own(path: str | os.PathLike[str], own: Path) -> None:
+    """ValueError where `path`, a tokenizer named for a model, has hardly a piece where `own`, the
+    one in the model's folder, has it: its ids would mean other words."""
+    given, known = Tokenizer(path), Tokenizer(own)
+    texts = [i for i in range(known.vocab_size) if known.is_text(i)]  # bytes are alike everywhere
+    same = sum(i < given.vocab_size and given.piece(i) == known.piece(i) for i in texts)
+    if 2 * same < len(texts):
+        raise ValueError(
+            f"{path} agrees with the model's own tokenizer, {own}, in {same} of {len(texts)} "
+            "pieces; leave it out"
+        )
+
+
 def _write_json(path: Path, document: dict) -> None:
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_shards(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, shard_bytes: int
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, shard_bytes: int
 ) -> dict[str, tuple[int, ...]]:
     """Write the tensors in order, a new file whenever one would pass `shard_bytes`."""
     shards: list[list[str]] = []
@@ -248,12 +277,14 @@ def _write_shards(
 
     def write() -> None:
         shards.append(list(held))
-        save_file(held, folder / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+        file = folder / f"{len(shards)}.safetensors"
+        save_file(held, file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", file)  # safetensors makes files for the owner alone
         held.clear()
 
     size = total = 0
     for name, tensor in tensors:
-        tensor = tensor.to(device="cpu", dtype=dtype).contiguous()
+        tensor = as_type(name, tensor, dtype).to(device="cpu").contiguous()
         if held and size + tensor.nbytes > shard_bytes:
             write()
             size = 0

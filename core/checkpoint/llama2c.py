@@ -19,6 +19,7 @@ from puna.core.checkpoint.source import (
     EMBEDDING,
     HEADS,
     Source,
+    as_type,
     half_split,
     interleaved,
     parameter_shapes,
@@ -87,6 +88,7 @@ def write(path: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]]
     kept: dict[str, Tensor] = {}  # the two that decide whether the head is tied
     with path.open("wb") as file:
         for name, tensor in tensors:
+            tensor = as_type(name, tensor, torch.float32)
             if name in (HEAD, EMBEDDING):
                 kept[name] = tensor.clone()
             heads = rope_heads(name, config)
@@ -158,7 +160,7 @@ def _rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 def _put(file: BinaryIO, offset: int, tensor: Tensor) -> None:
     file.seek(HEADER.size + 4 * offset)
-    file.write(tensor.to(torch.float32).contiguous().numpy().astype("<f4", copy=False).tobytes())
+    file.write(tensor.contiguous().numpy().astype("<f4", copy=False).tobytes())
 
 
 def _read(path: Path, config: ModelConfig, tied: bool) -> Iterator[tuple[str, Tensor]]:

@@ -66,14 +66,15 @@ def in_memory(source: Source, device: torch.device | str, dtype: torch.dtype) ->
         model = Transformer(source.config, source.head)
     for name, tensor in source.tensors():
         # A copy, always: the source may be a mapped file that is later removed or changed.
-        value = nn.Parameter(as_type(name, tensor, dtype).to(device=device, copy=True))
+        kept = as_type(name, tensor, dtype)
+        value = nn.Parameter(kept.to(device=device, copy=kept is tensor))
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, value)
     return model
 
 
 def as_type(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """`tensor` as `dtype` (None: its own); ValueError where a number in it would become infinite."""
+    """`tensor` as `dtype` (None: its own); ValueError where a number would become infinite."""
     if dtype is None or dtype == tensor.dtype:
         return tensor
     converted = tensor.to(dtype)
@@ -82,7 +83,7 @@ def as_type(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         if lost.any():
             raise ValueError(
                 f"{name} holds {tensor[lost][0].item():g}, and {str(dtype).removeprefix('torch.')} "
-                f"ends at {torch.finfo(dtype).max:g}; choose bfloat16 or float32"
+                f"ends at {torch.finfo(dtype).max:g}; choose a type that reaches further"
             )
     return converted
 

@@ -26,6 +26,7 @@ else:
 DOTS = re.compile(rb"""(?:"(?:[^"\\]|\\.)*"|'[^']*'|[\w-]+)\s*\.(?=\s*["'\w-])""")
 MOST_PARTS = 200
 
+
 def find_recipe(name: str, folder: Path = Path()) -> Path:
     """The recipe called `name`: one in `folder`, or one that Puna ships (`7b/sft.toml`; the ending
     may be left out). Raises ValueError naming the nearest known ones."""
