@@ -57,7 +57,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not line.strip():
                 continue
             where = f"{path}:{number}"
-            row = parse_json(line, where, "expected one JSON object a line")
+            row = parse_json(line.rstrip(b"\r\n"), where, "expected one JSON object a line")
             if not isinstance(row, dict):
                 raise ValueError(
                     f"{where}: a JSON {type(row).__name__}, expected one object a line"
@@ -102,6 +102,13 @@ def typed(value: Any, kind: type[T], name: str) -> T:
     if type(value) is not kind or (type(value) is float and not math.isfinite(value)):
         raise ValueError(f"{name} is {shortened(value)}, expected {WORDS[kind]}")
     return value
+
+
+def are_ids(values: list[Any]) -> bool:
+    """Whether all of a list are whole numbers that can be token ids."""
+    return set(map(type, values)) <= {int} and (
+        not values or 0 <= min(values) <= max(values) < 1 << 31
+    )
 
 
 def shortened(value: Any) -> str:

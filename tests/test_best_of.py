@@ -82,7 +82,7 @@ def test_a_pool_that_is_none_is_refused_by_line(tmp_path):
     with pytest.raises(ValueError, match="pool.jsonl:2: the sample lacks finished, is_safety"):
         read_samples(file)
     file.write_text("[1]\n")
-    with pytest.raises(ValueError, match="pool.jsonl:1: not a sample"):
+    with pytest.raises(ValueError, match="pool.jsonl:1: a JSON list, expected one object a line"):
         read_samples(file)
     with pytest.raises(ValueError, match="no such file; a pool is"):
         read_samples(tmp_path / "none.jsonl")

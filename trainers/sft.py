@@ -81,6 +81,7 @@ def run(
     tokenizer = Tokenizer(tokenizer_file)
     rows = pack(tokenizer, learned, row_tokens)
     skipped.merge(rows.skipped)
+    eval_rows = pack_held_out(tokenizer, held, row_tokens, skipped)
     next_token.say(skipped)
     return next_token.train(
         "sft",
@@ -89,7 +90,7 @@ def run(
         rows,
         config,
         steps=next_token.epoch_steps(len(rows), config.epochs, config.batch),
-        eval_rows=pack(tokenizer, held, row_tokens) if held else None,
+        eval_rows=eval_rows,
         loss=next_token.checked(next_token.next_token_loss if loss is None else loss),
     )
 
@@ -108,7 +109,24 @@ def load_dialogues(paths: list[Path], columns: Columns) -> tuple[list[Dialogue],
 def pack(tokenizer: Tokenizer, dialogues: list[Dialogue], row_tokens: int) -> PackedRows:
     """Dialogues in rows of `row_tokens`; ValueError where none is left."""
     sequences = [encode_dialogue(tokenizer, dialogue.messages) for dialogue in dialogues]
-    return PackedRows(sequences, row_tokens, vocab_size=tokenizer.vocab_size)
+    where = [dialogue.where for dialogue in dialogues]
+    return PackedRows(sequences, row_tokens, vocab_size=tokenizer.vocab_size, where=where)
+
+
+def pack_held_out(
+    tokenizer: Tokenizer, held: list[Dialogue], row_tokens: int, skipped: Skipped
+) -> PackedRows | None:
+    """`pack` of held-out dialogues, adding to `skipped` those that are left out; None where there
+    are none or none is left, which is said and stops nobody."""
+    if not held:
+        return None
+    try:
+        rows = pack(tokenizer, held, row_tokens)
+    except ValueError as error:
+        skipped.notes.append(f"the held-out loss is not measured: {error}")
+        return None
+    skipped.merge_held_out(rows.skipped)
+    return rows
 
 
 def main() -> int:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from puna.trainers.train.arguments import joined
 from puna.trainers.train.ranges import Options, check_ranges, drafts, enforce
 from puna.trainers.train.recipes import find_recipe, read_recipe
 
@@ -38,7 +39,7 @@ def parse(cls: type[Config], argv: Sequence[str], prog: str) -> Config:
     with drafts():
         config = tyro.cli(
             cls,
-            args=arguments,
+            args=joined(cls, arguments),
             default=from_values(cls, values),
             prog=f"{prog} [recipe.toml]",
             description=(cls.__doc__ or "").strip(),
