@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from puna.core.checkpoint.convert import convert
+from puna.core.terminal import say
 from puna.trainers.train.ranges import Count, Options
 
 
@@ -39,9 +40,9 @@ def run(config: ConvertConfig) -> Path:
             dtype=None if config.dtype == "stored" else getattr(torch, config.dtype),
             context=config.context,
         )
-    print(f"wrote {target}")
+    say(f"wrote {target}")
     for warning in said:
-        print(warning.message)
+        say(warning.message)
     if target.is_dir() and not (target / "tokenizer.model").exists():
-        print("the source has no tokenizer.model: name one with --tokenizer to put it beside")
+        say("the source has no tokenizer.model: name one with --tokenizer to put it beside")
     return target

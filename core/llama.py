@@ -64,10 +64,10 @@ def load(
     source = open_any(path)
     if context is not None:
         source = source._replace(config=replace(source.config, context=context))
-    if tokenizer is not None and source.tokenizer is not None:
-        check_own(tokenizer, source.tokenizer)
     file = tokenizer or source.tokenizer
     vocabulary = None if file is None else check_vocabulary(file, source.config.vocab_size)
+    if tokenizer is not None and source.tokenizer is not None:
+        check_own(tokenizer, source.tokenizer)
     return Llama(in_memory(source, place, dtype), vocabulary, Path(path))
 
 
@@ -203,7 +203,9 @@ class Llama:
             round_index=round_index,
             weight_format=weight_format,
         )
-        return stream_text(tokenizer, (token for token in drawn if token != tokenizer.eos_id))
+        continued = isinstance(prompt, str) and bool(prompt)
+        answered = (token for token in drawn if token != tokenizer.eos_id)
+        return stream_text(tokenizer, answered, continued=continued)
 
     @overload
     def logprobs(self, texts: str | Chat) -> list[float]: ...
@@ -327,7 +329,8 @@ def _known_and_asked(
 
 
 def _text(tokenizer: Tokenizer, prompt: str | list[Message], ids: list[int]) -> str:
-    """What was drawn after a prompt, as text."""
+    """What was drawn after a prompt, as text; after a text with the space between them."""
     if isinstance(prompt, str):
-        return tokenizer.decode(ids)
+        known = tokenizer.encode(prompt)
+        return tokenizer.decode(known + ids)[len(tokenizer.decode(known)) :]
     return decode_answer(tokenizer, ids)

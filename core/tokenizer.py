@@ -93,15 +93,18 @@ class Tokenizer:
             )
 
 
-def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+def stream_text(
+    tokenizer: Tokenizer, ids: Iterable[int], *, continued: bool = False
+) -> Iterator[str]:
     """Text of `ids` as they come, one string for each id that completes a character.
 
-    The strings joined are `tokenizer.decode(ids)`. Byte tokens are held back until they make up
+    The strings joined are `tokenizer.decode(ids)`; with `continued`, where the ids go on after
+    others, its first word keeps the space before it. Byte tokens are held back until they make up
     a character, so that a half character is never printed.
     """
     held = b""
     opening: list[int] = []  # ids up to the first text: only there does decode drop spaces
-    begun = False
+    begun = continued
     for token in ids:
         if tokenizer.is_byte(token):
             held += bytes([int(tokenizer.piece(token)[1:-1], 16)])

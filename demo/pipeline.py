@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 from puna.core.checkpoint.atomic import write_text
 from puna.core.documents import json_rows
+from puna.core.terminal import say
 from puna.core.tokenizer import train_tokenizer
 from puna.demo import evaluation
 from puna.demo.kept import seconds
@@ -57,7 +58,7 @@ def run(config: DemoConfig) -> Path:
     demo.stage("evaluation", lambda: evaluation.write_evaluation(demo.out, demo.versions(), config))
     write_summary(demo.out)
     report = write_report(demo.out)
-    print(
+    say(
         f"\nDone in {demo.seconds():.0f} s ({time.monotonic() - began:.0f} s in this call)."
         f"\nReport: {report}"
         f"\nTalk to the model: puna chat --model {demo.out / 'gatt' / 'model'}"

@@ -17,6 +17,7 @@ from puna.core import parallel
 from puna.core.checkpoint.folder import open_source, tokenizer_path
 from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer
+from puna.core.terminal import say
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.formats import Columns, Preference, Ratings
 from puna.trainers.data.packing import (
@@ -111,7 +112,7 @@ def run(config: RewardConfig) -> Path:
     if held:
         found = shares(*margins_of(network.model, held, config.micro_batch, device))
         if parallel.is_main():
-            print(sentences(found, "held-out accuracy"), flush=True)
+            say(sentences(found, "held-out accuracy"))
     return final
 
 
@@ -123,7 +124,7 @@ def largest_batch(asked: int, pairs: int) -> int:
     if pairs < ranks:
         raise ValueError(f"{pairs} pairs are too few for {ranks} processes; run fewer")
     if parallel.is_main():
-        print(f"a batch of {asked} exceeds the {pairs} pairs; all are taken in a step", flush=True)
+        say(f"a batch of {asked} exceeds the {pairs} pairs; all are taken in a step")
     return pairs // ranks * ranks
 
 

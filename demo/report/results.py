@@ -24,7 +24,7 @@ REWARD_MODELS = ("helpfulness", "safety")
 def load_evaluation(folder: Path) -> Evaluation:
     """The run's `evaluation.json`; ValueError where the run has not come that far."""
     path = folder / "evaluation.json"
-    return read_object(path, "it is not there; let the demo finish, then write the report")
+    return read_object(path, "no such file; let the demo finish, then write the report")
 
 
 def rlhf_versions(evaluation: Evaluation) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from puna.core import parallel
+from puna.core.terminal import say
 from puna.trainers.train.config import Config, parse
 
 
@@ -22,10 +23,10 @@ def command(
     try:
         work(parse(config, sys.argv[1:] if arguments is None else arguments, prog))
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        say(f"{prog}: {error}", error=True)
         return 1
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+        say(f"{prog}: interrupted", error=True)
         return 130
     finally:
         parallel.close()
