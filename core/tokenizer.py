@@ -16,6 +16,7 @@ from puna.core.documents import regular_file
 
 LARGEST_BYTES = 1 << 26  # Llama 2's has half a MB
 MAX_SENTENCE_BYTES = 4192  # Llama 2's setting: SentencePiece drops longer lines
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space inside a piece
 
@@ -33,12 +34,14 @@ class Tokenizer:
             raise ValueError(f"{self.path} is too large to be a tokenizer.model; give that file")
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, UnicodeDecodeError) as error:  # the last from its message
             raise ValueError(
                 f"{self.path} is not a SentencePiece model; "
                 "train one with `puna tokenizer train` or take a checkpoint's tokenizer.model"
             ) from error
         self.vocab_size: int = self._model.vocab_size()
+        if not _is_whole(self._model):
+            raise ValueError(f"{self.path} is damaged: a piece is no text; fetch it again")
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
@@ -91,6 +94,17 @@ class Tokenizer:
                 f"token id {min(ids) if min(ids) < 0 else max(ids)} is outside the vocabulary of "
                 f"{self.vocab_size}; is {self.path} the tokenizer of this model?"
             )
+
+
+def _is_whole(model: sentencepiece.SentencePieceProcessor) -> bool:
+    """Whether all pieces are text, and those that stand for bytes say which."""
+    ids = list(range(model.vocab_size()))
+    try:
+        pieces = model.id_to_piece(ids)
+    except UnicodeDecodeError:
+        return False
+    are_bytes = zip(pieces, model.is_byte(ids), strict=True)
+    return all(_BYTE.fullmatch(piece) for piece, is_byte in are_bytes if is_byte)
 
 
 def stream_text(

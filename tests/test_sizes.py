@@ -141,7 +141,7 @@ def test_shards_that_are_not_there(folder: Path) -> None:
     refused(lambda: open_any(folder), "model-0.safetensors: the file is missing; fetch")
     for wrong in ([], {}, {"a": ["b"]}, "x"):
         edited(folder / "model.safetensors.index.json", weight_map=wrong)
-        refused(lambda: open_any(folder), "no weight_map|is missing|outside its folder")
+        refused(lambda: open_any(folder), "no weight_map|is missing|expected a text")
 
 
 DOCUMENTS = {

@@ -35,7 +35,7 @@ from puna.core.checkpoint.source import (
     parameter_shapes,
 )
 from puna.core.config import ModelConfig
-from puna.core.documents import read_object, regular_file
+from puna.core.documents import read_object, regular_file, typed
 from puna.core.model import Transformer, check_parameters
 from puna.core.tokenizer import Tokenizer
 
@@ -315,10 +315,10 @@ def _read_headers(folder: Path) -> dict[str, dict[str, _Stored]]:
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map; fetch or save it again")
-    files = sorted({str(file) for file in weight_map.values()})
+    files = sorted({typed(file, str, f"{index}: a file") for file in weight_map.values()})
     for file in files:
-        if Path(file).name != file:
-            raise ValueError(f"{index} points outside its folder ({file}); fetch it again")
+        if Path(file).name != file or len(file) > 255:
+            raise ValueError(f"{index} points outside its folder ({file:.60}); fetch it again")
     headers = {file: _read_header(folder / file) for file in files}
     for file, header in headers.items():
         for name in header:
@@ -357,7 +357,7 @@ def _opened(file: Path) -> Iterator:
             yield tensors
     except SafetensorError as error:
         raise ValueError(
-            f"{file} is damaged or cut short ({error}); fetch or save it again"
+            f"{file} is damaged or cut short ({str(error)[:200]}); fetch or save it again"
         ) from error
 
 

@@ -98,7 +98,8 @@ def architecture(document: dict[str, Any]) -> str:
     name = typed(names[0], str, "architectures[0]")
     if model_type != "llama" or name not in ARCHITECTURES:
         raise ValueError(
-            f"the architecture is {name} ({model_type}); Puna reads {' and '.join(ARCHITECTURES)}"
+            f"the architecture is {name:.40} ({model_type:.40}); Puna reads "
+            f"{' and '.join(ARCHITECTURES)}"
         )
     return name
 

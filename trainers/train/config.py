@@ -76,7 +76,7 @@ def check_keys(
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)
-            raise ValueError(f"{where}: unknown key '{key}'; did you mean {', '.join(near)}?")
+            raise ValueError(f"{where}: unknown key '{key:.60}'; did you mean {', '.join(near)}?")
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
             check_keys(typing.cast(type, hints[key]), value, f"{where} [{key}]")
 
