@@ -226,8 +226,8 @@ def test_columns_that_are_not_used_are_named_once(tmp_path: Path) -> None:
     columns = Columns(prompt="instruction", response="output")
     _, skipped = read_dialogues(file, columns)
     assert str(skipped) == (
-        f"{file}: the columns 'input', 'id', 'more' are not used; if they belong to the rows, map "
-        "them in the recipe's [columns]"
+        f"{file}: the columns 'input', 'id', 'more' are not used; what belongs to the rows is "
+        "mapped in the recipe's [columns]"
     )
     both = {"messages": [USER, ANSWER], "prompt": "q", "response": "a"}
     _, skipped = read_dialogues(lines(tmp_path / "b.jsonl", both))
@@ -240,8 +240,8 @@ def test_columns_that_are_not_used_are_named_once(tmp_path: Path) -> None:
         assert not read(lines(tmp_path / path, row))[1]
 
 
-def test_a_system_message_and_a_context_are_used_where_mapped() -> None:
-    columns = Columns(system="system", context="input")
+def test_a_system_message_and_an_input_are_used_where_mapped() -> None:
+    columns = Columns(system="system", input="input")
     row = {"system": "Be brief.", "prompt": "Repeat it.", "input": "the cat", "response": "cat"}
     assert [(m["role"], m["content"]) for m in parse_dialogue(row, columns).messages] == [
         ("system", "Be brief."),

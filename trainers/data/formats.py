@@ -252,7 +252,7 @@ def _prompt(row: Row, columns: Columns) -> list[Message]:
     if isinstance(row.get(columns.prompt), list):
         messages = _messages(row[columns.prompt], columns.prompt)
     else:
-        text = "\n\n".join([_string(row, columns.prompt), *_optional(row, columns.context)])
+        text = "\n\n".join([_string(row, columns.prompt), *_optional(row, columns.input)])
         messages = [_message("user", text)]
     return [_message("system", text) for text in _optional(row, columns.system)] + messages
 

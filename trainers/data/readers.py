@@ -183,6 +183,6 @@ def _usable(
         several = len(unread) > 1
         skipped.notes.append(
             f"{source}: the column{'s' * several} {', '.join(unread)} {'are' if several else 'is'} "
-            "not used; if they belong to the rows, map them in the recipe's [columns]"
+            "not used; what belongs to the rows is mapped in the recipe's [columns]"
         )
     return parsed, skipped
