@@ -97,11 +97,14 @@ def field(document: Mapping[str, Any], key: str, kind: type[T], default: Any = _
 
 def typed(value: Any, kind: type[T], name: str) -> T:
     """`value`, which must be of this kind; ValueError calls it `name`."""
-    if kind is float and type(value) is int and abs(value) < 1 << 1000:
-        value = float(value)
-    if type(value) is not kind or (type(value) is float and not math.isfinite(value)):
+    found = float(value) if kind is float and _is_small_int(value) else value
+    if type(found) is not kind or (kind is float and not math.isfinite(found)):
         raise ValueError(f"{name} is {shortened(value)}, expected {WORDS[kind]}")
-    return value
+    return found
+
+
+def _is_small_int(value: Any) -> bool:
+    return type(value) is int and abs(value) < 1 << 1000  # a float has no room for more
 
 
 def are_ids(values: list[Any]) -> bool:

@@ -227,7 +227,7 @@ def long_conversations(
     dialogues = world.persona_dialogues(seed, count, held_out=True)
     last = [name for name in versions if name != "gatt"][-1]
     said = {
-        name: kept(out / "evaluation" / f"persona-{label}-greedy.json", list)
+        name: kept(out / "evaluation" / f"persona-{label}-greedy.json", list) or []
         for label, name in (("without", last), ("with", "gatt"))
     }
     kinds = {world.read_instruction(d.instruction).kind: i for i, d in enumerate(dialogues)}

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from puna.trainers.rl.best_of import best_of, read_samples, reward_curve, write_samples
+from puna.trainers.rl.best_of import best_of, read_samples, reward_curve, why_none, write_samples
 
 
 def sample(question, score, *, finished=True, number=0, round=1, answer="yes"):
@@ -67,6 +67,13 @@ def test_the_curve_is_the_expected_maximum_over_all_subsets():
 def test_the_curve_never_falls():
     best = [row["best"] for row in reward_curve(torch.randn(7, 20))]
     assert all(a <= b + 1e-12 for a, b in zip(best, best[1:], strict=False))
+
+
+def test_why_nothing_can_be_kept():
+    unfinished, empty = sample("a", 1.0, finished=False), sample("a", 1.0) | {"answer": ""}
+    assert why_none([unfinished] * 3).startswith("no answer of 3 is finished; raise max_new_tokens")
+    assert "1 are finished and all of these are empty" in why_none([unfinished, empty])
+    assert best_of([unfinished, empty]) == []
 
 
 def test_samples_survive_the_disk(tmp_path):

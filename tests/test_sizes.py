@@ -20,6 +20,8 @@ from puna.core.config import ModelConfig, parameter_count
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.corpus import open_corpus
+from puna.trainers.data.readers import read_dialogues, read_texts
+from puna.trainers.rl.best_of import read_samples
 from puna.trainers.train.recipes import read_toml
 
 SHAPES = [ModelConfig(24, 2, 2, 1, 36, 64, context=32), ModelConfig(64, 3, 8, 4, 40, 100)]
@@ -173,6 +175,14 @@ def test_a_pipe_is_no_share_of_metas(meta_folder: Path) -> None:
     edited(meta_folder / "params.json", dim=24)
     os.mkfifo(meta_folder / "consolidated.00.pth")
     refused(lambda: open_any(meta_folder), "consolidated.00.pth is a pipe or a device")
+
+
+def test_a_pipe_is_no_data(tiny: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    tokenizer = Tokenizer(tiny / "tokenizer.model")
+    readers = [read_texts, read_dialogues, read_samples, read_toml, Tokenizer, open_any]
+    for read in [*readers, lambda path: open_corpus(path, tokenizer)]:
+        refused(lambda read=read: read(tmp_path / "pipe.txt"), "pipe.txt")
 
 
 def test_corpora(tiny: Path, tmp_path: Path) -> None:

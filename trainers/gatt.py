@@ -22,7 +22,7 @@ import numpy as np
 
 from puna.core import parallel
 from puna.core.chat import Message, decode_answer, encode_dialogue, encode_prompt
-from puna.core.checkpoint.atomic import write_text
+from puna.core.checkpoint.atomic import atomic_file
 from puna.core.checkpoint.folder import open_model, tokenizer_path
 from puna.core.documents import are_ids, json_rows, shortened
 from puna.core.model import Transformer
@@ -299,11 +299,12 @@ def _whole_turns(path: Path) -> int:
     """How many turns are complete; a line cut short by a kill is removed."""
     if not path.exists():
         return 0
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_text(path, whole)
-    return whole.count("\n")
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        with atomic_file(path) as partial:
+            partial.write_bytes(whole)
+    return whole.count(b"\n")
 
 
 def _append_turn(path: Path, exchanges: dict[int, Exchange]) -> None:

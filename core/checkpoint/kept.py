@@ -50,7 +50,7 @@ def carry_over(source: Path, target: Path, *, same_tokenizer: bool) -> None:
     for file in sorted(source.iterdir()):
         foreign = not MODEL_FILES.fullmatch(file.name) and file.suffix not in WEIGHTS
         if file.is_file() and foreign and not file.name.endswith(".index.json"):
-            shutil.copy(file, target / file.name)
+            shutil.copyfile(file, target / file.name)
     names = [file.name for file in source.glob("chat_template*")]
     if (target / "generation_config.json").exists():  # a language model
         names.append("generation_config.json")
@@ -60,7 +60,7 @@ def carry_over(source: Path, target: Path, *, same_tokenizer: bool) -> None:
         _keep_template(source / "tokenizer_config.json", target / "tokenizer_config.json")
     for name in names:
         if (source / name).is_file():
-            shutil.copy(source / name, target / name)
+            shutil.copyfile(source / name, target / name)
 
 
 def _keep_template(source: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ class Columns:
     system: str = ""
     """A system message, where the rows have no messages of their own."""
     input: str = ""
-    """A text that belongs to `prompt` and follows it after an empty line (Alpaca's input, Dolly's context)."""
+    """A text that follows the prompt after an empty line (Alpaca's input, Dolly's context)."""
     response: str = "response"
     """SFT: the answer to `prompt`."""
     chosen: str = "chosen"

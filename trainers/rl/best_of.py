@@ -105,6 +105,18 @@ def best_of(samples: Iterable[Sample]) -> list[Sample]:
     return list(best.values())
 
 
+def why_none(samples: Sequence[Sample]) -> str:
+    """The reason why `best_of` keeps none of the samples, as a sentence with the way out."""
+    if finished := sum(sample["finished"] for sample in samples):
+        return (
+            f"no answer of {len(samples)} can be kept: {finished} are finished and all of these are "
+            "empty; start from a policy that answers"
+        )
+    return (
+        f"no answer of {len(samples)} is finished; raise max_new_tokens or train the policy to stop"
+    )
+
+
 def reward_curve(scores: Tensor) -> list[dict[str, float]]:
     """Fig. 7: rows {"k", "best", "mean", "median"} for k = 1 .. K, from scores (P, K).
 
