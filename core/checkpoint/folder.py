@@ -122,7 +122,7 @@ def write_tensors(
             _write_json(folder / "tokenizer.json", ours)
         except ValueError as error:
             document["tokenizer_class"] = "LlamaTokenizer"  # which reads tokenizer.model
-            warnings.warn(f"{error}: it is left out", stacklevel=2)
+            warnings.warn(f"{error}; it is left out", stacklevel=2)
         _write_json(folder / "tokenizer_config.json", document)
     _write_json(folder / "config.json", hf_format.config_json(config, head, dtype, tokenizer))
     if head == "lm":

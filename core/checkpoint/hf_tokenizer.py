@@ -64,8 +64,8 @@ def _checked(path: str, digest: bytes) -> dict[str, Any]:
     text = difference(document, tokenizer)
     if text is not None:
         raise ValueError(
-            f"{path} is a SentencePiece model whose ids no tokenizer.json of ours gives (they "
-            f"differ for {text!r})"
+            f"a tokenizer.json would give other ids than {path} (for {text!r}, for example), which "
+            "is no byte-pair model with Llama 2's settings"
         )
     return document
 

@@ -109,8 +109,8 @@ def why_none(samples: Sequence[Sample]) -> str:
     """The reason why `best_of` keeps none of the samples, as a sentence with the way out."""
     if finished := sum(sample["finished"] for sample in samples):
         return (
-            f"no answer of {len(samples)} can be kept: {finished} are finished and all of these are "
-            "empty; start from a policy that answers"
+            f"no answer of {len(samples)} can be kept: {finished} are finished and all of these "
+            "are empty; start from a policy that answers"
         )
     return (
         f"no answer of {len(samples)} is finished; raise max_new_tokens or train the policy to stop"
