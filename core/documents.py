@@ -6,7 +6,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -118,3 +118,10 @@ def shortened(value: Any) -> str:
     """A value as JSON, short enough for a message."""
     text = json.dumps(value, ensure_ascii=True, default=repr)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def listed(names: Iterable[str], most: int = 12) -> str:
+    """Names of columns, as many as a message has room for."""
+    known = [shortened(name) for name in names]
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    return ", ".join(f"'{name[1:-1]}'" for name in known[:most]) + more

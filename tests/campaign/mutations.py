@@ -67,7 +67,7 @@ def value(document: Any, rng: Random) -> Any:
         if kind == 0:
             del holder[key]
         elif kind == 1 and isinstance(holder, dict):
-            holder[rng.choice(("", "x", "A" * 300, key.upper()))] = holder.pop(key)
+            holder[rng.choice(("", "x", "a\nb", "A" * 300, key.upper()))] = holder.pop(key)
         elif kind == 2 and isinstance(holder[key], (int, float)) and holder[key] is not True:
             holder[key] = rng.choice((holder[key] * 2, -holder[key], holder[key] + 1, holder[key]))
         elif kind == 3:

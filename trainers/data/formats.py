@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 from puna.core.chat import Message, check_dialogue, check_text
-from puna.core.documents import shortened
+from puna.core.documents import listed, shortened
 from puna.trainers.data.columns import Columns as Columns
 
 RATINGS = ("significantly_better", "better", "slightly_better", "negligibly_better")
@@ -348,7 +348,7 @@ def _string(row: Row, name: str) -> str:
 
 
 def _missing(row: Row, expected: str) -> Malformed:
-    columns = ", ".join(f"'{name}'" for name in row) or "none"
+    columns = listed(row) or "none"
     return Malformed(
         f"the row has the columns {columns}, expected {expected}; "
         "name the file's own columns in the recipe's [columns]"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from puna.core.documents import json_rows, regular_file
+from puna.core.documents import json_rows, listed, regular_file
 from puna.trainers.data.formats import (
     Columns,
     Dialogue,
@@ -179,10 +179,10 @@ def _usable(
     if not parsed:
         reasons = skipped.reasons().replace("\n", "; ") or "the file is empty"
         raise ValueError(f"{source}: no usable row: {reasons}")
-    if unread := [repr(name) for name in columns if name not in read]:
+    if unread := [name for name in columns if name not in read]:
         several = len(unread) > 1
         skipped.notes.append(
-            f"{source}: the column{'s' * several} {', '.join(unread)} {'are' if several else 'is'} "
+            f"{source}: the column{'s' * several} {listed(unread)} {'are' if several else 'is'} "
             "not used; what belongs to the rows is mapped in the recipe's [columns]"
         )
     return parsed, skipped
