@@ -4,6 +4,7 @@
 `field` takes a value out of an object only if it has the type that it must have.
 """
 
+import codecs
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -68,7 +69,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def parse_json(data: bytes, where: str, remedy: str) -> Any:
     """The JSON value in `data`, with or without a byte order mark; ValueError says `where`."""
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        return json.loads(data.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n")
         place = f"{where}:{line + 1}" if line else where

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 import typing
 from pathlib import Path
 
@@ -320,3 +321,20 @@ def test_a_damaged_file_of_the_demos_own_is_made_anew(content: bytes, tmp_path: 
     assert list(seconds(tmp_path)) == ["data"] and demo.seconds() < 1
     (tmp_path / "persona.json").write_bytes(content)
     assert kept(tmp_path / "persona.json", list) == ([1] if content == b"[1]" else None)
+
+
+def test_there_is_one_reader_of_json() -> None:
+    """A file's JSON is parsed where its mistakes become sentences, and lines are not cut with
+    `splitlines`, which takes U+2028 for an end of one."""
+    root = Path(__file__).parents[1]
+    own = {  # what a kill may have cut short, or what never was in a file
+        "core/documents.py", "core/parallel.py", "trainers/train/run.py", "demo/report/results.py",
+    }  # fmt: skip
+    rooms = ("core", "trainers", "demo", "cli", "puna")
+    files = [path for room in rooms for path in (root / room).rglob("*.py")]
+    found = {
+        str(path.relative_to(root))
+        for path in files
+        if re.search(r"json\.loads?\(|\.splitlines\(", path.read_text(encoding="utf-8"))
+    }
+    assert found <= own

@@ -152,12 +152,12 @@ def read_prompts(path: str | Path, columns: Columns | None = None) -> tuple[list
     return _read(path, lambda row: parse_prompt(row, columns or Columns()))
 
 
-def _read(path: str | Path, parse: Callable[[dict[str, Any]], T]) -> tuple[list[T], Skipped]:
+def _read(path: str | Path, parse: Callable[[Mapping[str, Any]], T]) -> tuple[list[T], Skipped]:
     return _usable(str(path), json_rows(Path(path)), parse)
 
 
 def _usable(
-    source: str, rows: Iterable[tuple[str, Any]], parse: Callable[[dict[str, Any]], T]
+    source: str, rows: Iterable[tuple[str, Any]], parse: Callable[[Mapping[str, Any]], T]
 ) -> tuple[list[T], Skipped]:
     """What `parse` makes of each (where it is, row) of `source`; what has a place for it is told
     where it is. Columns that no row's parsing looks at are named."""
@@ -169,8 +169,10 @@ def _usable(
         try:
             if not isinstance(row, Mapping):
                 raise Malformed(f"a {type(row).__name__}, expected an object with named columns")
-            columns |= dict.fromkeys(row)
-            found: Any = parse(Row(row, read))
+            if unread := row.keys() - read:  # in most files of the first row alone
+                columns |= dict.fromkeys(name for name in row if name in unread)
+                row = Row(row, read)
+            found: Any = parse(row)
             parsed.append(found._replace(where=where) if hasattr(found, "where") else found)
         except Unusable as reason:
             skipped.add(str(reason), where)
@@ -179,10 +181,10 @@ def _usable(
     if not parsed:
         reasons = skipped.reasons().replace("\n", "; ") or "the file is empty"
         raise ValueError(f"{source}: no usable row: {reasons}")
-    if unread := [name for name in columns if name not in read]:
-        several = len(unread) > 1
+    if never := [name for name in columns if name not in read]:
+        several = len(never) > 1
         skipped.notes.append(
-            f"{source}: the column{'s' * several} {listed(unread)} {'are' if several else 'is'} "
+            f"{source}: the column{'s' * several} {listed(never)} {'are' if several else 'is'} "
             "not used; what belongs to the rows is mapped in the recipe's [columns]"
         )
     return parsed, skipped
