@@ -129,7 +129,7 @@ def pack(
     """The selected answers, loss on the answer's tokens alone, and `mixed` dialogues, in rows."""
     sequences = [encode_dialogue(tokenizer, dialogue.messages) for dialogue in mixed]
     where = [dialogue.where for dialogue in mixed]
-    where += [f"selected answer {number}" for number in range(1, len(selected) + 1)]
+    where += [f"selected.jsonl:{number}" for number in range(1, len(selected) + 1)]
     for sample in selected:
         prompt = encode_prompt(tokenizer, sample["messages"])
         weights = [0.0] * len(prompt) + [1.0] * len(sample["tokens"])
