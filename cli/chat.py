@@ -1,12 +1,12 @@
 """`puna chat`: talk to a model in the terminal, answers streamed as they are drawn."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import puna
 from puna.core.chat import Message, check_dialogue
+from puna.core.terminal import say
 from puna.trainers.train.ranges import Above, AtMost, Count, Options, Seed, TemperatureOrGreedy
 
 
@@ -40,7 +40,7 @@ def run(config: ChatConfig) -> None:
     if config.system:
         fresh = [{"role": "system", "content": config.system}]
     messages = list(fresh)
-    print("Talk to the model; /new starts again, an empty line ends.")
+    say("Talk to the model; /new starts again, an empty line ends.")
     while (text := _read()) is not None:
         if text == "/new":
             messages = list(fresh)
@@ -52,7 +52,7 @@ def run(config: ChatConfig) -> None:
             answered: list[Message] = [*asked, {"role": "assistant", "content": answer}]
             check_dialogue(answered)  # a model can write a chat tag, too
         except ValueError as error:
-            print(f"({error}; say it otherwise, or /new to start again)", file=sys.stderr)
+            say(f"({error}; say it otherwise, or /new to start again)", error=True)
             continue
         messages = answered
 
@@ -61,7 +61,7 @@ def _read() -> str | None:
     try:
         text = input("> ").strip()
     except (EOFError, KeyboardInterrupt):
-        print()
+        say()
         return None
     return text or None
 
@@ -78,7 +78,7 @@ def _answer(llama: puna.Llama, messages: list[Message], config: ChatConfig) -> s
     )
     pieces = []
     for piece in drawn:
-        print(piece, end="", flush=True)
+        say(piece, end="")
         pieces.append(piece)
-    print()
+    say()
     return "".join(pieces).strip()

@@ -1,5 +1,6 @@
 """`puna convert`: Hugging Face, Meta and llama2.c models into each other's formats."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -7,6 +8,7 @@ from typing import Literal
 import torch
 
 from puna.core.checkpoint.convert import convert
+from puna.core.terminal import say
 from puna.trainers.train.ranges import Count, Options
 
 
@@ -22,21 +24,25 @@ class ConvertConfig(Options):
     tokenizer: Path | None = None
     """A tokenizer.model to put into the folder (default: the source's own)."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
-    """Type of the weights in the folder; a .bin always has float32."""
+    """Type of the weights in the folder (stored: each tensor's own); a .bin always has float32."""
     context: Count = 4096
     """Longest sequence in tokens, for Meta's folders, which do not say (Llama 2: 4096)."""
 
 
 def run(config: ConvertConfig) -> Path:
     """Convert, say where the result stands, and return that path."""
-    target = convert(
-        config.source,
-        config.target,
-        tokenizer=config.tokenizer,
-        dtype=None if config.dtype == "stored" else getattr(torch, config.dtype),
-        context=config.context,
-    )
-    print(f"wrote {target}")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        target = convert(
+            config.source,
+            config.target,
+            tokenizer=config.tokenizer,
+            dtype=None if config.dtype == "stored" else getattr(torch, config.dtype),
+            context=config.context,
+        )
+    say(f"wrote {target}")
+    for warning in said:
+        say(warning.message)
     if target.is_dir() and not (target / "tokenizer.model").exists():
-        print("the source has no tokenizer.model: name one with --tokenizer to put it beside")
+        say("the source has no tokenizer.model: name one with --tokenizer to put it beside")
     return target

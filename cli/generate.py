@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import puna
 from puna.core.chat import Message
+from puna.core.terminal import say
 from puna.trainers.train.ranges import (
     Above,
     AtMost,
@@ -59,10 +60,10 @@ def run(config: GenerateConfig) -> str:
     )
     pieces = []
     for piece in drawn:
-        print(piece, end="", flush=True)
+        say(piece, end="")
         pieces.append(piece)
     if sys.stdout.isatty():  # a file or a pipe gets the text and nothing else
-        print()
+        say()
     return "".join(pieces)
 
 

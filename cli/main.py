@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import puna
 from puna.core import starting
+from puna.core.terminal import say
 
 
 class Verb(NamedTuple):
@@ -59,17 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status. A user's mistake is one sentence on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
+        say(usage())
         return 0
     if arguments[0] == "--version":
-        print(f"puna {puna.__version__}")
+        say(f"puna {puna.__version__}")
         return 0
     name = arguments.pop(0)
     if arguments and f"{name} {arguments[0]}" in VERBS:
         name = f"{name} {arguments.pop(0)}"
     if name not in VERBS:
         near = [verb for verb in VERBS if verb.split()[0] == name] or list(VERBS)
-        print(f"puna: no verb '{name}'; there is {', '.join(near)}", file=sys.stderr)
+        say(f"puna: no verb '{name}'; there is {', '.join(near)}", error=True)
         return 2
     return run_verb(name, arguments)
 

@@ -5,10 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
+from puna.core.terminal import say, say_table
 from puna.core.tokenizer import Tokenizer, train_tokenizer
 from puna.trainers.data.corpus import encode_corpus, save_corpus
 from puna.trainers.data.formats import Columns
@@ -78,7 +75,7 @@ def train(config: TrainTokenizer) -> None:
         vocab_size=config.vocab_size,
         character_coverage=config.character_coverage,
     )
-    _print(f"wrote {config.output}: {tokenizer.vocab_size} pieces")
+    say(f"wrote {config.output}: {tokenizer.vocab_size} pieces")
 
 
 def encode(config: Encode) -> None:
@@ -89,14 +86,14 @@ def encode(config: Encode) -> None:
     if config.output is not None:
         corpus = encode_corpus(tokenizer, _texts(config.data, config.columns))
         save_corpus(config.output, corpus)
-        _print(
+        say(
             f"wrote {config.output}: {len(corpus.tokens):,} tokens of "
             f"{len(corpus.starts):,} documents"
         )
         return
     ids = tokenizer.encode(config.text or "")
-    _print(" ".join(map(str, ids)))
-    _print(" ".join(tokenizer.piece(token) for token in ids))
+    say(" ".join(map(str, ids)))
+    say(" ".join(tokenizer.piece(token) for token in ids))
 
 
 def inspect(config: Inspect) -> None:
@@ -119,10 +116,7 @@ def inspect(config: Inspect) -> None:
         size = sum(len(text.encode("utf-8")) for text in texts)
         rows.append(("tokens in the texts", f"{n_tokens:,}"))
         rows.append(("bytes a token", f"{size / n_tokens:.3f}"))
-    table = Table(show_header=False, box=None)
-    for name, value in rows:
-        table.add_row(Text(name, style="bold"), Text(value))
-    Console().print(table)
+    say_table(rows)
 
 
 def _texts(paths: tuple[Path, ...], columns: Columns) -> Iterator[str]:
@@ -132,10 +126,5 @@ def _texts(paths: tuple[Path, ...], columns: Columns) -> Iterator[str]:
     for path in paths:
         texts, skipped = read_texts(path, columns)
         if skipped:
-            _print(str(skipped))
+            say(str(skipped))
         yield from texts
-
-
-def _print(text: str) -> None:
-    """One line as it is: a user's text may look like markup."""
-    Console(soft_wrap=True, highlight=False).print(Text(text))

@@ -16,11 +16,16 @@ SYSTEM, END_SYSTEM = "<<SYS>>", "<</SYS>>"
 TAGS = (INST, END_INST, SYSTEM, END_SYSTEM)
 
 
-class Message(TypedDict):
-    """One message of a dialogue."""
-
+class _Said(TypedDict):
     role: Literal["system", "user", "assistant"]
     content: str
+
+
+class Message(_Said, total=False):
+    """One message of a dialogue."""
+
+    weight: float
+    """of an assistant message: how much its tokens count when it is learned from; left out: 1"""
 
 
 def check_dialogue(messages: Sequence[Message]) -> None:
@@ -56,19 +61,22 @@ def encode_dialogue(
 ) -> tuple[list[int], list[float]]:
     """Ids and weights of a whole dialogue, which ends with an assistant message.
 
-    `weights[i]` says how much predicting `ids[i]` counts: 1 for the answers' tokens and their
-    EOS, 0 for everything else (paper section 3.1). Raises ValueError as `check_dialogue` does.
+    `weights[i]` says how much predicting `ids[i]` counts: 1, or the message's `weight`, for the
+    answers' tokens and their EOS, 0 for everything else (paper section 3.1). Raises ValueError as
+    `check_dialogue` does.
     """
     check_dialogue(messages)
     if messages[-1]["role"] != "assistant":
         raise ValueError("a dialogue to learn from must end with an assistant message")
     ids: list[int] = []
     weights: list[float] = []
-    for user, answer in _exchanges(messages, system_every_turn=False):
+    counts = [each.get("weight", 1.0) for each in messages if each["role"] == "assistant"]
+    exchanges = _exchanges(messages, system_every_turn=False)
+    for (user, answer), count in zip(exchanges, counts, strict=True):
         prompt_ids = _encode_user(tokenizer, user)
         answer_ids = encode_answer(tokenizer, answer or "")
         ids += prompt_ids + answer_ids
-        weights += [0.0] * len(prompt_ids) + [1.0] * len(answer_ids)
+        weights += [0.0] * len(prompt_ids) + [count] * len(answer_ids)
     return ids, weights
 
 

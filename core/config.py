@@ -4,8 +4,10 @@ The paper names the sizes but not their dimensions; those are in Meta's `params.
 (34B was never released: its row is Code Llama 34B's, which continued it).
 """
 
+import math
 from dataclasses import dataclass
 
+LONGEST = 1 << 20  # tokens: the rotation tables of a whole context are made at once
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "context")
 
 
@@ -27,6 +29,14 @@ class ModelConfig:
         for name in SHAPE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.context > LONGEST:
+            raise ValueError(
+                f"the context is {self.context} tokens; it must be at most {LONGEST}: state a "
+                "shorter one"
+            )
+        for name in ("norm_eps", "rope_theta"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
         if self.dim % self.n_heads:
             raise ValueError(f"dim {self.dim} must be a multiple of n_heads {self.n_heads}")
         if self.n_heads % self.n_kv_heads:
@@ -42,10 +52,18 @@ class ModelConfig:
 
 
 def ffn_width(dim: int, multiple_of: int = 256, multiplier: float | None = None) -> int:
-    """F from `params.json`'s fields: 2/3 of 4*dim, scaled, rounded up to `multiple_of`."""
+    """F from `params.json`'s fields: 2/3 of 4*dim, scaled, rounded up to `multiple_of`.
+
+    Raises ValueError for numbers that give no width.
+    """
+    if multiple_of < 1 or (multiplier is not None and not 0 < multiplier < math.inf):
+        raise ValueError(
+            f"multiple_of is {multiple_of} and ffn_dim_multiplier {multiplier}; both must be "
+            "above 0"
+        )
     width = 2 * (4 * dim) // 3
     if multiplier is not None:
-        width = int(multiplier * width)
+        width = int(multiplier * min(width, 1 << 62))  # a float holds no more
     return multiple_of * -(-width // multiple_of)
 
 

@@ -25,7 +25,7 @@ from puna.core.chat import (
     encode_prompt,
 )
 from puna.core.checkpoint.any_format import open_any
-from puna.core.checkpoint.folder import check_vocabulary, save_model
+from puna.core.checkpoint.folder import check_own, check_vocabulary, save_model
 from puna.core.checkpoint.source import in_memory
 from puna.core.device import device_of_name
 from puna.core.generation import generate as generation
@@ -74,6 +74,8 @@ def load(
         source = source._replace(config=replace(source.config, context=context))
     file = tokenizer or source.tokenizer
     vocabulary = None if file is None else check_vocabulary(file, source.config.vocab_size)
+    if tokenizer is not None and source.tokenizer is not None:
+        check_own(tokenizer, source.tokenizer)
     return Llama(in_memory(source, place, dtype), vocabulary, Path(path))
 
 
@@ -212,7 +214,9 @@ class Llama:
             weight_format=weight_format,
             called=self._name(),
         )
-        return stream_text(tokenizer, (token for token in drawn if token != tokenizer.eos_id))
+        continued = isinstance(prompt, str) and bool(prompt)
+        answered = (token for token in drawn if token != tokenizer.eos_id)
+        return stream_text(tokenizer, answered, continued=continued)
 
     @overload
     def logprobs(self, texts: str | Chat) -> list[float]: ...
@@ -336,7 +340,8 @@ def _known_and_asked(
 
 
 def _text(tokenizer: Tokenizer, prompt: str | list[Message], ids: list[int]) -> str:
-    """What was drawn after a prompt, as text."""
+    """What was drawn after a prompt, as text; after a text with the space between them."""
     if isinstance(prompt, str):
-        return tokenizer.decode(ids)
+        known = tokenizer.encode(prompt)
+        return tokenizer.decode(known + ids)[len(tokenizer.decode(known)) :]
     return decode_answer(tokenizer, ids)

@@ -12,8 +12,11 @@ from pathlib import Path
 import sentencepiece
 
 from puna.core.checkpoint.atomic import atomic_file
+from puna.core.documents import regular_file
 
+LARGEST_BYTES = 1 << 26  # Llama 2's has half a MB
 MAX_SENTENCE_BYTES = 4192  # Llama 2's setting: SentencePiece drops longer lines
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space inside a piece
 
@@ -26,16 +29,19 @@ class Tokenizer:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
-            raise ValueError(f"{self.path}: no such file; give the path of a tokenizer.model")
+        regular_file(self.path, "no such file; give the path of a tokenizer.model")
+        if self.path.stat().st_size > LARGEST_BYTES:
+            raise ValueError(f"{self.path} is too large to be a tokenizer.model; give that file")
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, UnicodeDecodeError) as error:  # the last from its message
             raise ValueError(
                 f"{self.path} is not a SentencePiece model; "
                 "train one with `puna tokenizer train` or take a checkpoint's tokenizer.model"
             ) from error
         self.vocab_size: int = self._model.vocab_size()
+        if not _is_whole(self._model):
+            raise ValueError(f"{self.path} is damaged: a piece is no text; fetch it again")
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
@@ -70,6 +76,18 @@ class Tokenizer:
         self._check([token])
         return bool(self._model.is_byte(token))
 
+    def is_text(self, token: int) -> bool:
+        """Whether the id stands for text: it is no control piece, no byte and not the unknown."""
+        self._check([token])
+        model = self._model
+        return not (model.is_control(token) or model.is_unknown(token) or model.is_byte(token))
+
+    def piece_score(self, token: int) -> float:
+        """What the model says of a piece: in a byte-pair model the order of its merge, negative."""
+        self._check([token])
+        score: float = self._model.get_score(token)
+        return score
+
     def _check(self, ids: list[int]) -> None:
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise ValueError(
@@ -78,15 +96,29 @@ class Tokenizer:
             )
 
 
-def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+def _is_whole(model: sentencepiece.SentencePieceProcessor) -> bool:
+    """Whether all pieces are text, and those that stand for bytes say which."""
+    ids = list(range(model.vocab_size()))
+    try:
+        pieces = model.id_to_piece(ids)
+    except UnicodeDecodeError:
+        return False
+    are_bytes = zip(pieces, model.is_byte(ids), strict=True)
+    return all(_BYTE.fullmatch(piece) for piece, is_byte in are_bytes if is_byte)
+
+
+def stream_text(
+    tokenizer: Tokenizer, ids: Iterable[int], *, continued: bool = False
+) -> Iterator[str]:
     """Text of `ids` as they come, one string for each id that completes a character.
 
-    The strings joined are `tokenizer.decode(ids)`. Byte tokens are held back until they make up
+    The strings joined are `tokenizer.decode(ids)`; with `continued`, where the ids go on after
+    others, its first word keeps the space before it. Byte tokens are held back until they make up
     a character, so that a half character is never printed.
     """
     held = b""
     opening: list[int] = []  # ids up to the first text: only there does decode drop spaces
-    begun = False
+    begun = continued
     for token in ids:
         if tokenizer.is_byte(token):
             held += bytes([int(tokenizer.piece(token)[1:-1], 16)])

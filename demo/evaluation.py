@@ -15,8 +15,10 @@ from puna.core.chat import Message, encode_answer, encode_prompt
 from puna.core.checkpoint.atomic import write_text
 from puna.core.checkpoint.folder import load_model, tokenizer_path
 from puna.core.config import parameter_count
+from puna.core.documents import json_rows, read_object
 from puna.core.tokenizer import Tokenizer
 from puna.demo import measure
+from puna.demo.kept import kept, seconds
 from puna.demo.measure import HeldOut
 from puna.demo.village import oracle, world
 from puna.trainers import reward
@@ -47,7 +49,7 @@ def write_evaluation(out: Path, versions: dict[str, Path], config: Any) -> Path:
         name: measure.answer_all(path, held, seed, out / "evaluation" / f"{name}.json")
         for name, path in versions.items()
     }
-    rounds = [json.loads(row) for row in (out / "rlhf" / "rounds.jsonl").read_text().splitlines()]
+    rounds = [row for _, row in json_rows(out / "rlhf" / "rounds.jsonl")]
     document = {
         "seed": seed,
         "size": "mini",
@@ -62,7 +64,7 @@ def write_evaluation(out: Path, versions: dict[str, Path], config: Any) -> Path:
         "conversations": conversations(out, held, said)
         + long_conversations(out, versions, seed, personas),
     }
-    document["seconds"] = sum(json.loads((out / "seconds.json").read_text()).values())
+    document["seconds"] = sum(seconds(out).values())
     path = out / "evaluation.json"
     write_text(path, json.dumps(document, indent=1))
     return path
@@ -197,10 +199,9 @@ def ghost(out: Path, versions: dict[str, Path], seed: int, count: int) -> dict[s
     for label, name in (("without", last), ("with", "gatt")):
         for mode, temperature in measure.MODES.items():
             cache = out / "evaluation" / f"persona-{label}-{mode}.json"
-            if not cache.exists():
+            if (said := kept(cache, list)) is None:
                 said = measure.dialogues_with(versions[name], dialogues, temperature, seed)
                 write_text(cache, json.dumps(said))
-            said = json.loads(cache.read_text())
             found[mode][label] = measure.kept_by_turn(dialogues, said)
     return found
 
@@ -226,7 +227,7 @@ def long_conversations(
     dialogues = world.persona_dialogues(seed, count, held_out=True)
     last = [name for name in versions if name != "gatt"][-1]
     said = {
-        name: json.loads((out / "evaluation" / f"persona-{label}-greedy.json").read_text())
+        name: kept(out / "evaluation" / f"persona-{label}-greedy.json", list) or []
         for label, name in (("without", last), ("with", "gatt"))
     }
     kinds = {world.read_instruction(d.instruction).kind: i for i, d in enumerate(dialogues)}
@@ -281,7 +282,7 @@ def curves(out: Path, rounds: int) -> dict[str, Any]:
     """Fig. 7's curves: reward of the best of K, by version."""
     found = {}
     for number in range(1, rounds + 1):
-        selection = json.loads((rejection_folder(out, number) / "selection.json").read_text())
+        selection = read_object(rejection_folder(out, number) / "selection.json")
         found[f"rlhf-v{number}"] = selection["by_k"]
     return found
 

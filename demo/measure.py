@@ -13,6 +13,7 @@ from puna.core.checkpoint.folder import load_model, tokenizer_path
 from puna.core.generation.generate import generate
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
+from puna.demo.kept import kept
 from puna.demo.village import oracle
 from puna.demo.village.world import MEASURED_TURNS, PersonaDialogue
 from puna.trainers.gatt import encode_turn
@@ -55,8 +56,8 @@ def answers(
 
 def answer_all(path: Path, held: HeldOut, seed: int, cache: Path) -> dict[str, Any]:
     """Answers of the model at `path`: mode -> kind of prompt -> texts; kept in `cache`."""
-    if cache.exists():
-        return json.loads(cache.read_text())
+    if (before := kept(cache, dict)) is not None:
+        return before
     model, tokenizer = load_model(path), Tokenizer(tokenizer_path(path))
     found = {
         mode: {

@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from puna.core.checkpoint.atomic import write_text
+from puna.core.documents import json_rows
+from puna.core.terminal import say
 from puna.core.tokenizer import train_tokenizer
 from puna.demo import evaluation
+from puna.demo.kept import seconds
 from puna.demo.report.build import write_report, write_summary
 from puna.demo.village import oracle, world
 from puna.trainers import gatt, pretrain, rlhf, sft
@@ -57,7 +60,7 @@ def run(config: DemoConfig) -> Path:
         )
         write_summary(demo.out)
         report = write_report(demo.out)
-    print(
+    say(
         f"\nDone in {demo.seconds():.0f} s ({time.monotonic() - began:.0f} s in this call)."
         f"\nReport: {report}"
         f"\nTalk to the model: puna chat --model {demo.out / 'gatt' / 'model'}"
@@ -79,13 +82,12 @@ class Demo:
         try:
             work()
         finally:
-            path = self.out / "seconds.json"
-            spent = json.loads(path.read_text()) if path.exists() else {}
+            spent = seconds(self.out)
             spent[name] = spent.get(name, 0.0) + time.monotonic() - began
-            write_text(path, json.dumps(spent, indent=2))
+            write_text(self.out / "seconds.json", json.dumps(spent, indent=2))
 
     def seconds(self) -> float:
-        return sum(json.loads((self.out / "seconds.json").read_text()).values())
+        return sum(seconds(self.out).values())
 
     def scaled(self, count: int, least: int = 1) -> int:
         return max(least, round(count * self.config.scale))
@@ -168,9 +170,8 @@ class Demo:
 
     def versions(self) -> dict[str, Path]:
         """Model folders by the names of the summary."""
-        rounds = (self.out / "rlhf" / "rounds.jsonl").read_text().splitlines()
         found = {"sft": self.out / "sft" / "model"}
-        for row in map(json.loads, rounds):
+        for _, row in json_rows(self.out / "rlhf" / "rounds.jsonl"):
             found[f"rlhf-v{row['version']}"] = Path(row["model"])
         if (self.out / "gatt" / "model").exists():
             found["gatt"] = self.out / "gatt" / "model"

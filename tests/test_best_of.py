@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from puna.trainers.rl.best_of import best_of, read_samples, reward_curve, write_samples
+from puna.trainers.rl.best_of import best_of, read_samples, reward_curve, why_none, write_samples
 
 
 def sample(question, score, *, finished=True, number=0, round=1, answer="yes"):
@@ -69,6 +69,13 @@ def test_the_curve_never_falls():
     assert all(a <= b + 1e-12 for a, b in zip(best, best[1:], strict=False))
 
 
+def test_why_nothing_can_be_kept():
+    unfinished, empty = sample("a", 1.0, finished=False), sample("a", 1.0) | {"answer": ""}
+    assert why_none([unfinished] * 3).startswith("no answer of 3 is finished; raise max_new_tokens")
+    assert "1 are finished and all of these are empty" in why_none([unfinished, empty])
+    assert best_of([unfinished, empty]) == []
+
+
 def test_samples_survive_the_disk(tmp_path):
     rows = [sample("ä", 1.0), sample("b", 2.5, finished=False)]
     write_samples(tmp_path / "s.jsonl", rows[:1], mode="w")
@@ -82,7 +89,7 @@ def test_a_pool_that_is_none_is_refused_by_line(tmp_path):
     with pytest.raises(ValueError, match="pool.jsonl:2: the sample lacks finished, is_safety"):
         read_samples(file)
     file.write_text("[1]\n")
-    with pytest.raises(ValueError, match="pool.jsonl:1: not a sample"):
+    with pytest.raises(ValueError, match="pool.jsonl:1: a JSON list, expected one object a line"):
         read_samples(file)
     with pytest.raises(ValueError, match="no such file; a pool is"):
         read_samples(tmp_path / "none.jsonl")

@@ -264,16 +264,16 @@ HARM = {
     "empty": (lambda f: cut(f, 0), "is damaged or cut short"),
     "no weights": (
         lambda f: (f / "model.safetensors").unlink(),
-        "holds no model.safetensors; Puna reads no pickled weights",
+        "holds no model.safetensors; fetch or save the model again",
     ),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file; give"),
     "broken config": (
         lambda f: (f / "config.json").write_text('{"hidden_size": 6'),
-        "config.json is not valid JSON",
+        "config.json: not JSON .* at column 18.; fetch or save it again",
     ),
     "config without a size": (
         lambda f: edit_config(f, hidden_size=None),
-        "hidden_size is null, expected a whole number",
+        "hidden_size is missing, expected a whole number",
     ),
     "impossible config": (
         lambda f: edit_config(f, num_attention_heads=5),

@@ -120,7 +120,7 @@ MISTAKES = {
     "sft --model {0}/cut --data {1}/dialogues.jsonl --out {0}/o": "damaged or cut short",
     "sft --model {1}/lm --data {1}/dialogues.jsonl --batch 0 --out {0}/o": "batch is 0",
     "reward --model {1}/lm --data {1}/dialogues.jsonl --out {0}/o": "dialogues.jsonl:1: ",
-    "gatt --model {1}/chat --dialogues {0}/bad.jsonl --out {0}/o": "bad.jsonl:1: ",
+    "gatt --model {1}/chat --dialogues {0}/bad.jsonl --out {0}/o": "bad.jsonl:2: not JSON",
     "evaluate --model {1}/chat --data {1}/preferences.jsonl": "is a language model",
     "rlhf demo/rlhf.toml --out {0}/o --model {1}/chat --prompts {1}/prompts.jsonl --versions 0 "
     "--helpfulness-prompts {1}/prompts.jsonl --safety-prompts {1}/prompts.jsonl": "versions is 0; ",

@@ -182,7 +182,7 @@ def lose_a_parameter(folder: Path) -> None:
         (truncate_a_share, "consolidated.01.pth is damaged or cut short; fetch it again"),
         (put_code_in_a_share, "more than tensors and is not opened"),
         (lose_a_tensor, "missing tensors: output.weight; fetch"),
-        (lose_a_parameter, "'n_heads' is missing; fetch"),
+        (lose_a_parameter, "n_heads is missing, expected a whole number"),
     ],
 )
 def test_harmed_meta_folder(harm, message: str, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def tokenizer(tiny):
 
 @pytest.fixture(scope="module")
 def ghosts(tiny):
-    return read_ghost_dialogues([tiny / "ghosts.jsonl"], [], 0)
+    return read_ghost_dialogues([tiny / "ghosts.jsonl"], [], 0)[0]
 
 
 @pytest.fixture(scope="module")
@@ -261,11 +261,11 @@ def test_instructions_are_the_rows_own_or_drawn(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "red"}]}] * 20
     rows.append({"turns": ["blue"], "instruction": "own"})
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = read_ghost_dialogues([tmp_path / "d.jsonl"], [tmp_path / "told.jsonl"], 0)
+    found = read_ghost_dialogues([tmp_path / "d.jsonl"], [tmp_path / "told.jsonl"], 0)[0]
     assert {g.instruction for g in found[:-1]} == {"be 0", "be 1", "be 2"}
-    assert found[-1] == GhostDialogue("own", "own", ["blue"])
-    assert found == read_ghost_dialogues([tmp_path / "d.jsonl"], [tmp_path / "told.jsonl"], 0)
-    with pytest.raises(ValueError, match="d.jsonl:1: no `instruction`; add one, or name an"):
+    assert found[-1] == GhostDialogue("own", "own", ["blue"], f"{tmp_path / 'd.jsonl'}:21")
+    assert found == read_ghost_dialogues([tmp_path / "d.jsonl"], [tmp_path / "told.jsonl"], 0)[0]
+    with pytest.raises(ValueError, match="d.jsonl:1: no 'instruction'; add one, or name an"):
         read_ghost_dialogues([tmp_path / "d.jsonl"], [], 0)
 
 
@@ -273,12 +273,12 @@ def test_instructions_are_the_rows_own_or_drawn(tmp_path):
     ("row", "message"),
     [
         ("{", "bad.jsonl:1: not JSON"),
-        ("[]", "bad.jsonl:1: list, expected an object"),
-        ('{"instruction": "x"}', "bad.jsonl:1: no `turns` and no `messages`"),
-        ('{"instruction": "x", "turns": []}', "bad.jsonl:1: no user message"),
-        ('{"instruction": "x", "turns": [3]}', "bad.jsonl:1: `text` is int, expected text"),
-        ('{"instruction": 3, "turns": ["a"]}', "bad.jsonl:1: `instruction` is int"),
-        ('{"instruction": "x [INST]", "turns": ["a"]}', "bad.jsonl:1: .*the chat tag"),
+        ("[]", "bad.jsonl:1: a JSON list, expected one object a line"),
+        ('{"instruction": "x"}', "bad.jsonl:1: .* expected 'turns' or 'messages'"),
+        ('{"instruction": "x", "turns": []}', "no user message .first .*bad.jsonl:1"),
+        ('{"instruction": "x", "turns": [3]}', r"bad.jsonl:1: 'turns' is \[3\], expected a list"),
+        ('{"instruction": 3, "turns": ["a"]}', "bad.jsonl:1: 'instruction' is 3, expected"),
+        ('{"instruction": "x [INST]", "turns": ["a"]}', "the chat tag .*first .*bad.jsonl:1"),
     ],
 )
 def test_a_malformed_row_is_named(tmp_path, row, message):

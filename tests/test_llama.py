@@ -47,7 +47,11 @@ def test_a_text_goes_on_as_the_engine_says(tiny, llama):
     )  # fmt: skip
     options = dict(temperature=0.8, top_p=0.9, top_k=20, seed=3, round_index=2, max_new_tokens=9)
     found = llama.generate(["red cup", "", "give nine"], **options)
-    assert found == [tokenizer.decode(each.tokens) for each in done]
+    whole = [
+        tokenizer.decode([*ids, *each.tokens]) for ids, each in zip(prompts, done, strict=True)
+    ]
+    begun = [tokenizer.decode(ids) for ids in prompts]
+    assert found == [text.removeprefix(begin) for text, begin in zip(whole, begun, strict=True)]
     assert llama.generate("red cup", **options) == found[0]
     assert "".join(llama.stream("red cup", **options)) == found[0]
 

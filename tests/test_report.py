@@ -308,7 +308,7 @@ def test_a_tiny_run_reports(tmp_path):
 
 
 def test_an_unfinished_run_says_so(tmp_path):
-    with pytest.raises(ValueError, match="evaluation.json is not there; let the demo finish"):
+    with pytest.raises(ValueError, match="evaluation.json: no such file; let the demo finish"):
         write_report(tmp_path)
 
 

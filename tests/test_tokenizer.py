@@ -192,3 +192,12 @@ def test_bad_ids_and_bad_text(small: Tokenizer) -> None:
         small.decode([5, 320])
     with pytest.raises(ValueError, match="lone surrogate"):
         small.encode("\ud800")
+
+
+def test_what_goes_on_keeps_the_space_before_it(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["once upon a time there was"] * 30, tmp_path / "t", vocab_size=290)
+    ids = tokenizer.encode("once upon a time")
+    words = tokenizer.encode("once upon")
+    assert ids[: len(words)] == words
+    assert "".join(stream_text(tokenizer, ids[len(words) :], continued=True)) == " a time"
+    assert "".join(stream_text(tokenizer, ids[len(words) :])) == "a time"

@@ -114,7 +114,7 @@ def test_what_a_recipe_cannot_say_is_one_sentence(tmp_path, text, message):
 
 def test_a_recipe_in_another_encoding_is_no_toml(tmp_path):
     (tmp_path / "r.toml").write_bytes(b'name = "\xff"')
-    with pytest.raises(ValueError, match="r.toml: not TOML"):
+    with pytest.raises(ValueError, match="r.toml:1: not UTF-8"):
         parse(Example, [str(tmp_path / "r.toml")], "puna example")
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from puna.core import parallel
 from puna.core.checkpoint.atomic import write_text
 from puna.core.checkpoint.folder import load_model, open_source, tokenizer_path
 from puna.core.device import device_of_name
+from puna.core.terminal import say_table
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.formats import SAFETY, Columns, Ratings
 from puna.trainers.data.packing import Pair, encode_pairs
@@ -95,17 +94,12 @@ def safety_shares(differences: torch.Tensor, pairs: list[Pair]) -> dict[str, Sha
 
 def show(shares: dict[str, Share], bins: list[Bin]) -> None:
     """Two tables: accuracy, and how it compares with the model's confidence."""
-    table = Table("pairs rated", "accuracy", "95% interval", "pairs", title="Accuracy")
-    for name, share in shares.items():
-        table.add_row(name.replace("_", " "), *_cells(share))
-    console = Console()
-    console.print(table)
+    rows = [(name.replace("_", " "), *_cells(share)) for name, share in shares.items()]
+    say_table(rows, ("pairs rated", "accuracy", "95% interval", "pairs"), "Accuracy")
     error = accuracy.calibration_error(bins)
     title = f"Calibration (expected error {error:.3f})"
-    table = Table("mean confidence", "right", "95% interval", "pairs", title=title)
-    for each in bins:
-        table.add_row(f"{each.confidence:.3f}", *_cells(each.right))
-    console.print(table)
+    rows = [(f"{each.confidence:.3f}", *_cells(each.right)) for each in bins]
+    say_table(rows, ("mean confidence", "right", "95% interval", "pairs"), title)
 
 
 def _cells(share: Share) -> tuple[str, str, str]:

@@ -22,8 +22,9 @@ import numpy as np
 
 from puna.core import parallel
 from puna.core.chat import Message, decode_answer, encode_dialogue, encode_prompt
-from puna.core.checkpoint.atomic import write_text
+from puna.core.checkpoint.atomic import atomic_file
 from puna.core.checkpoint.folder import open_model, tokenizer_path
+from puna.core.documents import are_ids, json_rows, shortened
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.formats import Columns
@@ -95,7 +96,8 @@ def run(config: GAttConfig, judge: Judge | None = None) -> Path:
 
 def fit(config: GAttConfig, folder: Run, tokenizer: Tokenizer, judge: Judge | None) -> Path:
     """What there is still to do in an open run."""
-    dialogues = read_ghost_dialogues(config.dialogues, config.instructions, config.seed)
+    dialogues, skipped = read_ghost_dialogues(config.dialogues, config.instructions, config.seed)
+    next_token.say(skipped)
     sampled = sampled_exchanges(config, folder, tokenizer, dialogues, judge)
     source = open_start(folder, config.model, head="lm")
     rows = training_rows(config, tokenizer, dialogues, sampled, source.config.context)
@@ -272,22 +274,26 @@ def training_rows(
     """Steps 2 and 3, and the ordinary dialogues mixed in."""
     mixed, skipped = load_dialogues(config.mix, Columns())
     sequences = []
+    where: list[str] = []
     for index, (dialogue, exchanges) in enumerate(zip(dialogues, sampled, strict=True)):
         if len(exchanges) < len(dialogue.turns):
-            skipped.add("later turns of a dialogue that fills the context", f"dialogue {index + 1}")
+            place = dialogue.where or f"dialogue {index + 1}"
+            skipped.add("later turns of a dialogue that fills the context", place)
         rng = np.random.default_rng((config.seed, index))
         usable = [turn for turn, exchange in enumerate(exchanges) if exchange.obeys]
         chosen = rng.permutation(usable)[: config.targets].tolist()
         for turn in chosen:
             told = dialogue.short if rng.random() < config.shorten else dialogue.instruction
             sequences.append(example(tokenizer, told, exchanges[: turn + 1]))
+            where.append(dialogue.where)
     if not sequences:
         raise ValueError(
             "no sampled answer may be a target: none ends within max_new_tokens and is accepted "
             "by the judge; raise max_new_tokens or samples, or start from a better chat model"
         )
     sequences += [encode_dialogue(tokenizer, dialogue.messages) for dialogue in mixed]
-    rows = PackedRows(sequences, context, vocab_size=tokenizer.vocab_size)
+    where += [dialogue.where for dialogue in mixed]
+    rows = PackedRows(sequences, context, vocab_size=tokenizer.vocab_size, where=where)
     skipped.merge(rows.skipped)
     next_token.say(skipped)
     return rows
@@ -308,11 +314,12 @@ def _whole_turns(path: Path) -> int:
     """How many turns are complete; a line cut short by a kill is removed."""
     if not path.exists():
         return 0
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_text(path, whole)
-    return whole.count("\n")
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        with atomic_file(path) as partial:
+            partial.write_bytes(whole)
+    return whole.count(b"\n")
 
 
 def _append_turn(path: Path, exchanges: dict[int, Exchange]) -> None:
@@ -321,11 +328,23 @@ def _append_turn(path: Path, exchanges: dict[int, Exchange]) -> None:
 
 
 def _load_turns(path: Path, dialogues: Sequence[GhostDialogue]) -> list[list[Exchange]]:
+    """The answers in turns.jsonl; ValueError as `file:line: ...` for what is none."""
     history: list[list[Exchange]] = [[] for _ in dialogues]
-    if path.exists():
-        for line in path.read_text().splitlines():
-            for index, exchange in json.loads(line).items():
-                history[int(index)].append(Exchange(*exchange))
+    for where, row in json_rows(path) if path.exists() else ():
+        for index, exchange in row.items():
+            match exchange:
+                case [str(user), [*ids], bool(obeys)] if ids and are_ids(ids):
+                    pass
+                case _:
+                    raise ValueError(
+                        f"{where}: {shortened(exchange)} is no exchange; remove {path}"
+                    )
+            if not (index.isdecimal() and int(index) < len(dialogues)):
+                raise ValueError(
+                    f"{where}: an answer to dialogue {shortened(index)} of {len(dialogues)}; these "
+                    f"are other dialogues: give the former ones, or remove {path}"
+                )
+            history[int(index)].append(Exchange(user, ids, obeys))
     return history
 
 

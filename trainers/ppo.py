@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from puna.core import parallel
+from puna.core import parallel, terminal
 from puna.core.checkpoint.folder import open_model
 from puna.core.errors import UserError
 from puna.core.model import Transformer
@@ -130,7 +130,7 @@ def ended(config: PPOConfig, folder: Run, policy: Transformer) -> bool:
         reason = stop_reason(rows, config.patience, config.max_kl)
     reason = parallel.broadcast(reason)
     if reason and parallel.is_main():
-        print(f"ppo: stopped after iteration {rows[-1]['step']}: {reason}")
+        terminal.say(f"ppo: stopped after iteration {rows[-1]['step']}: {reason}")
     return reason is not None
 
 

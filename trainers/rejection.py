@@ -30,7 +30,14 @@ from puna.trainers.data.formats import Columns, Dialogue
 from puna.trainers.data.packing import PackedRows
 from puna.trainers.data.prompts import EncodedPrompt, common_tokenizer, load_prompts
 from puna.trainers.data.readers import Skipped
-from puna.trainers.rl.best_of import Sample, best_of, read_samples, reward_curve, write_samples
+from puna.trainers.rl.best_of import (
+    Sample,
+    best_of,
+    read_samples,
+    reward_curve,
+    why_none,
+    write_samples,
+)
 from puna.trainers.rl.config import (
     SamplingConfig,
     check_reward,
@@ -135,11 +142,13 @@ def pack(
 ) -> PackedRows:
     """The selected answers, loss on the answer's tokens alone, and `mixed` dialogues, in rows."""
     sequences = [encode_dialogue(tokenizer, dialogue.messages) for dialogue in mixed]
+    where = [dialogue.where for dialogue in mixed]
+    where += [f"selected.jsonl:{number}" for number in range(1, len(selected) + 1)]
     for sample in selected:
         prompt = encode_prompt(tokenizer, sample["messages"])
         weights = [0.0] * len(prompt) + [1.0] * len(sample["tokens"])
         sequences.append((prompt + sample["tokens"], weights))
-    return PackedRows(sequences, row_tokens, vocab_size=tokenizer.vocab_size)
+    return PackedRows(sequences, row_tokens, vocab_size=tokenizer.vocab_size, where=where)
 
 
 def select(
@@ -158,10 +167,7 @@ def select(
         fresh = read_samples(folder.path / "samples.jsonl")
         kept = best_of([*fresh, *pool])
         if not kept:
-            raise ValueError(
-                f"no answer of {len(fresh)} is finished; raise max_new_tokens or train the policy "
-                "to stop"
-            )
+            raise ValueError(why_none(fresh))
         found = json.dumps(summary(fresh, kept, config.samples), indent=2) + "\n"
         write_text(folder.path / "selection.json", found)
         with atomic_file(selected) as partial:

@@ -17,9 +17,18 @@ from puna.core import parallel
 from puna.core.checkpoint.folder import open_source, tokenizer_path
 from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer
+from puna.core.terminal import say
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.formats import Columns, Preference, Ratings
-from puna.trainers.data.packing import Pair, PairBatch, encode_pairs, pair_batch, step_rows
+from puna.trainers.data.packing import (
+    Pair,
+    PairBatch,
+    encode_held_out,
+    encode_pairs,
+    pair_batch,
+    step_rows,
+    unlabelled,
+)
 from puna.trainers.data.readers import Skipped, read_preferences
 from puna.trainers.rl.accuracy import accuracies, sentences, shares
 from puna.trainers.rl.losses import MARGINS, ranking_loss, safety_loss
@@ -110,7 +119,7 @@ def fit(config: RewardConfig, folder: Run, tokenizer: Tokenizer) -> Path:
     if held:
         found = shares(*margins_of(network.model, held, config.micro_batch, device))
         if parallel.is_main():
-            print(sentences(found, "held-out accuracy"), flush=True)
+            say(sentences(found, "held-out accuracy"))
     return final
 
 
@@ -140,8 +149,10 @@ def load_pairs(
     skipped.merge(over_long)
     held: list[Pair] = []
     if held_rows:
-        held, over_long = encode_pairs(tokenizer, held_rows, context)
-        skipped.merge(over_long)
+        held, over_long = encode_held_out(tokenizer, held_rows, context)
+        skipped.merge_held_out(over_long)
+        skipped.notes += over_long.notes
+    skipped.notes += unlabelled(pairs, config.margin, config.safety_weight)
     next_token.say(skipped)
     return pairs, held
 

@@ -92,6 +92,7 @@ def fit(
     row_tokens = next_token.row_length(config.row_tokens, source.config.context)
     rows = pack(tokenizer, learned, row_tokens)
     skipped.merge(rows.skipped)
+    eval_rows = pack_held_out(tokenizer, held, row_tokens, skipped)
     next_token.say(skipped)
     return next_token.train(
         "sft",
@@ -101,7 +102,7 @@ def fit(
         config,
         plan=of_epochs(len(rows), config.epochs, config.batch),
         what=rows.described("dialogues"),
-        eval_rows=pack(tokenizer, held, row_tokens) if held else None,
+        eval_rows=eval_rows,
         loss=next_token.checked(next_token.next_token_loss if loss is None else loss),
     )
 
@@ -120,7 +121,24 @@ def load_dialogues(paths: list[Path], columns: Columns) -> tuple[list[Dialogue],
 def pack(tokenizer: Tokenizer, dialogues: list[Dialogue], row_tokens: int) -> PackedRows:
     """Dialogues in rows of `row_tokens`; ValueError where none is left."""
     sequences = [encode_dialogue(tokenizer, dialogue.messages) for dialogue in dialogues]
-    return PackedRows(sequences, row_tokens, vocab_size=tokenizer.vocab_size)
+    where = [dialogue.where for dialogue in dialogues]
+    return PackedRows(sequences, row_tokens, vocab_size=tokenizer.vocab_size, where=where)
+
+
+def pack_held_out(
+    tokenizer: Tokenizer, held: list[Dialogue], row_tokens: int, skipped: Skipped
+) -> PackedRows | None:
+    """`pack` of held-out dialogues, adding to `skipped` those that are left out; None where there
+    are none or none is left, which is said and stops nobody."""
+    if not held:
+        return None
+    try:
+        rows = pack(tokenizer, held, row_tokens)
+    except ValueError as error:
+        skipped.notes.append(f"the held-out loss is not measured: {error}")
+        return None
+    skipped.merge_held_out(rows.skipped)
+    return rows
 
 
 def main() -> int:

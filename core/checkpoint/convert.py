@@ -13,6 +13,8 @@ from puna.core.checkpoint import folder as checkpoint
 from puna.core.checkpoint import llama2c
 from puna.core.checkpoint.any_format import open_any
 from puna.core.checkpoint.atomic import atomic_file, atomic_folder
+from puna.core.checkpoint.folder import check_own
+from puna.core.checkpoint.kept import carry_over
 
 
 def convert(
@@ -27,14 +29,18 @@ def convert(
     """Convert `source` to `target`: a `.bin` where the name says so, else a model folder.
 
     `tokenizer` goes into the folder (None: the source's own, where it has one); `dtype` None
-    keeps the stored type (a `.bin` is always fp32); `context` is for Meta's folders, which do
-    not store it. Raises ValueError for a source that is no Llama 2 or damaged, and where
-    something stands at `target` already.
+    keeps each tensor's stored type (a `.bin` is always fp32); `context` is for Meta's folders,
+    which do not store it. From folder to folder all goes along that is not weights: a chat
+    template, generation settings, a README. Raises ValueError for a source that is no Llama 2 or
+    damaged, where something stands at `target` already, for a tokenizer that is not the model's
+    and for a number that `dtype` cannot hold.
     """
     target = Path(target)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} exists; choose another target or remove it")
     opened = open_any(source, context)
+    if tokenizer is not None and opened.tokenizer is not None:
+        check_own(tokenizer, opened.tokenizer)
     if target.suffix == ".bin":
         if opened.head != "lm":
             raise ValueError(f"{source} has a score head; a llama2.c .bin holds language models")
@@ -49,6 +55,9 @@ def convert(
             opened.tensors(),
             tokenizer or opened.tokenizer,
             dtype=dtype or opened.dtype,
+            keep_types=dtype is None,
             shard_bytes=shard_bytes,
         )
+        if Path(source, "config.json").is_file():
+            carry_over(Path(source), partial, same_tokenizer=tokenizer is None)
     return target

@@ -8,7 +8,8 @@ put their own state in `training/` beside the weights.
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -19,11 +20,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from puna.core.checkpoint import hf_config as hf_format
-from puna.core.checkpoint import hf_tokenizer, llama2c
+from puna.core.checkpoint import hf_tokenizer, llama2c, mistaken
 from puna.core.checkpoint.atomic import atomic_folder as atomic_folder
 from puna.core.checkpoint.atomic import recover
-from puna.core.checkpoint.source import Source, check_shapes, in_memory, parameter_shapes
+from puna.core.checkpoint.kept import keep_foreign
+from puna.core.checkpoint.source import (
+    EMBEDDING,
+    HEADS,
+    Source,
+    as_type,
+    check_shapes,
+    check_tensors,
+    in_memory,
+    parameter_shapes,
+)
 from puna.core.config import ModelConfig
+from puna.core.documents import read_object, regular_file, typed
 from puna.core.model import Transformer, check_parameters
 from puna.core.tokenizer import Tokenizer
 
@@ -50,13 +62,15 @@ def save_model(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write `model` as a model folder, replacing an earlier one only when all is on disk.
+    """Write `model` as a model folder, replacing an earlier one only when all is on disk; files
+    that are no model's (a README.md) stay.
 
     Raises ValueError where the tokenizer's vocabulary is not the model's, the model has adapters
     that are not merged, or `folder` holds something else than a model; OSError where the disk is
     full.
     """
     with atomic_folder(folder) as partial:
+        keep_foreign(Path(folder), partial)
         write_model(partial, model, tokenizer_path, shard_bytes=shard_bytes)
 
 
@@ -88,21 +102,32 @@ def write_tensors(
     tokenizer_path: str | os.PathLike[str] | None = None,
     *,
     dtype: torch.dtype,
+    keep_types: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """The files of a model folder from a stream of named tensors (a full state dict's items,
-    a conversion): at most one shard of them is held in memory."""
+    a conversion): at most one shard of them is held in memory.
+
+    All become `dtype`; with `keep_types` each keeps its own, and config.json says `dtype`. Raises
+    ValueError where a number does not fit. A tokenizer whose ids no tokenizer.json of ours gives
+    is written without one, with a warning.
+    """
     tokenizer = None
     if tokenizer_path is not None:
         tokenizer = check_vocabulary(tokenizer_path, config.vocab_size)
         shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
         document = hf_tokenizer.tokenizer_config_json(config, head, tokenizer)
+        try:
+            ours = hf_tokenizer.checked_tokenizer_json(tokenizer_path)
+            _write_json(folder / "tokenizer.json", ours)
+        except ValueError as error:
+            document["tokenizer_class"] = "LlamaTokenizer"  # which reads tokenizer.model
+            warnings.warn(f"{error}; it is left out", stacklevel=2)
         _write_json(folder / "tokenizer_config.json", document)
-        _write_json(folder / "tokenizer.json", hf_tokenizer.tokenizer_json(tokenizer_path))
     _write_json(folder / "config.json", hf_format.config_json(config, head, dtype, tokenizer))
     if head == "lm":
         _write_json(folder / "generation_config.json", hf_format.special_ids(tokenizer))
-    shapes = _write_shards(folder, tensors, dtype, shard_bytes)
+    shapes = _write_shards(folder, tensors, None if keep_types else dtype, shard_bytes)
     check_shapes(shapes, parameter_shapes(config, head), folder)
 
 
@@ -165,16 +190,20 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     if not path.exists():
         recover(path)
     if not path.is_dir():
+        mistaken.check_file(path)
         raise ValueError(f"{path}: no such model; give a model folder or a llama2.c .bin file")
-    if not (path / "config.json").exists() and (path / "params.json").exists():
-        raise ValueError(f"{path} is in Meta's format; convert it first with `puna convert`")
+    if not (path / "config.json").exists():
+        if (path / "params.json").exists():
+            raise ValueError(f"{path} is in Meta's format; convert it first with `puna convert`")
+        mistaken.check_folder(path)
     config, head, tied = hf_format.read_config(path / "config.json")
     shards = _read_headers(path)
     found = {name: view.shape for tensors in shards.values() for name, view in tensors.items()}
-    tied = tied and head == "lm"
-    if tied and "lm_head.weight" not in found:
-        found["lm_head.weight"] = found.get("model.embed_tokens.weight", ())
-    check_shapes(found, parameter_shapes(config, head), path)
+    # Of two that are tied one may be left out. Where both are stored both count, as in
+    # transformers: the config says tied, but the head may have been trained apart.
+    copied = _left_out(found) if tied and head == "lm" else {}
+    found |= {name: found[other] for other, name in copied.items()}
+    check_tensors(found, config, head, path)
     tokenizer = path / "tokenizer.model"
     if tokenizer.exists():
         check_vocabulary(tokenizer, config.vocab_size)
@@ -182,15 +211,20 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for file, names in shards.items():
             for name in names:
-                if tied and name == "lm_head.weight":
-                    continue  # transformers, too, takes the embedding where the config says tied
                 tensor = _read_tensor(path / file, name)
                 yield name, tensor
-                if tied and name == "model.embed_tokens.weight":
-                    yield "lm_head.weight", tensor.clone()
+                if name in copied:
+                    yield copied[name], tensor.clone()
 
-    dtype = next(iter(next(iter(shards.values())).values())).dtype
+    types = {name: view.dtype for stored in shards.values() for name, view in stored.items()}
+    dtype = types.get(EMBEDDING) or types[HEADS["lm"]]
     return Source(config, head, dtype, tokenizer if tokenizer.exists() else None, tensors)
+
+
+def _left_out(found: Container[str]) -> dict[str, str]:
+    """Stored name -> name of its copy, where one of the embedding and the head is not stored."""
+    pairs = ((EMBEDDING, HEADS["lm"]), (HEADS["lm"], EMBEDDING))
+    return {one: other for one, other in pairs if one in found and other not in found}
 
 
 def tokenizer_path(path: str | os.PathLike[str]) -> Path:
@@ -199,6 +233,8 @@ def tokenizer_path(path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"{path}: no such model; give a model folder or a llama2.c .bin file")
     file = Path(path) / "tokenizer.model"
     if not file.is_file():
+        if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+            mistaken.check_folder(Path(path))
         raise ValueError(f"{path} has no tokenizer.model; name the tokenizer it was trained with")
     return file
 
@@ -214,12 +250,25 @@ def check_vocabulary(path: str | os.PathLike[str], vocab_size: int) -> Tokenizer
     return tokenizer
 
 
+def check_own(path: str | os.PathLike[str], own: Path) -> None:
+    """ValueError where `path`, a tokenizer named for a model, has hardly a piece where `own`, the
+    one in the model's folder, has it: its ids would mean other words."""
+    given, known = Tokenizer(path), Tokenizer(own)
+    texts = [i for i in range(known.vocab_size) if known.is_text(i)]  # bytes are alike everywhere
+    same = sum(i < given.vocab_size and given.piece(i) == known.piece(i) for i in texts)
+    if 2 * same < len(texts):
+        raise ValueError(
+            f"{path} agrees with the model's own tokenizer, {own}, in {same} of {len(texts)} "
+            "pieces; leave it out"
+        )
+
+
 def _write_json(path: Path, document: dict) -> None:
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_shards(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, shard_bytes: int
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, shard_bytes: int
 ) -> dict[str, tuple[int, ...]]:
     """Write the tensors in order, a new file whenever one would pass `shard_bytes`."""
     shards: list[list[str]] = []
@@ -228,12 +277,14 @@ def _write_shards(
 
     def write() -> None:
         shards.append(list(held))
-        save_file(held, folder / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+        file = folder / f"{len(shards)}.safetensors"
+        save_file(held, file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", file)  # safetensors makes files for the owner alone
         held.clear()
 
     size = total = 0
     for name, tensor in tensors:
-        tensor = tensor.to(device="cpu", dtype=dtype).contiguous()
+        tensor = as_type(name, tensor, dtype).to(device="cpu").contiguous()
         if held and size + tensor.nbytes > shard_bytes:
             write()
             size = 0
@@ -259,17 +310,15 @@ def _read_headers(folder: Path) -> dict[str, dict[str, _Stored]]:
         return {"model.safetensors": _read_header(folder / "model.safetensors")}
     index = folder / "model.safetensors.index.json"
     if not index.exists():
-        raise ValueError(
-            f"{folder} holds no model.safetensors; Puna reads no pickled weights: save the model "
-            "again as safetensors"
-        )
-    weight_map = hf_format.read_json(index).get("weight_map")
+        mistaken.check_folder(folder)
+        raise ValueError(f"{folder} holds no model.safetensors; fetch or save the model again")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map; fetch or save it again")
-    files = sorted({str(file) for file in weight_map.values()})
+    files = sorted({typed(file, str, f"{index}: a file") for file in weight_map.values()})
     for file in files:
-        if Path(file).name != file:
-            raise ValueError(f"{index} points outside its folder ({file}); fetch it again")
+        if Path(file).name != file or len(file) > 255:
+            raise ValueError(f"{index} points outside its folder ({file:.60}); fetch it again")
     headers = {file: _read_header(folder / file) for file in files}
     for file, header in headers.items():
         for name in header:
@@ -302,14 +351,13 @@ def _read_tensor(file: Path, name: str) -> Tensor:
 
 @contextmanager
 def _opened(file: Path) -> Iterator:
+    regular_file(file, "the file is missing; fetch the checkpoint again")
     try:
         with safe_open(file, framework="pt", device="cpu") as tensors:
             yield tensors
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing; fetch the checkpoint again") from None
     except SafetensorError as error:
         raise ValueError(
-            f"{file} is damaged or cut short ({error}); fetch or save it again"
+            f"{file} is damaged or cut short ({str(error)[:200]}); fetch or save it again"
         ) from error
 
 

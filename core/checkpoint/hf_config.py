@@ -4,7 +4,6 @@ Written so that transformers 4.3x to 5, vLLM and llama.cpp's converter read them
 What a Llama 2 does not have is refused on reading: ignoring it would compute something else.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from puna.core.checkpoint.hf_tokenizer import PAD_ID
 from puna.core.config import ModelConfig
+from puna.core.documents import field, read_object, shortened, typed
 from puna.core.tokenizer import Tokenizer
 
 ARCHITECTURES = {"LlamaForCausalLM": "lm", "LlamaForSequenceClassification": "score"}
@@ -59,106 +59,90 @@ def special_ids(tokenizer: Tokenizer | None) -> dict[str, int]:
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ValueError where it is absent or broken."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; give a folder that holds a model") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); fetch or save it again") from error
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} must hold a JSON object; fetch or save it again")
-    return document
-
-
 def read_config(path: Path) -> tuple[ModelConfig, str, bool]:
     """(config, head "lm" or "score", whether the head is tied to the embedding) of a config.json.
 
-    Reads the old place of RoPE's base (`rope_theta`) and the new one (`rope_parameters`).
-    Raises ValueError for another architecture and for what a Llama 2 does not have.
+    Reads the old places of RoPE's base (`rope_theta`, `rope_scaling`) and the new one
+    (`rope_parameters`). Raises ValueError for another architecture, for what a Llama 2 does not
+    have and for a field of another type than it must have.
     """
-    document = read_json(path)
-    refuse_unsupported(document, path)
-    names = document.get("architectures") or ["LlamaForCausalLM"]
-    head = ARCHITECTURES[names[0]]
-    rope = document.get("rope_parameters") or {}
+    document = read_object(path, "no such file; give a folder that holds a model")
     try:
-        heads = _number(document, "num_attention_heads")
+        name = architecture(document)
+        rope = rope_table(document)
+        refuse_unsupported(document, name, rope)
+        heads = field(document, "num_attention_heads", int)
         config = ModelConfig(
-            dim=_number(document, "hidden_size"),
-            n_layers=_number(document, "num_hidden_layers"),
+            dim=field(document, "hidden_size", int),
+            n_layers=field(document, "num_hidden_layers", int),
             n_heads=heads,
-            n_kv_heads=_number(document, "num_key_value_heads", heads),
-            ffn_dim=_number(document, "intermediate_size"),
-            vocab_size=_number(document, "vocab_size"),
+            n_kv_heads=field(document, "num_key_value_heads", int, heads),
+            ffn_dim=field(document, "intermediate_size", int),
+            vocab_size=field(document, "vocab_size", int),
             # The last three defaults are transformers' own for a key left out.
-            context=_number(document, "max_position_embeddings", 2048),
-            norm_eps=float(document.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(rope.get("rope_theta", document.get("rope_theta", 10000.0))),
+            context=field(document, "max_position_embeddings", int, 2048),
+            norm_eps=field(document, "rms_norm_eps", float, 1e-6),
+            rope_theta=field(rope, "rope_theta", float, None)
+            or field(document, "rope_theta", float, 10000.0),
         )
-    except (TypeError, ValueError) as error:
+        _check_head_dim(document, config)
+        return config, ARCHITECTURES[name], field(document, "tie_word_embeddings", bool, False)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    _check_head_dim(document, config, path)
-    return config, head, bool(document.get("tie_word_embeddings", False))
 
 
-def refuse_unsupported(document: dict[str, Any], path: Path) -> None:
-    """ValueError for the first setting in config.json that a Llama 2 does not have."""
-    model_type = document.get("model_type", "llama")
-    names = document.get("architectures") or ["LlamaForCausalLM"]
-    if model_type != "llama" or names[0] not in ARCHITECTURES:
+def architecture(document: dict[str, Any]) -> str:
+    """The first of the architectures; ValueError where Puna has none of that name."""
+    model_type = field(document, "model_type", str, "llama")
+    names = field(document, "architectures", list, None) or ["LlamaForCausalLM"]
+    name = typed(names[0], str, "architectures[0]")
+    if model_type != "llama" or name not in ARCHITECTURES:
         raise ValueError(
-            f"{path}: the architecture is {names[0]} ({model_type}); "
-            f"Puna reads {' and '.join(ARCHITECTURES)}"
+            f"the architecture is {name:.40} ({model_type:.40}); Puna reads "
+            f"{' and '.join(ARCHITECTURES)}"
         )
-    rope = document.get("rope_parameters") or {}
-    scaling = document.get("rope_scaling") or {}
-    kinds = {
-        kind
-        for table in (rope, scaling)
-        for kind in (table.get("rope_type"), table.get("type"))
-        if kind not in (None, "default")
-    }
+    return name
+
+
+def rope_table(document: dict[str, Any]) -> dict[str, Any]:
+    """What is said of RoPE; where both are there `rope_scaling` counts, as in transformers."""
+    new = field(document, "rope_parameters", dict, {})
+    return field(document, "rope_scaling", dict, {}) or new
+
+
+def refuse_unsupported(document: dict[str, Any], name: str, rope: dict[str, Any]) -> None:
+    """ValueError for the first setting of architecture `name` that a Llama 2 does not have."""
+    kinds = {field(rope, key, str, "default") for key in ("rope_type", "type")} - {"default"}
     found = {
-        "rope_scaling": bool(kinds or scaling.get("factor")),
-        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0
-        or document.get("partial_rotary_factor", 1.0) != 1.0,
-        "attention_bias": bool(document.get("attention_bias")),
-        "mlp_bias": bool(document.get("mlp_bias")),
-        "hidden_act": document.get("hidden_act", "silu") not in ("silu", "swish"),
+        "rope_scaling": bool(kinds or rope.get("factor")),
+        "partial_rotary_factor": field(rope, "partial_rotary_factor", float, 1.0) != 1.0
+        or field(document, "partial_rotary_factor", float, 1.0) != 1.0,
+        "attention_bias": field(document, "attention_bias", bool, False),
+        "mlp_bias": field(document, "mlp_bias", bool, False),
+        "hidden_act": field(document, "hidden_act", str, "silu") not in ("silu", "swish"),
         "quantization_config": bool(document.get("quantization_config")),
-        "num_labels": names[0] == "LlamaForSequenceClassification" and _labels(document) != 1,
+        "num_labels": name == "LlamaForSequenceClassification" and _labels(document) != 1,
     }
-    for name, present in found.items():
+    for key, present in found.items():
         if present:
-            value = _labels(document) if name == "num_labels" else document.get(name) or rope
+            value = _labels(document) if key == "num_labels" else document.get(key) or rope
             raise ValueError(
-                f"{path}: {name} = {json.dumps(value)} is not what a Llama 2 computes; "
-                "use a checkpoint without it"
+                f"{key} = {shortened(value)} is not what a Llama 2 computes; use a checkpoint "
+                "without it"
             )
 
 
 def _labels(document: dict[str, Any]) -> int:
     """Number of labels, counted as transformers does: two where nothing is said."""
-    if document.get("id2label"):
-        return len(document["id2label"])
-    return int(document.get("num_labels", 2))
+    if labels := field(document, "id2label", dict, {}):
+        return len(labels)
+    return field(document, "num_labels", int, 2)
 
 
-def _number(document: dict[str, Any], key: str, default: int | None = None) -> int:
-    value = document.get(key)
-    if value is None:
-        value = default
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{key} is {json.dumps(value)}, expected a whole number")
-    return value
-
-
-def _check_head_dim(document: dict[str, Any], config: ModelConfig, path: Path) -> None:
-    head_dim = document.get("head_dim")
-    if head_dim not in (None, config.head_dim):
+def _check_head_dim(document: dict[str, Any], config: ModelConfig) -> None:
+    head_dim = field(document, "head_dim", int, config.head_dim)
+    if head_dim != config.head_dim:
         raise ValueError(
-            f"{path}: head_dim = {head_dim} where hidden_size / num_attention_heads is "
-            f"{config.head_dim}; a Llama 2 has them equal: use another checkpoint"
+            f"head_dim = {head_dim} where hidden_size / num_attention_heads is {config.head_dim}; "
+            "a Llama 2 has them equal: use another checkpoint"
         )

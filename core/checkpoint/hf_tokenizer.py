@@ -4,11 +4,13 @@ transformers 5 reads tokenizer.model only with protobuf installed, and then join
 otherwise than SentencePiece. From a tokenizer.json every version gives SentencePiece's ids.
 """
 
+import hashlib
 import os
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-import sentencepiece
-
+from puna.core.checkpoint.tokenizer_check import difference
 from puna.core.config import ModelConfig
 from puna.core.tokenizer import Tokenizer
 
@@ -51,8 +53,25 @@ def tokenizer_config_json(config: ModelConfig, head: str, tokenizer: Tokenizer) 
     }
 
 
+def checked_tokenizer_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """`tokenizer_json`; ValueError where it would give other ids than the SentencePiece model."""
+    return _checked(os.fspath(path), hashlib.sha256(Path(path).read_bytes()).digest())
+
+
+@lru_cache(maxsize=2)  # every checkpoint of a run has the same
+def _checked(path: str, digest: bytes) -> dict[str, Any]:
+    document, tokenizer = tokenizer_json(path), Tokenizer(path)
+    text = difference(document, tokenizer)
+    if text is not None:
+        raise ValueError(
+            f"a tokenizer.json would give other ids than {path} (for {text!r}, for example), which "
+            "is no byte-pair model with Llama 2's settings"
+        )
+    return document
+
+
 def tokenizer_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The contents of tokenizer.json for the SentencePiece model at `path`.
+    """The contents of tokenizer.json for the byte-pair model at `path`.
 
     Every piece of text gets SentencePiece's dummy space at its head, also after BOS, as Meta's
     code encodes each exchange of a chat.
@@ -126,17 +145,13 @@ def _merges(path: str | os.PathLike[str]) -> list[str]:
     SentencePiece joins the two neighbours whose union has the highest score (the leftmost among
     equals, as the spaces are); so every way to cut a piece in two pieces is a merge of its rank.
     """
-    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    ids = {
-        model.id_to_piece(i): i
-        for i in range(model.vocab_size())
-        if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))
-    }
+    tokenizer = Tokenizer(path)
+    ids = {tokenizer.piece(i): i for i in range(tokenizer.vocab_size) if tokenizer.is_text(i)}
     merges = []
     for piece, token in ids.items():
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in ids and right in ids:
-                order = (-model.get_score(token), ids[left], ids[right])
+                order = (-tokenizer.piece_score(token), ids[left], ids[right])
                 merges.append((order, f"{left} {right}"))
     return [merge for _, merge in sorted(merges)]

@@ -16,16 +16,26 @@ import torch
 from torch import Tensor
 
 from puna.core.checkpoint.source import (
+    EMBEDDING,
+    HEADS,
     Source,
+    as_type,
     half_split,
     interleaved,
     parameter_shapes,
     rope_heads,
 )
-from puna.core.config import ModelConfig
+from puna.core.config import ModelConfig, parameter_count
+from puna.core.documents import regular_file
 
 HEADER = struct.Struct("<7i")
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEAD = HEADS["lm"]
+# What else a .bin may be, by its first bytes.
+OTHERS = {
+    b"24ka": "a .bin of llama2.c's version 1 or 2",
+    b"PK": "a pickled PyTorch file",
+    b"GGUF": "a GGUF file",
+}
 LAYER_KINDS = (
     "input_layernorm",
     "self_attn.q_proj",
@@ -41,11 +51,13 @@ LAYER_KINDS = (
 
 def open_source(path: Path) -> Source:
     """Open a legacy `.bin`; ValueError where it is none or its size is not its header's."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; give a model folder or a llama2.c .bin file")
+    regular_file(path, "no such file; give a model folder or a llama2.c .bin file")
     with path.open("rb") as file:
         header = file.read(HEADER.size)
     remedy = "give a whole .bin in llama2.c's legacy format (export version 0)"
+    for magic, what in OTHERS.items():
+        if header.startswith(magic):
+            raise ValueError(f"{path} is {what}; {remedy}")
     if len(header) < HEADER.size:
         raise ValueError(f"{path} is {len(header)} bytes long; {remedy}")
     dim, ffn_dim, n_layers, n_heads, n_kv_heads, vocab_size, context = HEADER.unpack(header)
@@ -76,6 +88,7 @@ def write(path: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]]
     kept: dict[str, Tensor] = {}  # the two that decide whether the head is tied
     with path.open("wb") as file:
         for name, tensor in tensors:
+            tensor = as_type(name, tensor, torch.float32)
             if name in (HEAD, EMBEDDING):
                 kept[name] = tensor.clone()
             heads = rope_heads(name, config)
@@ -121,8 +134,9 @@ def _layout(config: ModelConfig) -> dict[str, int]:
 
 
 def _layout_end(config: ModelConfig, tied: bool) -> int:
-    """Length of the file in floats after the header."""
-    return _layout(config)[HEAD] + (0 if tied else config.vocab_size * config.dim)
+    """Length of the file in floats after the header: counted, whatever a header says."""
+    head = config.vocab_size * config.dim
+    return parameter_count(config) + 2 * _table_size(config) - (head if tied else 0)
 
 
 def _table_size(config: ModelConfig) -> int:
@@ -146,7 +160,7 @@ def _rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 def _put(file: BinaryIO, offset: int, tensor: Tensor) -> None:
     file.seek(HEADER.size + 4 * offset)
-    file.write(tensor.to(torch.float32).contiguous().numpy().astype("<f4", copy=False).tobytes())
+    file.write(tensor.contiguous().numpy().astype("<f4", copy=False).tobytes())
 
 
 def _read(path: Path, config: ModelConfig, tied: bool) -> Iterator[tuple[str, Tensor]]:

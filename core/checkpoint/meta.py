@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puna.core.checkpoint.hf_config import read_json
 from puna.core.checkpoint.source import (
     Source,
+    check_layers,
     check_shapes,
     half_split,
     meta_name,
@@ -23,6 +23,7 @@ from puna.core.checkpoint.source import (
     rope_heads,
 )
 from puna.core.config import ModelConfig, ffn_width
+from puna.core.documents import field, read_object, regular_file
 
 # The dimension along which the ranks' shares are joined; the norms have none.
 CUT = {
@@ -46,6 +47,7 @@ def open_source(folder: Path, context: int = 4096) -> Source:
     """
     shares = [_open_share(file) for file in _share_files(folder)]
     config = _read_params(folder / "params.json", shares, context)
+    check_layers(shares[0], config, folder)
     shapes = parameter_shapes(config, "lm")
     _check(folder, shares, shapes)
 
@@ -74,48 +76,58 @@ def _share_files(folder: Path) -> list[Path]:
 
 
 def _open_share(file: Path) -> Mapping[str, Tensor]:
+    regular_file(file)
     try:
         share = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{file} holds more than tensors and is not opened: fetch it from a source you trust"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to ask for
         raise ValueError(f"{file} is damaged or cut short; fetch it again") from error
-    if not isinstance(share, dict) or not all(isinstance(t, Tensor) for t in share.values()):
-        raise ValueError(f"{file} is no set of named tensors; fetch it again")
-    for name in ("tok_embeddings.weight", "norm.weight"):  # the model's size is read from these
-        if name not in share:
+    if not isinstance(share, dict) or not all(map(_is_entry, share, share.values())):
+        raise ValueError(f"{file} is no set of named tensors of floats; fetch it again")
+    # The model's size is read from these.
+    for name, dimensions in (("tok_embeddings.weight", 2), ("norm.weight", 1)):
+        if name not in share or share[name].dim() != dimensions:
             raise ValueError(f"{file} lacks {name}; fetch it again")
     return share
 
 
+def _is_entry(name: Any, tensor: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and tensor.is_floating_point()
+        and tensor.layout == torch.strided
+    )
+
+
 def _read_params(path: Path, shares: list[Mapping[str, Tensor]], context: int) -> ModelConfig:
-    params = read_json(path)
+    params = read_object(path)
     if params.get("use_scaled_rope"):
         raise ValueError(f"{path}: use_scaled_rope is not what a Llama 2 computes")
     try:
-        vocab_size = int(params.get("vocab_size", -1))
+        dim, heads = field(params, "dim", int), field(params, "n_heads", int)
+        vocab_size = field(params, "vocab_size", int, -1)
         if vocab_size == -1:  # Meta's files leave it to the tokenizer
             vocab_size = shares[0]["tok_embeddings.weight"].shape[0]
         return ModelConfig(
-            dim=int(params["dim"]),
-            n_layers=int(params["n_layers"]),
-            n_heads=int(params["n_heads"]),
-            n_kv_heads=int(params.get("n_kv_heads") or params["n_heads"]),
+            dim=dim,
+            n_layers=field(params, "n_layers", int),
+            n_heads=heads,
+            n_kv_heads=field(params, "n_kv_heads", int, heads),
             ffn_dim=ffn_width(
-                int(params["dim"]),
-                int(params.get("multiple_of", 256)),
-                params.get("ffn_dim_multiplier"),
+                dim,
+                field(params, "multiple_of", int, 256),
+                field(params, "ffn_dim_multiplier", float, None),
             ),
             vocab_size=vocab_size,
             context=context,
-            norm_eps=float(params.get("norm_eps", 1e-5)),
-            rope_theta=float(params.get("rope_theta", 10000.0)),
+            norm_eps=field(params, "norm_eps", float, 1e-5),
+            rope_theta=field(params, "rope_theta", float, 10000.0),
         )
-    except KeyError as error:
-        raise ValueError(f"{path.parent}: {error} is missing; fetch the folder again") from error
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 

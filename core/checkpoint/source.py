@@ -6,7 +6,8 @@ pairs of a head (x0 x1, x2 x3, ...), we rotate x0 with x[D/2]: rows are reordere
 conversion. C model width, D head size, H heads.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,15 @@ from torch import Tensor, nn
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
 
+EMBEDDING = "model.embed_tokens.weight"
+LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
+# What others put before a model's names: whose it is, and the way out.
+PREFIXES = {
+    "_orig_mod.": ("torch.compile", "save the model that was compiled (its `_orig_mod`)"),
+    "module.": ("a distributed wrapper", "save the model inside of it (its `module`)"),
+    "base_model.": ("peft", "merge the adapter first (merge_and_unload) and save that"),
+}
+HEADS = {"lm": "lm_head.weight", "score": "score.weight"}
 META_NAMES = {
     "model.embed_tokens": "tok_embeddings",
     "model.norm": "norm",
@@ -37,7 +47,7 @@ class Source(NamedTuple):
 
     config: ModelConfig
     head: str  # "lm" or "score"
-    dtype: torch.dtype  # as stored (the embedding's)
+    dtype: torch.dtype  # the embedding's, as stored; others may have another
     tokenizer: Path | None
     # Every parameter once, by our names. A tensor may be a view of a mapped file: copy it.
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
@@ -56,10 +66,26 @@ def in_memory(source: Source, device: torch.device | str, dtype: torch.dtype) ->
         model = Transformer(source.config, source.head)
     for name, tensor in source.tensors():
         # A copy, always: the source may be a mapped file that is later removed or changed.
-        value = nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True))
+        kept = as_type(name, tensor, dtype)
+        value = nn.Parameter(kept.to(device=device, copy=kept is tensor))
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, value)
     return model
+
+
+def as_type(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`tensor` as `dtype` (None: its own); ValueError where a number would become infinite."""
+    if dtype is None or dtype == tensor.dtype:
+        return tensor
+    converted = tensor.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
+        lost = converted.isinf() & tensor.isfinite()
+        if lost.any():
+            raise ValueError(
+                f"{name} holds {tensor[lost][0].item():g}, and {str(dtype).removeprefix('torch.')} "
+                f"ends at {torch.finfo(dtype).max:g}; choose a type that reaches further"
+            )
+    return converted
 
 
 def meta_name(name: str) -> str:
@@ -96,10 +122,51 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
 
 
 def parameter_shapes(config: ModelConfig, head: str) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter, in the model's order."""
-    with torch.device("meta"):
-        model = Transformer(config, head)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    """Name and shape of every parameter, in the model's order: counted, no model is built."""
+    C, F, KD = config.dim, config.ffn_dim, config.n_kv_heads * config.head_dim
+    block = {
+        "self_attn.q_proj": (C, C),
+        "self_attn.k_proj": (KD, C),
+        "self_attn.v_proj": (KD, C),
+        "self_attn.o_proj": (C, C),
+        "mlp.gate_proj": (F, C),
+        "mlp.up_proj": (F, C),
+        "mlp.down_proj": (C, F),
+        "input_layernorm": (C,),
+        "post_attention_layernorm": (C,),
+    }
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, C)}
+    for layer in range(config.n_layers):
+        for part, shape in block.items():
+            shapes[f"model.layers.{layer}.{part}.weight"] = shape
+    shapes["model.norm.weight"] = (C,)
+    shapes[HEADS[head]] = (config.vocab_size if head == "lm" else 1, C)
+    return shapes
+
+
+def check_tensors(
+    found: Mapping[str, tuple[int, ...]], config: ModelConfig, head: str, where: Path
+) -> None:
+    """ValueError where these are not the tensors of a model of this shape, named as ours are."""
+    for prefix, (whose, remedy) in PREFIXES.items():
+        if any(name.startswith(prefix) for name in found):
+            raise ValueError(
+                f"{where}: the tensors' names begin with `{prefix}`, which {whose} puts there; "
+                f"{remedy}"
+            )
+    check_layers(found, config, where)
+    check_shapes(found, parameter_shapes(config, head), where)
+
+
+def check_layers(names: Iterable[str], config: ModelConfig, where: Path) -> None:
+    """ValueError where the weights have fewer layers than the config says. Nothing is made for a
+    layer, not even its name, before it is known to be there: a config may say 10^9."""
+    numbers = {found[1] for name in names if (found := LAYER.match(name))}
+    if len(numbers) < config.n_layers:
+        raise ValueError(
+            f"{where}: the config says {config.n_layers} layers, the weights have {len(numbers)}; "
+            "fetch the checkpoint again, or use the config it was saved with"
+        )
 
 
 def check_shapes(

@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from puna.core.checkpoint.atomic import write_text
+from puna.core.terminal import say
 from puna.demo.report import captions, figures, page, reward_figures
 from puna.demo.report.bars import bars
 from puna.demo.report.drawing import inline_svg
@@ -241,5 +242,5 @@ def _plain(value: object) -> str:
 
 
 if __name__ == "__main__":
-    print(write_report(Path(sys.argv[1])))
-    print(write_summary(Path(sys.argv[1])))
+    say(write_report(Path(sys.argv[1])))
+    say(write_summary(Path(sys.argv[1])))

@@ -12,6 +12,7 @@ from string import Template
 from matplotlib.figure import Figure
 
 from puna.core.checkpoint.atomic import write_text
+from puna.core.terminal import say
 from puna.demo.report import figures, reward_figures
 from puna.demo.report.drawing import save_svg
 from puna.demo.report.results import (
@@ -271,4 +272,4 @@ def _margin(config: dict) -> str:
 
 
 if __name__ == "__main__":
-    print(write_questions(Path(sys.argv[1]), Path(sys.argv[2])))
+    say(write_questions(Path(sys.argv[1]), Path(sys.argv[2])))

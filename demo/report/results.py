@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from puna.core.documents import read_object
+from puna.demo.kept import seconds
 from puna.trainers.train.recipes import read_toml
 
 Evaluation = dict[str, Any]
@@ -22,9 +24,7 @@ REWARD_MODELS = ("helpfulness", "safety")
 def load_evaluation(folder: Path) -> Evaluation:
     """The run's `evaluation.json`; ValueError where the run has not come that far."""
     path = folder / "evaluation.json"
-    if not path.exists():
-        raise ValueError(f"{path} is not there; let the demo finish, then write the report")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_object(path, "no such file; let the demo finish, then write the report")
 
 
 def rlhf_versions(evaluation: Evaluation) -> list[str]:
@@ -84,10 +84,10 @@ def metrics(folder: Path, evaluation: Evaluation, name: str) -> Rows:
     if path is None or not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:
             continue
     return rows
 
@@ -133,17 +133,16 @@ def chat_model(evaluation: Evaluation) -> str | None:
 def stage_seconds(folder: Path, evaluation: Evaluation) -> dict[str, float]:
     """Seconds by stage: what the pipeline noted in seconds.json, which goes on after the
     evaluation was written, else what the evaluation says of each stage."""
-    noted = folder / "seconds.json"
-    if noted.exists():
-        return json.loads(noted.read_text(encoding="utf-8"))
+    if noted := seconds(folder):
+        return noted
     stages = evaluation.get("stages", [])
     return {s.get("title", s["name"]): s["seconds"] for s in stages if s.get("seconds") is not None}
 
 
 def total_seconds(folder: Path, evaluation: Evaluation) -> float | None:
     """Seconds of the whole run, installation not counted."""
-    if (folder / "seconds.json").exists():
-        return sum(stage_seconds(folder, evaluation).values())
+    if noted := seconds(folder):
+        return sum(noted.values())
     return evaluation.get("seconds")
 
 

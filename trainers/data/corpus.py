@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.lib.format import MAGIC_PREFIX
 
 from puna.core.checkpoint.atomic import atomic_file
+from puna.core.documents import regular_file
 from puna.core.tokenizer import Tokenizer
 
 CHUNK = 1 << 24  # tokens looked at together, so that a corpus larger than memory can be opened
@@ -55,12 +57,14 @@ def open_corpus(path: Path, tokenizer: Tokenizer) -> Corpus:
     Raises ValueError where the file is absent, no such array, or made with a tokenizer of a
     larger vocabulary.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+    with regular_file(path).open("rb") as file:
+        magic = file.read(len(MAGIC_PREFIX))
+    if magic != MAGIC_PREFIX:  # np.load opens other files, too, but not as an array
+        raise ValueError(f"{path} is no .npy array; write one with `puna tokenizer encode`")
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is no .npy array: {error}") from error
+    except Exception as error:  # a header is parsed as Python: it fails in as many ways
+        raise ValueError(f"{path} is no .npy array: its header is damaged") from error
     if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32) or not len(tokens):
         raise ValueError(
             f"{path} holds {tokens.dtype} of shape {tokens.shape}, expected a one-dimensional "

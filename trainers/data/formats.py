@@ -8,10 +8,11 @@ values with other names than ours are mapped by the recipe's `[columns]` and `[r
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 from puna.core.chat import Message, check_dialogue, check_text
+from puna.core.documents import listed, shortened
+from puna.trainers.data.columns import Columns as Columns
 
 RATINGS = ("significantly_better", "better", "slightly_better", "negligibly_better")
 SAFETY = ("chosen_safe", "both_safe", "both_unsafe")
@@ -33,6 +34,8 @@ class Dialogue(NamedTuple):
     """A dialogue that ends with an assistant message."""
 
     messages: list[Message]
+    where: str = ""
+    """`file:line`, for messages about it."""
 
 
 class Preference(NamedTuple):
@@ -48,6 +51,7 @@ class Preference(NamedTuple):
     """One of SAFETY; None where nobody was asked."""
     batch: int | None = None
     """The week or round in which it was collected."""
+    where: str = ""
 
 
 class Prompt(NamedTuple):
@@ -56,38 +60,16 @@ class Prompt(NamedTuple):
     messages: list[Message]
     is_safety: bool = False
     """Whether it was written to draw out an unsafe answer (Eq. 4's is_safety)."""
+    where: str = ""
 
 
-@dataclass(frozen=True)
-class Columns:
-    """The names that the file gives to each column; an empty name: the file has no such column."""
+class Ghost(NamedTuple):
+    """The user's side of a dialogue and an instruction to keep; either may be left out."""
 
-    text: str = "text"
-    """Text files: the text."""
-    messages: str = "messages"
-    """A list of messages."""
-    prompt: str = "prompt"
-    """One user message, or a list of messages."""
-    response: str = "response"
-    """SFT: the answer to `prompt`."""
-    chosen: str = "chosen"
-    """The preferred answer, or the whole dialogue with it."""
-    rejected: str = "rejected"
-    """The other answer, or the whole dialogue with it."""
-    a: str = ""
-    """First of two answers; `rating` then says which of them is better."""
-    b: str = ""
-    """Second of two answers."""
-    a_safe: str = ""
-    """Whether answer a is safe."""
-    b_safe: str = ""
-    """Whether answer b is safe."""
-    rating: str = "rating"
-    """How much better the chosen answer is."""
-    safety: str = "safety"
-    """Preferences: which answers are safe. Prompts: whether it asks for something unsafe."""
-    batch: str = "batch"
-    """The week or round of a preference."""
+    turns: list[str]
+    instruction: str | None = None
+    short: str | None = None
+    where: str = ""
 
 
 def parse_text(row: Row, columns: Columns) -> str:
@@ -123,9 +105,38 @@ def parse_prompt(row: Row, columns: Columns) -> Prompt:
         raise _missing(row, f"'{columns.messages}' or '{columns.prompt}'")
     safety = row.get(columns.safety, False)
     if not isinstance(safety, bool):
-        raise Malformed(f"'{columns.safety}' is {_show(safety)}, expected true or false")
+        raise Malformed(f"'{columns.safety}' is {shortened(safety)}, expected true or false")
     _check_prompt(messages)
     return Prompt(messages, safety)
+
+
+def parse_ghost(row: Row) -> Ghost:
+    """`turns` (what the user says) or `messages` (their user messages are taken), and perhaps
+    `instruction` and `short`."""
+    told = parse_instruction(row) if row.get("instruction") is not None else Ghost([])
+    if "turns" in row:
+        turns = row["turns"]
+        if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
+            raise Malformed(f"'turns' is {shortened(turns)}, expected a list of texts")
+    elif "messages" in row:
+        messages = _messages(row["messages"], "messages")
+        turns = [message["content"] for message in messages if message["role"] == "user"]
+    else:
+        raise _missing(row, "'turns' or 'messages'")
+    if not turns:
+        raise Unusable("the dialogue has no user message")
+    for turn in turns:
+        _check_text(turn, "user")
+    return told._replace(turns=turns)
+
+
+def parse_instruction(row: Row) -> Ghost:
+    """`instruction`, and perhaps `short`: what may stand for it in training."""
+    instruction = _string(row, "instruction")
+    short = instruction if row.get("short") is None else _string(row, "short")
+    for name, text in (("instruction", instruction), ("short instruction", short)):
+        _check_text(text, name)
+    return Ghost([], instruction, short)
 
 
 def parse_preference(row: Row, columns: Columns, ratings: Ratings) -> Preference:
@@ -144,7 +155,7 @@ def parse_preference(row: Row, columns: Columns, ratings: Ratings) -> Preference
         preference = Preference(messages, chosen, rejected, level, safety)
     _check_prompt(preference.messages)
     for answer in (preference.chosen, preference.rejected):
-        _check_answer(answer)
+        _check_text(answer)
     if preference.chosen.strip() == preference.rejected.strip():
         raise Unusable("the two answers are the same")
     if preference.safety == "chosen_unsafe":
@@ -206,7 +217,7 @@ def parse_transcript(text: str) -> list[Message]:
     if before.strip() or not turns:
         raise Malformed(
             "there is neither 'messages' nor 'prompt', and 'chosen' or 'rejected' is no "
-            f"transcript: it begins with {_show(text)}, expected 'Human:' or 'Assistant:'"
+            f"transcript: it begins with {shortened(text)}, expected 'Human:' or 'Assistant:'"
         )
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
@@ -237,26 +248,51 @@ def _prompt_or_messages(row: Row, columns: Columns) -> list[Message]:
 
 
 def _prompt(row: Row, columns: Columns) -> list[Message]:
-    """The prompt column: one user message as text, or messages."""
+    """The prompt column: one user message as text, or messages; and what goes with it."""
     if isinstance(row.get(columns.prompt), list):
-        return _messages(row[columns.prompt], columns.prompt)
-    return [_message("user", _string(row, columns.prompt))]
+        messages = _messages(row[columns.prompt], columns.prompt)
+    else:
+        text = "\n\n".join([_string(row, columns.prompt), *_optional(row, columns.input)])
+        messages = [_message("user", text)]
+    return [_message("system", text) for text in _optional(row, columns.system)] + messages
+
+
+def _optional(row: Row, name: str) -> list[str]:
+    """The text of a column that is mapped, where it says something."""
+    if not name or row.get(name) is None:
+        return []
+    return [text] if (text := _string(row, name)).strip() else []
 
 
 def _messages(value: Any, name: str) -> list[Message]:
     if not isinstance(value, list):
-        raise Malformed(f"'{name}' is {_show(value)}, expected a list of messages")
+        raise Malformed(f"'{name}' is {shortened(value)}, expected a list of messages")
     messages = []
     for index, item in enumerate(value):
         where = f"'{name}[{index}]'"
         if not isinstance(item, dict):
-            raise Malformed(f"{where} is {_show(item)}, expected an object with role and content")
+            raise Malformed(
+                f"{where} is {shortened(item)}, expected an object with role and content"
+            )
         if item.get("role") not in ROLES:
-            raise Malformed(f"{where} has role {_show(item.get('role'))}, expected {_or(ROLES)}")
+            raise Malformed(
+                f"{where} has role {shortened(item.get('role'))}, expected {_or(ROLES)}"
+            )
         if not isinstance(item.get("content"), str):
-            raise Malformed(f"{where} has content {_show(item.get('content'))}, expected a string")
-        messages.append(_message(item["role"], item["content"]))
+            raise Malformed(
+                f"{where} has content {shortened(item.get('content'))}, expected a string"
+            )
+        message = _message(item["role"], item["content"])
+        if item.get("weight") is not None:
+            message["weight"] = _weight(item["weight"], where)
+        messages.append(message)
     return messages
+
+
+def _weight(value: Any, where: str) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise Malformed(f"{where} has weight {shortened(value)}, expected a number from 0 to 1")
+    return float(value)
 
 
 def _message(role: str, content: str) -> Message:
@@ -290,7 +326,7 @@ def _value(value: Any, name: str, ratings: Ratings, known: tuple[str, ...]) -> s
         raise Unusable("a tie where a ranking is asked for")
     if mapped not in known:
         raise Malformed(
-            f"'{name}' is {_show(value)}, expected {_or(known)}; "
+            f"'{name}' is {shortened(value)}, expected {_or(known)}; "
             "map the file's own values in the recipe's [ratings]"
         )
     return mapped
@@ -299,7 +335,7 @@ def _value(value: Any, name: str, ratings: Ratings, known: tuple[str, ...]) -> s
 def _batch(row: Row, columns: Columns) -> int | None:
     batch = row.get(columns.batch)
     if batch is not None and type(batch) is not int:
-        raise Malformed(f"'{columns.batch}' is {_show(batch)}, expected a whole number")
+        raise Malformed(f"'{columns.batch}' is {shortened(batch)}, expected a whole number")
     return batch
 
 
@@ -307,12 +343,12 @@ def _string(row: Row, name: str) -> str:
     if name not in row:
         raise _missing(row, f"'{name}'")
     if not isinstance(row[name], str):
-        raise Malformed(f"'{name}' is {_show(row[name])}, expected a string")
+        raise Malformed(f"'{name}' is {shortened(row[name])}, expected a string")
     return cast(str, row[name])
 
 
 def _missing(row: Row, expected: str) -> Malformed:
-    columns = ", ".join(f"'{name}'" for name in row) or "none"
+    columns = listed(row) or "none"
     return Malformed(
         f"the row has the columns {columns}, expected {expected}; "
         "name the file's own columns in the recipe's [columns]"
@@ -334,10 +370,10 @@ def _check_prompt(messages: list[Message]) -> None:
         raise Unusable("the prompt does not end with a user message")
 
 
-def _check_answer(text: str) -> None:
+def _check_text(text: str, role: str = "assistant") -> None:
     _check_unicode(text)
     try:
-        check_text(text)
+        check_text(text, role)
     except ValueError as error:
         raise _unusable(error) from error
 
@@ -352,12 +388,6 @@ def _check_unicode(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise Unusable("the text holds a lone surrogate, which is not valid Unicode") from None
-
-
-def _show(value: Any) -> str:
-    """A value as JSON, short enough for a message."""
-    text = json.dumps(value, ensure_ascii=True, default=repr)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _or(names: tuple[str, ...]) -> str:

@@ -109,12 +109,17 @@ class PackedRows:
     """Sequences of (ids, weights) in rows of T tokens: `len(rows)`, `rows.batch(indices)`.
 
     A sequence of n ids takes n-1 places: its last id is only ever a target. `skipped` counts the
-    sequences that are left out: those that do not fit a row and those without a weighted target.
-    Raises ValueError where no sequence is left.
+    sequences that are left out: those that do not fit a row and those without a weighted target;
+    `where` says of each sequence where it comes from. Raises ValueError where no sequence is left.
     """
 
     def __init__(
-        self, sequences: Sequence[WeightedIds], row_tokens: int, *, vocab_size: int
+        self,
+        sequences: Sequence[WeightedIds],
+        row_tokens: int,
+        *,
+        vocab_size: int,
+        where: Sequence[str] = (),
     ) -> None:
         self.row_tokens = row_tokens
         self.skipped = Skipped()
@@ -122,16 +127,16 @@ class PackedRows:
         weights: list[np.ndarray] = []
         for index, (sequence, sequence_weights) in enumerate(sequences):
             assert len(sequence) == len(sequence_weights), "one weight for each id"
-            where = f"sequence {index + 1}"
+            place = (where[index] if where else "") or f"sequence {index + 1}"
             if len(sequence) - 1 > row_tokens:
-                self.skipped.add(f"longer than the {row_tokens} tokens of a row", where)
+                self.skipped.add(f"longer than the {row_tokens} tokens of a row", place)
             elif not any(sequence_weights[1:]):
-                self.skipped.add("no token to learn", where)
+                self.skipped.add("no token to learn", place)
             else:
                 ids.append(np.asarray(sequence, dtype=token_dtype(vocab_size)))
                 weights.append(np.asarray(sequence_weights, dtype=np.float32))
         if not ids:
-            found = str(self.skipped).replace("\n", "; ") or "there is none"
+            found = self.skipped.reasons().replace("\n", "; ") or "there is none"
             raise ValueError(f"no sequence to train on: {found}; a larger context may help")
         self._starts = np.cumsum([0] + [len(sequence) for sequence in ids])
         self._ids = np.concatenate(ids)
@@ -279,6 +284,26 @@ def encode_pairs(
 
     Raises ValueError where no pair is left.
     """
+    pairs, skipped = _encode_pairs(tokenizer, preferences, context)
+    if not pairs:
+        reasons = skipped.reasons().replace("\n", "; ") or "there is none"
+        raise ValueError(f"no pair to train on: {reasons}")
+    return pairs, skipped
+
+
+def encode_held_out(
+    tokenizer: Tokenizer, preferences: Sequence[Preference], context: int
+) -> tuple[list[Pair], Skipped]:
+    """`encode_pairs` of what is only measured: that none is left is noted and stops nobody."""
+    pairs, skipped = _encode_pairs(tokenizer, preferences, context)
+    if not pairs:
+        skipped.notes.append("the held-out accuracy is not measured: no held-out pair fits")
+    return pairs, skipped
+
+
+def _encode_pairs(
+    tokenizer: Tokenizer, preferences: Sequence[Preference], context: int
+) -> tuple[list[Pair], Skipped]:
     pairs: list[Pair] = []
     skipped = Skipped()
     for index, row in enumerate(preferences):
@@ -286,12 +311,30 @@ def encode_pairs(
         chosen = prompt + encode_answer(tokenizer, row.chosen)
         rejected = prompt + encode_answer(tokenizer, row.rejected)
         if max(len(chosen), len(rejected)) > context:
-            skipped.add(f"longer than the context of {context} tokens", f"pair {index + 1}")
+            skipped.add(
+                f"longer than the context of {context} tokens", row.where or f"pair {index + 1}"
+            )
         else:
             pairs.append(Pair(chosen, rejected, row.rating, row.safety))
-    if not pairs:
-        raise ValueError(f"no pair to train on: {skipped or 'there is none'}")
     return pairs, skipped
+
+
+def unlabelled(pairs: Sequence[Pair], margin: str, safety_weight: float) -> list[str]:
+    """Sentences on options that have nothing to act on in some of the pairs."""
+    notes = []
+    ungraded = sum(pair.rating is None for pair in pairs)
+    if margin != "none" and ungraded:
+        notes.append(
+            f"{ungraded} of {len(pairs)} pairs have no rating: the margin of these is 0, whatever "
+            f"margin = {margin!r} says"
+        )
+    unsafe = sum(pair.safety is None for pair in pairs)
+    if safety_weight > 0 and unsafe:
+        notes.append(
+            f"{unsafe} of {len(pairs)} pairs have no safety label: safety_weight = "
+            f"{safety_weight:g} does nothing for these"
+        )
+    return notes
 
 
 def pair_batch(pairs: Sequence[Pair], margins: dict[str, float]) -> PairBatch:

@@ -31,14 +31,14 @@ def load_prompts(
     for path in paths:
         rows, unusable = read_prompts(path)
         skipped.merge(unusable)
-        for number, row in enumerate(rows, 1):
+        for row in rows:
             ids = encode_prompt(tokenizer, row.messages)
             if len(ids) > longest:
-                skipped.add(f"longer than {longest} tokens", f"{path}, prompt {number}")
+                skipped.add(f"longer than {longest} tokens", row.where)
             else:
                 prompts.append(EncodedPrompt(list(row.messages), ids, row.is_safety))
     if not prompts:
-        found = str(skipped).replace("\n", "; ") or "no file was named"
+        found = skipped.reasons().replace("\n", "; ") or "no file was named"
         raise ValueError(f"no prompt to sample from: {found}")
     return prompts, skipped
 

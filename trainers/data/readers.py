@@ -6,21 +6,24 @@ the reader with `file:line: what is wrong, what was expected`; a row that can be
 used is skipped, counted and named.
 """
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from puna.core.documents import json_rows, listed, regular_file
 from puna.trainers.data.formats import (
     Columns,
     Dialogue,
+    Ghost,
     Malformed,
     Preference,
     Prompt,
     Ratings,
     Unusable,
     parse_dialogue,
+    parse_ghost,
+    parse_instruction,
     parse_preference,
     parse_prompt,
     parse_text,
@@ -30,29 +33,61 @@ T = TypeVar("T")
 
 
 class Skipped(Counter[str]):
-    """How many rows were skipped for each reason; `first` says where each was met first."""
+    """How many rows were skipped for each reason; `first` says where each was met first. `notes`
+    are sentences on what else of the rows is not used."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first: dict[str, str] = {}
+        self.notes: list[str] = []
 
-    def add(self, reason: str, where: str) -> None:
-        """Counts one row, found at `where` (such as `file:line`)."""
-        self[reason] += 1
+    def __bool__(self) -> bool:
+        """Whether there is anything to say."""
+        return len(self) > 0 or bool(self.notes)
+
+    def add(self, reason: str, where: str, count: int = 1) -> None:
+        """Counts rows, the first of them found at `where` (such as `file:line`)."""
+        self[reason] += count
         self.first.setdefault(reason, where)
 
     def merge(self, other: "Skipped") -> None:
         """Adds the counts of another reader."""
         self.update(other)
         self.first = {**other.first, **self.first}
+        self.notes += other.notes
 
-    def __str__(self) -> str:
+    def merge_held_out(self, other: "Skipped") -> None:
+        """Adds the counts of rows that were held out."""
+        for reason, count in other.items():
+            self.add(f"held out, and {reason}", other.first[reason], count)
+
+    def reasons(self) -> str:
         """One line for each reason, most frequent first; empty where nothing was skipped."""
         return "\n".join(
             f"skipped {count} {'row' if count == 1 else 'rows'}: {reason} (first {where})"
             for reason, count in self.most_common()
             for where in [self.first[reason]]
         )
+
+    def __str__(self) -> str:
+        """The reasons and the notes, one a line."""
+        return "\n".join([*filter(None, [self.reasons()]), *self.notes])
+
+
+class Row(dict[str, Any]):
+    """A row that notes in `read`, which the rows of a file share, which columns are looked at."""
+
+    def __init__(self, columns: Mapping[str, Any], read: set[str]):
+        super().__init__(columns)
+        self.read = read
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
 
 
 def read_texts(path: str | Path, columns: Columns | None = None) -> tuple[list[str], Skipped]:
@@ -65,7 +100,7 @@ def read_texts(path: str | Path, columns: Columns | None = None) -> tuple[list[s
     if path.suffix != ".txt":
         return _read(path, lambda row: parse_text(row, columns or Columns()))
     try:
-        text = _existing(path).read_bytes().decode("utf-8-sig")
+        text = regular_file(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}:{line}: not UTF-8, expected UTF-8 text") from error
@@ -106,62 +141,50 @@ def read_preferences(
     return _read(path, lambda row: parse_preference(row, columns or Columns(), ratings or {}))
 
 
+def read_ghosts(path: str | Path, *, alone: bool = False) -> tuple[list[Ghost], Skipped]:
+    """What Ghost Attention samples from: rows of `turns` or `messages`, and perhaps `instruction`
+    and `short`; with `alone`, rows of the last two."""
+    return _read(path, parse_instruction if alone else parse_ghost)
+
+
 def read_prompts(path: str | Path, columns: Columns | None = None) -> tuple[list[Prompt], Skipped]:
     """Prompts to be answered: rows of `messages` or `prompt`, and perhaps `safety`."""
     return _read(path, lambda row: parse_prompt(row, columns or Columns()))
 
 
-def _read(path: str | Path, parse: Callable[[dict[str, Any]], T]) -> tuple[list[T], Skipped]:
-    path = _existing(Path(path))
-    return _usable(str(path), _json_rows(path), parse)
+def _read(path: str | Path, parse: Callable[[Mapping[str, Any]], T]) -> tuple[list[T], Skipped]:
+    return _usable(str(path), json_rows(Path(path)), parse)
 
 
 def _usable(
-    source: str, rows: Iterable[tuple[str, Any]], parse: Callable[[dict[str, Any]], T]
+    source: str, rows: Iterable[tuple[str, Any]], parse: Callable[[Mapping[str, Any]], T]
 ) -> tuple[list[T], Skipped]:
-    """What `parse` makes of each (where it is, row) of `source`."""
+    """What `parse` makes of each (where it is, row) of `source`; what has a place for it is told
+    where it is. Columns that no row's parsing looks at are named."""
     parsed: list[T] = []
     skipped = Skipped()
+    read: set[str] = set()
+    columns: dict[str, None] = {}  # in the order in which they are met
     for where, row in rows:
         try:
             if not isinstance(row, Mapping):
                 raise Malformed(f"a {type(row).__name__}, expected an object with named columns")
-            parsed.append(parse(dict(row)))
+            if unread := row.keys() - read:  # in most files of the first row alone
+                columns |= dict.fromkeys(name for name in row if name in unread)
+                row = Row(row, read)
+            found: Any = parse(row)
+            parsed.append(found._replace(where=where) if hasattr(found, "where") else found)
         except Unusable as reason:
             skipped.add(str(reason), where)
         except Malformed as error:
             raise ValueError(f"{where}: {error}") from error
     if not parsed:
-        found = str(skipped).replace("\n", "; ") or "the file is empty"
-        raise ValueError(f"{source}: no usable row: {found}")
+        reasons = skipped.reasons().replace("\n", "; ") or "the file is empty"
+        raise ValueError(f"{source}: no usable row: {reasons}")
+    if never := [name for name in columns if name not in read]:
+        several = len(never) > 1
+        skipped.notes.append(
+            f"{source}: the column{'s' * several} {listed(never)} {'are' if several else 'is'} "
+            "not used; what belongs to the rows is mapped in the recipe's [columns]"
+        )
     return parsed, skipped
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(`file:line`, object) of each line that is not blank."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number}: not UTF-8, expected UTF-8 text") from error
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}:{number}: not JSON ({error.msg} at column {error.colno}), "
-                    "expected one JSON object a line"
-                ) from error
-            except RecursionError as error:
-                raise ValueError(f"{path}:{number}: the JSON is nested too deeply") from error
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f"{path}:{number}: a JSON {type(row).__name__}, expected one object a line"
-                )
-            yield f"{path}:{number}", row
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    return path

@@ -9,12 +9,14 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 from torch import Tensor
 
 from puna.core.chat import Message
+from puna.core.documents import are_ids, field, json_rows, shortened
+from puna.trainers.data.formats import Columns, parse_prompt
 
 
 class Sample(TypedDict):
@@ -32,6 +34,20 @@ class Sample(TypedDict):
     sample: int  # 0 .. K-1
 
 
+TYPES = {
+    "messages": list,
+    "is_safety": bool,
+    "answer": str,
+    "tokens": list,
+    "finished": bool,
+    "score": float,
+    "scores": dict,
+    "round": int,
+    "prompt": int,
+    "sample": int,
+}
+
+
 def write_samples(path: Path, samples: Iterable[Sample], mode: Literal["w", "a"]) -> None:
     """Write or append one line a sample, flushed to disk."""
     with path.open(mode, encoding="utf-8") as file:
@@ -43,23 +59,29 @@ def write_samples(path: Path, samples: Iterable[Sample], mode: Literal["w", "a"]
 
 def read_samples(path: Path) -> list[Sample]:
     """The samples of a file; ValueError as `file:line: ...` for a row that is none."""
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path}: no such file; a pool is the selected.jsonl of a rejection run")
     samples: list[Sample] = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                missing = Sample.__required_keys__ - row.keys()
-            except (json.JSONDecodeError, AttributeError) as error:
-                raise ValueError(
-                    f"{path}:{number}: not a sample, expected JSON ({error})"
-                ) from error
-            if missing or not row["tokens"]:
-                lacks = ", ".join(sorted(missing)) or "tokens"
-                raise ValueError(f"{path}:{number}: the sample lacks {lacks}")
-            samples.append(row)
+    for where, row in json_rows(path):
+        try:
+            check_sample(row)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        samples.append(cast(Sample, row))
     return samples
+
+
+def check_sample(row: dict[str, Any]) -> None:
+    """ValueError where `row` is no `Sample`: a file may have been edited, or be another kind."""
+    if missing := sorted(Sample.__required_keys__ - row.keys()):
+        raise ValueError(f"the sample lacks {', '.join(missing)}")
+    for name, kind in TYPES.items():
+        field(row, name, kind)
+    if not row["tokens"] or not are_ids(row["tokens"]):
+        raise ValueError(f"tokens is {shortened(row['tokens'])}, expected ids")
+    for name in row["scores"]:
+        field(row["scores"], name, float)
+    parse_prompt({"messages": row["messages"]}, Columns())
 
 
 def prompt_key(messages: Sequence[Message]) -> str:
@@ -81,6 +103,18 @@ def best_of(samples: Iterable[Sample]) -> list[Sample]:
         if usable and (key not in best or sample["score"] > best[key]["score"]):
             best[key] = sample
     return list(best.values())
+
+
+def why_none(samples: Sequence[Sample]) -> str:
+    """The reason why `best_of` keeps none of the samples, as a sentence with the way out."""
+    if finished := sum(sample["finished"] for sample in samples):
+        return (
+            f"no answer of {len(samples)} can be kept: {finished} are finished and all of these "
+            "are empty; start from a policy that answers"
+        )
+    return (
+        f"no answer of {len(samples)} is finished; raise max_new_tokens or train the policy to stop"
+    )
 
 
 def reward_curve(scores: Tensor) -> list[dict[str, float]]:

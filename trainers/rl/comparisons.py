@@ -17,8 +17,9 @@ from puna.core import parallel
 from puna.core.chat import decode_answer, encode_prompt
 from puna.core.checkpoint.atomic import atomic_file
 from puna.core.checkpoint.folder import open_model
+from puna.core.documents import are_ids, field, json_rows, shortened
 from puna.core.tokenizer import Tokenizer
-from puna.trainers.data.formats import RATINGS, SAFETY
+from puna.trainers.data.formats import RATINGS, SAFETY, Columns, parse_prompt
 from puna.trainers.data.prompts import EncodedPrompt, draw
 from puna.trainers.rl.rewards import Answer, one_each
 from puna.trainers.rl.rollout import sample_everywhere
@@ -65,7 +66,7 @@ def sample_pairs(
     the same file. All ranks take part and rank 0 writes.
     """
     if parallel.broadcast(path.exists()):
-        return len(path.read_text().splitlines())
+        return sum(1 for _ in json_rows(path))
     places = [draw(position, len(prompts), seed + round_index) for position in range(count)]
     chosen = [prompts[place] for place, _ in places]
     rng = np.random.default_rng((seed, round_index))
@@ -115,7 +116,7 @@ def annotate(
     """
     if path.exists():
         return
-    found = [json.loads(line) for line in pairs.read_text(encoding="utf-8").split("\n") if line]
+    found = read_pairs(pairs)
     said = annotator(*([_answer(pair, side, tokenizer) for pair in found] for side in "ab"))
     given = one_each("the annotator", said, len(found), "verdict", "pair")
     verdicts = [check_verdict(verdict, number) for number, verdict in enumerate(given, 1)]
@@ -133,6 +134,24 @@ def annotate(
             row["safety"] = verdict.safety
         rows.append(row)
     write_rows(path, rows)
+
+
+def read_pairs(path: Path) -> list[dict[str, Any]]:
+    """The rows that `sample_pairs` wrote; ValueError as `file:line: ...` for another."""
+    found = []
+    for where, row in json_rows(path):
+        try:
+            field(row, "is_safety", bool)
+            parse_prompt({"messages": field(row, "messages", list)}, Columns())
+            for side in "ab":
+                field(row, side, str)
+                ids = field(row, f"{side}_ids", list)
+                if not ids or not are_ids(ids):
+                    raise ValueError(f"{side}_ids is {shortened(ids)}, expected ids")
+        except ValueError as error:
+            raise ValueError(f"{where}: not a pair of answers: {error}") from error
+        found.append(row)
+    return found
 
 
 def check_verdict(given: Any, number: int) -> Verdict:

@@ -4,7 +4,6 @@ So a resumed run, whose metrics are cut to its checkpoint, decides as it would h
 stops early on held-out prompts (section 3.2.3) and does not give the rule; this is ours.
 """
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from puna.core import parallel
 from puna.core.checkpoint.folder import atomic_folder
+from puna.core.documents import json_rows
 from puna.core.model import Transformer
 from puna.trainers.train.run import Run, write_model
 
@@ -20,7 +20,7 @@ def history(metrics: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl so far."""
     if not metrics.exists():
         return []
-    return [json.loads(row) for row in metrics.read_text().splitlines()]
+    return [row for _, row in json_rows(metrics)]
 
 
 def rewards(rows: list[dict[str, Any]]) -> list[float]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from puna.core.chat import Message
+from puna.core.errors import UserError
 from puna.core.model import Transformer
 from puna.core.packed import score
 from puna.trainers.rl.losses import whiten
@@ -131,11 +132,11 @@ def own_copy(answer: Answer) -> Answer:
 
 
 def check_finite(who: str, scores: Tensor, of: str = "answers") -> None:
-    """RuntimeError naming `who` where one of its scores (S,) or (S, T) is not a finite number."""
+    """UserError naming `who` where one of its scores (S,) or (S, T) is not a finite number."""
     good = torch.isfinite(scores).flatten(1).all(1) if scores.dim() > 1 else torch.isfinite(scores)
     bad = int((~good).sum())
     if bad:
-        raise RuntimeError(
+        raise UserError(
             f"{who} gave no finite score for {bad} of {len(scores)} {of}; nothing was trained on "
             "them: look at its weights or its code, then run again"
         )

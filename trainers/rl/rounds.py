@@ -1,12 +1,12 @@
 """A round of the loop V1..Vn, as far as it is files: its prompts, its comparisons, its record."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from puna.core import parallel
 from puna.core.checkpoint.folder import open_source, tokenizer_path
 from puna.core.device import device_of_name
+from puna.core.documents import field, json_rows
 from puna.core.errors import UserError
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.prompts import draw, load_prompts
@@ -100,8 +100,8 @@ def record(
     after: dict[str, dict[str, float]],
 ) -> None:
     """Append the version's row, once."""
-    rows = [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
-    rows = [row for row in rows if row["version"] < number]
+    rows = [row for _, row in json_rows(path)] if path.exists() else []
+    rows = [row for row in rows if field(row, "version", int) < number]
     row = {
         "version": number,
         "model": str(model),

@@ -10,6 +10,7 @@ import torch
 
 from puna.core import ranks, starting
 from puna.core.errors import UserError
+from puna.core.terminal import say
 from puna.trainers.train.config import Config, parse
 
 
@@ -76,7 +77,7 @@ def command(
 def ended(line: str, status: int, *, by_others: bool = False) -> int:
     """Say why, where this rank is the one to say it."""
     if ranks.fail(line, by_others=by_others):
-        print(line, file=sys.stderr, flush=True)
+        say(line, error=True)
     return status
 
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from puna.trainers.train.arguments import joined
 from puna.trainers.train.ranges import Options, check_ranges, drafts, enforce
 from puna.trainers.train.recipes import find_recipe, read_recipe
 from puna.trainers.train.values import convert
@@ -38,7 +39,7 @@ def parse(cls: type[Config], argv: Sequence[str], prog: str) -> Config:
     with drafts():
         config = tyro.cli(
             cls,
-            args=arguments,
+            args=joined(cls, arguments),
             default=from_values(cls, values),
             prog=f"{prog} [recipe.toml]",
             description=(cls.__doc__ or "").strip(),
@@ -75,7 +76,7 @@ def check_keys(
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)
-            raise ValueError(f"{where}: unknown key '{key}'; did you mean {', '.join(near)}?")
+            raise ValueError(f"{where}: unknown key '{key:.60}'; did you mean {', '.join(near)}?")
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
             check_keys(typing.cast(type, hints[key]), value, f"{where} [{key}]")
 

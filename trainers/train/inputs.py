@@ -7,13 +7,13 @@ may not.
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from puna.core.checkpoint.hashes import digests
 from puna.trainers.train.kinds import Kind, kinds_of
+from puna.trainers.train.notice import notice
 
 READ_OF_A_MODEL = (".safetensors", ".json", ".model")  # of a folder; a README may come and go
 LARGE = 2_000_000_000  # bytes that take seconds to read: said
@@ -37,7 +37,7 @@ def inputs_of(config: Any, given: Given | None = None) -> Inputs:
     files = [file for paths in named.values() for file in paths]
     size = sum(file.stat().st_size for file in files)
     if size > LARGE:
-        print(f"reading {size / 1e9:.1f} GB of inputs to pin them", file=sys.stderr, flush=True)
+        notice(f"reading {size / 1e9:.1f} GB of inputs to pin them")
     found = dict(zip(files, digests(files), strict=True))
     inputs = {
         name: [{"path": str(file.resolve()), **found[file]._asdict()} for file in paths]

@@ -10,11 +10,12 @@ import fcntl
 import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from puna.core.terminal import say
 
 LOCK = ".lock"
 BUSY = (errno.EWOULDBLOCK, errno.EACCES)
@@ -33,7 +34,8 @@ def locked(folder: Path) -> Iterator[None]:
                     f"{folder} is being written to by {holder(descriptor)}; wait for it, stop it, "
                     "or give another --out"
                 ) from None
-            print(f"{folder} cannot be locked here ({error.strerror})", file=sys.stderr)
+            why = error.strerror
+            say(f"{folder} cannot be locked ({why}): let one process write to it", error=True)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, (json.dumps(ourselves()) + "\n").encode(), 0)
         yield

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from puna.core import parallel
+from puna.core import parallel, terminal
 from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer
 from puna.trainers.data.packing import LMBatch, step_rows
@@ -193,7 +193,7 @@ def row_length(asked: int, context: int) -> int:
 def say(skipped: Skipped) -> None:
     """Print what was skipped and why."""
     if parallel.is_main() and skipped:
-        print(skipped, flush=True)
+        terminal.say(skipped)
 
 
 def split(items: Sequence[Item], eval_share: float, seed: int) -> tuple[list[Item], list[Item]]:

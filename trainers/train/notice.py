@@ -1,8 +1,9 @@
 """One line for people, from rank 0."""
 
 from puna.core import parallel
+from puna.core.terminal import say
 
 
 def notice(line: object) -> None:
     if parallel.is_main():
-        print(line, flush=True)
+        say(line)

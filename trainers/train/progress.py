@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from puna.core.terminal import say
+
 LINE_SECONDS = 20.0  # between lines where the output is no terminal
 
 
@@ -33,7 +35,7 @@ class Meter:
         elif self.show and (now - self.spoke > LINE_SECONDS or self.step == self.total):
             self.spoke = now
             left = (now - self.began) / max(self.step - self.first, 1) * (self.total - self.step)
-            print(f"{self.title}: {self.step}/{self.total}, {text}, {left:.0f} s left", flush=True)
+            say(f"{self.title}: {self.step}/{self.total}, {text}, {left:.0f} s left")
 
 
 @contextmanager

@@ -15,15 +15,22 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from puna.core.documents import regular_file
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+MOST_PARTS = 200
+LONGEST_NAME = 1000
+
 
 def find_recipe(name: str, folder: Path = Path()) -> Path:
     """The recipe called `name`: one in `folder`, or one that Puna ships (`7b/sft.toml`; the ending
     may be left out). Raises ValueError naming the nearest known ones."""
+    if len(name) > LONGEST_NAME:
+        raise ValueError(f"no recipe has so long a name as '{name[:57]}...'; name a file")
     wanted = name if name.endswith(".toml") else f"{name}.toml"
     for place in (folder / name, folder / wanted, shipped() / wanted):
         if place.is_file() or is_overlaid(place):
@@ -110,7 +117,36 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
+    """The values of a TOML file; ValueError names the file, and the line where there is one."""
+    data = regular_file(path, "no such recipe").read_bytes()
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        # A key's parts cost memory by their square: 20,000 took 1.7 GB.
+        if line.count(b".") > MOST_PARTS and (dots := dots_outside_texts(line)) > MOST_PARTS:
+            raise ValueError(f"{path}:{number}: a key of {dots + 1:,} parts; a recipe's have two")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(data.decode("utf-8-sig").replace("\r\n", "\n"))
+    except UnicodeDecodeError as error:
+        line_number = data[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{line_number}: not UTF-8, expected UTF-8 text") from error
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not TOML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: the TOML is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: a number has more than 4,300 digits") from error
+
+
+def dots_outside_texts(line: bytes) -> int:
+    """How many dots of a line are in no text: those between the parts of a key, and in numbers."""
+    count, quote, escaped = 0, 0, False
+    for byte in line:
+        if escaped:
+            escaped = False
+        elif quote:
+            escaped = byte == ord("\\") and quote == ord('"')
+            quote = 0 if byte == quote else quote
+        elif byte in b"\"'":
+            quote = byte
+        else:
+            count += byte == ord(".")
+    return count
