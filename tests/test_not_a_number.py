@@ -95,6 +95,14 @@ def test_a_loaded_model_is_named(tiny, tmp_path):
         ruined.generate("red")
     with pytest.raises(ValueError, match="ruined cannot be sampled from: its logits hold NaN"):
         list(ruined.stream("red"))
+    with pytest.raises(ValueError, match="ruined gives log-probabilities that are no numbers"):
+        ruined.logprobs("red cup")
+    judge = puna.load(tiny / "helpfulness")
+    with torch.no_grad():
+        judge.model.score.weight[0, 3] = math.inf
+    chat = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "cup"}]
+    with pytest.raises(ValueError, match="helpfulness gives scores that are no numbers"):
+        judge.score(chat)
 
 
 SETTINGS = [
