@@ -8,6 +8,7 @@ A chat is a list of messages, `{"role": "system" | "user" | "assistant", "conten
 is continued as it is, after BOS.
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -226,12 +227,14 @@ class Llama:
 
     def logprobs(self, texts: Any) -> list[float] | list[list[float]]:
         """Log-probabilities in nats: of a text, one for each token; of a chat that ends with an
-        assistant message, one for each token of that last answer, EOS included."""
+        assistant message, one for each token of that last answer, EOS included. Raises ValueError
+        where they are NaN."""
         several, alone = one_or_many(texts)
         self._require("lm", "logprobs")
         tokenizer = self._tokenizer("logprobs")
         pairs = [_known_and_asked(tokenizer, text) for text in several]
         found = packed.logprobs(self.model, [known + asked for known, asked in pairs])
+        self._refuse_nan(any(bool(values.isnan().any()) for values in found), "log-probabilities")
         lists = [
             values[len(known) - 1 :].tolist()
             for values, (known, _) in zip(found, pairs, strict=True)
@@ -246,7 +249,8 @@ class Llama:
 
     def score(self, dialogues: Any) -> float | list[float]:
         """A reward model's raw score of a chat that ends with an assistant message, read at its
-        last token, EOS included; of a list of chats, the list of these."""
+        last token, EOS included; of a list of chats, the list of these. Raises ValueError where one
+        is not finite."""
         several, alone = one_or_many(dialogues)
         self._require("score", "score")
         tokenizer = self._tokenizer("score")
@@ -255,6 +259,7 @@ class Llama:
         pairs = [_known_and_asked(tokenizer, dialogue) for dialogue in several]
         sequences = [prompt + answer for prompt, answer in pairs]
         scores: list[float] = packed.score(self.model, sequences).tolist()
+        self._refuse_nan(not all(map(math.isfinite, scores)), "scores")
         return scores[0] if alone else scores
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -268,6 +273,13 @@ class Llama:
 
     def _name(self) -> str:
         return "this model" if self.path is None else str(self.path)
+
+    def _refuse_nan(self, found: bool, what: str) -> None:
+        if found:
+            raise ValueError(
+                f"{self._name()} gives {what} that are no numbers (training that diverged, or "
+                "damaged weights); take an earlier checkpoint or the weights it was made from"
+            )
 
     def _require(self, head: str, verb: str) -> None:
         if self.model.head != head:

@@ -93,3 +93,38 @@ def test_a_pool_that_is_none_is_refused_by_line(tmp_path):
         read_samples(file)
     with pytest.raises(ValueError, match="no such file; a pool is"):
         read_samples(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("score", float("nan")),
+        ("score", float("inf")),
+        ("score", "1.0"),
+        ("scores", {"safety": float("nan")}),
+        ("scores", [1.0]),
+        ("tokens", ["5", 2]),
+        ("tokens", [5.5]),
+        ("tokens", [-1]),
+        ("tokens", "52"),
+        ("tokens", 7),
+        ("messages", []),
+        ("messages", "red"),
+        ("messages", [{"role": "user"}]),
+        ("messages", [{"role": "user", "content": 3}]),
+        ("answer", None),
+        ("finished", 1),
+        ("is_safety", "no"),
+        ("round", 1.5),
+        ("prompt", None),
+        ("sample", True),
+    ],
+    ids=str,
+)
+def test_a_row_that_is_no_sample_is_named(tmp_path, name, value):
+    """A NaN score above all: no other would be above it, and the first answer would be kept."""
+    rows = [sample("a", 1.0), sample("b", 2.0) | {name: value}]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=f"s.jsonl:2: the sample's {name} cannot be ") as raised:
+        read_samples(tmp_path / "s.jsonl")
+    assert "\n" not in str(raised.value)

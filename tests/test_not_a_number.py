@@ -95,6 +95,14 @@ def test_a_loaded_model_is_named(tiny, tmp_path):
         ruined.generate("red")
     with pytest.raises(ValueError, match="ruined cannot be sampled from: its logits hold NaN"):
         list(ruined.stream("red"))
+    with pytest.raises(ValueError, match="ruined gives log-probabilities that are no numbers"):
+        ruined.logprobs("red cup")
+    judge = puna.load(tiny / "helpfulness")
+    with torch.no_grad():
+        judge.model.score.weight[0, 3] = math.inf
+    chat = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "cup"}]
+    with pytest.raises(ValueError, match="helpfulness gives scores that are no numbers"):
+        judge.score(chat)
 
 
 SETTINGS = [
@@ -105,6 +113,7 @@ SETTINGS = [
     ("round_index", [2**63, 0.5, None]),
     ("max_new_tokens", [-1, 1.5, math.nan, "9", None, True]),
     ("batch_size", [0, 1.5, None]),
+    ("eos_id", [2**63, 2.0, "2"]),
 ]
 
 
@@ -122,6 +131,15 @@ def test_settings_are_refused_alike_on_every_path(name, value):
                     call(model, prompts, **{**good, name: value})
                 said.add(str(raised.value))
     assert len(said) == 1 and "\n" not in said.pop()
+
+
+@pytest.mark.parametrize("prompt", [[1.5], [1, None], ["1"], [torch.tensor(1)]], ids=str)
+def test_a_prompt_holds_ids_on_every_path(prompt):
+    model = broken(PLACES[0], 0.1)
+    for backend in ("reference", "native"):
+        with use_backend(backend):
+            with pytest.raises(ValueError, match="prompt 0 holds something else than ids: "):
+                generate(model, [prompt], max_new_tokens=3, eos_id=None)
 
 
 def test_numbers_of_numpy_are_numbers():

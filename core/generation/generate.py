@@ -1,6 +1,7 @@
 """Batched sampling from a model: prompts of different lengths in, answers with log-probs out."""
 
 from collections.abc import Iterator
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,7 @@ def generate(
         seed=seed,
         round_index=round_index,
         max_new_tokens=max_new_tokens,
+        eos_id=eos_id,
         batch_size=batch_size,
     )
     _check(model, prompts)
@@ -102,7 +104,9 @@ def stream(
     hold NaN). On the native engine a stream goes on with the weights that it began with.
     """
     sampler = Sampler(temperature, top_k, top_p)
-    check_settings(sampler, seed=seed, round_index=round_index, max_new_tokens=max_new_tokens)
+    check_settings(
+        sampler, seed=seed, round_index=round_index, max_new_tokens=max_new_tokens, eos_id=eos_id
+    )
     _check(model, [prompt])
     first = torch.zeros(1, dtype=torch.int64)
     keys = row_keys(seed, round_index, first, first)
@@ -198,6 +202,8 @@ def _check(model: Transformer, prompts: list[list[int]]) -> None:
                 f"prompt {row} has {len(prompt)} tokens; it must have at least one and leave "
                 f"room in the context of {model.config.context}"
             )
+        if not all(issubclass(kind, Integral) for kind in set(map(type, prompt))):
+            raise ValueError(f"prompt {row} holds something else than ids: {str(prompt)[:60]}")
         for token in (min(prompt), max(prompt)):
             if not 0 <= token < known:
                 raise ValueError(

@@ -28,13 +28,20 @@ class Sampler(NamedTuple):
 
 
 def check_settings(
-    sampler: Sampler, *, seed: int, round_index: int, max_new_tokens: int, batch_size: int = 1
+    sampler: Sampler,
+    *,
+    seed: int,
+    round_index: int,
+    max_new_tokens: int,
+    eos_id: int | None,
+    batch_size: int = 1,
 ) -> None:
     """ValueError, one sentence, for settings that no back end can draw with."""
     for name, value in zip(Sampler._fields, sampler, strict=True):
         _number(name, value, whole=name == "top_k")
     ops.check_settings(*sampler)
-    for name, value in (("seed", seed), ("round_index", round_index)):
+    ids = () if eos_id is None else (("eos_id", eos_id),)
+    for name, value in (("seed", seed), ("round_index", round_index), *ids):
         _number(name, value, whole=True)
         if not -(2**63) <= value < 2**63:
             raise ValueError(f"{name} is {value}; it must fit 64 bits, -2^63 to 2^63 - 1")
