@@ -98,7 +98,7 @@ def field(document: Mapping[str, Any], key: str, kind: type[T], default: Any = _
 
 def typed(value: Any, kind: type[T], name: str) -> T:
     """`value`, which must be of this kind; ValueError calls it `name`."""
-    found = float(value) if kind is float and _is_small_int(value) else value
+    found: Any = float(value) if kind is float and _is_small_int(value) else value
     if type(found) is not kind or (kind is float and not math.isfinite(found)):
         raise ValueError(f"{name} is {shortened(value)}, expected {WORDS[kind]}")
     return found
