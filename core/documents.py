@@ -99,7 +99,8 @@ def field(document: Mapping[str, Any], key: str, kind: type[T], default: Any = _
 def typed(value: Any, kind: type[T], name: str) -> T:
     """`value`, which must be of this kind; ValueError calls it `name`."""
     found: Any = float(value) if kind is float and _is_small_int(value) else value
-    if type(found) is not kind or (kind is float and not math.isfinite(found)):
+    endless = isinstance(found, float) and not math.isfinite(found)
+    if type(found) is not kind or endless:
         raise ValueError(f"{name} is {shortened(value)}, expected {WORDS[kind]}")
     return found
 
