@@ -7,9 +7,10 @@
 import codecs
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
@@ -64,6 +65,22 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     f"{where}: a JSON {type(row).__name__}, expected one object a line"
                 )
             yield where, row
+
+
+def append_rows(path: Path, rows: Iterable[Any], mode: Literal["a", "w"] = "a") -> None:
+    """Write one JSON line a row at the end of a file ("w": in place of it), on to the disk. Raises
+    OSError with one sentence that names the file; what it leaves of a line has no line feed."""
+    try:
+        with path.open(mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        named = OSError(
+            f"{path} could not be written to its end ({error.strerror}); make room, then run again"
+        )
+        named.errno = error.errno
+        raise named from error
 
 
 def parse_json(data: bytes, where: str, remedy: str) -> Any:

@@ -6,7 +6,6 @@ is a later round's pool. The sampling itself is in `rejection`.
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from puna.core.chat import Message
-from puna.core.documents import are_ids, field, json_rows, shortened
+from puna.core.documents import append_rows, are_ids, field, json_rows, shortened
 from puna.trainers.data.formats import Columns, parse_prompt
 
 
@@ -49,12 +48,8 @@ TYPES = {
 
 
 def write_samples(path: Path, samples: Iterable[Sample], mode: Literal["w", "a"]) -> None:
-    """Write or append one line a sample, flushed to disk."""
-    with path.open(mode, encoding="utf-8") as file:
-        for sample in samples:
-            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Write or append one line a sample, on to the disk. Raises OSError naming the file."""
+    append_rows(path, samples, mode)
 
 
 def read_samples(path: Path) -> list[Sample]:
