@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 LONGEST = 1 << 20  # tokens: the rotation tables of a whole context are made at once
+LARGEST_MULTIPLIER = 1e6  # of the FFN width; the 70B model has 1.3
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "context")
 
 
@@ -56,10 +57,10 @@ def ffn_width(dim: int, multiple_of: int = 256, multiplier: float | None = None)
 
     Raises ValueError for numbers that give no width.
     """
-    if multiple_of < 1 or (multiplier is not None and not 0 < multiplier < math.inf):
+    if multiple_of < 1 or not 0 < (1.0 if multiplier is None else multiplier) < LARGEST_MULTIPLIER:
         raise ValueError(
-            f"multiple_of is {multiple_of} and ffn_dim_multiplier {multiplier}; both must be "
-            "above 0"
+            f"multiple_of is {multiple_of} and ffn_dim_multiplier {multiplier}; both must be above "
+            f"0, the second below {LARGEST_MULTIPLIER:g}"
         )
     width = 2 * (4 * dim) // 3
     if multiplier is not None:

@@ -7,9 +7,10 @@
 import codecs
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
@@ -66,6 +67,22 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, row
 
 
+def append_rows(path: Path, rows: Iterable[Any], mode: Literal["a", "w"] = "a") -> None:
+    """Write one JSON line a row at the end of a file ("w": in place of it), on to the disk. Raises
+    OSError with one sentence that names the file; what it leaves of a line has no line feed."""
+    try:
+        with path.open(mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        named = OSError(
+            f"{path} could not be written to its end ({error.strerror}); make room, then run again"
+        )
+        named.errno = error.errno
+        raise named from error
+
+
 def parse_json(data: bytes, where: str, remedy: str) -> Any:
     """The JSON value in `data`, with or without a byte order mark; ValueError says `where`."""
     try:
@@ -98,8 +115,9 @@ def field(document: Mapping[str, Any], key: str, kind: type[T], default: Any = _
 
 def typed(value: Any, kind: type[T], name: str) -> T:
     """`value`, which must be of this kind; ValueError calls it `name`."""
-    found = float(value) if kind is float and _is_small_int(value) else value
-    if type(found) is not kind or (isinstance(found, float) and not math.isfinite(found)):
+    found: Any = float(value) if kind is float and _is_small_int(value) else value
+    endless = isinstance(found, float) and not math.isfinite(found)
+    if type(found) is not kind or endless:
         raise ValueError(f"{name} is {shortened(value)}, expected {WORDS[kind]}")
     return found
 

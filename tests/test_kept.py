@@ -213,6 +213,24 @@ def test_conversion_keeps_templates_settings_and_files(folder: Path, tmp_path: P
     assert (document["chat_template"], document["model_max_length"]) == ("{{ messages }}", 64)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("generation_config.json", "[]", "generation_config.json must hold a JSON object"),
+        ("generation_config.json", "{", "generation_config.json: not JSON"),
+        ("tokenizer_config.json", '{"chat_template": 3}', "chat_template is 3, expected a text"),
+        ("tokenizer.json", "", "tokenizer.json: not JSON"),
+    ],
+)
+def test_what_is_damaged_is_not_handed_on(name, text, message, folder, tmp_path) -> None:
+    (folder / name).write_text(text)
+    if name == "tokenizer_config.json":
+        (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=message):
+        convert(folder, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
 def test_saving_over_a_folder_keeps_what_is_no_models(folder: Path) -> None:
     (folder / "README.md").write_text("read me")
     (folder / "plots" / "deep").mkdir(parents=True)

@@ -1,6 +1,7 @@
 """What a user's rows hold is read in one way, used or named; what is wrong has file and line."""
 
 import dataclasses
+import errno
 import importlib
 import json
 import re
@@ -304,6 +305,20 @@ def test_a_list_takes_all_that_its_flag_is_given(verb: str, flag: str) -> None:
             required += ["--" + field.name.replace("_", "-"), "x"]
     found = getattr(parse(cls, given + required, verb), flag)
     assert (found if isinstance(found, dict) else [str(each) for each in found]) == expected
+
+
+def test_a_full_disk_is_named_by_its_file() -> None:
+    full = Path("/dev/full")
+    turn = {0: gatt.Exchange("a", [2], True)}
+    for write in (
+        lambda: write_samples(full, [SAMPLE], "a"),
+        lambda: gatt._append_turn(full, turn),
+    ):
+        with pytest.raises(
+            OSError, match="^/dev/full could not be .* .No space left on device.; "
+        ) as e:
+            write()
+        assert e.value.errno == errno.ENOSPC
 
 
 def test_rows_know_their_lines(tmp_path: Path) -> None:

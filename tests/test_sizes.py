@@ -117,6 +117,7 @@ BAD_PARAMS = [
     ({"multiple_of": 0}, "multiple_of is 0 and ffn_dim_multiplier None; both must be above 0"),
     ({"multiple_of": -4}, "multiple_of is -4"),
     ({"ffn_dim_multiplier": -1.0}, "ffn_dim_multiplier -1.0; both must be above 0"),
+    ({"ffn_dim_multiplier": 1e308}, "ffn_dim_multiplier 1e.308; both must be above 0, the second"),
     ({"ffn_dim_multiplier": "x"}, 'ffn_dim_multiplier is "x", expected a finite number'),
     ({"dim": "24"}, 'dim is "24", expected a whole number'),
     ({"vocab_size": None, "dim": [24]}, r"dim is \[24\], expected a whole number"),

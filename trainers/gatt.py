@@ -11,7 +11,6 @@ can be mixed in, so that ordinary chat is not forgotten; and where a judge is ha
 answers that obey become targets (rejection sampling by that judge).
 """
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from puna.core import parallel
 from puna.core.chat import Message, decode_answer, encode_dialogue, encode_prompt
 from puna.core.checkpoint.atomic import atomic_file
 from puna.core.checkpoint.folder import open_model, tokenizer_path
-from puna.core.documents import are_ids, json_rows, shortened
+from puna.core.documents import append_rows, are_ids, json_rows, shortened
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.formats import Columns
@@ -323,8 +322,7 @@ def _whole_turns(path: Path) -> int:
 
 
 def _append_turn(path: Path, exchanges: dict[int, Exchange]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps({str(i): list(e) for i, e in exchanges.items()}) + "\n")
+    append_rows(path, [{str(i): list(e) for i, e in exchanges.items()}])
 
 
 def _load_turns(path: Path, dialogues: Sequence[GhostDialogue]) -> list[list[Exchange]]:

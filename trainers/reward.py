@@ -151,7 +151,6 @@ def load_pairs(
     if held_rows:
         held, over_long = encode_held_out(tokenizer, held_rows, context)
         skipped.merge_held_out(over_long)
-        skipped.notes += over_long.notes
     skipped.notes += unlabelled(pairs, config.margin, config.safety_weight)
     next_token.say(skipped)
     return pairs, held

@@ -7,7 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
-from puna.core.documents import read_object
+from puna.core.documents import field, read_object
 
 # Files that belong to the weights or to the tokenizer: a model that is saved brings its own.
 MODEL_FILES = re.compile(
@@ -46,7 +46,7 @@ def _link(old: str | Path, new: str | Path) -> None:
 def carry_over(source: Path, target: Path, *, same_tokenizer: bool) -> None:
     """Copy what the model folder `source` says beyond its weights into `target`, a folder made from
     it: other files, generation settings, the chat template and, where the tokenizer is the same,
-    the tokenizer's files as they are."""
+    the tokenizer's files as they are. Raises ValueError for one of these that is damaged."""
     for file in sorted(source.iterdir()):
         foreign = not MODEL_FILES.fullmatch(file.name) and file.suffix not in WEIGHTS
         if file.is_file() and foreign and not file.name.endswith(".index.json"):
@@ -60,11 +60,18 @@ def carry_over(source: Path, target: Path, *, same_tokenizer: bool) -> None:
         _keep_template(source / "tokenizer_config.json", target / "tokenizer_config.json")
     for name in names:
         if (source / name).is_file():
+            if name.endswith(".json"):
+                read_object(source / name)  # a damaged one is not handed on
             shutil.copyfile(source / name, target / name)
 
 
 def _keep_template(source: Path, target: Path) -> None:
-    template = read_object(source).get("chat_template")
+    stored = read_object(source)
+    kind = list if isinstance(stored.get("chat_template"), list) else str  # several have names
+    try:
+        template = field(stored, "chat_template", kind, None)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     if template is None or not target.exists():
         return
     document = read_object(target) | {"chat_template": template}

@@ -1,5 +1,5 @@
-"""Every option of every verb with values that cannot be, alone and two at a time, on a tiny run that
-works: each is refused in one sentence and status 1 or 2 within ten seconds, or stands in TAKEN.
+"""Every option of every verb with values that cannot be, alone and two at a time, on a tiny run
+that works: each is refused in one sentence and status 1 or 2 within ten seconds, or is in TAKEN.
 
     python tests/campaign/options.py --seconds 600 --seed 3
 """
@@ -30,7 +30,8 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 HANG_SECONDS = 10
 FAST = "--device cpu --batch 4 --save-every 50 --lr 1e-3"
 RUNS = {
-    "pretrain": f"--data {{0}}/text.jsonl --tokenizer {{0}}/tokenizer.model --context 48 --steps 2 {FAST}",
+    "pretrain": "--data {0}/text.jsonl --tokenizer {0}/tokenizer.model --context 48 --steps 2 "
+    f"{FAST}",
     "sft": f"--model {{0}}/lm --data {{0}}/dialogues.jsonl --epochs 1 {FAST}",
     "reward": f"--model {{0}}/chat --data {{0}}/preferences.jsonl {FAST}",
     "gatt": f"--model {{0}}/chat --dialogues {{0}}/ghosts.jsonl --max-new-tokens 12 {FAST}",
@@ -137,6 +138,7 @@ def run(case: Case, tiny: Path, work: Path, said: Path) -> None:
     """In a process of its own: the verb's status and what it wrote to stderr, into `said`."""
     from puna.cli.main import main
 
+    os.chdir(work)
     (work / "empty").write_bytes(b"")
     (work / "zeros").write_bytes(bytes(4096))
     os.mkfifo(work / "pipe")

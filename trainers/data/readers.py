@@ -60,6 +60,7 @@ class Skipped(Counter[str]):
         """Adds the counts of rows that were held out."""
         for reason, count in other.items():
             self.add(f"held out, and {reason}", other.first[reason], count)
+        self.notes += other.notes
 
     def reasons(self) -> str:
         """One line for each reason, most frequent first; empty where nothing was skipped."""

@@ -6,20 +6,15 @@ is a later round's pool. The sampling itself is in `rejection`.
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-<<<<<<< HEAD
 from typing import Any, Literal, TypedDict, cast
-=======
-from typing import Any, Literal, TypedDict
->>>>>>> trust-a
 
 import torch
 from torch import Tensor
 
 from puna.core.chat import Message
-from puna.core.documents import are_ids, field, json_rows, shortened
+from puna.core.documents import append_rows, are_ids, field, json_rows, shortened
 from puna.trainers.data.formats import Columns, parse_prompt
 
 
@@ -53,12 +48,8 @@ TYPES = {
 
 
 def write_samples(path: Path, samples: Iterable[Sample], mode: Literal["w", "a"]) -> None:
-    """Write or append one line a sample, flushed to disk."""
-    with path.open(mode, encoding="utf-8") as file:
-        for sample in samples:
-            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Write or append one line a sample, on to the disk. Raises OSError naming the file."""
+    append_rows(path, samples, mode)
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -66,7 +57,6 @@ def read_samples(path: Path) -> list[Sample]:
     if not path.exists():
         raise ValueError(f"{path}: no such file; a pool is the selected.jsonl of a rejection run")
     samples: list[Sample] = []
-<<<<<<< HEAD
     for where, row in json_rows(path):
         try:
             check_sample(row)
@@ -87,51 +77,6 @@ def check_sample(row: dict[str, Any]) -> None:
     for name in row["scores"]:
         field(row["scores"], name, float)
     parse_prompt({"messages": row["messages"]}, Columns())
-=======
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                missing = Sample.__required_keys__ - row.keys()
-            except (ValueError, RecursionError, AttributeError) as error:
-                raise ValueError(
-                    f"{path}:{number}: not a sample, expected JSON ({error})"
-                ) from error
-            if missing or not row["tokens"]:
-                lacks = ", ".join(sorted(missing)) or "tokens"
-                raise ValueError(f"{path}:{number}: the sample lacks {lacks}")
-            if wrong := next((name for name, fits in FITS.items() if not fits(row[name])), None):
-                said = json.dumps(row[wrong], ensure_ascii=False)[:60]
-                raise ValueError(
-                    f"{path}:{number}: the sample's {wrong} cannot be {said}; sample again"
-                )
-            samples.append(row)
-    return samples
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _is_message(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(value.get(key), str) for key in Message.__required_keys__
-    )
-
-
-FITS: dict[str, Callable[[Any], bool]] = {
-    "messages": lambda v: isinstance(v, list) and bool(v) and all(map(_is_message, v)),
-    "is_safety": lambda v: isinstance(v, bool),
-    "answer": lambda v: isinstance(v, str),
-    "tokens": lambda v: isinstance(v, list) and all(type(t) is int and t >= 0 for t in v),
-    "finished": lambda v: isinstance(v, bool),
-    "score": _is_number,  # NaN compares with nothing: the first answer would be the best
-    "scores": lambda v: isinstance(v, dict) and all(map(_is_number, v.values())),
-    "round": lambda v: type(v) is int,
-    "prompt": lambda v: type(v) is int,
-    "sample": lambda v: type(v) is int,
-}
->>>>>>> trust-a
 
 
 def prompt_key(messages: Sequence[Message]) -> str:
