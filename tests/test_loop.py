@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from puna.core.checkpoint.folder import load_model, open_model
 from puna.core.checkpoint.source import fresh
 from puna.core.config import ModelConfig
+from puna.core.errors import UserError
 from puna.core.model import Transformer
 from puna.trainers.data.packing import LMBatch
 from puna.trainers.train import loop
@@ -228,6 +229,28 @@ def test_nan_stops_names_the_step_and_keeps_the_last_good_checkpoint(whole, tmp_
     assert all(p.isfinite().all() for p in kept.parameters())
     train(config)
     assert metrics(tmp_path) == metrics(whole)
+
+
+def test_the_advice_after_nan_works(tmp_path):
+    """A lower learning rate from the last good checkpoint on, and the step is on record."""
+
+    config = configured(tmp_path)
+    with pytest.raises(UserError, match="--amend --lr"):
+        train(config, objective=OBJECTIVE._replace(loss=nan_at_step_5(tmp_path)))
+    final = train(replace(config, lr=5e-3, amend=True))
+    rates = [row["lr"] for row in metrics(tmp_path)]
+    assert len(rates) == STEPS and max(rates[4:]) < 5e-3 < max(rates[:4]) and final.is_dir()
+    assert json.loads((tmp_path / "amendments.jsonl").read_text())["after_step"] == 4
+
+
+def nan_at_step_5(out: Path):
+    def loss(model, batch):
+        summed, extras = OBJECTIVE.loss(model, batch)
+        logged = out / "metrics.jsonl"
+        done = len(metrics(out)) if logged.exists() else 0
+        return summed * (math.nan if done == 4 else 1.0), extras
+
+    return loss
 
 
 def test_nan_before_any_checkpoint_says_so(tmp_path):

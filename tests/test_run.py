@@ -166,6 +166,19 @@ def test_what_is_read_is_pinned(tmp_path, opened: Opened, capsys):
         opened(out, data=[data])
 
 
+def test_a_start_models_files_are_pinned_and_its_readme_is_not(tmp_path, opened: Opened):
+    out, model = tmp_path / "run", tmp_path / "lm"
+    model.mkdir()
+    (model / "tokenizer.model").write_bytes(b"one")
+    (model / "model.safetensors").write_bytes(b"weights")
+    opened(out, data=[model]).log(1, loss=1.0)
+    (model / "README.md").write_text("new")
+    opened(out, data=[model])
+    (model / "tokenizer.model").write_bytes(b"two")
+    with pytest.raises(ValueError, match="data: tokenizer.model is 3 bytes"):
+        opened(out, data=[model])
+
+
 def test_rows_from_python_are_pinned(tmp_path, opened: Opened):
     opened(tmp_path, given={"dialogues": [1, 2]}).log(1, loss=1.0)
     opened(tmp_path, given={"dialogues": [1, 2]})

@@ -34,7 +34,7 @@ from puna.trainers.rl.rollout import sample_everywhere
 from puna.trainers.sft import load_dialogues
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.command import command
-from puna.trainers.train.kinds import FIXED, FREE
+from puna.trainers.train.kinds import FREE
 from puna.trainers.train.plan import of_epochs
 from puna.trainers.train.progress import meter
 from puna.trainers.train.ranges import Batch, Count, CountOrZero, Share, Temperature
@@ -58,7 +58,7 @@ class GAttConfig(loop.RowsConfig):
     """ordinary dialogues to train on besides"""
     shorten: Share = 0.5
     """how often the instruction is replaced by its short form (paper: half of the time)"""
-    samples: Annotated[Batch, FIXED] = 1
+    samples: Batch = 1
     """answers drawn for each turn; the first that a judge accepts is taken"""
     targets: Count = 5
     """examples made of one dialogue, each ending at another turn"""
@@ -98,11 +98,30 @@ def fit(config: GAttConfig, folder: Run, tokenizer: Tokenizer, judge: Judge | No
     dialogues, skipped = read_ghost_dialogues(config.dialogues, config.instructions, config.seed)
     next_token.say(skipped)
     sampled = sampled_exchanges(config, folder, tokenizer, dialogues, judge)
+    check_targets(folder, sampled)
     source = open_start(folder, config.model, head="lm")
     rows = training_rows(config, tokenizer, dialogues, sampled, source.config.context)
     plan = of_epochs(len(rows), config.epochs, config.batch)
     what = rows.described("dialogues")
     return next_token.train("gatt", folder, source, rows, config, plan=plan, what=what)
+
+
+def check_targets(folder: Run, sampled: Sequence[list[Exchange]]) -> None:
+    """ValueError where no answer may be a target: they are removed, so that others can be drawn
+    under other options."""
+    if any(exchange.obeys for exchanges in sampled for exchange in exchanges):
+        return
+    parallel.barrier()  # every rank has read them
+    if parallel.is_main():
+        turns_of(folder).unlink(missing_ok=True)
+    raise ValueError(
+        "no sampled answer may be a target: none ends within max_new_tokens and is accepted by the "
+        "judge; raise max_new_tokens or samples, or start from a better chat model"
+    )
+
+
+def turns_of(folder: Run) -> Path:
+    return folder.path / "samples" / "turns.jsonl"
 
 
 def sampled_exchanges(
@@ -113,7 +132,7 @@ def sampled_exchanges(
     judge: Judge | None,
 ) -> list[list[Exchange]]:
     """The answers to each dialogue, from samples/turns.jsonl as far as they are there."""
-    path = folder.path / "samples" / "turns.jsonl"
+    path = turns_of(folder)
     if parallel.is_main():
         path.parent.mkdir(exist_ok=True)
     done = parallel.broadcast(_whole_turns(path) if parallel.is_main() else 0)
@@ -285,11 +304,6 @@ def training_rows(
             told = dialogue.short if rng.random() < config.shorten else dialogue.instruction
             sequences.append(example(tokenizer, told, exchanges[: turn + 1]))
             where.append(dialogue.where)
-    if not sequences:
-        raise ValueError(
-            "no sampled answer may be a target: none ends within max_new_tokens and is accepted "
-            "by the judge; raise max_new_tokens or samples, or start from a better chat model"
-        )
     sequences += [encode_dialogue(tokenizer, dialogue.messages) for dialogue in mixed]
     where += [dialogue.where for dialogue in mixed]
     rows = PackedRows(sequences, context, vocab_size=tokenizer.vocab_size, where=where)

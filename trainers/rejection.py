@@ -163,16 +163,22 @@ def select(
     sample_all(config, folder, tokenizer, policy, reward, prompts)
     pool = score_pool(config, tokenizer, reward, context, skipped)
     next_token.say(skipped)
-    if parallel.is_main():
-        fresh = read_samples(folder.path / "samples.jsonl")
-        kept = best_of([*fresh, *pool])
-        if not kept:
-            raise ValueError(why_none(fresh))
-        found = json.dumps(summary(fresh, kept, config.samples), indent=2) + "\n"
-        write_text(folder.path / "selection.json", found)
-        with atomic_file(selected) as partial:
-            write_samples(partial, kept, mode="w")
-    parallel.barrier()
+    parallel.on_main(lambda: keep_best(config, folder, pool, selected))
+
+
+def keep_best(config: RejectionConfig, folder: Run, pool: list[Sample], selected: Path) -> None:
+    """Write `selected`. ValueError where no sample can be kept: they are removed, so that others
+    can be drawn under other options."""
+    sampled = folder.path / "samples.jsonl"
+    fresh = read_samples(sampled)
+    kept = best_of([*fresh, *pool])
+    if not kept:
+        sampled.unlink()
+        raise ValueError(why_none(fresh))
+    found = json.dumps(summary(fresh, kept, config.samples), indent=2) + "\n"
+    write_text(folder.path / "selection.json", found)
+    with atomic_file(selected) as partial:
+        write_samples(partial, kept, mode="w")
 
 
 def sample_all(

@@ -29,7 +29,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     partial, previous = _beside(path)
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
-        with _naming_full_disk(path):
+        with naming_full_disk(path):
             partial.mkdir(parents=True)
             yield partial
             _flush_tree(partial)
@@ -51,7 +51,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path).resolve()
     partial, _ = _beside(path)
     try:
-        with _naming_full_disk(path):
+        with naming_full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
             flush(partial)
@@ -71,7 +71,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 @contextmanager
-def _naming_full_disk(path: Path) -> Iterator[None]:
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Where writing fails inside for want of room, an OSError that names `path`."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from puna.core import parallel
-from puna.core.checkpoint.atomic import flush, write_text
+from puna.core.checkpoint.atomic import flush, naming_full_disk, write_text
 from puna.core.checkpoint.folder import atomic_folder, open_model, write_tensors
 from puna.core.checkpoint.hashes import HASHES, damage, write_hashes
 from puna.core.checkpoint.source import Source
@@ -111,7 +111,7 @@ class Run:
     def log(self, step: int, **values: float | int | str) -> None:
         """Append one row to metrics.jsonl, and show it where the configuration asks for that."""
         if parallel.is_main():
-            with self.metrics.open("a") as file:
+            with naming_full_disk(self.metrics), self.metrics.open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
             self._show(step, {k: v for k, v in values.items() if not isinstance(v, str)})
 
