@@ -13,7 +13,7 @@ ROOMS := $(filter-out puna,$(patsubst %/py.typed,%,$(wildcard */py.typed)))
 export ONEDNN_MAX_CPU_ISA ?= AVX512_CORE_BF16
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-gpu sanitize threads lint aot bench
+.PHONY: demo test test-gpu sanitize threads campaign lint aot bench
 
 demo: $(READY)
 	$(BIN)/puna demo
@@ -58,6 +58,15 @@ threads: $(READY)
 	$(call instrumented,thread,-fsanitize=thread)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so)" setarch -R \
 		$(BIN)/python tests/campaign/threads.py --threads 8 --calls 1000
+
+# What outsiders do to a program, drawn at random, each for SECONDS: damaged files to every reader,
+# wrong values to every option, kill -9 to every stage on one rank and on two.
+SECONDS ?= 300
+campaign: export OMP_NUM_THREADS = 1
+campaign: $(READY)
+	$(BIN)/python tests/campaign/readers.py --seconds $(SECONDS)
+	$(BIN)/python tests/campaign/options.py --seconds $(SECONDS)
+	$(BIN)/python tests/campaign/kills.py --seconds $(SECONDS)
 
 # Mypy does not see through an editable install, so it reads the rooms through links.
 lint: $(READY)

@@ -117,6 +117,15 @@ def test_what_is_no_model_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "notes" / "diary.txt").read_text() == "dear"
 
 
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_no_file_is_not_replaced(tmp_path: Path, kind: str) -> None:
+    there = tmp_path / "there"
+    os.mkfifo(there) if kind == "pipe" else there.mkdir()
+    with pytest.raises(ValueError, match="no file that could be replaced"), atomic_file(there):
+        raise AssertionError("not reached")
+    assert there.exists() and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_file_is_replaced_only_at_the_end(tmp_path: Path) -> None:
     file = tmp_path / "model.bin"
     file.write_text("old")
@@ -138,7 +147,8 @@ WRITERS = {
     "core/checkpoint/llama2c.py": "to a name that atomic_file made",
     "core/tokenizer.py": "the same",
     "trainers/data/corpus.py": "the same",
-    "trainers/rl/best_of.py": "the same, or rows at the end, cut to whole chunks when it goes on",
+    "core/documents.py": "the same, or rows at the end, fsynced, cut to whole ones by their reader",
+    "core/checkpoint/kept.py": "into a folder that atomic_folder made",
     "trainers/rl/comparisons.py": "to a name that atomic_file made",
     "trainers/rejection.py": "the same",
     "trainers/gatt.py": "a row at the end, cut where it is torn",

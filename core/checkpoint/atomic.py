@@ -46,9 +46,14 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary file name that becomes `path` when the block ends well; OSError with one
-    sentence where the disk is full."""
+    """A temporary file name that becomes `path` when the block ends well.
+
+    Raises OSError with one sentence where the disk is full, ValueError where `path` is a folder, a
+    device or a pipe: as root the rename would take a device's place.
+    """
     path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file that could be replaced; give another name")
     partial, _ = _beside(path)
     try:
         with naming_full_disk(path):
