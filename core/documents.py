@@ -108,9 +108,10 @@ def field(document: Mapping[str, Any], key: str, kind: type[T], default: Any = _
     value = document.get(key)
     if value is None and default is not _REQUIRED:
         return default
+    name = as_name(key)
     if key not in document:
-        raise ValueError(f"{key} is missing, expected {WORDS[kind]}")
-    return typed(value, kind, key)
+        raise ValueError(f"{name} is missing, expected {WORDS[kind]}")
+    return typed(value, kind, name)
 
 
 def typed(value: Any, kind: type[T], name: str) -> T:
@@ -135,12 +136,17 @@ def are_ids(values: list[Any]) -> bool:
 
 def shortened(value: Any) -> str:
     """A value as JSON, short enough for a message."""
-    text = json.dumps(value, ensure_ascii=True, default=repr)
+    text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def listed(names: Iterable[str], most: int = 12) -> str:
     """Names of columns, as many as a message has room for."""
-    known = [shortened(name) for name in names]
+    known = [as_name(name) for name in names]
     more = f" and {len(known) - most} more" if len(known) > most else ""
-    return ", ".join(f"'{name[1:-1]}'" for name in known[:most]) + more
+    return ", ".join(f"'{name}'" for name in known[:most]) + more
+
+
+def as_name(name: str) -> str:
+    """A name that others gave, on one line and short enough for a message."""
+    return shortened(name)[1:-1]

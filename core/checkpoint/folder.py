@@ -35,7 +35,7 @@ from puna.core.checkpoint.source import (
     parameter_shapes,
 )
 from puna.core.config import ModelConfig
-from puna.core.documents import read_object, regular_file, typed
+from puna.core.documents import as_name, read_object, regular_file, typed
 from puna.core.model import Transformer, check_parameters
 from puna.core.tokenizer import Tokenizer
 
@@ -318,12 +318,14 @@ def _read_headers(folder: Path) -> dict[str, dict[str, _Stored]]:
     files = sorted({typed(file, str, f"{index}: a file") for file in weight_map.values()})
     for file in files:
         if Path(file).name != file or len(file) > 255:
-            raise ValueError(f"{index} points outside its folder ({file:.60}); fetch it again")
+            raise ValueError(f"{index} points outside its folder ({as_name(file)}); fetch it again")
     headers = {file: _read_header(folder / file) for file in files}
     for file, header in headers.items():
         for name in header:
             if weight_map.get(name) != file:
-                raise ValueError(f"{folder / file} holds {name}, which its index does not name")
+                raise ValueError(
+                    f"{folder / file} holds {as_name(name)}, which its index does not name"
+                )
     return headers
 
 
@@ -336,8 +338,8 @@ def _read_header(file: Path) -> dict[str, _Stored]:
             view = tensors.get_slice(name)
             if view.get_dtype() not in FLOATS:
                 raise ValueError(
-                    f"{file}: {name} is stored as {view.get_dtype()}; Puna reads floats only: "
-                    "use a checkpoint that is not quantised"
+                    f"{file}: {as_name(name)} is stored as {view.get_dtype()}; Puna reads floats "
+                    "only: use a checkpoint that is not quantised"
                 )
             header[name] = _Stored(tuple(view.get_shape()), FLOATS[view.get_dtype()])
     return header
@@ -356,8 +358,9 @@ def _opened(file: Path) -> Iterator:
         with safe_open(file, framework="pt", device="cpu") as tensors:
             yield tensors
     except SafetensorError as error:
+        why = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{file} is damaged or cut short ({str(error)[:200]}); fetch or save it again"
+            f"{file} is damaged or cut short ({why}); fetch or save it again"
         ) from error
 
 

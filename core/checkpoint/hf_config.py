@@ -11,7 +11,7 @@ import torch
 
 from puna.core.checkpoint.hf_tokenizer import PAD_ID
 from puna.core.config import ModelConfig
-from puna.core.documents import field, read_object, shortened, typed
+from puna.core.documents import as_name, field, read_object, shortened, typed
 from puna.core.tokenizer import Tokenizer
 
 ARCHITECTURES = {"LlamaForCausalLM": "lm", "LlamaForSequenceClassification": "score"}
@@ -98,7 +98,7 @@ def architecture(document: dict[str, Any]) -> str:
     name = typed(names[0], str, "architectures[0]")
     if model_type != "llama" or name not in ARCHITECTURES:
         raise ValueError(
-            f"the architecture is {name:.40} ({model_type:.40}); Puna reads "
+            f"the architecture is {as_name(name)} ({as_name(model_type)}); Puna reads "
             f"{' and '.join(ARCHITECTURES)}"
         )
     return name

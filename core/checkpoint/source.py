@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from puna.core.config import ModelConfig
+from puna.core.documents import as_name
 from puna.core.model import Transformer
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -189,4 +190,4 @@ def check_shapes(
 
 
 def _names(names: list[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    return as_name(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
