@@ -90,7 +90,7 @@ def test_only_what_decides_the_numbers_must_stay(tmp_path, opened: Opened, capsy
         opened(tmp_path, lr=0.5, columns=Columns(text="body"))
     assert capsys.readouterr().out == ""
     opened(tmp_path, lr=0.5, save_every=9)
-    assert "goes on with another save_every 9 where it was 5" in capsys.readouterr().out
+    assert "goes on with save_every 9 where it was 5" in capsys.readouterr().out
     opened(tmp_path, lr=0.5, save_every=9)
     assert capsys.readouterr().out == ""
 

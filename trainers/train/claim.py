@@ -88,7 +88,7 @@ def claim(config: Any, inputs: Inputs, tables: Tables, step: Callable[[Path], in
         replaced = differences(read_inputs(path), inputs)
         refuse(config, fixed, [*amended, *replaced])
         if free:
-            notice(f"{path} goes on with another {', '.join(free)}")
+            notice(f"{path} goes on with {', '.join(free)}")
         if amended or replaced:
             note_amendment(path, step(path), [*amended, *replaced])
     write_text(path / CONFIG, to_toml(config, without=ASKED_EACH_TIME))
