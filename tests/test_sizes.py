@@ -207,6 +207,7 @@ RECIPES = {
     "deep": (b"a = " + b"[" * 50_000, "the TOML is nested too deeply"),
     "digits": (b"lr = 1" + b"0" * 5000, "a number has more than 4,300 digits"),
     "bytes": (b"a = 1\nb = '\xff'", ":2: not UTF-8"),
+    "long": (b"#" * (1 << 21), "has 2,097,152 bytes, which no recipe needs"),
     "syntax": (b"a = 1\nb = ]\n", r"not TOML: .*line 2"),
 }
 

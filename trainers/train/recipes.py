@@ -22,7 +22,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-MOST_PARTS = 200
+MOST_PARTS = 200  # of keys in a line
+LARGEST_RECIPE = 1 << 20  # bytes
 LONGEST_NAME = 1000
 
 
@@ -118,7 +119,9 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The values of a TOML file; ValueError names the file, and the line where there is one."""
-    data = regular_file(path, "no such recipe").read_bytes()
+    if (size := regular_file(path, "no such recipe").stat().st_size) > LARGEST_RECIPE:
+        raise ValueError(f"{path} has {size:,} bytes, which no recipe needs; name a recipe")
+    data = path.read_bytes()
     for number, line in enumerate(data.split(b"\n"), start=1):
         # A key's parts cost memory by their square: 20,000 took 1.7 GB.
         if line.count(b".") > MOST_PARTS and (dots := dots_outside_texts(line)) > MOST_PARTS:
