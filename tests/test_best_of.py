@@ -125,6 +125,6 @@ def test_a_row_that_is_no_sample_is_named(tmp_path, name, value):
     """A NaN score above all: no other would be above it, and the first answer would be kept."""
     rows = [sample("a", 1.0), sample("b", 2.0) | {name: value}]
     (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match=f"s.jsonl:2: the sample's {name} cannot be ") as raised:
+    with pytest.raises(ValueError, match=r"s.jsonl:2: .*(expected|has no user)") as raised:
         read_samples(tmp_path / "s.jsonl")
     assert "\n" not in str(raised.value)

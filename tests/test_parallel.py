@@ -277,7 +277,12 @@ def test_another_models_optimizer_state_is_refused(
 ) -> None:
     model = Transformer(CONFIG)
     optimizer = torch.optim.AdamW(model.parameters())
-    tensors = {"model.norm.weight.step": torch.tensor(1.0), key: torch.zeros(shape)}
+    names = [name for name, _ in model.named_parameters()]
+    tensors = {f"{name}.step": torch.tensor(1.0) for name in names}
+    for name, parameter in model.named_parameters():
+        for moment in parallel.MOMENTS:
+            tensors[f"{name}.{moment}"] = torch.zeros_like(parameter)
+    tensors[key] = torch.zeros(shape)
     with pytest.raises(ValueError, match=message):
         parallel.load_optimizer_state(model, optimizer, tensors)
 

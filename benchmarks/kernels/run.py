@@ -22,6 +22,7 @@ from puna.benchmarks.machine import why_not_compiled
 from puna.benchmarks.rows import KernelRow
 from puna.benchmarks.suite import card_table, write_document
 from puna.benchmarks.timing import Clock, Timing, interleaved, kernel_clock, peak_mb
+from puna.core.errors import UserError
 from puna.kernels.backend import choose
 
 OURS = ("puna", "puna-native")
@@ -78,7 +79,7 @@ def run_kernels(
     print(json.dumps(document))
     wrong = {e["operation"] for e in found if e["failed"] and e["provider"] in OURS}
     if wrong:
-        raise RuntimeError(f"wrong, and not timed: {', '.join(sorted(wrong))}")
+        raise UserError(f"wrong, and not timed: {', '.join(sorted(wrong))}")
     return document
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from puna.benchmarks.machine import installed
 from puna.core.checkpoint import llama2c
 from puna.core.checkpoint.source import interleaved, rope_heads
+from puna.core.errors import UserError
 from puna.core.model import Transformer
 
 BOS = 1  # where llama2.c's run begins, and where it ends
@@ -57,7 +58,7 @@ def llama2c_decoder(executable: Path, model: Transformer, new: int, folder: Path
             command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace"
         )
         if ended.returncode:
-            raise RuntimeError(
+            raise UserError(
                 f"llama2.c's run ended with status {ended.returncode}: {ended.stderr.strip()}"
             )
         return Decoded(read_tokens(ended.stdout, new), new / read_rate(ended.stderr))
@@ -81,10 +82,10 @@ def write_llama2c(folder: Path, model: Transformer) -> None:
 def read_tokens(printed: str, new: int) -> list[int]:
     """The tokens that run printed with our tokenizer.bin. RuntimeError unless there are `new`."""
     if not re.fullmatch(r"(\d+;)*\s*", printed):
-        raise RuntimeError(f"llama2.c's run printed no token numbers: {printed[:80]!r}")
+        raise UserError(f"llama2.c's run printed no token numbers: {printed[:80]!r}")
     tokens = [int(number) for number in re.findall(r"\d+", printed)]
     if len(tokens) != new:
-        raise RuntimeError(f"llama2.c's run wrote {len(tokens)} tokens, not {new}; BOS ends it")
+        raise UserError(f"llama2.c's run wrote {len(tokens)} tokens, not {new}; BOS ends it")
     return tokens
 
 
@@ -92,7 +93,7 @@ def read_rate(printed: str) -> float:
     """The tokens a second that run reports."""
     found = re.search(r"achieved tok/s: (\d+(?:\.\d+)?)", printed)
     if not found or not float(found[1]):
-        raise RuntimeError(f"llama2.c's run printed no rate: {printed[:80]!r}")
+        raise UserError(f"llama2.c's run printed no rate: {printed[:80]!r}")
     return float(found[1])
 
 
@@ -131,7 +132,7 @@ def llama_cpp_decoder(model: Transformer, new: int, folder: Path) -> Decoder:
         for _ in range(new):
             failed = llama_cpp.llama_decode(opened.ctx, llama_cpp.llama_batch_get_one(token, 1))
             if failed:
-                raise RuntimeError(f"llama_decode failed with status {failed}")
+                raise UserError(f"llama_decode failed with status {failed}")
             logits = llama_cpp.llama_get_logits_ith(opened.ctx, -1)
             token[0] = int(as_array(logits, shape).argmax())
             tokens.append(token[0])

@@ -14,6 +14,7 @@ from puna.benchmarks.models.shapes import Ceilings, Models, multiplied_parameter
 from puna.benchmarks.rows import Row, Work, row
 from puna.benchmarks.timing import Clock, Timing, interleaved, peak_mb
 from puna.core.config import ModelConfig
+from puna.core.errors import UserError
 from puna.core.generation.generate import generate
 
 PROMPT, NEW = 16, 240  # tokens; together the budget of 256
@@ -125,7 +126,7 @@ def check_near_tie(
     logits = models.puna.logits(models.puna(seen)[0, -1])
     gap = abs(float(logits[ours[place]] - logits[theirs[place]]))
     if not gap < NEAR_TIE:
-        raise RuntimeError(
+        raise UserError(
             f"nothing was timed: {name} wrote token {theirs[place]} where puna wrote "
             f"{ours[place]} (place {place}, logits {gap:.2g} apart); run `make test`"
         )

@@ -13,6 +13,7 @@ from puna.benchmarks.models.generate import PROMPT, limit
 from puna.benchmarks.models.shapes import Models
 from puna.benchmarks.rows import Row, Work, rows
 from puna.benchmarks.timing import interleaved, peak_mb
+from puna.core.errors import UserError
 from puna.core.generation.generate import complete
 from puna.core.generation.sampling import Sampler, row_keys
 from puna.core.native.loader import extension
@@ -74,4 +75,4 @@ def sample(
             )
         written += [len(completion.tokens) for completion in found]
     if written != lengths:
-        raise RuntimeError(f"{backend} wrote too little; run `make test`")
+        raise UserError(f"{backend} wrote too little; run `make test`")

@@ -20,6 +20,7 @@ from puna.benchmarks.models.step_memory import fresh_peak_mb
 from puna.benchmarks.models.steps import Step
 from puna.benchmarks.rows import Row, Work, rows
 from puna.benchmarks.timing import interleaved, peak_mb
+from puna.core.errors import UserError
 
 TOKENS = 256
 BATCH = {"15m": 8, "demo": 16}
@@ -68,7 +69,7 @@ def verify(work: dict[str, Step]) -> dict[str, float]:
     }
     for name, error in errors.items():
         if not error <= TOLERANCE:
-            raise RuntimeError(
+            raise UserError(
                 f"nothing was timed: {name} trains to other losses than puna "
                 f"({losses[name]} against {losses['puna']}); run `make test`"
             )
