@@ -125,14 +125,15 @@ class LlamaSession final : public puna::Session {
       activations_.clear();
       for (int i = 0; i < threads; ++i) activations_.push_back(new_activations(i ? 1 : threads));
     }
-    if (batch.count * shape_.dim > residual_size_) {
-      residual_size_ = batch.count * shape_.dim;
-      residual_ = allocate(residual_size_);
-    }
-    if (batch.wanted_count * shape_.dim > final_size_) {
-      final_size_ = batch.wanted_count * shape_.dim;
-      final_ = allocate(final_size_);
-    }
+    grow(residual_, residual_size_, batch.count * shape_.dim);
+    grow(final_, final_size_, batch.wanted_count * shape_.dim);
+  }
+
+  // The size is written last: where there is no memory, it stays that of the buffer.
+  static void grow(Buffer& buffer, int64_t& size, int64_t wanted) {
+    if (wanted <= size) return;
+    buffer = allocate(wanted);
+    size = wanted;
   }
 
   Activations new_activations(int threads) const {
