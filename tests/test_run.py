@@ -126,9 +126,10 @@ def test_a_finished_run_without_a_checkpoint_or_a_model_is_refused(tmp_path, ope
     opened(tmp_path).finish(network(0).model)
     with pytest.raises(ValueError, match="kept no checkpoint to go on from; start another run"):
         opened(tmp_path, lr=0.5, amend=True)
+    assert opened(tmp_path).done  # what is refused changes nothing
     (tmp_path / "model").rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="finished, but its model is not in"):
-        opened(tmp_path, lr=0.5, amend=True)
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize("there", ["model", "notes.txt"])

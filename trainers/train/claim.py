@@ -46,7 +46,8 @@ def owned(
 ) -> Iterator[None]:
     """Hold `config.out` as the folder of this configuration, alone, until the block ends.
 
-    `given` came from Python and not from a file; `step` says how far a run in a folder has come.
+    `given` came from Python and not from a file; `step` says after which step a run in a folder
+    would be amended, or raises ValueError.
     Collective. Raises ValueError, on every rank, where another process has the folder; where it is
     not empty and holds no run; where what decides the run's numbers is not what it began with, or
     not the same on every rank.

@@ -26,7 +26,13 @@ from puna.core.checkpoint.folder import atomic_folder, open_model, write_tensors
 from puna.core.checkpoint.hashes import HASHES, damage, write_hashes
 from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer
-from puna.trainers.train.claim import FINISHED, amended_since_finished, amendments, owned
+from puna.trainers.train.claim import (
+    FINISHED,
+    amended_since_finished,
+    amendments,
+    is_finished,
+    owned,
+)
 from puna.trainers.train.inputs import Given
 from puna.trainers.train.notice import notice
 from puna.trainers.train.viewers import viewer
@@ -49,7 +55,7 @@ def open_run(config: Any, *, tokenizer: Path | None, given: Given | None = None)
     `given`, rows and functions from Python, are of the run like its files. Collective. Raises
     ValueError as `claim.owned` does, and where the newest checkpoint is damaged.
     """
-    with owned(config, given=given, step=lambda path: newest_step(path / "checkpoints")):
+    with owned(config, given=given, step=step_to_amend):
         run = Run(config, tokenizer)
         if run.done:
             notice(f"{run.path} is finished; its model is {run.final}")
@@ -79,17 +85,9 @@ class Run:
         """The newest checkpoint's name (rank 0)."""
         self.checkpoints.mkdir(exist_ok=True)
         if self.done and amended_since_finished(self.path):
-            self._reopen()
+            (self.path / FINISHED).unlink()  # there is more to do
         found = newest(self.checkpoints, fall_back=fall_back)
         return found.name if found else None
-
-    def _reopen(self) -> None:
-        if not saved(self.checkpoints):
-            raise ValueError(
-                f"{self.path} is finished and kept no checkpoint to go on from; start another run "
-                f"from {self.final}"
-            )
-        (self.path / FINISHED).unlink()
 
     @property
     def final(self) -> Path:
@@ -247,9 +245,17 @@ def newest(checkpoints: Path, *, fall_back: bool) -> Path | None:
     return None
 
 
-def newest_step(checkpoints: Path) -> int:
-    """The step of the newest checkpoint by its name; 0 without any."""
-    found = saved(checkpoints)
+def step_to_amend(path: Path) -> int:
+    """The step after which a run would be amended: its newest checkpoint's, by name, or 0.
+
+    Raises ValueError for a finished run that kept none, before anything is written.
+    """
+    found = saved(path / "checkpoints")
+    if not found and is_finished(path):
+        raise ValueError(
+            f"{path} is finished and kept no checkpoint to go on from; start another run from "
+            f"{path / 'model'}"
+        )
     return int(found[-1].name[5:]) if found else 0
 
 
