@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from puna.core import parallel
+from puna.core import ranks
 from puna.core.checkpoint.folder import load_model, save_model
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
@@ -228,8 +228,8 @@ def answers(path: Path) -> list[list[Any]]:
 
 def main(path: Path) -> None:
     torch.set_num_threads(1)
-    parallel.init()
-    leave, parallel.close = parallel.close, lambda: None  # a group cannot be joined twice
+    ranks.init()
+    leave, ranks.close = ranks.close, lambda: None  # a group cannot be joined twice
     for stage, argv in json.loads(path.read_text()).items():
         run_stage(stage, argv)
     leave()

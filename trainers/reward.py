@@ -210,7 +210,9 @@ def objective(safety_weight: float, center_weight: float = 0.0) -> loop.Objectiv
     return loop.Objective(
         loss=loss,
         weight=lambda batch: float(batch.weights.sum()),
-        tokens=lambda batch: batch.tokens.numel(),
+        tokens=lambda batch: int(
+            (batch.cu_seqlens.diff().view(-1, 2).sum(1) * batch.weights).sum()
+        ),
     )
 
 

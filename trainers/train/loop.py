@@ -106,7 +106,7 @@ class Objective(NamedTuple):
     weight: Callable[[Any], float]
     """batch -> what its summed loss is divided by: loss tokens, pairs"""
     tokens: Callable[[Any], int]
-    """batch -> tokens run through the model, for the rate"""
+    """batch -> tokens of the rows that count, for the rate"""
 
 
 def device_of(config: TrainConfig) -> torch.device:

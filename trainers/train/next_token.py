@@ -66,7 +66,7 @@ def checked(loss: Loss) -> Loss:
 OBJECTIVE = loop.Objective(
     loss=next_token_loss,
     weight=lambda batch: float(batch.weights.sum()),
-    tokens=lambda batch: batch.tokens.numel(),
+    tokens=lambda batch: int((batch.weights != 0).any(1).sum()) * batch.tokens.shape[1],
 )
 
 
