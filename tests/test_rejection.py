@@ -254,3 +254,10 @@ def test_what_cannot_work_is_refused(world, whole, tmp_path):
 
 def test_the_finished_run_is_left_alone(world, whole):
     assert rejection.run(configured(world, whole)) == whole / "model"
+
+
+def test_an_empty_pool_is_named(world, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    config = configured(world, tmp_path / "run", pools=[tmp_path / "empty.jsonl"])
+    with pytest.raises(ValueError, match="empty.jsonl: there is no sample in it; leave it out"):
+        rejection.run(config)

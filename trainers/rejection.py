@@ -282,8 +282,11 @@ def append_chunk(path: Path, samples: list[Sample]) -> None:
 
 
 def read_pool(path: Path, tokenizer: Tokenizer) -> list[Sample]:
-    """The samples of a pool; ValueError where it was made with another tokenizer."""
+    """The samples of a pool; ValueError where it has none, or was made with another
+    tokenizer."""
     samples = read_samples(path)
+    if not samples:
+        raise ValueError(f"{path}: there is no sample in it; leave it out")
     for number, sample in enumerate(samples, 1):
         if max(sample["tokens"]) >= tokenizer.vocab_size or (
             decode_answer(tokenizer, sample["tokens"]) != sample["answer"]

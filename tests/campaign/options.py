@@ -75,7 +75,11 @@ OUTPUTS = ("out", "output", "target")
 # Odd values that are taken, and why: (option, value) -> reason.
 TAKEN = {
     **{(name, "{1}/absent"): "it is made" for name in OUTPUTS},
-    **{("output", f"{{1}}/{name}"): "a file is replaced" for name in ("empty", "zeros")},
+    **{
+        (option, f"{{1}}/{name}"): "a file is replaced"
+        for option in ("out", "output")  # of evaluate and of the tokenizer; a run's is refused
+        for name in ("empty", "zeros")
+    },
     **{(name, "\x1b[2J"): "files may be called so; it is shown escaped" for name in OUTPUTS},
 }
 
