@@ -1,6 +1,5 @@
 """`puna convert`: Hugging Face, Meta and llama2.c models into each other's formats."""
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,18 +30,14 @@ class ConvertConfig(Options):
 
 def run(config: ConvertConfig) -> Path:
     """Convert, say where the result stands, and return that path."""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        target = convert(
-            config.source,
-            config.target,
-            tokenizer=config.tokenizer,
-            dtype=None if config.dtype == "stored" else getattr(torch, config.dtype),
-            context=config.context,
-        )
+    target = convert(
+        config.source,
+        config.target,
+        tokenizer=config.tokenizer,
+        dtype=None if config.dtype == "stored" else getattr(torch, config.dtype),
+        context=config.context,
+    )
     say(f"wrote {target}")
-    for warning in said:
-        say(warning.message)
     if target.is_dir() and not (target / "tokenizer.model").exists():
         say("the source has no tokenizer.model: name one with --tokenizer to put it beside")
     return target

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from puna.core.checkpoint.folder import load_model, save_model
-from puna.trainers import evaluate, ppo, rejection, rlhf
+from puna.trainers import evaluate, gatt, ppo, rejection, rlhf
 from puna.trainers.evaluate import EvaluateConfig
 from puna.trainers.rl.config import PPOConfig, RLHFConfig
 from puna.trainers.rl.rollout import Rollout, answer_values
@@ -85,6 +85,16 @@ def test_ppo_names_the_model_and_not_the_learning_rate(world, tmp_path, ruined):
         ppo.run(config)
     assert "learning rate" not in str(raised.value)
     assert not (config.out / "model").exists()
+
+
+def test_ghost_attention_names_the_folder(world, tmp_path):
+    (tmp_path / "ghosts.jsonl").write_text('{"turns": ["hello"], "instruction": "be kind"}\n')
+    config = gatt.GAttConfig(
+        model=world / "ruined-chat", dialogues=[tmp_path / "ghosts.jsonl"], max_new_tokens=4,
+        device="cpu", out=tmp_path / "out",
+    )  # fmt: skip
+    with pytest.raises((ValueError, RuntimeError), match="ruined-chat cannot be sampled from"):
+        gatt.run(config)
 
 
 def test_a_critic_without_values_is_named(world):

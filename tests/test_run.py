@@ -1,6 +1,7 @@
 """Run: python -m pytest tests/test_run.py -q"""
 
 import json
+import stat
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -93,6 +94,18 @@ def test_only_what_decides_the_numbers_must_stay(tmp_path, opened: Opened, capsy
     assert "goes on with save_every 9 where it was 5" in capsys.readouterr().out
     opened(tmp_path, lr=0.5, save_every=9)
     assert capsys.readouterr().out == ""
+
+
+def test_a_checkpoint_is_read_by_whoever_reads_its_neighbours(tmp_path, opened: Opened):
+    run = opened(tmp_path)
+    run.save(1, {"model": network(0)}, keep=2)
+    modes = {
+        file.name: stat.filemode(file.stat().st_mode)
+        for file in run.checkpoints.rglob("*")
+        if file.is_file()
+    }
+    assert "model-optimizer.safetensors" in modes
+    assert set(modes.values()) == {modes["config.json"]}
 
 
 def test_an_amendment_is_recorded_with_its_step(tmp_path, opened: Opened):

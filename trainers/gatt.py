@@ -226,6 +226,7 @@ def _candidates(
         prompt_ids=[i for i in going for _ in range(count)],
         sample_ids=list(range(count)) * len(going),
         batch_size=config.generation_batch,
+        called=str(config.model),
     )
     return [answers[n * count : (n + 1) * count] for n in range(len(going))]
 

@@ -36,6 +36,7 @@ from puna.core.checkpoint.source import (
 )
 from puna.core.config import ModelConfig
 from puna.core.documents import as_name, read_object, regular_file, typed
+from puna.core.errors import Notice
 from puna.core.model import Transformer, check_parameters
 from puna.core.tokenizer import Tokenizer
 
@@ -122,7 +123,7 @@ def write_tensors(
             _write_json(folder / "tokenizer.json", ours)
         except ValueError as error:
             document["tokenizer_class"] = "LlamaTokenizer"  # which reads tokenizer.model
-            warnings.warn(f"{error}; it is left out", stacklevel=2)
+            warnings.warn(f"{error}; it is left out", Notice, stacklevel=2)
         _write_json(folder / "tokenizer_config.json", document)
     _write_json(folder / "config.json", hf_format.config_json(config, head, dtype, tokenizer))
     if head == "lm":
@@ -267,6 +268,13 @@ def _write_json(path: Path, document: dict) -> None:
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
+def save_tensors(tensors: dict[str, Tensor], file: Path, *, like: Path) -> None:
+    """A .safetensors file with the mode of the file `like`: safetensors makes it for the owner
+    alone."""
+    save_file(tensors, file, metadata={"format": "pt"})
+    shutil.copymode(like, file)
+
+
 def _write_shards(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, shard_bytes: int
 ) -> dict[str, tuple[int, ...]]:
@@ -278,8 +286,7 @@ def _write_shards(
     def write() -> None:
         shards.append(list(held))
         file = folder / f"{len(shards)}.safetensors"
-        save_file(held, file, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", file)  # safetensors makes files for the owner alone
+        save_tensors(held, file, like=folder / "config.json")
         held.clear()
 
     size = total = 0

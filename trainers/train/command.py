@@ -3,13 +3,14 @@
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 import torch
 
 from puna.core import ranks, starting
-from puna.core.errors import UserError
+from puna.core.errors import Notice, UserError
 from puna.core.terminal import say
 from puna.trainers.train.config import Config, parse
 
@@ -55,6 +56,15 @@ def command(
     starting.is_done()
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Outlasting(sys.stdout), Outlasting(sys.stderr)
+    library = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, Notice):
+            library(message, category, *where, **more)
+        elif ranks.is_main():
+            say(message)
+
+    warnings.showwarning = show
     try:
         ranks.init()
         work(parse(config, sys.argv[1:] if arguments is None else arguments, prog))
@@ -72,6 +82,7 @@ def command(
         return ended(f"{prog}: {sentence(error)}", 1)
     finally:
         sys.stdout, sys.stderr = before
+        warnings.showwarning = library
 
 
 def ended(line: str, status: int, *, by_others: bool = False) -> int:

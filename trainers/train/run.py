@@ -18,11 +18,16 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from puna.core import parallel
 from puna.core.checkpoint.atomic import flush, naming_full_disk, write_text
-from puna.core.checkpoint.folder import atomic_folder, open_model, write_tensors
+from puna.core.checkpoint.folder import (
+    atomic_folder,
+    open_model,
+    save_tensors,
+    write_tensors,
+)
 from puna.core.checkpoint.hashes import HASHES, damage, write_hashes
 from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer
@@ -145,7 +150,8 @@ class Run:
             training.mkdir(exist_ok=True)
             state = parallel.optimizer_state(network.model, network.optimizer)
             entries[name] = len(state)
-            save_file(state, training / f"{name}-optimizer.safetensors")
+            file = training / f"{name}-optimizer.safetensors"
+            save_tensors(state, file, like=target / "config.json")
         write_text(partial / STATE, json.dumps({"step": step, "optimizer_entries": entries}))
         write_hashes(partial, PROOF)
 
