@@ -32,11 +32,15 @@ from puna.trainers.rl.config import (
     reward_paths,
 )
 from puna.trainers.rl.early_stopping import (
+    best,
+    collapse,
+    exceeds,
     finish_with_best,
     history,
     is_best,
+    out_of_patience,
     save_best,
-    stop_reason,
+    worth,
 )
 from puna.trainers.rl.rewards import (
     Answer,
@@ -47,7 +51,14 @@ from puna.trainers.rl.rewards import (
     settle_unfinished,
 )
 from puna.trainers.rl.rollout import Rollout, as_answers, collect
-from puna.trainers.rl.update import Rates, Totals, make_experience, rollout_metrics, update
+from puna.trainers.rl.update import (
+    Experience,
+    Rates,
+    Totals,
+    make_experience,
+    rollout_metrics,
+    update,
+)
 from puna.trainers.train import loop
 from puna.trainers.train.command import command
 from puna.trainers.train.interrupts import stop_requests
@@ -88,6 +99,15 @@ def run(config: PPOConfig, reward: Reward | None = None) -> Path:
         return train(stage, folder)
 
 
+class Look(NamedTuple):
+    """What the policy is like before an iteration's step."""
+
+    experience: Experience
+    answers: list[Answer]
+    scores: Scores
+    row: dict[str, float]
+
+
 def train(stage: Stage, folder: Run) -> Path:
     """Iterate from the run's checkpoint to the end, or until it is time to stop."""
     config = stage.config
@@ -95,9 +115,8 @@ def train(stage: Stage, folder: Run) -> Path:
     networks = {"model": stage.policy, "critic": stage.critic}
     folder.restore_optimizers(networks)
     if stage.eval_prompts and parallel.broadcast(not history(folder.metrics)):
-        if config.patience:
-            save_best(folder, stage.policy.model)  # it may stay the best
         folder.log(0, **evaluate(stage))
+    check_kept(folder, iteration)
     bar = meter("ppo", config.iterations, start=iteration, unit="answers", show=parallel.is_main())
     with bar as progress, stop_requests() as stop:
         while iteration < config.iterations:
@@ -106,32 +125,96 @@ def train(stage: Stage, folder: Run) -> Path:
                 raise SystemExit(
                     f"stopped at iteration {iteration}; the same command continues {folder.path}"
                 )
-            row = train_iteration(stage, folder, iteration)
+            found = look(stage, iteration)
+            if reason := too_far(config, folder, found.row):
+                folder.log(iteration + 1, **found.row)
+                return give_best(folder, f"before iteration {iteration + 1}", reason)
+            row = found.row | keep_if_best(stage, folder, iteration, found.row)
+            row |= learn(stage, folder, iteration, found)
             iteration += 1
             if stage.eval_prompts and iteration % config.eval_every == 0:
                 row |= evaluate(stage)
             folder.log(iteration, **row)
             progress.advance(config.batch, f"reward {row['reward']:.3f} kl {row['kl']:.2f}")
-            if ended(config, folder, stage.policy.model):
-                break
+            if reason := broken(config, folder):
+                return give_best(folder, f"after iteration {iteration}", reason)
             if iteration % config.save_every == 0 and iteration < config.iterations:
                 folder.save(iteration, networks, keep=config.keep)
-    return finish_with_best(folder) if config.patience else folder.finish(stage.policy.model)
+    return finished(stage, folder, iteration)
 
 
-def ended(config: PPOConfig, folder: Run, policy: Transformer) -> bool:
-    """Whether to stop after the iteration just logged; keeps the policy where it is the best."""
-    rows = history(folder.metrics) if parallel.is_main() else []
-    best = parallel.broadcast(bool(config.patience) and parallel.is_main() and is_best(rows))
-    if best:
-        save_best(folder, policy)
+def check_kept(folder: Run, iteration: int) -> None:
+    """ValueError where the run has gone on without its best policy: before it was kept, or since
+    somebody removed it."""
+
+    def there() -> None:
+        rows = history(folder.metrics)
+        if iteration and (best(rows) is None or not (folder.path / "best").is_dir()):
+            raise ValueError(f"{folder.path / 'best'} is missing; give another --out")
+
+    parallel.on_main(there)
+
+
+def finished(stage: Stage, folder: Run, iteration: int) -> Path:
+    """The model of a run that came to its end: the last policy, or the best one where that is what
+    was asked for or the last is past the limit."""
+    config = stage.config
+    if config.patience or config.max_kl is not None:
+        found = look(stage, iteration)
+        if reason := too_far(config, folder, found.row):
+            return give_best(folder, f"after iteration {iteration}", reason)
+        if config.patience:
+            keep_if_best(stage, folder, iteration, found.row)
+            return finish_with_best(folder)
+    return folder.finish(stage.policy.model)
+
+
+def too_far(config: PPOConfig, folder: Run, row: dict[str, float]) -> str | None:
+    """Why the policy that sampled `row` must not be trained further, on every rank."""
+    found = exceeds(history(folder.metrics), row, config.max_kl) if parallel.is_main() else None
+    return parallel.broadcast(found)
+
+
+def broken(config: PPOConfig, folder: Run) -> str | None:
+    """Why to end after the iteration just logged, on every rank."""
     reason = None
     if parallel.is_main():
-        reason = stop_reason(rows, config.patience, config.max_kl)
-    reason = parallel.broadcast(reason)
-    if reason and parallel.is_main():
-        terminal.say(f"ppo: stopped after iteration {rows[-1]['step']}: {reason}")
-    return reason is not None
+        rows = history(folder.metrics)
+        reason = out_of_patience(rows, config.patience)
+        if reason is None and config.stop_on_collapse:
+            reason = collapse(rows)
+    return parallel.broadcast(reason)
+
+
+def keep_if_best(
+    stage: Stage, folder: Run, iteration: int, row: dict[str, float]
+) -> dict[str, float]:
+    """Keep the policy as `best/` where it is time to look and there is none better; {"best_reward"}
+    then, else {}."""
+    config = stage.config
+    if iteration % config.eval_every:
+        return {}
+    reward = None
+    if parallel.is_main():
+        rows = history(folder.metrics)
+        reward = worth(rows, row) if is_best(rows, row, config.max_kl) else None
+    reward = parallel.broadcast(reward)
+    if reward is None:
+        return {}
+    save_best(folder, stage.policy.model)
+    return {"best_reward": reward}
+
+
+def give_best(folder: Run, when: str, reason: str) -> Path:
+    """Say why the run ends, and finish with the best policy that was within the limits."""
+    if parallel.is_main():
+        kept = best(history(folder.metrics))
+        assert kept is not None, "the policy that PPO begins with is kept"
+        terminal.say(
+            f"ppo: stopped {when}: {reason}; took the policy after iteration {kept['step'] - 1}, "
+            f"with reward {kept['best_reward']:.3f} and a KL of {max(kept['kl'], 0.0):.2f}"
+        )
+    return finish_with_best(folder)
 
 
 def check(config: PPOConfig) -> None:
@@ -180,8 +263,8 @@ def trained(source: Any, config: PPOConfig) -> Trained:
     return Trained(model, loop.make_optimizer(model, config))
 
 
-def train_iteration(stage: Stage, folder: Run, iteration: int) -> dict[str, float]:
-    """Sample, score, one pass of gradient steps; returns the row of metrics."""
+def look(stage: Stage, iteration: int) -> Look:
+    """Sample the iteration's answers and score them: nothing is changed yet."""
     config = stage.config
     began = time.monotonic()
     picks = rank_prompts(
@@ -195,9 +278,17 @@ def train_iteration(stage: Stage, folder: Run, iteration: int) -> dict[str, floa
     scores = score_answers(stage.reward, answers, rollout.lengths.device)
     experience = make_experience(stage.reference, stage.critic.model, rollout, scores.raw, config)
     row = rollout_metrics(experience, scores)
-    judged = time.monotonic()
+    row["seconds_sampling"] = sampled - began
+    row["seconds_scoring"] = time.monotonic() - sampled
+    return Look(experience, answers, scores, row)
+
+
+def learn(stage: Stage, folder: Run, iteration: int, found: Look) -> dict[str, float]:
+    """One pass of gradient steps over what was sampled; returns its part of the row of metrics."""
+    config = stage.config
+    began = time.monotonic()
     rates = learning_rates(config, iteration)
-    row |= update(stage.policy, stage.critic, experience, config, rates)
+    row = update(stage.policy, stage.critic, found.experience, config, rates)
     norms = {
         f"gradient of the {name}": row[f"{name}_grad_norm"]
         for name in ("critic", "policy")
@@ -205,14 +296,8 @@ def train_iteration(stage: Stage, folder: Run, iteration: int) -> dict[str, floa
     }
     loop.check_finite(folder, iteration + 1, **norms)
     if iteration % config.eval_every == 0:
-        write_samples(folder, iteration, answers, scores)
-    ended = time.monotonic()
-    return row | {
-        "lr": rates.policy or 0.0,
-        "seconds_sampling": sampled - began,
-        "seconds_scoring": judged - sampled,
-        "seconds_training": ended - judged,
-    }
+        write_samples(folder, iteration, found.answers, found.scores)
+    return row | {"lr": rates.policy or 0.0, "seconds_training": time.monotonic() - began}
 
 
 def check_finished(config: PPOConfig, rollout: Rollout) -> None:

@@ -96,7 +96,11 @@ class PPOConfig(SamplingConfig):
     """stop after so many evaluations without a better held-out reward and take the best model; 0:
     go on to the end and take the last"""
     max_kl: Rate | None = None
-    """stop when the mean KL of an answer, in nats, exceeds it"""
+    """stop when the mean KL of an answer, in nats, exceeds it, and take the best model within it:
+    the policy is looked at every eval_every iterations"""
+    stop_on_collapse: bool = True
+    """stop, and take the best model, when answers are a fifth as long as at first, half of them
+    no longer end, or a prompt has but one answer"""
     ratio_tolerance: Rate | None = None
     """largest mean |log ratio| of an iteration's first mini-batch; left out: 1e-3, in bf16 2e-2"""
     save_every: int = 20

@@ -1,7 +1,10 @@
-"""When to end PPO, and which model to keep: decided from the rows of metrics.jsonl alone.
+"""When to end PPO, and which policy to keep: decided from the rows of metrics.jsonl alone.
 
 So a resumed run, whose metrics are cut to its checkpoint, decides as it would have. The paper
 stops early on held-out prompts (section 3.2.3) and does not give the rule; this is ours.
+
+Row k holds what policy k - 1 sampled (`reward`, `kl`), then the held-out reward of policy k, after
+its step. `best_reward` stands in the row of an iteration that began by keeping the policy.
 """
 
 import math
@@ -15,30 +18,76 @@ from puna.core.documents import json_rows
 from puna.core.model import Transformer
 from puna.trainers.train.run import Run, write_model
 
+Row = dict[str, Any]
 
-def history(metrics: Path) -> list[dict[str, Any]]:
+COLLAPSED_ROWS = 3  # in a row: one batch may be odd
+SHORTER = 0.2  # of the first batch's tokens an answer
+MORE_UNFINISHED = 0.5  # share of answers, beyond the first batch's
+LEAST_ENTROPY = 1e-3  # nats a token: all samples of a prompt are one answer, nothing is compared
+
+
+def history(metrics: Path) -> list[Row]:
     """The rows of a metrics.jsonl so far."""
     if not metrics.exists():
         return []
     return [row for _, row in json_rows(metrics)]
 
 
-def rewards(rows: list[dict[str, Any]]) -> list[float]:
-    """The held-out rewards in the order of the evaluations."""
-    return [row["eval_reward"] for row in rows if "eval_reward" in row]
+def best(rows: list[Row]) -> Row | None:
+    """The row of the iteration that began by keeping its policy, last of all."""
+    return next((row for row in reversed(rows) if "best_reward" in row), None)
 
 
-def is_best(rows: list[dict[str, Any]]) -> bool:
-    """Whether the last row is an evaluation, and better than every one before."""
-    found = rewards(rows)
-    return "eval_reward" in rows[-1] and found[-1] > max(found[:-1], default=-math.inf)
+def worth(rows: list[Row], found: Row) -> float | None:
+    """The reward by which the policy that sampled `found` is judged: the held-out one, or where
+    nothing is held out that of its samples; None where it has not been measured."""
+    if any("eval_reward" in row for row in rows):
+        return rows[-1].get("eval_reward")
+    return found["reward"]
 
 
-def stop_reason(rows: list[dict[str, Any]], patience: int, max_kl: float | None) -> str | None:
-    """Why to end after the last row; None to go on. patience 0 and max_kl None never end it."""
-    if max_kl is not None and rows[-1].get("kl", 0.0) > max_kl:
-        return f"the KL of {rows[-1]['kl']:.2f} nats an answer exceeds max_kl {max_kl}"
-    found = rewards(rows)
+def is_best(rows: list[Row], found: Row, max_kl: float | None) -> bool:
+    """Whether to keep the policy that sampled `found`, after the iterations of `rows`: it is
+    within the limit and better than the one that is kept, or the one that PPO began with."""
+    reward, before = worth(rows, found), best(rows)
+    if before is None:
+        return True
+    within = exceeds(rows, found, max_kl) is None
+    return within and reward is not None and reward > before["best_reward"]
+
+
+def exceeds(rows: list[Row], found: Row, max_kl: float | None) -> str | None:
+    """How the policy that sampled `found` is past the limit; None where it is not. The policy that
+    PPO begins with is within any: what its KL differs from 0 by is rounding."""
+    if max_kl is not None and best(rows) is not None and found["kl"] > max_kl:
+        return f"the KL of {found['kl']:.3g} nats an answer exceeds max_kl {max_kl}"
+    return None
+
+
+def collapse(rows: list[Row]) -> str | None:
+    """What shows in the last rows that the policy has broken down; None where nothing does."""
+    sampled = [row for row in rows if "answer_tokens" in row]
+    if len(sampled) <= COLLAPSED_ROWS:
+        return None
+    first, last = sampled[0], sampled[-COLLAPSED_ROWS:]
+    if all(row["answer_tokens"] < SHORTER * first["answer_tokens"] for row in last):
+        return (
+            f"answers are {last[-1]['answer_tokens']:.1f} tokens long where they were "
+            f"{first['answer_tokens']:.1f}"
+        )
+    if all(row["unfinished"] > first["unfinished"] + MORE_UNFINISHED for row in last):
+        return (
+            f"{last[-1]['unfinished']:.0%} of the answers do not end where "
+            f"{first['unfinished']:.0%} did not"
+        )
+    if all(row.get("entropy", math.inf) < LEAST_ENTROPY for row in last):
+        return f"the entropy is {last[-1]['entropy']:.1e} nats a token: one answer to a prompt"
+    return None
+
+
+def out_of_patience(rows: list[Row], patience: int) -> str | None:
+    """Why waiting for a better held-out reward is over; None to go on. patience 0 never ends."""
+    found = [row["eval_reward"] for row in rows if "eval_reward" in row]
     if patience and len(found) > patience and max(found[-patience:]) <= max(found[:-patience]):
         return f"no better held-out reward in {patience} evaluations"
     return None
