@@ -22,6 +22,7 @@ from puna.core.tokenizer import train_tokenizer
 from puna.trainers import ppo
 from puna.trainers.data.prompts import draw
 from puna.trainers.ppo import PPOConfig
+from puna.trainers.rl import early_stopping
 from puna.trainers.rl.early_stopping import best, collapse, exceeds, is_best, out_of_patience
 from puna.trainers.train.config import to_toml
 
@@ -252,13 +253,13 @@ def test_early_stopping_takes_the_best_model(world, tmp_path, monkeypatch):
     rewards = iter([0.0, 2.0, 1.0, 1.5, 1.5])
     monkeypatch.setattr(ppo, "evaluate", lambda stage: {"eval_reward": next(rewards)})
     saved = []
-    save_best = ppo.save_best
+    save_best = early_stopping.save_best
 
     def watched(folder, policy):
         saved.append({k: v.clone() for k, v in policy.state_dict().items()})
         save_best(folder, policy)
 
-    monkeypatch.setattr(ppo, "save_best", watched)
+    monkeypatch.setattr(early_stopping, "save_best", watched)
     held = [world / "held_out.jsonl"]
     config = configured(
         world, tmp_path / "run", eval_prompts=held, patience=2, eval_every=1, iterations=9

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from puna.core import parallel, terminal
+from puna.core import parallel
 from puna.core.checkpoint.folder import open_model
 from puna.core.errors import UserError
 from puna.core.model import Transformer
@@ -32,15 +32,13 @@ from puna.trainers.rl.config import (
     reward_paths,
 )
 from puna.trainers.rl.early_stopping import (
-    best,
-    collapse,
-    exceeds,
+    broken,
+    check_kept,
     finish_with_best,
+    give_best,
     history,
-    is_best,
-    out_of_patience,
-    save_best,
-    worth,
+    keep_if_best,
+    too_far,
 )
 from puna.trainers.rl.rewards import (
     Answer,
@@ -129,7 +127,7 @@ def train(stage: Stage, folder: Run) -> Path:
             if reason := too_far(config, folder, found.row):
                 folder.log(iteration + 1, **found.row)
                 return give_best(folder, f"before iteration {iteration + 1}", reason)
-            row = found.row | keep_if_best(stage, folder, iteration, found.row)
+            row = found.row | keep_if_best(config, folder, stage.policy.model, iteration, found.row)
             row |= learn(stage, folder, iteration, found)
             iteration += 1
             if stage.eval_prompts and iteration % config.eval_every == 0:
@@ -143,18 +141,6 @@ def train(stage: Stage, folder: Run) -> Path:
     return finished(stage, folder, iteration)
 
 
-def check_kept(folder: Run, iteration: int) -> None:
-    """ValueError where the run has gone on without its best policy: before it was kept, or since
-    somebody removed it."""
-
-    def there() -> None:
-        rows = history(folder.metrics)
-        if iteration and (best(rows) is None or not (folder.path / "best").is_dir()):
-            raise ValueError(f"{folder.path / 'best'} is missing; give another --out")
-
-    parallel.on_main(there)
-
-
 def finished(stage: Stage, folder: Run, iteration: int) -> Path:
     """The model of a run that came to its end: the last policy, or the best one where that is what
     was asked for or the last is past the limit."""
@@ -164,57 +150,9 @@ def finished(stage: Stage, folder: Run, iteration: int) -> Path:
         if reason := too_far(config, folder, found.row):
             return give_best(folder, f"after iteration {iteration}", reason)
         if config.patience:
-            keep_if_best(stage, folder, iteration, found.row)
+            keep_if_best(config, folder, stage.policy.model, iteration, found.row)
             return finish_with_best(folder)
     return folder.finish(stage.policy.model)
-
-
-def too_far(config: PPOConfig, folder: Run, row: dict[str, float]) -> str | None:
-    """Why the policy that sampled `row` must not be trained further, on every rank."""
-    found = exceeds(history(folder.metrics), row, config.max_kl) if parallel.is_main() else None
-    return parallel.broadcast(found)
-
-
-def broken(config: PPOConfig, folder: Run) -> str | None:
-    """Why to end after the iteration just logged, on every rank."""
-    reason = None
-    if parallel.is_main():
-        rows = history(folder.metrics)
-        reason = out_of_patience(rows, config.patience)
-        if reason is None and config.stop_on_collapse:
-            reason = collapse(rows)
-    return parallel.broadcast(reason)
-
-
-def keep_if_best(
-    stage: Stage, folder: Run, iteration: int, row: dict[str, float]
-) -> dict[str, float]:
-    """Keep the policy as `best/` where it is time to look and there is none better; {"best_reward"}
-    then, else {}."""
-    config = stage.config
-    if iteration % config.eval_every:
-        return {}
-    reward = None
-    if parallel.is_main():
-        rows = history(folder.metrics)
-        reward = worth(rows, row) if is_best(rows, row, config.max_kl) else None
-    reward = parallel.broadcast(reward)
-    if reward is None:
-        return {}
-    save_best(folder, stage.policy.model)
-    return {"best_reward": reward}
-
-
-def give_best(folder: Run, when: str, reason: str) -> Path:
-    """Say why the run ends, and finish with the best policy that was within the limits."""
-    if parallel.is_main():
-        kept = best(history(folder.metrics))
-        assert kept is not None, "the policy that PPO begins with is kept"
-        terminal.say(
-            f"ppo: stopped {when}: {reason}; took the policy after iteration {kept['step'] - 1}, "
-            f"with reward {kept['best_reward']:.3f} and a KL of {max(kept['kl'], 0.0):.2f}"
-        )
-    return finish_with_best(folder)
 
 
 def check(config: PPOConfig) -> None:

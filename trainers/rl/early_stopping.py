@@ -16,6 +16,8 @@ from puna.core import parallel
 from puna.core.checkpoint.folder import atomic_folder
 from puna.core.documents import json_rows
 from puna.core.model import Transformer
+from puna.core.terminal import say
+from puna.trainers.rl.config import PPOConfig
 from puna.trainers.train.run import Run, write_model
 
 Row = dict[str, Any]
@@ -91,6 +93,63 @@ def out_of_patience(rows: list[Row], patience: int) -> str | None:
     if patience and len(found) > patience and max(found[-patience:]) <= max(found[:-patience]):
         return f"no better held-out reward in {patience} evaluations"
     return None
+
+
+def check_kept(run: Run, iteration: int) -> None:
+    """ValueError where the run has gone on without its best policy: before it was kept, or since
+    somebody removed it."""
+
+    def there() -> None:
+        rows = history(run.metrics)
+        if iteration and (best(rows) is None or not (run.path / "best").is_dir()):
+            raise ValueError(f"{run.path / 'best'} is missing; give another --out")
+
+    parallel.on_main(there)
+
+
+def too_far(config: PPOConfig, run: Run, row: Row) -> str | None:
+    """Why the policy that sampled `row` must not be trained further, on every rank."""
+    found = exceeds(history(run.metrics), row, config.max_kl) if parallel.is_main() else None
+    return parallel.broadcast(found)
+
+
+def broken(config: PPOConfig, run: Run) -> str | None:
+    """Why to end after the iteration just logged, on every rank."""
+    reason = None
+    if parallel.is_main():
+        rows = history(run.metrics)
+        reason = out_of_patience(rows, config.patience)
+        if reason is None and config.stop_on_collapse:
+            reason = collapse(rows)
+    return parallel.broadcast(reason)
+
+
+def keep_if_best(config: PPOConfig, run: Run, policy: Transformer, iteration: int, row: Row) -> Row:
+    """Keep the policy as `best/` where it is time to look and there is none better; {"best_reward"}
+    then, else {}."""
+    if iteration % config.eval_every:
+        return {}
+    reward = None
+    if parallel.is_main():
+        rows = history(run.metrics)
+        reward = worth(rows, row) if is_best(rows, row, config.max_kl) else None
+    reward = parallel.broadcast(reward)
+    if reward is None:
+        return {}
+    save_best(run, policy)
+    return {"best_reward": reward}
+
+
+def give_best(run: Run, when: str, reason: str) -> Path:
+    """Say why the run ends, and finish with the best policy that was within the limits."""
+    if parallel.is_main():
+        kept = best(history(run.metrics))
+        assert kept is not None, "the policy that PPO begins with is kept"
+        say(
+            f"ppo: stopped {when}: {reason}; took the policy after iteration {kept['step'] - 1}, "
+            f"with reward {kept['best_reward']:.3f} and a KL of {max(kept['kl'], 0.0):.2f}"
+        )
+    return finish_with_best(run)
 
 
 def save_best(run: Run, policy: Transformer) -> None:
