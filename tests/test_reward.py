@@ -109,6 +109,41 @@ def test_the_safety_loss_is_added_with_its_weight(tiny, pairs, tmp_path):
     assert row["safety_loss"] == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
 
 
+@pytest.mark.parametrize("micro_batch", [3, 48])
+def test_the_safety_loss_is_the_mean_over_the_labelled_pairs(tiny, pairs, tmp_path, micro_batch):
+    """It was once divided by all pairs: with one labelled of ten, a tenth of it was left."""
+    rows = [json.loads(row) for row in (tiny / "preferences.jsonl").open()]
+    for number, row in enumerate(rows):
+        if number % 8:
+            row.pop("safety")
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = configured(
+        tiny, tmp_path / "run", data=[tmp_path / "few.jsonl"], safety_weight=0.7, batch=48,
+        micro_batch=micro_batch, eval_share=0.0,
+    )  # fmt: skip
+    reward.run(config)
+    row = metrics(tmp_path / "run")[0]
+    model = started(tiny, tmp_path / "start")
+    expected = []
+    for pair in pairs[::8]:
+        safe = {"chosen_safe": (1, 0), "both_safe": (1, 1), "both_unsafe": (0, 0)}[pair.safety]
+        for ids, label in zip((pair.chosen, pair.rejected), safe, strict=True):
+            probability = torch.sigmoid(score(model, [ids])[0])
+            expected.append(-torch.log(probability if label else 1 - probability))
+    assert row["safety_loss"] == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
+    assert row["loss"] == pytest.approx(row["ranking_loss"] + 0.7 * row["safety_loss"])
+
+
+def test_a_safety_loss_without_a_label_is_refused(tiny, tmp_path):
+    row = {"messages": [{"role": "user", "content": "red"}], "chosen": "blue", "rejected": "cup"}
+    (tmp_path / "none.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    config = configured(
+        tiny, tmp_path / "run", data=[tmp_path / "none.jsonl"], safety_weight=0.5, eval_share=0.0
+    )
+    with pytest.raises(ValueError, match="none of 4 pairs has a safety label; name their column"):
+        reward.run(config)
+
+
 def test_training_ranks_better_and_says_how_well_with_intervals(tiny, tmp_path, capsys):
     config = configured(tiny, tmp_path, epochs=12, batch=6, eval_every=10)
     before = replace(config)

@@ -100,8 +100,9 @@ def fit(config: RewardConfig, folder: Run, tokenizer: Tokenizer) -> Path:
 
     def batch_at(step: int) -> list[PairBatch]:
         chosen = step_rows(len(pairs), plan.batch, config.seed, step, plan.visits)
+        share = labelled_share([pairs[i] for i in chosen])
         return [
-            pairs_on(device, [pairs[i] for i in piece], margins, real)
+            pairs_on(device, [pairs[i] for i in piece], margins, real, share)
             for piece, real in next_token.parts(chosen, config.micro_batch)
         ]
 
@@ -151,6 +152,11 @@ def load_pairs(
     if held_rows:
         held, over_long = encode_held_out(tokenizer, held_rows, context)
         skipped.merge_held_out(over_long)
+    if config.safety_weight > 0 and not any(pair.safety for pair in pairs):
+        raise ValueError(
+            f"safety_weight is {config.safety_weight:g} and none of {len(pairs)} pairs has a "
+            "safety label; name their column in [columns], or set it to 0"
+        )
     skipped.notes += unlabelled(pairs, config.margin, config.safety_weight)
     next_token.say(skipped)
     return pairs, held
@@ -169,12 +175,26 @@ def load_preferences(
     return rows, skipped
 
 
+def labelled_share(pairs: Sequence[Pair]) -> float:
+    """Share of a step's pairs, those of all ranks, that have a safety label; 1 where none has."""
+    labelled = sum(pair.safety is not None for pair in pairs)
+    return labelled / len(pairs) if labelled else 1.0
+
+
 def pairs_on(
-    device: torch.device, pairs: Sequence[Pair], margins: dict[str, float], real: int
+    device: torch.device,
+    pairs: Sequence[Pair],
+    margins: dict[str, float],
+    real: int,
+    labelled: float = 1.0,
 ) -> PairBatch:
-    """Pairs as one batch, of which the first `real` count."""
+    """Pairs as one batch, of which the first `real` count. `labelled` is the share of the whole
+    step's pairs that have a safety label: the auxiliary loss is the mean over those. (Over all
+    pairs, one labelled of ten would count a tenth of what its weight says.)"""
     batch = pair_batch(pairs, margins)
     batch.weights[real:] = 0.0
+    batch.safety_weights[2 * real :] = 0.0
+    batch.safety_weights.div_(labelled)
     return PairBatch(*(tensor.to(device) for tensor in batch))
 
 
@@ -198,8 +218,7 @@ def objective(safety_weight: float, center_weight: float = 0.0) -> loop.Objectiv
         total = ranking
         if safety_weight > 0:
             scores = torch.stack((chosen, rejected), 1).flatten()
-            both = each.repeat_interleave(2)
-            safety = 0.5 * (safety_loss(scores, batch.safe) * both).sum()
+            safety = 0.5 * (safety_loss(scores, batch.safe) * batch.safety_weights).sum()
             total = total + safety_weight * safety
             extras |= {"ranking_loss": ranking, "safety_loss": safety}
         if center_weight > 0:

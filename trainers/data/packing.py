@@ -75,6 +75,8 @@ class PairBatch(NamedTuple):
     """(2P,) float32, 1 safe, 0 unsafe, NaN unknown; in the order of the sequences"""
     weights: Tensor
     """(P,) float32, 1, or 0 for a pair that only fills a rank's part"""
+    safety_weights: Tensor
+    """(2P,) float32, of each answer in the auxiliary loss"""
 
 
 @lru_cache(maxsize=2)  # a step needs at most the epoch that ends and the one that begins
@@ -354,4 +356,5 @@ def pair_batch(pairs: Sequence[Pair], margins: dict[str, float]) -> PairBatch:
         ratings=torch.tensor(levels, dtype=torch.int64),
         safe=torch.tensor(labels, dtype=torch.float32).flatten(),
         weights=torch.ones(len(pairs)),
+        safety_weights=torch.ones(2 * len(pairs)),
     )
