@@ -10,11 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puna.trainers import evaluate
+from puna.trainers.data.packing import Pair
 from puna.trainers.evaluate import EvaluateConfig
 from puna.trainers.rl.accuracy import (
     accuracies,
+    baselines,
     calibration,
     calibration_error,
+    clustered,
     sentences,
     shares,
     wilson,
@@ -39,6 +42,43 @@ def test_known_intervals():
     assert wilson(0, 10)[:3] == pytest.approx((0, 0, 0.2775), abs=1e-4)
     assert wilson(81, 263)[:3] == pytest.approx((0.3080, 0.2553, 0.3662), abs=1e-4)
     assert wilson(0, 0).low == 0 and wilson(0, 0).high == 1
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=50), st.integers(1, 4))
+def test_trials_that_stand_or_fall_together_count_once(outcomes, copies):
+    hits = torch.tensor(outcomes, dtype=torch.float64)
+    alone = clustered(hits, range(len(hits)))
+    assert alone == pytest.approx(wilson(float(hits.sum()), len(hits)))
+    repeated = clustered(hits.repeat(copies), list(range(len(hits))) * copies)
+    once = wilson(float(hits.sum()), len(hits))
+    assert repeated[:3] == pytest.approx(once[:3]) and repeated.pairs == copies * len(hits)
+
+
+def test_the_interval_of_clusters_covers_the_truth():
+    """200 prompts of 5 pairs, each prompt of its own difficulty; the plain interval misses one
+    time in four."""
+    draw = torch.Generator().manual_seed(0)
+    covered = plain = 0
+    for _ in range(400):
+        chances = (torch.rand(200, generator=draw, dtype=torch.float64) < 0.6).double() * 0.9 + 0.05
+        hits = (torch.rand(200, 5, generator=draw, dtype=torch.float64) < chances[:, None]).double()
+        found = clustered(hits.flatten(), [i for i in range(200) for _ in range(5)])
+        naive = wilson(float(hits.sum()), 1000)
+        covered += found.low <= 0.59 <= found.high
+        plain += naive.low <= 0.59 <= naive.high
+    assert 0.92 <= covered / 400 <= 0.98 and plain / 400 < 0.8
+
+
+def test_what_a_coin_and_the_longer_answer_get_stands_beside():
+    pairs = [
+        Pair([1, 2, 3], [1, 2], prompt="a"), Pair([1, 2], [1, 2, 3], prompt="a"),
+        Pair([1, 2], [1, 3], prompt="b"), Pair([1, 2, 3, 4], [1, 2], prompt="c"),
+    ]  # fmt: skip
+    found = baselines(pairs)["the longer answer"]
+    assert found.share == pytest.approx((1 + 0 + 0.5 + 1) / 4) and found.pairs == 4
+    lines = sentences({"all": found, **baselines(pairs)}, "held-out accuracy").splitlines()
+    assert lines[1].startswith("  the longer answer  0.625")
+    assert lines[2].split() == ["chance", "0.500"]
 
 
 def test_accuracy_by_rating_counts_ties_half():
@@ -86,6 +126,7 @@ def test_evaluate_prints_tables_and_writes_what_it_measured(tiny, tmp_path, caps
     assert set(document["accuracy"]) == {
         "all", "significantly_better", "better", "slightly_better", "negligibly_better",
     }  # fmt: skip
+    assert document["chance"] == 0.5 and document["baselines"]["the longer answer"]["pairs"] == 48
     labels = document["accuracy_by_safety"]
     assert {name: share["pairs"] for name, share in labels.items()} == {
         "chosen_safe": 16, "both_safe": 16, "both_unsafe": 16,

@@ -99,6 +99,20 @@ def test_a_split_loses_nothing_and_is_the_same_every_time(count, share, seed):
     assert next_token.split(items, share, seed) == (kept, held)
 
 
+@given(st.lists(st.integers(0, 12), min_size=2, max_size=60), st.floats(0.01, 0.5))
+def test_rows_of_one_prompt_stay_together(prompts, share):
+    items = list(enumerate(prompts))
+    if len(set(prompts)) == 1:
+        with pytest.raises(ValueError, match="of 1 different prompts"):
+            next_token.split(items, share, 0, lambda item: item[1])
+        return
+    kept, held = next_token.split(items, share, 0, lambda item: item[1])
+    assert sorted(kept + held) == items and held
+    assert not {prompt for _, prompt in kept} & {prompt for _, prompt in held}
+    smallest = min(prompts.count(prompt) for prompt in prompts)
+    assert len(held) <= max(round(share * len(items)), smallest)
+
+
 def test_one_row_cannot_be_held_out():
     with pytest.raises(ValueError, match=r"too few rows \(1\) to hold some out; .*--eval-share 0"):
         next_token.split(["a"], 0.02, 0)

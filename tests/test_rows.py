@@ -197,7 +197,10 @@ def test_a_held_out_row_that_is_too_long_stops_nobody(tiny: Path, tmp_path: Path
 
 
 def test_a_held_out_pair_that_is_too_long_stops_nobody(tiny: Path, tmp_path: Path, capsys) -> None:
-    rows = [{"prompt": f"red {n}", "chosen": "blue", "rejected": "cup"} for n in range(6)]
+    rows: list[dict] = [
+        {"prompt": f"red {n}", "chosen": "blue", "rejected": "cup"} for n in range(6)
+    ]
+    rows[0]["safety"] = "both_safe"
     long = {"prompt": "q", "chosen": "red " * 400, "rejected": "b"}
     config = reward.RewardConfig(
         model=tiny / "lm", data=[lines(tmp_path / "d.jsonl", *rows)], out=tmp_path / "run",
@@ -209,7 +212,7 @@ def test_a_held_out_pair_that_is_too_long_stops_nobody(tiny: Path, tmp_path: Pat
     assert "held out, and longer than the context of 256 tokens" in said
     assert "the held-out accuracy is not measured" in said
     assert "6 of 6 pairs have no rating: the margin of these is 0" in said
-    assert "6 of 6 pairs have no safety label: safety_weight = 0.5 does nothing" in said
+    assert "5 of 6 pairs have no safety label: safety_weight = 0.5 does nothing" in said
 
 
 def test_options_without_labels_are_said() -> None:

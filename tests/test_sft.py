@@ -67,7 +67,7 @@ def test_two_epochs_see_every_dialogue_twice_and_the_held_out_loss_falls(tiny, t
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.3
     tokenizer = Tokenizer(tiny / "tokenizer.model")
     dialogues, _ = read_dialogues(tiny / "dialogues.jsonl")
-    kept, held = sft.next_token.split(dialogues, 0.1, 0)
+    kept, held = sft.next_token.split(dialogues, 0.1, 0, sft.beginning)
     packed = sft.pack(tokenizer, kept, 64)
     assert len(rows) - 1 == round(2 * len(packed) / 2) and len(held) == 5
     assert "sft: " in capsys.readouterr().out
@@ -187,7 +187,8 @@ def test_rows_from_python_that_cannot_be(tiny, tmp_path, capsys):
             sft.run(config, rows)
         assert "\n" not in str(raised.value)
     assert not (tmp_path / "run").exists()
-    sft.run(config, [good[:1], *[good] * 40])
+    others = [[{"role": "user", "content": f"red {n}"}, good[1]] for n in range(40)]
+    sft.run(config, [good[:1], *others])
     assert "skipped 1 row: the dialogue does not end" in capsys.readouterr().out
     with pytest.raises(ValueError, match="from config.data and from Python, too; leave one out"):
         sft.run(configured(tiny, tmp_path / "both"), [good])

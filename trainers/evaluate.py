@@ -54,20 +54,23 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     next_token.say(skipped)
     name = str(config.model)
     differences, ratings = margins_of(model, pairs, config.micro_batch, model.device, name)
-    by_rating = accuracy.shares(differences, ratings)
+    by_rating = accuracy.shares(differences, ratings, pairs)
     by_safety = safety_shares(differences, pairs)
+    without = accuracy.baselines(pairs)
     bins = accuracy.calibration(differences)
     document = {
         "model": str(config.model),
         "data": [str(path) for path in config.data],
         "accuracy": {name: share._asdict() for name, share in by_rating.items()},
         "accuracy_by_safety": {name: share._asdict() for name, share in by_safety.items()},
+        "chance": 0.5,
+        "baselines": {name: share._asdict() for name, share in without.items()},
         "calibration": [{"confidence": b.confidence, "right": b.right._asdict()} for b in bins],
         "calibration_error": accuracy.calibration_error(bins),
         "skipped": dict(Counter(skipped)),
     }
     if parallel.is_main():
-        show(by_rating | by_safety, bins)
+        show(by_rating | by_safety | without, bins)
         if config.out is not None:
             write_text(config.out, json.dumps(document, indent=2) + "\n")
     return document
@@ -86,15 +89,16 @@ def safety_shares(differences: torch.Tensor, pairs: list[Pair]) -> dict[str, Sha
     hits = accuracy.right(differences)
     found = {}
     for label in SAFETY:
-        inside = torch.tensor([pair.safety == label for pair in pairs])
-        if bool(inside.any()):
-            found[label] = accuracy.wilson(float(hits[inside].sum()), int(inside.sum()))
+        inside = [i for i, pair in enumerate(pairs) if pair.safety == label]
+        if inside:
+            found[label] = accuracy.clustered(hits[inside], [pairs[i].prompt for i in inside])
     return found
 
 
 def show(shares: dict[str, Share], bins: list[Bin]) -> None:
     """Two tables: accuracy, and how it compares with the model's confidence."""
     rows = [(name.replace("_", " "), *_cells(share)) for name, share in shares.items()]
+    rows.append(("chance", "0.500", "", ""))
     say_table(rows, ("pairs rated", "accuracy", "95% interval", "pairs"), "Accuracy")
     error = accuracy.calibration_error(bins)
     title = f"Calibration (expected error {error:.3f})"

@@ -25,7 +25,7 @@ from puna.core.chat import encode_answer, encode_prompt
 from puna.core.packed import flat_sequences
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.corpus import Corpus, token_dtype
-from puna.trainers.data.formats import RATINGS, Preference
+from puna.trainers.data.formats import RATINGS, Preference, opening
 from puna.trainers.data.readers import Skipped
 
 WeightedIds = tuple[Sequence[int], Sequence[float]]
@@ -56,6 +56,7 @@ class Pair(NamedTuple):
     rejected: list[int]
     rating: str | None = None
     safety: str | None = None
+    prompt: str = ""  # how its dialogue begins: pairs that share it are no independent trials
 
 
 class PairBatch(NamedTuple):
@@ -317,7 +318,8 @@ def _encode_pairs(
                 f"longer than the context of {context} tokens", row.where or f"pair {index + 1}"
             )
         else:
-            pairs.append(Pair(chosen, rejected, row.rating, row.safety))
+            opened = opening(row.messages)
+            pairs.append(Pair(chosen, rejected, row.rating, row.safety, opened))
     return pairs, skipped
 
 

@@ -6,13 +6,14 @@ the model gives to the people's choice (Eq. 1).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from puna.trainers.data.formats import RATINGS
+from puna.trainers.data.packing import Pair
 
 Z = 1.959964  # 95% of a normal distribution lie within so many standard deviations
 BINS = 5  # of the model's confidence, from 0.5 to 1
@@ -30,16 +31,32 @@ class Share(NamedTuple):
         return f"{self.share:.3f} (95% interval {self.low:.3f} to {self.high:.3f})"
 
 
-def wilson(hits: float, count: int) -> Share:
-    """hits / count with Wilson's interval, which stays within 0..1 and is sound for few trials."""
+def wilson(hits: float, count: int, independent: float | None = None) -> Share:
+    """hits / count with Wilson's interval, which stays within 0..1 and is sound for few trials.
+
+    `independent`: so many independent trials would say as much (left out: all of them are).
+    """
     if count == 0:
         return Share(math.nan, 0.0, 1.0, 0)
-    share = hits / count
-    scale = 1 + Z * Z / count
-    middle = (share + Z * Z / (2 * count)) / scale
-    half = Z / scale * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
+    share, n = hits / count, count if independent is None else independent
+    scale = 1 + Z * Z / n
+    middle = (share + Z * Z / (2 * n)) / scale
+    half = Z / scale * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
     low, high = max(0.0, middle - half), min(1.0, middle + half)
     return Share(share, min(low, share), max(high, share), count)  # rounding at 0 and 1
+
+
+def clustered(hits: Tensor, clusters: Sequence[Hashable]) -> Share:
+    """The mean of `hits` (N,), with Wilson's interval for as many independent trials as have the
+    spread that is seen between clusters: trials on one prompt stand or fall together."""
+    sums: dict[Hashable, float] = {}
+    mean = float(hits.mean()) if len(hits) else math.nan
+    for hit, cluster in zip(hits.tolist(), clusters, strict=True):
+        sums[cluster] = sums.get(cluster, 0.0) + hit - mean
+    spread = sum(value * value for value in sums.values())
+    plain = len(hits) ** 2 * mean * (1 - mean)  # of independent trials: their count is n
+    independent = plain / spread if spread > 0 else len(sums)
+    return wilson(float(hits.sum()), len(hits), min(independent, len(hits)))
 
 
 def right(differences: Tensor) -> Tensor:
@@ -47,18 +64,29 @@ def right(differences: Tensor) -> Tensor:
     return (differences > 0).double() + 0.5 * (differences == 0).double()
 
 
-def shares(differences: Tensor, ratings: Tensor) -> dict[str, Share]:
+def shares(
+    differences: Tensor, ratings: Tensor, pairs: Sequence[Pair] | None = None
+) -> dict[str, Share]:
     """Share of pairs ordered right: "all" and for each rating that occurs.
 
-    differences: (P,); ratings: (P,) int64, index into RATINGS, -1 where unknown.
+    differences: (P,); ratings: (P,) int64, index into RATINGS, -1 where unknown. With the `pairs`
+    themselves, intervals know which of them share a prompt.
     """
     hits = right(differences)
-    found = {"all": wilson(float(hits.sum()), len(hits))}
+    prompts = range(len(hits)) if pairs is None else [pair.prompt for pair in pairs]
+    found = {"all": clustered(hits, prompts)}
     for level, name in enumerate(RATINGS):
-        of_level = hits[ratings == level]
-        if len(of_level):
-            found[name] = wilson(float(of_level.sum()), len(of_level))
+        inside = (ratings == level).nonzero()[:, 0].tolist()
+        if inside:
+            found[name] = clustered(hits[inside], [prompts[i] for i in inside])
     return found
+
+
+def baselines(pairs: Sequence[Pair]) -> dict[str, Share]:
+    """What needs no model to be right: how often the longer answer (in tokens) was preferred."""
+    longer = [len(pair.chosen) - len(pair.rejected) for pair in pairs]
+    hits = right(torch.tensor(longer, dtype=torch.float64))
+    return {"the longer answer": clustered(hits, [pair.prompt for pair in pairs])}
 
 
 def accuracies(differences: Tensor, ratings: Tensor) -> dict[str, float]:
@@ -67,12 +95,14 @@ def accuracies(differences: Tensor, ratings: Tensor) -> dict[str, float]:
 
 
 def sentences(found: Mapping[str, Share], what: str) -> str:
-    """One line for each share: the figure, its interval and how many pairs it rests on."""
+    """One line for each share: the figure, its interval and how many pairs it rests on; then
+    chance, which is what a coin gets."""
     names = {name: what if name == "all" else f"  {name.replace('_', ' ')}" for name in found}
     width = max(map(len, names.values()))
-    return "\n".join(
+    lines = [
         f"{names[name]:<{width}}  {share}, {share.pairs} pairs" for name, share in found.items()
-    )
+    ]
+    return "\n".join([*lines, f"{'  chance':<{width}}  0.500"])
 
 
 class Bin(NamedTuple):
