@@ -52,10 +52,41 @@ def test_prompts_with_the_same_last_message_but_another_history_differ():
     assert len(best_of([sample("a", 1.0), longer])) == 2
 
 
+ALL = torch.ones(7, 20, dtype=torch.bool)
+
+
+def test_what_cannot_be_kept_is_no_best():
+    """By brute force over all subsets; an unfinished answer's high score once counted."""
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randn(6, 5, generator=draw)
+    usable = torch.rand(6, 5, generator=draw) < 0.5
+    usable[0] = False
+    usable[1] = torch.tensor([True, False, False, False, False])
+    scores[1, 1] = 99.0
+    for row in reward_curve(scores, usable):
+        subsets = [list(s) for s in itertools.combinations(range(5), row["k"])]
+        best = []
+        for prompt in range(1, 6):
+            found = [
+                scores[prompt, s][usable[prompt, s]].max()
+                for s in subsets
+                if usable[prompt, s].any()
+            ]
+            best.append(torch.stack(found).mean().item())
+        assert row["best"] == pytest.approx(sum(best) / 5, abs=1e-6)
+        kept = [usable[:, s].any(1).double().mean() for s in subsets]
+        assert row["kept"] == pytest.approx(float(torch.stack(kept).mean()))
+        first = [scores[p, : row["k"]][usable[p, : row["k"]]] for p in range(6)]
+        means = [found.mean().item() for found in first if len(found)]
+        assert row["mean"] == pytest.approx(sum(means) / len(means), abs=1e-6)
+        middles = [found.quantile(0.5).item() for found in first if len(found)]
+        assert row["median"] == pytest.approx(sum(middles) / len(middles), abs=1e-6)
+
+
 def test_the_curve_is_the_expected_maximum_over_all_subsets():
     torch.manual_seed(0)
     scores = torch.randn(3, 5)
-    for row in reward_curve(scores):
+    for row in reward_curve(scores, ALL[:3, :5]):
         subsets = list(itertools.combinations(range(5), row["k"]))
         best = sum(scores[:, list(s)].max(1).values.mean().item() for s in subsets) / len(subsets)
         assert row["best"] == pytest.approx(best, abs=1e-6)
@@ -65,7 +96,7 @@ def test_the_curve_is_the_expected_maximum_over_all_subsets():
 
 
 def test_the_curve_never_falls():
-    best = [row["best"] for row in reward_curve(torch.randn(7, 20))]
+    best = [row["best"] for row in reward_curve(torch.randn(7, 20), ALL)]
     assert all(a <= b + 1e-12 for a, b in zip(best, best[1:], strict=False))
 
 

@@ -33,6 +33,7 @@ from puna.trainers.data.readers import Skipped
 from puna.trainers.rl.best_of import (
     Sample,
     best_of,
+    is_usable,
     read_samples,
     reward_curve,
     why_none,
@@ -336,6 +337,7 @@ def score_pool(
 def summary(fresh: list[Sample], kept: list[Sample], samples: int) -> dict[str, Any]:
     """What selection.json says: Fig. 7's curve and where the kept answers come from."""
     rows = torch.tensor([sample["score"] for sample in fresh]).view(-1, samples)
+    usable = torch.tensor([is_usable(sample) for sample in fresh]).view(-1, samples)
     return {
         "prompts": len(rows),
         "kept": len(kept),
@@ -343,7 +345,7 @@ def summary(fresh: list[Sample], kept: list[Sample], samples: int) -> dict[str, 
         "unfinished": sum(not s["finished"] for s in fresh) / len(fresh),
         "score_sampled": float(rows.mean()),
         "score_kept": sum(s["score"] for s in kept) / len(kept),
-        "by_k": reward_curve(rows),
+        "by_k": reward_curve(rows, usable),
     }
 
 

@@ -84,18 +84,22 @@ def prompt_key(messages: Sequence[Message]) -> str:
     return json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False)
 
 
+def is_usable(sample: Sample) -> bool:
+    """Whether an answer may be kept: one without EOS would teach the model not to stop."""
+    return bool(sample["finished"] and sample["answer"])
+
+
 def best_of(samples: Iterable[Sample]) -> list[Sample]:
     """The highest-scoring finished answer to each prompt, in order of first appearance.
 
     Given the samples of several rounds it is the best over all of them: what the paper turned to
-    after V3, trained on V2's samples alone, had lost skills. An answer without EOS is never kept
-    (it would teach the model not to stop), nor an empty one. Ties go to the earlier sample.
+    after V3, trained on V2's samples alone, had lost skills. An answer without EOS is never kept,
+    nor an empty one. Ties go to the earlier sample.
     """
     best: dict[str, Sample] = {}
     for sample in samples:
         key = prompt_key(sample["messages"])
-        usable = sample["finished"] and sample["answer"]
-        if usable and (key not in best or sample["score"] > best[key]["score"]):
+        if is_usable(sample) and (key not in best or sample["score"] > best[key]["score"]):
             best[key] = sample
     return list(best.values())
 
@@ -112,26 +116,36 @@ def why_none(samples: Sequence[Sample]) -> str:
     )
 
 
-def reward_curve(scores: Tensor) -> list[dict[str, float]]:
-    """Fig. 7: rows {"k", "best", "mean", "median"} for k = 1 .. K, from scores (P, K).
+def reward_curve(scores: Tensor, usable: Tensor) -> list[dict[str, float]]:
+    """Fig. 7: rows {"k", "kept", "best", "mean", "median"} for k = 1 .. K.
 
-    "best" is the expected maximum of k of the K samples, averaged over prompts: exact, from the
-    order statistics (each of the C(K, k) subsets counted once), not one noisy subset. "median"
-    is that of the first k samples of each prompt, averaged.
+    scores: (P, K); usable: (P, K) bool, answers that may be kept (at least one of all). An answer
+    that may not is never the best, whatever its score. "kept" is the share of prompts for which k
+    samples hold one that may. "best" is the expected score of the best of these, averaged over
+    prompts: exact, from the order statistics (each of the C(K, k) subsets counted once), not one
+    noisy subset. "mean" and "median" are those of the usable among the first k samples.
     """
     count = scores.shape[1]
-    ordered = scores.double().sort(dim=1).values
+    lowest = torch.where(usable, scores.double(), -torch.inf)
+    ordered = lowest.sort(dim=1).values
+    counted = ordered.isfinite()
+    ordered = torch.where(counted, ordered, 0.0)
+    some = usable.any(1)
+    first = torch.where(usable, scores.double(), torch.nan)
     rows = []
     for k in range(1, count + 1):
-        subsets = [math.comb(j, k - 1) / math.comb(count, k) for j in range(count)]
-        best = (ordered @ torch.tensor(subsets, dtype=torch.float64)).mean()
-        median = scores[:, :k].double().quantile(0.5, dim=1).mean()
+        chance = [math.comb(j, k - 1) / math.comb(count, k) for j in range(count)]
+        largest = torch.tensor(chance, dtype=torch.float64) * counted  # (P, K): is the best of k
+        kept = largest.sum(1)
+        best = ((largest * ordered).sum(1)[some] / kept[some]).mean()
+        seen = first[:, :k][usable[:, :k].any(1)]
         rows.append(
             {
                 "k": k,
+                "kept": float(kept.mean()),
                 "best": float(best),
-                "mean": float(scores[:, :k].double().mean()),
-                "median": float(median),
+                "mean": float(seen.nanmean(1).mean()),
+                "median": float(seen.nanquantile(0.5, dim=1).mean()),
             }
         )
     return rows
