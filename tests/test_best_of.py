@@ -2,11 +2,20 @@
 
 import itertools
 import json
+import random
 
 import pytest
 import torch
 
-from puna.trainers.rl.best_of import best_of, read_samples, reward_curve, why_none, write_samples
+from puna.trainers.rl.best_of import (
+    best_few,
+    best_of,
+    prompt_key,
+    read_samples,
+    reward_curve,
+    why_none,
+    write_samples,
+)
 
 
 def sample(question, score, *, finished=True, number=0, round=1, answer="yes"):
@@ -39,6 +48,41 @@ def test_the_pool_reaches_over_all_rounds():
     """Paper 3.2.3: the best samples of V1 and V2 stay in the running for V3."""
     rows = [sample("a", 1.0, round=3), sample("a", 2.0, round=1), sample("old", 0.5, round=2)]
     assert [(s["round"], s["score"]) for s in best_of(rows)] == [(1, 2.0), (2, 0.5)]
+
+
+def test_the_best_few_are_different_answers_best_first():
+    rows = [
+        sample("a", 1.0, answer="x"), sample("b", 0.0), sample("a", 3.0, answer="y"),
+        sample("a", 3.0, answer="y", number=7), sample("a", 2.0, answer="x"),
+        sample("a", 2.5, answer="z", finished=False), sample("a", 0.5, answer="w"),
+    ]  # fmt: skip
+    assert best_few(rows, 2) == [rows[2], rows[4], rows[1]]
+    assert best_few(rows, 1) == best_of(rows) == [rows[2], rows[1]]
+
+
+def test_what_a_round_hands_on_is_what_later_judges_can_choose():
+    """Three rounds of 40 prompts by 8 samples, each round's judge another: how many final winners
+    differ from those of a pool of all samples."""
+
+    def judged(rows, judge):
+        return [{**s, "score": random.Random(f"{judge} {s['answer']}").random()} for s in rows]
+
+    def lost(few):
+        handed, everything = [], []
+        for round in (1, 2, 3):
+            fresh = [
+                sample(f"prompt {n}", 0.0, round=round, number=k, answer=f"{round} {n} {k}")
+                for n in range(40)
+                for k in range(8)
+            ]
+            everything += fresh
+            if round < 3:
+                handed += best_few(judged(fresh, round), few)
+        found, best = best_of(judged([*handed, *fresh], 3)), best_of(judged(everything, 3))
+        winners = {prompt_key(s["messages"]): s["answer"] for s in found}
+        return sum(winners[prompt_key(s["messages"])] != s["answer"] for s in best)
+
+    assert lost(1) > 15 and lost(4) < lost(1) and lost(8) == 0
 
 
 def test_ties_go_to_the_earlier_sample():

@@ -9,6 +9,7 @@ from puna.core import parallel
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
 from puna.trainers.data.packing import PackedRows, step_rows
+from puna.trainers.data.split import split
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.plan import announce, check_shares, of_epochs, of_steps
 
@@ -91,12 +92,12 @@ def test_a_split_loses_nothing_and_is_the_same_every_time(count, share, seed):
     items = list(range(count))
     if share > 0 and max(1, round(share * count)) >= count:
         with pytest.raises(ValueError, match="too few rows"):
-            next_token.split(items, share, seed)
+            split(items, share, seed)
         return
-    kept, held = next_token.split(items, share, seed)
+    kept, held = split(items, share, seed)
     assert sorted(kept + held) == items and kept == sorted(kept) and held == sorted(held)
     assert len(held) == (max(1, round(share * count)) if share else 0)
-    assert next_token.split(items, share, seed) == (kept, held)
+    assert split(items, share, seed) == (kept, held)
 
 
 @given(st.lists(st.integers(0, 12), min_size=2, max_size=60), st.floats(0.01, 0.5))
@@ -104,9 +105,9 @@ def test_rows_of_one_prompt_stay_together(prompts, share):
     items = list(enumerate(prompts))
     if len(set(prompts)) == 1:
         with pytest.raises(ValueError, match="of 1 different prompts"):
-            next_token.split(items, share, 0, lambda item: item[1])
+            split(items, share, 0, lambda item: item[1])
         return
-    kept, held = next_token.split(items, share, 0, lambda item: item[1])
+    kept, held = split(items, share, 0, lambda item: item[1])
     assert sorted(kept + held) == items and held
     assert not {prompt for _, prompt in kept} & {prompt for _, prompt in held}
     smallest = min(prompts.count(prompt) for prompt in prompts)
@@ -115,7 +116,7 @@ def test_rows_of_one_prompt_stay_together(prompts, share):
 
 def test_one_row_cannot_be_held_out():
     with pytest.raises(ValueError, match=r"too few rows \(1\) to hold some out; .*--eval-share 0"):
-        next_token.split(["a"], 0.02, 0)
+        split(["a"], 0.02, 0)
 
 
 @given(st.integers(1, 50), st.integers(1, 5), st.integers(1, 70), st.integers(0, 3))

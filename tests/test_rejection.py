@@ -20,7 +20,7 @@ from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer, train_tokenizer
 from puna.trainers import rejection
 from puna.trainers.rejection import RejectionConfig
-from puna.trainers.rl.best_of import prompt_key, read_samples, write_samples
+from puna.trainers.rl.best_of import best_few, prompt_key, read_samples, write_samples
 from puna.trainers.train.config import to_toml
 from puna.trainers.train.next_token import next_token_loss
 
@@ -144,6 +144,15 @@ def test_a_smaller_student_learns_from_the_teachers_answers(world, tmp_path):
     selected = read_samples(config.out / "selected.jsonl")
     rows = rejection.pack(Tokenizer(world / "t.model"), selected, 64)
     assert loss_on(rows, final) < loss_on(rows, world / "student")
+
+
+def test_the_best_few_are_handed_on(whole):
+    pool, selected = (read_samples(whole / f"{name}.jsonl") for name in ("pool", "selected"))
+    fresh = read_samples(whole / "samples.jsonl")
+    assert pool == best_few(fresh, 4) and len(pool) > len(selected)
+    assert {(s["prompt"], s["sample"]) for s in selected} <= {
+        (s["prompt"], s["sample"]) for s in pool
+    }
 
 
 def test_earlier_rounds_stay_in_the_pool_and_are_scored_again(world, whole, tmp_path):

@@ -98,9 +98,16 @@ def test_the_second_round_compares_the_two_newest_models_and_starts_anew_from_sf
     assert f'policy = "{tiny}/chat"' in one and f'student = "{tiny}/chat"' in one
     assert f'policy = "{whole}/round-1/rejection/model"' in two
     assert f'student = "{tiny}/chat"' in two and "round = 2" in two
-    assert f'pools = ["{whole}/round-1/rejection/selected.jsonl"]' in two
+    assert f'pools = ["{whole}/round-1/rejection/pool.jsonl"]' in two
     ppo = (whole / "round-2" / "ppo" / "config.toml").read_text()
     assert f'policy = "{whole}/round-2/rejection/model"' in ppo
+
+
+def test_the_pool_is_of_all_versions_or_of_the_last_alone(tiny, tmp_path):
+    version = rlhf.Version(2, tiny, {}, tmp_path / "s", (tmp_path / "one", tmp_path / "two"))
+    config = configured(tiny, tmp_path)
+    assert rlhf.pools_of(config, version) == version.pools and rlhf.pools_of(config, None) == ()
+    assert rlhf.pools_of(replace(config, pool="last"), version) == ()
 
 
 def test_reward_models_are_trained_on_all_comparisons_so_far(tiny, whole):

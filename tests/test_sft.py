@@ -14,6 +14,7 @@ from puna.core.tokenizer import Tokenizer
 from puna.trainers import sft
 from puna.trainers.data.formats import Columns
 from puna.trainers.data.readers import read_dialogues
+from puna.trainers.data.split import exchange, split
 from puna.trainers.sft import SFTConfig
 
 
@@ -67,7 +68,7 @@ def test_two_epochs_see_every_dialogue_twice_and_the_held_out_loss_falls(tiny, t
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.3
     tokenizer = Tokenizer(tiny / "tokenizer.model")
     dialogues, _ = read_dialogues(tiny / "dialogues.jsonl")
-    kept, held = sft.next_token.split(dialogues, 0.1, 0, sft.beginning)
+    kept, held = split(dialogues, 0.1, 0, lambda row: exchange(row.messages))
     packed = sft.pack(tokenizer, kept, 64)
     assert len(rows) - 1 == round(2 * len(packed) / 2) and len(held) == 5
     assert "sft: " in capsys.readouterr().out

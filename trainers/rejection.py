@@ -3,7 +3,8 @@
 1. Sample K answers to each prompt from the newest model; score them with both reward models
    (Eq. 4's switch; raw scores, no whitening). `samples.jsonl`, appended as they come.
 2. Keep the best finished answer to each prompt, over this round and the pools of earlier ones,
-   which are scored again by today's reward models. `selected.jsonl`, the next round's pool.
+   which are scored again by today's reward models: `selected.jsonl`. This round's best few are
+   `pool.jsonl`, for later rounds to choose from again.
 3. Fine-tune on them as in SFT: the sampling model, or another one (a smaller student; the base
    or SFT model, since each version of the paper starts anew).
 
@@ -32,6 +33,7 @@ from puna.trainers.data.prompts import EncodedPrompt, common_tokenizer, load_pro
 from puna.trainers.data.readers import Skipped
 from puna.trainers.rl.best_of import (
     Sample,
+    best_few,
     best_of,
     is_usable,
     read_samples,
@@ -74,7 +76,10 @@ class RejectionConfig(SamplingConfig, loop.RowsConfig):
     """model to fine-tune on the selected answers: a smaller one (paper: the 70b's answers train the
     others), or the base or SFT model to start a version anew; left out: the policy itself"""
     pools: list[Path] = field(default_factory=list)
-    """selected.jsonl of earlier rounds (paper: of all of them, from V4 on)"""
+    """pool.jsonl of earlier rounds (paper: of all of them, from V4 on)"""
+    pool_samples: Annotated[Count, FIXED] = 4
+    """best answers to a prompt that are handed on in pool.jsonl: later reward models may prefer
+    another than today's"""
     mix: list[Path] = field(default_factory=list)
     """demonstrations to train on besides: of skills that the reward models cannot judge and that
     a version would otherwise forget"""
@@ -168,8 +173,8 @@ def select(
 
 
 def keep_best(config: RejectionConfig, folder: Run, pool: list[Sample], selected: Path) -> None:
-    """Write `selected`. ValueError where no sample can be kept: they are removed, so that others
-    can be drawn under other options."""
+    """Write `selected` and the pool. ValueError where no sample can be kept: they are removed, so
+    that others can be drawn under other options."""
     sampled = folder.path / "samples.jsonl"
     fresh = read_samples(sampled)
     kept = best_of([*fresh, *pool])
@@ -178,8 +183,12 @@ def keep_best(config: RejectionConfig, folder: Run, pool: list[Sample], selected
         raise ValueError(why_none(fresh))
     found = json.dumps(summary(fresh, kept, config.samples), indent=2) + "\n"
     write_text(folder.path / "selection.json", found)
-    with atomic_file(selected) as partial:
-        write_samples(partial, kept, mode="w")
+    for path, rows in (
+        (folder.path / "pool.jsonl", best_few(fresh, config.pool_samples)),
+        (selected, kept),  # last: where it stands, all of this is done
+    ):
+        with atomic_file(path) as partial:
+            write_samples(partial, rows, mode="w")
 
 
 def sample_all(

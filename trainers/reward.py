@@ -19,7 +19,7 @@ from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer
 from puna.core.terminal import say
 from puna.core.tokenizer import Tokenizer
-from puna.trainers.data.formats import Columns, Preference, Ratings, opening
+from puna.trainers.data.formats import Columns, Preference, Ratings
 from puna.trainers.data.packing import (
     Pair,
     PairBatch,
@@ -30,6 +30,7 @@ from puna.trainers.data.packing import (
     unlabelled,
 )
 from puna.trainers.data.readers import Skipped, read_preferences
+from puna.trainers.data.split import opening, split
 from puna.trainers.rl.accuracy import accuracies, baselines, sentences, shares
 from puna.trainers.rl.losses import MARGINS, ranking_loss, safety_loss
 from puna.trainers.rl.rewards import check_finite
@@ -145,7 +146,7 @@ def load_pairs(
         held_rows, unusable = load_preferences(config.eval_data, config.columns, config.ratings)
         skipped.merge(unusable)
     elif config.eval_share > 0:
-        rows, held_rows = next_token.split(
+        rows, held_rows = split(
             rows, config.eval_share, config.seed, lambda row: opening(row.messages)
         )
     pairs, over_long = encode_pairs(tokenizer, rows, context)

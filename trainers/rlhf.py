@@ -45,7 +45,8 @@ class Version(NamedTuple):
     number: int
     model: Path
     judges: dict[str, Path]  # reward models by kind; empty where a reward was handed over
-    pool: Path  # the best answer to each prompt of all rounds so far
+    selected: Path  # the best answer to each prompt of all rounds so far
+    pools: tuple[Path, ...]  # the best few answers of each round so far
 
 
 # What each stage's table may not say, because the loop says it, and what to say instead.
@@ -62,7 +63,7 @@ SET_BY_THE_LOOP = {
         "safety": "the round's own reward models score",
         "prompts": "use `prompts` and `rejection_prompts`",
         "student": "use the loop's own `student`",
-        "pools": "each round takes the pool of the one before",
+        "pools": "use the loop's own `pool`",
         "selected": "use the loop's own `student`",
         "round": "the loop counts",
     },
@@ -181,13 +182,13 @@ def play_round(
     prompts = round_prompts(config, number, folder)
     sampled = rejection_config(config, number, prompts, models[-1], last, judges)
     model = once(sampled, lambda stage: rejection.run(stage, reward))
-    pool = folder / "rejection" / "selected.jsonl"
+    selected, pool = (folder / "rejection" / f"{name}.jsonl" for name in ("selected", "pool"))
     if config.student is not None:
-        teach(config, folder, config.student, pool)
+        teach(config, folder, config.student, selected)
     if number > config.versions - config.ppo_versions:
         improved = ppo_config(config, number, model, judges)
         model = once(improved, lambda stage: ppo.run(stage, reward))
-    version = Version(number, model, judges, pool)
+    version = Version(number, model, judges, selected, (*(last.pools if last else ()), pool))
     after = accuracy_of(config, version, folder)
     if parallel.is_main():
         record(config.out / "rounds.jsonl", number, model, before, after)
@@ -224,18 +225,23 @@ def rejection_config(
         "policy": str(policy),
         "student": str(config.model),
         "round": number,
-        "pools": [] if last is None else [str(last.pool)],
+        "pools": [str(pool) for pool in pools_of(config, last)],
     }
     return from_values(rejection.RejectionConfig, options)
 
 
-def teach(config: RLHFConfig, folder: Path, student: Path, pool: Path) -> Path:
+def pools_of(config: RLHFConfig, last: Version | None) -> tuple[Path, ...]:
+    """The earlier samples that a round chooses from besides its own."""
+    return last.pools if last is not None and config.pool == "all" else ()
+
+
+def teach(config: RLHFConfig, folder: Path, student: Path, selected: Path) -> Path:
     """The student, fine-tuned on the answers that the round selected."""
     options = {
         **stage_options(config, config.rejection, {}),
         "out": str(folder / "student"),
         "policy": str(student),
-        "selected": str(pool),
+        "selected": str(selected),
     }
     return once(from_values(rejection.RejectionConfig, options), rejection.run)
 

@@ -13,9 +13,10 @@ from typing import Annotated, Any
 from puna.core.chat import encode_dialogue
 from puna.core.checkpoint.folder import tokenizer_path
 from puna.core.tokenizer import Tokenizer
-from puna.trainers.data.formats import Columns, Dialogue, opening
+from puna.trainers.data.formats import Columns, Dialogue
 from puna.trainers.data.packing import PackedRows
 from puna.trainers.data.readers import Skipped, parse_dialogues, read_dialogues
+from puna.trainers.data.split import exchange, split
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.command import command
 from puna.trainers.train.plan import of_epochs
@@ -87,7 +88,9 @@ def fit(
         held, unusable = load_dialogues(config.eval_data, config.columns)
         skipped.merge(unusable)
     elif config.eval_share > 0:
-        learned, held = next_token.split(learned, config.eval_share, config.seed, beginning)
+        learned, held = split(
+            learned, config.eval_share, config.seed, lambda row: exchange(row.messages)
+        )
     source = open_start(folder, config.model, head="lm")
     row_tokens = next_token.row_length(config.row_tokens, source.config.context)
     rows = pack(tokenizer, learned, row_tokens)
@@ -105,12 +108,6 @@ def fit(
         eval_rows=eval_rows,
         loss=next_token.checked(next_token.next_token_loss if loss is None else loss),
     )
-
-
-def beginning(row: Dialogue) -> tuple[str, str]:
-    """The first question and its answer: a dialogue that goes on from another's is no other."""
-    answers = (m["content"] for m in row.messages if m["role"] == "assistant")
-    return opening(row.messages), next(answers, "")
 
 
 def load_dialogues(paths: list[Path], columns: Columns) -> tuple[list[Dialogue], Skipped]:

@@ -7,7 +7,7 @@ values with other names than ours are mapped by the recipe's `[columns]` and `[r
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 from puna.core.chat import Message, check_dialogue, check_text
@@ -52,11 +52,6 @@ class Preference(NamedTuple):
     batch: int | None = None
     """The week or round in which it was collected."""
     where: str = ""
-
-
-def opening(messages: Sequence[Message]) -> str:
-    """A dialogue's first user message: those that share it are not independent of each other."""
-    return next((m["content"] for m in messages if m["role"] == "user"), "")
 
 
 class Prompt(NamedTuple):

@@ -25,8 +25,9 @@ from puna.core.chat import encode_answer, encode_prompt
 from puna.core.packed import flat_sequences
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.corpus import Corpus, token_dtype
-from puna.trainers.data.formats import RATINGS, Preference, opening
+from puna.trainers.data.formats import RATINGS, Preference
 from puna.trainers.data.readers import Skipped
+from puna.trainers.data.split import opening
 
 WeightedIds = tuple[Sequence[int], Sequence[float]]
 

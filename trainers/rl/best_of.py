@@ -1,7 +1,7 @@
 """Which of many samples to keep, and what drawing more of them buys (paper section 3.2.3, Fig. 7).
 
-A sample is one answer with its scores: a row of `samples.jsonl`, or of the `selected.jsonl` that
-is a later round's pool. The sampling itself is in `rejection`.
+A sample is one answer with its scores: a row of `samples.jsonl`, or of the `pool.jsonl` that later
+rounds choose from again. The sampling itself is in `rejection`.
 """
 
 import json
@@ -55,7 +55,7 @@ def write_samples(path: Path, samples: Iterable[Sample], mode: Literal["w", "a"]
 def read_samples(path: Path) -> list[Sample]:
     """The samples of a file; ValueError as `file:line: ...` for a row that is none."""
     if not path.exists():
-        raise ValueError(f"{path}: no such file; a pool is the selected.jsonl of a rejection run")
+        raise ValueError(f"{path}: no such file; a pool is the pool.jsonl of a rejection run")
     samples: list[Sample] = []
     for where, row in json_rows(path):
         try:
@@ -96,12 +96,28 @@ def best_of(samples: Iterable[Sample]) -> list[Sample]:
     after V3, trained on V2's samples alone, had lost skills. An answer without EOS is never kept,
     nor an empty one. Ties go to the earlier sample.
     """
-    best: dict[str, Sample] = {}
+    return best_few(samples, 1)
+
+
+def best_few(samples: Iterable[Sample], count: int) -> list[Sample]:
+    """As `best_of`, the `count` best different answers to each prompt, the best first.
+
+    What a round hands on to later ones: their reward models are others. Of 16 prompts judged by
+    three pairs of them one after the other, handing on the winner alone ended with another answer
+    for 7 than choosing among all samples would have.
+    """
+    found: dict[str, dict[str, Sample]] = {}
     for sample in samples:
-        key = prompt_key(sample["messages"])
-        if is_usable(sample) and (key not in best or sample["score"] > best[key]["score"]):
-            best[key] = sample
-    return list(best.values())
+        if is_usable(sample):
+            answers = found.setdefault(prompt_key(sample["messages"]), {})
+            before = answers.get(sample["answer"])
+            if before is None or sample["score"] > before["score"]:
+                answers[sample["answer"]] = sample
+    return [
+        sample
+        for answers in found.values()
+        for sample in sorted(answers.values(), key=lambda sample: -sample["score"])[:count]
+    ]
 
 
 def why_none(samples: Sequence[Sample]) -> str:

@@ -151,6 +151,9 @@ class RLHFConfig(Options):
     round_prompts: CountOrZero = 0
     """prompts that one round's rejection sampling takes, each round the next of a shuffled order
     (the best answers to earlier ones stay in the pool); 0: all of them every time"""
+    pool: Literal["all", "last"] = "all"
+    """whose samples a version chooses from: those of all versions so far, or of the last alone
+    (paper: V3 was trained so and had lost skills, rhyming for one)"""
     versions: Count = 5
     """V1 .. Vn (paper: 5)"""
     ppo_versions: CountOrZero = 1

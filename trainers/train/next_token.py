@@ -1,9 +1,9 @@
 """Next-token training: the objective and the batches that pretraining, SFT, rejection sampling's
 fine-tuning and GAtt share. They differ only in where rows and weights come from."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,8 +17,6 @@ from puna.trainers.data.readers import Skipped
 from puna.trainers.train import loop
 from puna.trainers.train.plan import Plan, announce, check_shares
 from puna.trainers.train.run import Run, Trained
-
-Item = TypeVar("Item")
 
 
 class Rows(Protocol):
@@ -194,37 +192,3 @@ def say(skipped: Skipped) -> None:
     """Print what was skipped and why."""
     if parallel.is_main() and skipped:
         terminal.say(skipped)
-
-
-def split(
-    items: Sequence[Item],
-    eval_share: float,
-    seed: int,
-    group: Callable[[Item], Hashable] | None = None,
-) -> tuple[list[Item], list[Item]]:
-    """(training, held-out): a random share of the items, at least one where the share is not 0.
-
-    Items of one `group` stay on one side: an answer to a prompt that was trained on is not held
-    out. (130 of 154 held-out pairs of one public set shared their prompt with a training pair.)
-    Raises ValueError where nothing is left to train on.
-    """
-    groups: dict[Hashable, list[int]] = {}
-    for index, item in enumerate(items):
-        groups.setdefault(index if group is None else group(item), []).append(index)
-    order = np.random.default_rng(seed).permutation(len(groups)).tolist()
-    members = list(groups.values())
-    count = max(1, round(eval_share * len(items))) if eval_share > 0 else 0
-    chosen: set[int] = set()
-    for number in order:
-        if len(chosen) + len(members[number]) <= count:
-            chosen.update(members[number])
-    if count and not chosen:  # each group is larger than the share
-        chosen.update(min((members[number] for number in order), key=len))
-    if len(chosen) >= len(items):
-        of = f" of {len(groups)} different prompts" if len(groups) < len(items) else ""
-        raise ValueError(
-            f"there are too few rows ({len(items)}{of}) to hold some out; give held-out data of "
-            "their own, or --eval-share 0"
-        )
-    kept = [item for i, item in enumerate(items) if i not in chosen]
-    return kept, [items[i] for i in sorted(chosen)]
