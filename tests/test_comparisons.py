@@ -82,6 +82,17 @@ def test_which_variant_is_a_is_drawn_and_both_temperatures_are_used(
         assert {row["a"].split()[0], row["b"].split()[0]} == {"chat", "lm"}
     temperatures = Counter(row[side].split()[1] for row in rows for side in "ab")
     assert min(temperatures.values()) > 12
+    for row in rows:  # what gave an answer stands beside it
+        for side in "ab":
+            model, temperature = row[side].split()
+            assert row[f"{side}_model"] == str(tiny / model)
+            assert row[f"{side}_temperature"] == float(temperature)
+    same = (Variant(tiny / "chat", (0.8, 1.0, 1.2)),) * 2  # V1 has but one model
+    rows = sampled(tiny, tokenizer, prompts, tmp_path / "same.jsonl", variants=same)
+    met = Counter(tuple(sorted((row["a_temperature"], row["b_temperature"]))) for row in rows)
+    assert set(met) == {(0.8, 1.0), (0.8, 1.2), (1.0, 1.2)}
+    alone = (Variant(tiny / "chat", (1.0,)),) * 2
+    assert sampled(tiny, tokenizer, prompts, tmp_path / "one.jsonl", variants=alone) == []
 
 
 def test_a_verdict_becomes_a_preference_row_that_the_reader_takes(tokenizer, tmp_path):
@@ -94,6 +105,7 @@ def test_a_verdict_becomes_a_preference_row_that_the_reader_takes(tokenizer, tmp
         {
             "messages": messages, "is_safety": i == 2, "a": f"blue {i}", "b": f"cup {i}",
             "a_ids": drawn["a"][i], "b_ids": drawn["b"][i],
+            "a_model": "new", "b_model": "old", "a_temperature": 0.8, "b_temperature": 1,
         }
         for i in range(4)
     ]  # fmt: skip
@@ -144,6 +156,7 @@ def test_a_verdict_becomes_a_preference_row_that_the_reader_takes(tokenizer, tmp
     ]
     assert dict(skipped) == {"the chosen answer is unsafe and the rejected one safe": 1}
     assert rows[0].messages == messages
+    assert rows[0][-5:-1] == ("new", "old", 0.8, 1.0) and rows[1][-5:-1] == ("old", "new", 1.0, 0.8)
     annotate(*files, None, tokenizer, 3)  # there already
 
 

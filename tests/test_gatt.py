@@ -219,10 +219,12 @@ def test_a_judge_reads_the_whole_dialogue_with_its_instruction_first(tokenizer):
 
 def test_a_run_samples_every_turn_and_trains(tiny, ghosts, tokenizer, whole):
     turns = [json.loads(row) for row in (whole / "samples" / "turns.jsonl").open()]
+    assert [turn.pop("of") for turn in turns] == [8] * 4
     assert [len(turn) for turn in turns] == [8, 8, 5, 2]  # dialogues of 2, 3 and 4 turns
     for number, turn in enumerate(turns):
-        for index, (user, answer, _) in turn.items():
+        for index, (user, answer, _, instruction) in turn.items():
             assert user == ghosts[int(index)].turns[number] and answer[-1] == tokenizer.eos_id
+            assert instruction == ghosts[int(index)].instruction
     assert len(metrics(whole)) > 2 and load_model(whole / "model").head == "lm"
     assert gatt.run(configured(tiny, whole)) == whole / "model"
 
@@ -237,6 +239,26 @@ def test_sampling_goes_on_where_it_was_killed(tiny, whole, tmp_path):
     file.write_text("".join(lines[:2]) + lines[2][:40])
     gatt.run(configured(tiny, out))
     assert file.read_text() == "".join(lines) and metrics(out) == metrics(whole)
+
+
+def test_answers_to_other_dialogues_are_refused(tiny, whole, ghosts, tokenizer, tmp_path):
+    """Amended dialogues once put new instructions over old answers."""
+    lines = (whole / "samples" / "turns.jsonl").read_text().splitlines(keepends=True)
+    first = ghosts[0]
+    others = [first._replace(instruction="be green"), *ghosts[1:]]
+    for dialogues, written, said in (
+        (others, lines, "turns.jsonl:1: an answer to .* under .* these are other dialogues"),
+        ([*ghosts, first], lines, "turns.jsonl:1: not of 9 dialogues; these are other"),
+        (ghosts, lines[1:], "turns.jsonl:1: an answer to"),
+        (ghosts, [*lines[:1], *lines[2:]], "turns.jsonl:2: an answer to"),
+        (ghosts, [lines[0], lines[3]], "turns.jsonl:2: an answer to"),
+        (ghosts, [lines[3], lines[3]], "turns.jsonl:1: an answer to"),
+        (ghosts, [lines[0].replace("[[", "[").replace('", [', '", [99999, ')], "99999 is no id"),
+    ):
+        file = tmp_path / "turns.jsonl"
+        file.write_text("".join(written))
+        with pytest.raises(ValueError, match=said):
+            gatt._load_turns(file, dialogues, tokenizer.vocab_size)
 
 
 def test_a_dialogue_that_fills_the_context_is_cut_and_counted(tiny, tmp_path, capsys):

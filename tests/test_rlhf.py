@@ -103,6 +103,20 @@ def test_the_second_round_compares_the_two_newest_models_and_starts_anew_from_sf
     assert f'policy = "{whole}/round-2/rejection/model"' in ppo
 
 
+def test_a_rounds_comparisons_are_an_ab_test_of_its_two_models(whole):
+    rows = [json.loads(row) for row in (whole / "rounds.jsonl").open()]
+    assert rows[0]["newest_wins"] == {}  # V1 has one model
+    for kind in ("helpfulness", "safety"):
+        found, _ = read_preferences(whole / "round-2" / f"{kind}.jsonl")
+        given = [{row.chosen_model, row.rejected_model} for row in found]
+        assert all(pair == {"V0", "V1"} for pair in given)
+        share = sum(row.chosen_model == "V1" for row in found) / len(found)
+        wins = rows[1]["newest_wins"][kind]
+        assert wins["share"] == pytest.approx(share) and wins["low"] <= share <= wins["high"]
+    first, _ = read_preferences(whole / "round-1" / "helpfulness.jsonl")
+    assert all(row.chosen_model == row.rejected_model == "V0" for row in first)
+
+
 def test_the_pool_is_of_all_versions_or_of_the_last_alone(tiny, tmp_path):
     version = rlhf.Version(2, tiny, {}, tmp_path / "s", (tmp_path / "one", tmp_path / "two"))
     config = configured(tiny, tmp_path)

@@ -51,7 +51,7 @@ READERS = {
     "samples": (lambda path: (read_samples(path), None), SAMPLE),
     "pairs": (lambda path: (read_pairs(path), None), PAIR),
     "metrics": (lambda path: (history(path), None), {"step": 1}),
-    "rounds": (lambda path: (record(path, 9, path, {}, {}), None), {"version": 1}),
+    "rounds": (lambda path: (record(path, 9, path, {}, {}, {}), None), {"version": 1}),
     "turns": (
         lambda path: (gatt._load_turns(path, [gatt.GhostDialogue("a", "a", ["b"])])[0], None),
         {"0": ["b", [3, 2], True]},

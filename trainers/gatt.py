@@ -142,7 +142,7 @@ def sampled_exchanges(
         with parallel.gathered(model) as whole:
             _sample(config, whole, tokenizer, dialogues, judge, path, done, longest)
     parallel.barrier()
-    return _load_turns(path, dialogues)
+    return _load_turns(path, dialogues, tokenizer.vocab_size)
 
 
 def _sample(
@@ -156,7 +156,7 @@ def _sample(
     longest: int,
 ) -> None:
     """Turn by turn, all dialogues side by side; a turn is written when it is complete."""
-    history = _load_turns(path, dialogues)
+    history = _load_turns(path, dialogues, tokenizer.vocab_size)
     room = model.config.context - config.max_new_tokens
     if room < 1:
         raise ValueError(
@@ -180,7 +180,7 @@ def _sample(
                 for i, ids, candidates in zip(going, prompts, drawn, strict=True)
             }
             if parallel.is_main():
-                _append_turn(path, exchanges)
+                _append_turn(path, exchanges, dialogues)
             for i, exchange in exchanges.items():
                 history[i].append(exchange)
             progress.advance(len(going) * config.samples)
@@ -336,26 +336,54 @@ def _whole_turns(path: Path) -> int:
     return whole.count(b"\n")
 
 
-def _append_turn(path: Path, exchanges: dict[int, Exchange]) -> None:
-    append_rows(path, [{str(i): list(e) for i, e in exchanges.items()}])
+def _append_turn(
+    path: Path, exchanges: dict[int, Exchange], dialogues: Sequence[GhostDialogue]
+) -> None:
+    """One line: how many dialogues there are, and by their numbers what each was asked under which
+    instruction, and the answer."""
+    row: dict[str, Any] = {"of": len(dialogues)}
+    for i, exchange in exchanges.items():
+        row[str(i)] = [*exchange, dialogues[i].instruction]
+    append_rows(path, [row])
 
 
-def _load_turns(path: Path, dialogues: Sequence[GhostDialogue]) -> list[list[Exchange]]:
-    """The answers in turns.jsonl; ValueError as `file:line: ...` for what is none."""
+def _load_turns(
+    path: Path, dialogues: Sequence[GhostDialogue], vocab_size: int
+) -> list[list[Exchange]]:
+    """The answers in turns.jsonl; ValueError as `file:line: ...` for what is none, or answers
+    something else than these dialogues ask."""
     history: list[list[Exchange]] = [[] for _ in dialogues]
-    for where, row in json_rows(path) if path.exists() else ():
+    others = f"these are other dialogues: give the former ones, or remove {path}"
+    for turn, (where, row) in enumerate(json_rows(path) if path.exists() else ()):
+        if row.pop("of", None) != len(dialogues):
+            raise ValueError(f"{where}: not of {len(dialogues)} dialogues; {others}")
         for index, exchange in row.items():
             match exchange:
-                case [str(user), [*ids], bool(obeys)] if ids and are_ids(ids):
+                case [str(user), [*ids], bool(obeys), str(instruction)] if ids and are_ids(ids):
                     pass
                 case _:
                     raise ValueError(
                         f"{where}: {shortened(exchange)} is no exchange; remove {path}"
                     )
+            if max(ids) >= vocab_size:
+                raise ValueError(
+                    f"{where}: {max(ids)} is no id of a vocabulary of {vocab_size}; remove {path}"
+                )
             if not (index.isdecimal() and int(index) < len(dialogues)):
                 raise ValueError(
-                    f"{where}: an answer to dialogue {shortened(index)} of {len(dialogues)}; these "
-                    f"are other dialogues: give the former ones, or remove {path}"
+                    f"{where}: an answer to dialogue {shortened(index)} of {len(dialogues)}; "
+                    f"{others}"
+                )
+            asked = dialogues[int(index)]
+            if len(history[int(index)]) != turn:
+                raise ValueError(
+                    f"{where}: turn {turn + 1} of dialogue {index} follows on turn "
+                    f"{len(history[int(index)])}; remove {path}"
+                )
+            if [user, instruction] != [*asked.turns[turn : turn + 1], asked.instruction]:
+                raise ValueError(
+                    f"{where}: an answer to {shortened(user)} under {shortened(instruction)}; "
+                    f"{others}"
                 )
             history[int(index)].append(Exchange(user, ids, obeys))
     return history

@@ -31,7 +31,7 @@ from puna.trainers.reward import run as run_reward
 from puna.trainers.rl.comparisons import Annotator
 from puna.trainers.rl.config import PPOConfig, RLHFConfig
 from puna.trainers.rl.rewards import Reward
-from puna.trainers.rl.rounds import KINDS, compare, record, round_prompts
+from puna.trainers.rl.rounds import KINDS, compare, newest_wins, record, round_prompts
 from puna.trainers.rl.rounds import Waiting as Waiting
 from puna.trainers.train import loop
 from puna.trainers.train.claim import is_finished, owned
@@ -185,13 +185,15 @@ def play_round(
     selected, pool = (folder / "rejection" / f"{name}.jsonl" for name in ("selected", "pool"))
     if config.student is not None:
         teach(config, folder, config.student, selected)
-    if number > config.versions - config.ppo_versions:
-        improved = ppo_config(config, number, model, judges)
+    improved = ppo_config(config, number, model, judges)
+    due = number > config.versions - config.ppo_versions
+    if due or parallel.on_main(lambda: is_finished(improved.out)):  # before more were asked for
         model = once(improved, lambda stage: ppo.run(stage, reward))
     version = Version(number, model, judges, selected, (*(last.pools if last else ()), pool))
     after = accuracy_of(config, version, folder)
     if parallel.is_main():
-        record(config.out / "rounds.jsonl", number, model, before, after)
+        wins = newest_wins(folder, number) if judges else {}
+        record(config.out / "rounds.jsonl", number, model, before, after, wins)
     return version
 
 

@@ -230,7 +230,7 @@ def add_rows(add: Callable[..., None], where: Path, tokenizer: Tokenizer) -> Non
     pair = {"messages": [USER], "is_safety": True, "a": "x", "b": "y", "a_ids": [3], "b_ids": [4]}
     judged = {"rating": "better", "safety": "both_safe", "batch": 1}
     weighed = {"messages": [USER, ANSWER | {"weight": 0}, USER, ANSWER | {"weight": 1}]}
-    turns = [GhostDialogue("be", "be", ["hello", "why"])] * 2
+    turns = [GhostDialogue("be", "be", ["hello", "hello"])] * 2
     kinds: dict[str, tuple[Callable[[Path], Any], list[dict]]] = {
         "texts": (read_texts, [{"text": "hello there"}]),
         "dialogues": (read_dialogues, [weighed, {"prompt": "hello", "response": "there"}]),
@@ -257,8 +257,8 @@ def add_rows(add: Callable[..., None], where: Path, tokenizer: Tokenizer) -> Non
         "samples": (read_samples, [sample]),
         "pairs": (read_pairs, [pair]),
         "turns": (
-            lambda file: gatt._load_turns(file, turns),
-            [{"0": ["hello", [3, 2], True], "1": ["hello", [3], False]}],
+            lambda file: gatt._load_turns(file, turns, SHAPE.vocab_size),
+            [{"of": 2, "0": ["hello", [3, 2], True, "be"], "1": ["hello", [3], False, "be"]}],
         ),
     }
     for name, (read, rows) in own.items():

@@ -51,6 +51,11 @@ class Preference(NamedTuple):
     """One of SAFETY; None where nobody was asked."""
     batch: int | None = None
     """The week or round in which it was collected."""
+    chosen_model: str = ""
+    """What gave the answers, and at which temperature; empty and None where it is not known."""
+    rejected_model: str = ""
+    chosen_temperature: float | None = None
+    rejected_temperature: float | None = None
     where: str = ""
 
 
@@ -160,7 +165,7 @@ def parse_preference(row: Row, columns: Columns, ratings: Ratings) -> Preference
         raise Unusable("the two answers are the same")
     if preference.safety == "chosen_unsafe":
         raise Unusable("the chosen answer is unsafe and the rejected one safe")
-    return preference._replace(batch=_batch(row, columns))
+    return preference._replace(batch=_batch(row, columns), **_variants(row))
 
 
 def _compared(row: Row, columns: Columns, ratings: Ratings) -> Preference:
@@ -330,6 +335,22 @@ def _value(value: Any, name: str, ratings: Ratings, known: tuple[str, ...]) -> s
             "map the file's own values in the recipe's [ratings]"
         )
     return mapped
+
+
+def _variants(row: Row) -> dict[str, Any]:
+    """What gave each of the two answers, where the row says so."""
+    found: dict[str, Any] = {}
+    for side in ("chosen", "rejected"):
+        model, temperature = row.get(f"{side}_model"), row.get(f"{side}_temperature")
+        if model is not None:
+            found[f"{side}_model"] = _string(row, f"{side}_model")
+        if temperature is not None:
+            if type(temperature) not in (int, float):
+                raise Malformed(
+                    f"'{side}_temperature' is {shortened(temperature)}, expected a number"
+                )
+            found[f"{side}_temperature"] = float(temperature)
+    return found
 
 
 def _batch(row: Row, columns: Columns) -> int | None:

@@ -42,6 +42,7 @@ class Variant(NamedTuple):
 
     model: Path
     temperatures: tuple[float, ...]
+    name: str = ""  # what the rows call it; empty: the model's path
 
 
 def sample_pairs(
@@ -58,9 +59,10 @@ def sample_pairs(
     batch_size: int = 256,
     compute_dtype: torch.dtype | None = None,
 ) -> int:
-    """Write `count` rows of {"messages", "is_safety", "a", "b", "a_ids", "b_ids"} to `path`, less
-    those whose answers are equal or empty (nobody could rank them); returns how many were written.
-    Which variant is a is drawn.
+    """Write `count` rows of {"messages", "is_safety", "a", "b", "a_ids", "b_ids", and of both
+    "_model" and "_temperature"} to `path`, less those whose answers are equal or empty (nobody
+    could rank them); returns how many were written. Which variant is a is drawn. Where both are
+    one model, as in V1, no pair has one temperature, unless there is but one.
 
     The draws depend on (seed, round_index, prompt, variant) only, so that a repeated call writes
     the same file. All ranks take part and rank 0 writes.
@@ -70,11 +72,16 @@ def sample_pairs(
     places = [draw(position, len(prompts), seed + round_index) for position in range(count)]
     chosen = [prompts[place] for place, _ in places]
     rng = np.random.default_rng((seed, round_index))
-    answers = []
+    answers: list[list[dict[str, Any]]] = []
+    which = np.zeros(count, dtype=np.int64)  # temperature of each row
     for number, variant in enumerate(variants):
-        which = rng.integers(len(variant.temperatures), size=count)
+        choices = len(variant.temperatures)
+        if number and variant == variants[0] and choices > 1:
+            which = (which + rng.integers(1, choices, size=count)) % choices
+        else:
+            which = rng.integers(choices, size=count)
         model = parallel.load(open_model(variant.model), device, compute_dtype=compute_dtype)
-        drawn: list[tuple[str, list[int]]] = [("", [])] * count
+        drawn: list[dict[str, Any]] = [{}] * count
         with parallel.gathered(model) as whole:
             for index, temperature in enumerate(variant.temperatures):
                 rows = np.flatnonzero(which == index).tolist()
@@ -92,15 +99,22 @@ def sample_pairs(
                     called=str(variant.model),
                 )
                 for row, ids in zip(rows, sampled, strict=True):
-                    drawn[row] = decode_answer(tokenizer, ids), ids
+                    drawn[row] = {
+                        "": decode_answer(tokenizer, ids),
+                        "_ids": ids,
+                        "_model": variant.name or str(variant.model),
+                        "_temperature": temperature,
+                    }
         answers.append(drawn)
     swapped = rng.random(count) < 0.5
     rows_out = []
     for prompt, one, other, swap in zip(chosen, *answers, swapped, strict=True):
-        if one[0] and other[0] and one[0] != other[0]:
-            (a, a_ids), (b, b_ids) = (other, one) if swap else (one, other)
-            given = {"messages": prompt.messages, "is_safety": prompt.is_safety}
-            rows_out.append({**given, "a": a, "b": b, "a_ids": a_ids, "b_ids": b_ids})
+        if one[""] and other[""] and one[""] != other[""]:
+            a, b = (other, one) if swap else (one, other)
+            row_out = {"messages": prompt.messages, "is_safety": prompt.is_safety}
+            for name in one:
+                row_out |= {f"a{name}": a[name], f"b{name}": b[name]}
+            rows_out.append(row_out)
     if parallel.is_main():
         write_rows(path, rows_out)
     parallel.barrier()
@@ -122,14 +136,18 @@ def annotate(
     verdicts = [check_verdict(verdict, number) for number, verdict in enumerate(given, 1)]
     rows = []
     for pair, verdict in zip(found, verdicts, strict=True):
-        chosen, rejected = (pair["a"], pair["b"]) if verdict.chosen == 0 else (pair["b"], pair["a"])
+        chosen, rejected = "ab" if verdict.chosen == 0 else "ba"
         row = {
             "messages": pair["messages"],
-            "chosen": chosen,
-            "rejected": rejected,
+            "chosen": pair[chosen],
+            "rejected": pair[rejected],
             "rating": verdict.rating,
             "batch": batch,
         }
+        for role, side in (("chosen", chosen), ("rejected", rejected)):
+            for name in ("model", "temperature"):
+                if f"{side}_{name}" in pair:
+                    row[f"{role}_{name}"] = pair[f"{side}_{name}"]
         if verdict.safety is not None:
             row["safety"] = verdict.safety
         rows.append(row)

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from puna.core import parallel
 from puna.core.checkpoint.folder import open_source, tokenizer_path
 from puna.core.device import device_of_name
@@ -10,7 +12,9 @@ from puna.core.documents import field, json_rows
 from puna.core.errors import UserError
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.prompts import draw, load_prompts
-from puna.trainers.data.readers import read_prompts
+from puna.trainers.data.readers import read_preferences, read_prompts
+from puna.trainers.data.split import opening
+from puna.trainers.rl.accuracy import clustered
 from puna.trainers.rl.comparisons import Annotator, Variant, annotate, sample_pairs, write_rows
 from puna.trainers.rl.config import RLHFConfig
 from puna.trainers.train import loop
@@ -77,9 +81,13 @@ def sample_kind(
     prompts, skipped = load_prompts(getattr(config, f"{kind}_prompts"), tokenizer, longest)
     say(skipped)
     temperatures = tuple(config.temperatures)
+    newest, before = (
+        Variant(model, temperatures, name)
+        for model, name in zip(models[:-3:-1], names_of(number), strict=True)
+    )
     sample_pairs(
         pairs,
-        (Variant(models[-1], temperatures), Variant(models[-2], temperatures)),
+        (newest, before),
         tokenizer,
         prompts,
         getattr(config, f"{kind}_pairs"),
@@ -92,12 +100,39 @@ def sample_kind(
     )
 
 
+def names_of(number: int) -> tuple[str, str]:
+    """What the comparisons of round `number` call the two newest models; V0 is the one that the
+    loop starts from. (A path would be another when the folder is moved.)"""
+    return f"V{number - 1}", f"V{max(0, number - 2)}"
+
+
+def newest_wins(folder: Path, number: int) -> dict[str, dict[str, float]]:
+    """How often the newest model's answer was preferred over that of the one before it, by kind: a
+    round's comparisons are an A/B test of the two that costs nothing (paper section 3.4.1).
+
+    Nothing for a kind whose rows do not say what gave the answers, and in V1, of one model.
+    """
+    found = {}
+    newest, before = names_of(number)
+    for kind in KINDS:
+        rows, _ = read_preferences(folder / f"{kind}.jsonl")
+        tried = [
+            r for r in rows if {r.chosen_model, r.rejected_model} == {newest, before} != {newest}
+        ]
+        if tried:
+            wins = torch.tensor([float(row.chosen_model == newest) for row in tried])
+            share = clustered(wins.double(), [opening(row.messages) for row in tried])
+            found[kind] = share._asdict()
+    return found
+
+
 def record(
     path: Path,
     number: int,
     model: Path,
     before: dict[str, dict[str, float]],
     after: dict[str, dict[str, float]],
+    wins: dict[str, dict[str, float]],
 ) -> None:
     """Append the version's row, once."""
     rows = [row for _, row in json_rows(path)] if path.exists() else []
@@ -107,5 +142,6 @@ def record(
         "model": str(model),
         "accuracy_before_training": before,
         "accuracy_on_trained": after,
+        "newest_wins": wins,
     }
     write_rows(path, [*rows, row])
