@@ -340,3 +340,40 @@ def test_a_digest_is_that_of_a_known_file(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2
     assert digest(tmp_path / "abc") == (known, 3, 0)
+
+
+def test_an_amendment_that_ends_over_a_mistake_is_taken_back(tmp_path, capsys):
+    """A typo in a file's name once left the run with options that refused the former command."""
+    plain = Config(out=tmp_path)
+    with open_run(plain, tokenizer=None) as run:
+        run.save(3, {"model": network(0)}, keep=2)
+        run.finish(network(0).model)
+    names = ("config.toml", "inputs.json", "finished.json")
+    before = [(tmp_path / name).read_bytes() for name in names]
+    with (
+        pytest.raises(ValueError, match="no such file"),
+        open_run(
+            Config(out=tmp_path, lr=0.5, data=[tmp_path / "none.jsonl"], amend=True), tokenizer=None
+        ),
+    ):
+        raise ValueError("none.jsonl: no such file")
+    assert [(tmp_path / name).read_bytes() for name in names] == before
+    assert not (tmp_path / "amendments.jsonl").exists()
+    assert "nothing was done under the amendment; it is taken back" in capsys.readouterr().out
+    with open_run(plain, tokenizer=None) as run:
+        assert run.done  # the former command
+    with (
+        pytest.raises(ValueError, match="later"),
+        open_run(Config(out=tmp_path, lr=0.5, amend=True), tokenizer=None) as amended,
+    ):
+        amended.log(4, loss=1.0)  # something was done: it stays
+        raise ValueError("later")
+    assert (tmp_path / "amendments.jsonl").exists()
+
+
+def test_a_renamed_checkpoint_is_refused(tmp_path, opened: Opened):
+    run = opened(tmp_path)
+    run.save(3, {"model": network(0)}, keep=2)
+    (run.checkpoints / "step-000003").rename(run.checkpoints / "step-000990")
+    with pytest.raises(ValueError, match="step-000990 holds step 3: it was renamed"):
+        opened(tmp_path)

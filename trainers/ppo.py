@@ -109,6 +109,7 @@ class Look(NamedTuple):
 def train(stage: Stage, folder: Run) -> Path:
     """Iterate from the run's checkpoint to the end, or until it is time to stop."""
     config = stage.config
+    loop.check_left(folder, config.iterations, "iterations")
     iteration = folder.resume_step()
     networks = {"model": stage.policy, "critic": stage.critic}
     folder.restore_optimizers(networks)

@@ -41,7 +41,7 @@ class PretrainConfig(loop.RowsConfig):
     """rows in a step, all processes together (paper: 4M tokens)"""
     steps: CountOrZero = 0
     """optimizer steps; 0 takes one epoch"""
-    eval_share: Annotated[float, ShareOf()] = 0.01
+    eval_share: Annotated[float, ShareOf(), FIXED] = 0.01
     """share of the tokens, the last ones, kept for the held-out loss"""
 
 

@@ -36,6 +36,7 @@ from puna.trainers.rl.losses import MARGINS, ranking_loss, safety_loss
 from puna.trainers.rl.rewards import check_finite
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.command import command
+from puna.trainers.train.kinds import FIXED
 from puna.trainers.train.plan import announce, check_shares, of_epochs
 from puna.trainers.train.ranges import Count, ShareOf, Weight
 from puna.trainers.train.run import Run, open_run, open_start
@@ -56,7 +57,7 @@ class RewardConfig(loop.RowsConfig):
     """what the file's ratings and safety labels are called"""
     eval_data: list[Path] = field(default_factory=list)
     """comparisons for the held-out accuracy; left out: a share of `data`"""
-    eval_share: Annotated[float, ShareOf()] = 0.05
+    eval_share: Annotated[float, ShareOf(), FIXED] = 0.05
     """share of `data` kept for the held-out accuracy, where no file is given"""
     margin: Literal["none", "small", "large"] = "small"
     """m(r) of Table 27 (which one the final models used is not said)"""

@@ -19,6 +19,7 @@ from puna.trainers.data.readers import Skipped, parse_dialogues, read_dialogues
 from puna.trainers.data.split import exchange, split
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.command import command
+from puna.trainers.train.kinds import FIXED
 from puna.trainers.train.plan import of_epochs
 from puna.trainers.train.ranges import Count, CountOrZero, ShareOf
 from puna.trainers.train.run import Run, open_run, open_start
@@ -36,7 +37,7 @@ class SFTConfig(loop.RowsConfig):
     """names of the file's columns"""
     eval_data: list[Path] = field(default_factory=list)
     """dialogues for the held-out loss; left out: a share of `data`"""
-    eval_share: Annotated[float, ShareOf()] = 0.02
+    eval_share: Annotated[float, ShareOf(), FIXED] = 0.02
     """share of `data` kept for the held-out loss, where no file is given"""
     epochs: Count = 2
     """passes over the data (paper: 2)"""

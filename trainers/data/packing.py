@@ -153,7 +153,8 @@ class PackedRows:
     def described(self, what: str) -> str:
         """How many of what in how many rows."""
         count = len(self._starts) - 1
-        return f"{count:,} {what} in {len(self.rows):,} packed rows of {self.row_tokens:,} tokens"
+        rows = f"{len(self.rows):,} packed row{'s' * (len(self.rows) != 1)}"
+        return f"{count:,} {what} in {rows} of {self.row_tokens:,} tokens"
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> LMBatch:
         """The rows with these indices, B = len(indices)."""

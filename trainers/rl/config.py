@@ -169,7 +169,7 @@ class RLHFConfig(Options):
     go_on: bool = False
     """train the reward models on from the last round's with fresh data only (the paper starts
     anew from the chat model on all data)"""
-    seed: Seed = 0
+    seed: Annotated[Seed, FIXED] = 0
     amend: Annotated[bool, FREE] = False
     """go on with other options or prompts from here on; what is sampled and annotated stays"""
     device: Annotated[str, FREE] = "auto"

@@ -17,6 +17,7 @@ from typing import Any
 
 from puna.core import parallel
 from puna.core.checkpoint.atomic import write_text
+from puna.core.errors import UserError
 from puna.trainers.train.config import to_toml
 from puna.trainers.train.environment import environment
 from puna.trainers.train.inputs import Given, Inputs, differences, inputs_of
@@ -62,10 +63,47 @@ def owned(
             refuse_strangers(config.out)
             config.out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(config.out))
+            stack.enter_context(taken_back(config.out))
             claim(config, inputs, tables or {}, step)
 
         parallel.on_main(take)
         yield
+
+
+@contextmanager
+def taken_back(path: Path) -> Iterator[None]:
+    """Where the block ends over a mistake before it has done anything, the records of the run in
+    `path` are again what they were: an amendment with a typo would refuse the former command."""
+    if not (path / CONFIG).exists():
+        yield  # a new run: its options may change as long as it has done nothing
+        return
+    records = {
+        name: (path / name).read_bytes() if (path / name).exists() else None
+        for name in (*RECORDS, FINISHED)
+    }
+    before = contents(path)
+    try:
+        yield
+    except (ValueError, OSError, UserError):
+        amended = amendments(path) > (records[AMENDMENTS] or b"").count(b"\n")
+        if contents(path) == before:
+            for name, data in records.items():
+                if data is None:
+                    (path / name).unlink(missing_ok=True)
+                else:
+                    write_text(path / name, data.decode())
+            if amended:
+                notice(f"{path}: nothing was done under the amendment; it is taken back")
+        raise
+
+
+def contents(path: Path) -> dict[str, tuple[int, int]]:
+    """Bytes and time of every file of a run that is no record of ours."""
+    return {
+        str(file.relative_to(path)): (file.stat().st_size, file.stat().st_mtime_ns)
+        for file in path.rglob("*")
+        if file.is_file() and file.name not in {*RECORDS, FINISHED} and file.name[0] != "."
+    }
 
 
 def refuse_strangers(path: Path) -> None:

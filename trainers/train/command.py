@@ -18,8 +18,9 @@ from puna.trainers.train.config import Config, parse
 class Outlasting:
     """A stream whose reader may go away (`| head`): what is written from then on is dropped."""
 
-    def __init__(self, stream: TextIO):
-        self._stream = stream
+    def __init__(self, stream: TextIO | None):
+        # Python has none where it was closed from the beginning (`>&-`)
+        self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

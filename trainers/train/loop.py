@@ -22,7 +22,7 @@ from puna.core.errors import UserError
 from puna.core.model import Transformer
 from puna.core.native.loader import keep_freed_memory
 from puna.trainers.train.interrupts import stop_requests
-from puna.trainers.train.kinds import FREE
+from puna.trainers.train.kinds import FIXED, FREE
 from puna.trainers.train.progress import meter
 from puna.trainers.train.ranges import (
     Above,
@@ -49,7 +49,7 @@ class TrainConfig(Options):
 
     out: Path
     """the run folder; an interrupted run in it is continued"""
-    seed: Seed = 0
+    seed: Annotated[Seed, FIXED] = 0
     """seed of everything random: order of the data, fresh weights, sampled tokens"""
     lr: Rate = 3e-4
     """peak learning rate"""
@@ -199,6 +199,7 @@ def fit(
     Raises UserError, naming the step and the last good checkpoint, where the loss or the gradient
     is not finite. Ctrl-C, SIGTERM and SIGHUP save a checkpoint, then end the run (SystemExit).
     """
+    check_left(run, steps, "steps")
     step = run.resume_step()
     run.restore_optimizers({"model": network})
     progress_bar = meter(title, steps, start=step, show=parallel.is_main())
@@ -224,6 +225,15 @@ def fit(
             if step % config.save_every == 0 and step < steps:
                 run.save(step, {"model": network}, keep=config.keep)
     return run.finish(network.model)
+
+
+def check_left(run: Run, steps: int, what: str) -> None:
+    """ValueError where a run has done more than it is asked for: nothing of that can be undone."""
+    if run.step > steps:
+        raise ValueError(
+            f"{run.path} has done {run.step:,} {what}, and with these options it has {steps:,}; "
+            "ask for more, or give another --out"
+        )
 
 
 def check_finite(run: Run, step: int, **values: float) -> None:

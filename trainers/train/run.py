@@ -85,6 +85,11 @@ class Run:
         self._entries: dict[str, int] = {}  # of each network's optimizer
         if self.checkpoint is not None:
             self.step, self._entries = read_state(self.checkpoint)
+            if self.checkpoint.name != named(self.step):
+                raise ValueError(
+                    f"{self.checkpoint} holds step {self.step}: it was renamed or is of another "
+                    "run; remove it, or name it as it was"
+                )
 
     def _open(self, fall_back: bool) -> str | None:
         """The newest checkpoint's name (rank 0)."""
@@ -125,7 +130,7 @@ class Run:
         under `training/`. Raises OSError with one sentence where the disk is full: earlier
         checkpoints stay as they are.
         """
-        folder = self.checkpoints / f"step-{step:06d}"
+        folder = self.checkpoints / named(step)
         if parallel.is_main():
             if self.metrics.exists():
                 flush(self.metrics)  # the history of a checkpoint is on disk before it is
@@ -210,6 +215,11 @@ class Run:
 
 
 PREVIOUS = "--resume previous goes on from the checkpoint before it"
+
+
+def named(step: int) -> str:
+    """What the checkpoint after so many steps is called."""
+    return f"step-{step:06d}"
 
 
 def saved(checkpoints: Path) -> list[Path]:
