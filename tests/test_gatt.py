@@ -16,6 +16,7 @@ from puna.core.tokenizer import Tokenizer
 from puna.trainers import gatt
 from puna.trainers.data.ghost import GhostDialogue, read_ghost_dialogues
 from puna.trainers.gatt import Exchange, GAttConfig
+from puna.trainers.train import written
 
 
 def configured(tiny: Path, out: Path, **options) -> GAttConfig:
@@ -236,6 +237,8 @@ def test_sampling_goes_on_where_it_was_killed(tiny, whole, tmp_path):
         shutil.copy(whole / name, out / name)
     file = out / "samples" / "turns.jsonl"
     lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:2]))
+    written.note(file.parent, file.name)
     file.write_text("".join(lines[:2]) + lines[2][:40])
     gatt.run(configured(tiny, out))
     assert file.read_text() == "".join(lines) and metrics(out) == metrics(whole)
@@ -246,7 +249,7 @@ def test_answers_to_other_dialogues_are_refused(tiny, whole, ghosts, tokenizer, 
     lines = (whole / "samples" / "turns.jsonl").read_text().splitlines(keepends=True)
     first = ghosts[0]
     others = [first._replace(instruction="be green"), *ghosts[1:]]
-    for dialogues, written, said in (
+    for dialogues, rows, said in (
         (others, lines, "turns.jsonl:1: an answer to .* under .* these are other dialogues"),
         ([*ghosts, first], lines, "turns.jsonl:1: not of 9 dialogues; these are other"),
         (ghosts, lines[1:], "turns.jsonl:1: an answer to"),
@@ -256,7 +259,7 @@ def test_answers_to_other_dialogues_are_refused(tiny, whole, ghosts, tokenizer, 
         (ghosts, [lines[0].replace("[[", "[").replace('", [', '", [99999, ')], "99999 is no id"),
     ):
         file = tmp_path / "turns.jsonl"
-        file.write_text("".join(written))
+        file.write_text("".join(rows))
         with pytest.raises(ValueError, match=said):
             gatt._load_turns(file, dialogues, tokenizer.vocab_size)
 

@@ -32,7 +32,7 @@ from puna.trainers.data.packing import PackedRows
 from puna.trainers.rl.rewards import Answer, one_each
 from puna.trainers.rl.rollout import sample_everywhere
 from puna.trainers.sft import load_dialogues
-from puna.trainers.train import loop, next_token
+from puna.trainers.train import loop, next_token, written
 from puna.trainers.train.command import command
 from puna.trainers.train.kinds import FREE
 from puna.trainers.train.plan import of_epochs
@@ -114,6 +114,7 @@ def check_targets(folder: Run, sampled: Sequence[list[Exchange]]) -> None:
     parallel.barrier()  # every rank has read them
     if parallel.is_main():
         turns_of(folder).unlink(missing_ok=True)
+        written.forget(turns_of(folder).parent, turns_of(folder).name)
     raise ValueError(
         "no sampled answer may be a target: none ends within max_new_tokens and is accepted by the "
         "judge; raise max_new_tokens or samples, or start from a better chat model"
@@ -135,7 +136,7 @@ def sampled_exchanges(
     path = turns_of(folder)
     if parallel.is_main():
         path.parent.mkdir(exist_ok=True)
-    done = parallel.broadcast(_whole_turns(path) if parallel.is_main() else 0)
+    done = parallel.on_main(lambda: _whole_turns(path))
     longest = max(len(d.turns) for d in dialogues)
     if done < longest:
         model = loop.load(open_model(config.model, head="lm"), config)
@@ -328,6 +329,7 @@ def _whole_turns(path: Path) -> int:
     """How many turns are complete; a line cut short by a kill is removed."""
     if not path.exists():
         return 0
+    written.check(path.parent, path.name, grows=True)
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if whole != data:
@@ -345,6 +347,7 @@ def _append_turn(
     for i, exchange in exchanges.items():
         row[str(i)] = [*exchange, dialogues[i].instruction]
     append_rows(path, [row])
+    written.note(path.parent, path.name)
 
 
 def _load_turns(

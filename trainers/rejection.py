@@ -52,7 +52,7 @@ from puna.trainers.rl.config import (
 from puna.trainers.rl.rewards import Answer, Reward, RewardModels, Scores, score_answers
 from puna.trainers.rl.rollout import as_answers, collect
 from puna.trainers.sft import load_dialogues
-from puna.trainers.train import loop, next_token
+from puna.trainers.train import loop, next_token, written
 from puna.trainers.train.command import command
 from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.kinds import FIXED
@@ -126,6 +126,8 @@ def fit(
 ) -> Path:
     """What there is still to do in an open run."""
     selected = config.selected or folder.path / "selected.jsonl"
+    if config.selected is None:
+        parallel.on_main(lambda: written.check(folder.path, "selected.jsonl", "pool.jsonl"))
     if not parallel.broadcast(selected.exists()):
         reward = open_reward_models(config) if reward is None else reward
         select(config, folder, tokenizer, selected, reward)
@@ -180,6 +182,7 @@ def keep_best(config: RejectionConfig, folder: Run, pool: list[Sample], selected
     kept = best_of([*fresh, *pool])
     if not kept:
         sampled.unlink()
+        written.forget(folder.path, sampled.name)
         raise ValueError(why_none(fresh))
     found = json.dumps(summary(fresh, kept, config.samples), indent=2) + "\n"
     write_text(folder.path / "selection.json", found)
@@ -189,6 +192,7 @@ def keep_best(config: RejectionConfig, folder: Run, pool: list[Sample], selected
     ):
         with atomic_file(path) as partial:
             write_samples(partial, rows, mode="w")
+        written.note(folder.path, path.name)
 
 
 def sample_all(
@@ -201,7 +205,7 @@ def sample_all(
 ) -> None:
     """Append K scored answers a prompt to samples.jsonl, chunk after chunk, from where it ends."""
     path = folder.path / "samples.jsonl"
-    done = parallel.broadcast(whole_chunks(path, config) if parallel.is_main() else 0)
+    done = parallel.on_main(lambda: whole_chunks(path, config))
     starts = range(0, len(prompts), config.chunk)
     bar = meter("sampling", len(starts), start=done, unit="answers", show=parallel.is_main())
     with bar as progress, stop_requests() as stop:
@@ -224,6 +228,7 @@ def whole_chunks(path: Path, config: RejectionConfig) -> int:
     """
     if not path.exists():
         return 0
+    written.check(path.parent, path.name, grows=True)
     lines = path.read_bytes().splitlines(keepends=True)
     complete = [line for line in lines if line.endswith(b"\n")]
     chunks = len(complete) // (config.chunk * config.samples)
@@ -288,6 +293,7 @@ def append_chunk(path: Path, samples: list[Sample]) -> None:
     if parallel.is_main():
         merged.sort(key=lambda sample: (sample["prompt"], sample["sample"]))
         write_samples(path, merged, mode="a")
+        written.note(path.parent, path.name)
     parallel.barrier()
 
 

@@ -36,6 +36,16 @@ def digest(path: Path) -> Digest:
     return Digest(state.hexdigest(), size, lines)
 
 
+def leading(path: Path, size: int) -> str:
+    """The hash of the first `size` bytes of a file."""
+    state = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while size > 0 and (piece := file.read(min(PIECE, size))):
+            state.update(piece)
+            size -= len(piece)
+    return state.hexdigest()
+
+
 def digests(paths: Iterable[Path]) -> list[Digest]:
     """Of several files, in their order."""
     with ThreadPoolExecutor(THREADS) as threads:

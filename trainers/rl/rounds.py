@@ -17,7 +17,7 @@ from puna.trainers.data.split import opening
 from puna.trainers.rl.accuracy import clustered
 from puna.trainers.rl.comparisons import Annotator, Variant, annotate, sample_pairs, write_rows
 from puna.trainers.rl.config import RLHFConfig
-from puna.trainers.train import loop
+from puna.trainers.train import loop, written
 from puna.trainers.train.next_token import say
 
 KINDS = ("helpfulness", "safety")
@@ -57,6 +57,9 @@ def compare(
                 tokenizer = Tokenizer(tokenizer_path(config.model))
                 annotate(pairs, answered, annotators[kind], tokenizer, number)
     parallel.barrier()
+    names = [f"{kind}{part}.jsonl" for kind in KINDS for part in ("-pairs", "")]
+    there = [name for name in names if parallel.broadcast((folder / name).exists())]
+    parallel.on_main(lambda: written.check(folder, *there))
     missing = [kind for kind in KINDS if not (folder / f"{kind}.jsonl").exists()]
     if missing:
         files = " and ".join(f"{kind}-pairs.jsonl" for kind in missing)
@@ -65,6 +68,7 @@ def compare(
             f"{files} in {folder} wait for an annotator: write the preferences to {answers} there "
             "(messages, chosen, rejected, rating, safety), then run the same command"
         )
+    parallel.on_main(lambda: written.note(folder, *there))
 
 
 def sample_kind(

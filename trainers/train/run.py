@@ -31,6 +31,7 @@ from puna.core.checkpoint.folder import (
 from puna.core.checkpoint.hashes import HASHES, damage, write_hashes
 from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer
+from puna.trainers.train import written
 from puna.trainers.train.claim import (
     FINISHED,
     amended_since_finished,
@@ -94,8 +95,11 @@ class Run:
     def _open(self, fall_back: bool) -> str | None:
         """The newest checkpoint's name (rank 0)."""
         self.checkpoints.mkdir(exist_ok=True)
-        if self.done and amended_since_finished(self.path):
-            (self.path / FINISHED).unlink()  # there is more to do
+        if self.done:
+            if amended_since_finished(self.path):
+                (self.path / FINISHED).unlink()  # there is more to do
+            else:
+                written.check(self.path, *model_files(self.path))
         found = newest(self.checkpoints, fall_back=fall_back)
         return found.name if found else None
 
@@ -208,10 +212,16 @@ class Run:
     def finished(self) -> Path:
         """Note that all is done and `model/` stands; returns its folder."""
         if parallel.is_main():
+            written.note(self.path, *model_files(self.path))
             document = {"model": self.final.name, "amendments": amendments(self.path)}
             write_text(self.path / FINISHED, json.dumps(document) + "\n")
         parallel.barrier()
         return self.final
+
+
+def model_files(path: Path) -> list[str]:
+    """The names, from the run's folder, of its finished model's files."""
+    return sorted(f"model/{file.name}" for file in (path / "model").iterdir() if file.is_file())
 
 
 PREVIOUS = "--resume previous goes on from the checkpoint before it"
