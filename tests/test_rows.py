@@ -39,6 +39,7 @@ SAMPLE = {
 PAIR = {"messages": [USER], "is_safety": False, "a": "x", "b": "y", "a_ids": [3], "b_ids": [4]}
 
 # Every reader of JSON lines, with a row that it takes.
+ASKED = gatt.GhostDialogue("a", "a", [f"b{LINE}\x85"] * 2)
 READERS = {
     "texts": (read_texts, {"text": "red"}),
     "dialogues": (read_dialogues, {"messages": [USER, ANSWER]}),
@@ -53,8 +54,8 @@ READERS = {
     "metrics": (lambda path: (history(path), None), {"step": 1}),
     "rounds": (lambda path: (record(path, 9, path, {}, {}, {}), None), {"version": 1}),
     "turns": (
-        lambda path: (gatt._load_turns(path, [gatt.GhostDialogue("a", "a", ["b"])])[0], None),
-        {"0": ["b", [3, 2], True]},
+        lambda path: (gatt._load_turns(path, [ASKED], 9)[0], None),
+        {"of": 1, "0": [f"b{LINE}\x85", [3, 2], True, "a"]},
     ),
 }
 
@@ -70,9 +71,8 @@ def test_every_reader_takes_the_same_files(kind: str, tmp_path: Path) -> None:
     inside of strings, which are not ends of lines."""
     read, row = READERS[kind]
     text = json.dumps(row | {"extra": f"a{LINE}b\x85c"}, ensure_ascii=False)
-    text = text.replace('"extra"', '"0"') if kind == "turns" else text
-    if kind == "turns":
-        text = json.dumps({"0": [f"b{LINE}\x85", [3], True]}, ensure_ascii=False)
+    if kind == "turns":  # a row has nothing but answers
+        text = json.dumps(row, ensure_ascii=False)
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + f"{text}\r\n\n  \n{text}".encode())
     rows, _ = read(file)
@@ -133,17 +133,18 @@ def test_a_row_that_is_no_sample(changes: dict, message: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"7": ["b", [2], True]}, 'rows.jsonl:1: an answer to dialogue "7" of 1; these are other'),
-        ({"x": ["b", [2], True]}, 'rows.jsonl:1: an answer to dialogue "x" of 1'),
-        ({"0": ["b", ["x"], True]}, "rows.jsonl:1: .* is no exchange; remove"),
+        ({"7": ["b", [2], True, "a"]}, 'rows.jsonl:1: an answer to dialogue "7" of 1; these are'),
+        ({"x": ["b", [2], True, "a"]}, 'rows.jsonl:1: an answer to dialogue "x" of 1'),
+        ({"0": ["b", ["x"], True, "a"]}, "rows.jsonl:1: .* is no exchange; remove"),
+        ({"0": ["b", [2], True]}, "rows.jsonl:1: .* is no exchange"),
         ({"0": ["b", [2]]}, "rows.jsonl:1: .* is no exchange"),
         ({"0": 3}, "rows.jsonl:1: 3 is no exchange"),
     ],
 )
 def test_a_row_that_is_no_turn(row: dict, message: str, tmp_path: Path) -> None:
-    file = lines(tmp_path / "rows.jsonl", row)
+    file = lines(tmp_path / "rows.jsonl", {"of": 1, **row})
     with pytest.raises(ValueError, match=message):
-        gatt._load_turns(file, [gatt.GhostDialogue("a", "a", ["b"])])
+        gatt._load_turns(file, [gatt.GhostDialogue("a", "a", ["b"])], 9)
 
 
 def test_a_pair_that_is_none(tmp_path: Path) -> None:
@@ -245,6 +246,17 @@ def test_columns_that_are_not_used_are_named_once(tmp_path: Path) -> None:
         assert not read(lines(tmp_path / path, row))[1]
 
 
+def test_what_stands_inside_a_message_and_is_not_read_is_named(tmp_path: Path) -> None:
+    user, answer = ({"role": role, "content": "red"} for role in ("user", "assistant"))
+    rows = [{"messages": [user, answer | {"wieght": 0, "id": 7}]}, {"messages": [user, answer]}]
+    _, skipped = read_dialogues(lines(tmp_path / "a.jsonl", *rows, rows[0]))
+    assert "the columns 'messages[].wieght', 'messages[].id' are not used" in str(skipped)
+    _, skipped = read_dialogues(
+        lines(tmp_path / "b.jsonl", {"messages": [user, answer | {"weight": 1}]})
+    )
+    assert not skipped
+
+
 def test_a_system_message_and_an_input_are_used_where_mapped() -> None:
     columns = Columns(system="system", input="input")
     row = {"system": "Be brief.", "prompt": "Repeat it.", "input": "the cat", "response": "cat"}
@@ -315,7 +327,7 @@ def test_a_full_disk_is_named_by_its_file() -> None:
     turn = {0: gatt.Exchange("a", [2], True)}
     for write in (
         lambda: write_samples(full, [SAMPLE], "a"),
-        lambda: gatt._append_turn(full, turn),
+        lambda: gatt._append_turn(full, turn, [ASKED]),
     ):
         with pytest.raises(
             OSError, match="^/dev/full could not be .* .No space left on device.; "
@@ -348,7 +360,7 @@ def test_there_is_one_reader_of_json() -> None:
     own = {  # what a kill may have cut short, or what never was in a file
         "core/documents.py", "core/ranks.py", "core/checkpoint/hashes.py", "trainers/rejection.py",
         "trainers/train/run.py", "trainers/train/claim.py", "trainers/train/lock.py",
-        "trainers/train/command.py", "demo/report/results.py",
+        "trainers/train/command.py", "trainers/train/written.py", "demo/report/results.py",
     }  # fmt: skip
     rooms = ("core", "trainers", "demo", "cli", "puna")
     files = [path for room in rooms for path in (root / room).rglob("*.py")]

@@ -91,6 +91,22 @@ class Row(dict[str, Any]):
         return super().get(name, default)
 
 
+MESSAGE = {"role", "content", "weight"}
+
+
+def inside_messages(row: Mapping[str, Any]) -> list[str]:
+    """What stands in a row's messages and is not read: "messages[].wieght"."""
+    return [
+        f"{name}[].{key}"
+        for name, value in row.items()
+        if isinstance(value, list)
+        for item in value
+        if isinstance(item, dict) and "role" in item and item.keys() - MESSAGE
+        for key in item
+        if key not in MESSAGE
+    ]
+
+
 def read_texts(path: str | Path, columns: Columns | None = None) -> tuple[list[str], Skipped]:
     """Documents of a `.txt` (the whole file is one) or a `.jsonl` with `text`.
 
@@ -174,6 +190,7 @@ def _usable(
                 columns |= dict.fromkeys(name for name in row if name in unread)
                 row = Row(row, read)
             found: Any = parse(row)
+            columns |= dict.fromkeys(inside_messages(row))
             parsed.append(found._replace(where=where) if hasattr(found, "where") else found)
         except Unusable as reason:
             skipped.add(str(reason), where)
