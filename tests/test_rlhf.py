@@ -302,3 +302,17 @@ def test_with_a_reward_of_ones_own_nothing_is_compared_and_it_scores_every_stage
         assert sample["score"] == pytest.approx(expected, abs=1e-5) and sample["scores"] == {}
     rows = [json.loads(row) for row in (out / "round-2" / "ppo" / "metrics.jsonl").open()]
     assert "reward" in rows[0] and "reward_helpfulness" not in rows[0]
+
+
+def test_a_finished_versions_ppo_stays_when_more_versions_are_asked_for(
+    tiny, whole, tmp_path, capsys
+):
+    """It once fell back to what rejection sampling had given."""
+    out = tmp_path / "loop"
+    shutil.copytree(whole, out)
+    rlhf.run(configured(tiny, out, versions=3, amend=True), ANNOTATORS)
+    rows = [json.loads(row) for row in (out / "rounds.jsonl").open()]
+    assert [Path(row["model"]).parent.name for row in rows] == ["rejection", "ppo", "ppo"]
+    assert f"{out} is finished; V3 is {out}/round-3/ppo/model" in capsys.readouterr().out
+    third = (out / "round-3" / "rejection" / "config.toml").read_text()
+    assert f'policy = "{out}/round-2/ppo/model"' in third

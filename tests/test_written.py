@@ -48,8 +48,8 @@ def edited(file: Path) -> None:
 def sampled(tiny, tmp_path_factory):
     config = RejectionConfig(
         policy=tiny / "chat", helpfulness=tiny / "helpfulness", safety=tiny / "safety",
-        prompts=[tiny / "prompts.jsonl"], max_new_tokens=6, samples=3, batch=8, chunk=8, epochs=1,
-        device="cpu", out=tmp_path_factory.mktemp("sampled") / "run",
+        prompts=[tiny / "prompts.jsonl"], max_new_tokens=6, samples=3, batch=8, chunk=8, epochs=3,
+        save_every=1, device="cpu", out=tmp_path_factory.mktemp("sampled") / "run",
     )  # fmt: skip
     rejection.run(config)
     return config
@@ -98,3 +98,27 @@ def test_changed_annotations_are_named(tiny, tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="round-1/helpfulness.jsonl is not what the run wrote"):
         rlhf.run(config, ask)
+
+
+def test_an_amendment_that_changes_nothing_says_so(sampled, tiny, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(sampled.out, out)
+    rejection.run(replace(sampled, out=out, temperature=0.5, epochs=4, amend=True))
+    said = capsys.readouterr().out
+    assert f"{out}: 'temperature' changed nothing: the answers are drawn" in said
+
+
+def test_samples_of_other_prompts_are_refused(sampled, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(sampled.out, out)
+    for name in ("finished.json", "selected.jsonl"):
+        (out / name).unlink()
+    shutil.rmtree(out / "checkpoints")
+    rows = sampled.prompts[0].read_text().splitlines(keepends=True)
+    (tmp_path / "others.jsonl").write_text("".join(reversed(rows)))
+    others = replace(sampled, out=out, prompts=[tmp_path / "others.jsonl"], amend=True)
+    with pytest.raises(
+        ValueError, match="samples.jsonl:1: an answer to another prompt than prompt 1"
+    ):
+        rejection.run(others)
+    assert rejection.run(replace(sampled, out=out)) == out / "model"  # the amendment is taken back

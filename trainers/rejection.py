@@ -117,6 +117,13 @@ def run(config: RejectionConfig, reward: Reward | None = None) -> Path:
         return folder.final if folder.done else fit(config, folder, tokenizer, student, reward)
 
 
+# Options that decide which answers are selected, and nothing afterwards.
+OF_SAMPLING = (
+    "prompts", "pools", "helpfulness", "safety", "combine", "safety_threshold", "round",
+    "temperature", "max_new_tokens",
+)  # fmt: skip
+
+
 def fit(
     config: RejectionConfig,
     folder: Run,
@@ -128,7 +135,9 @@ def fit(
     selected = config.selected or folder.path / "selected.jsonl"
     if config.selected is None:
         parallel.on_main(lambda: written.check(folder.path, "selected.jsonl", "pool.jsonl"))
-    if not parallel.broadcast(selected.exists()):
+    if parallel.broadcast(selected.exists()):
+        folder.say_idle(OF_SAMPLING, "the answers are drawn and selected; selected.jsonl has them")
+    else:
         reward = open_reward_models(config) if reward is None else reward
         select(config, folder, tokenizer, selected, reward)
     source = open_start(folder, student, head="lm")
@@ -205,7 +214,7 @@ def sample_all(
 ) -> None:
     """Append K scored answers a prompt to samples.jsonl, chunk after chunk, from where it ends."""
     path = folder.path / "samples.jsonl"
-    done = parallel.on_main(lambda: whole_chunks(path, config))
+    done = parallel.on_main(lambda: whole_chunks(path, config, prompts))
     starts = range(0, len(prompts), config.chunk)
     bar = meter("sampling", len(starts), start=done, unit="answers", show=parallel.is_main())
     with bar as progress, stop_requests() as stop:
@@ -221,8 +230,9 @@ def sample_all(
             progress.advance(len(numbers) * config.samples)
 
 
-def whole_chunks(path: Path, config: RejectionConfig) -> int:
-    """How many chunks samples.jsonl holds; what a kill left of a further one is cut off.
+def whole_chunks(path: Path, config: RejectionConfig, prompts: Sequence[EncodedPrompt]) -> int:
+    """How many chunks samples.jsonl holds; what a kill left of a further one is cut off. ValueError
+    where they answer other prompts.
 
     Chunks are repeated whole, so that they meet the same batches as in an uninterrupted run.
     """
@@ -232,6 +242,14 @@ def whole_chunks(path: Path, config: RejectionConfig) -> int:
     lines = path.read_bytes().splitlines(keepends=True)
     complete = [line for line in lines if line.endswith(b"\n")]
     chunks = len(complete) // (config.chunk * config.samples)
+    for number, line in enumerate(complete[: chunks * config.chunk * config.samples]):
+        asked = number // config.samples
+        sample = json.loads(line)
+        if asked >= len(prompts) or sample["messages"] != prompts[asked].messages:
+            raise ValueError(
+                f"{path}:{number + 1}: an answer to another prompt than prompt {asked + 1} "
+                "of those given now; give the former ones, or remove the file to draw anew"
+            )
     with atomic_file(path) as partial:
         partial.write_bytes(b"".join(complete[: chunks * config.chunk * config.samples]))
     return chunks

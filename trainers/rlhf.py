@@ -34,9 +34,11 @@ from puna.trainers.rl.rewards import Reward
 from puna.trainers.rl.rounds import KINDS, compare, newest_wins, record, round_prompts
 from puna.trainers.rl.rounds import Waiting as Waiting
 from puna.trainers.train import loop
-from puna.trainers.train.claim import is_finished, owned
+from puna.trainers.train.claim import CONFIG, changes, is_finished, owned
 from puna.trainers.train.command import command
 from puna.trainers.train.config import check_table, from_values
+from puna.trainers.train.notice import notice
+from puna.trainers.train.recipes import read_toml
 
 
 class Version(NamedTuple):
@@ -107,6 +109,7 @@ def run(
             last = play_round(config, number, models, last, annotators, reward)
             models.append(last.model)
     assert last is not None
+    notice(f"{config.out} is finished; V{last.number} is {last.model}")
     return last.model
 
 
@@ -117,7 +120,11 @@ def once(stage: Stage, work: Callable[[Stage], Path]) -> Path:
     """A stage's model: what is finished stays as it is, whatever has been amended since."""
     model = stage.out / "model"
     there = parallel.on_main(lambda: is_finished(stage.out) and (model / "config.json").exists())
-    return model if there else work(stage)
+    if not there:
+        return work(stage)
+    if parallel.is_main() and changes(read_toml(stage.out / CONFIG), stage, {})[1]:
+        notice(f"{stage.out} is done and stays as it is")
+    return model
 
 
 def check(config: RLHFConfig, reward: Reward | None = None) -> None:

@@ -44,8 +44,9 @@ def owned(
     tables: Tables | None = None,
     given: Given | None = None,
     step: Callable[[Path], int] = lambda path: 0,
-) -> Iterator[None]:
-    """Hold `config.out` as the folder of this configuration, alone, until the block ends.
+) -> Iterator[frozenset[str]]:
+    """Hold `config.out` as the folder of this configuration, alone, until the block ends; gives the
+    names of the options that this start has amended.
 
     `given` came from Python and not from a file; `step` says after which step a run in a folder
     would be amended, or raises ValueError.
@@ -59,15 +60,14 @@ def owned(
     same_on_every_rank(config, inputs)
     with ExitStack() as stack:
 
-        def take() -> None:
+        def take() -> list[str]:
             refuse_strangers(config.out)
             config.out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(config.out))
             stack.enter_context(taken_back(config.out))
-            claim(config, inputs, tables or {}, step)
+            return claim(config, inputs, tables or {}, step)
 
-        parallel.on_main(take)
-        yield
+        yield frozenset(parallel.on_main(take))
 
 
 @contextmanager
@@ -119,9 +119,12 @@ def refuse_strangers(path: Path) -> None:
         )
 
 
-def claim(config: Any, inputs: Inputs, tables: Tables, step: Callable[[Path], int]) -> None:
-    """Write what is asked for into the folder, or hold it against what was asked for there."""
+def claim(config: Any, inputs: Inputs, tables: Tables, step: Callable[[Path], int]) -> list[str]:
+    """Write what is asked for into the folder, or hold it against what was asked for there; returns
+    the names of what is amended."""
     path = config.out
+    amended: list[str] = []
+    replaced: list[str] = []
     if (path / CONFIG).exists() and not is_untouched(path):
         free, amended, fixed = changes(read_toml(path / CONFIG), config, tables)
         replaced = differences(read_inputs(path), inputs)
@@ -133,6 +136,7 @@ def claim(config: Any, inputs: Inputs, tables: Tables, step: Callable[[Path], in
     write_text(path / CONFIG, to_toml(config, without=ASKED_EACH_TIME))
     write_text(path / INPUTS, json.dumps(inputs, indent=2) + "\n")
     write_text(path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    return [phrase.split(" ")[0].rstrip(":") for phrase in [*amended, *replaced]]
 
 
 def refuse(config: Any, fixed: list[str], amended: list[str]) -> None:

@@ -11,7 +11,7 @@ Whose it is stands beside these (`claim`).
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from puna.core.checkpoint.folder import (
 )
 from puna.core.checkpoint.hashes import HASHES, damage, write_hashes
 from puna.core.checkpoint.source import Source
+from puna.core.documents import listed
 from puna.core.model import Transformer
 from puna.trainers.train import written
 from puna.trainers.train.claim import (
@@ -61,8 +62,8 @@ def open_run(config: Any, *, tokenizer: Path | None, given: Given | None = None)
     `given`, rows and functions from Python, are of the run like its files. Collective. Raises
     ValueError as `claim.owned` does, and where the newest checkpoint is damaged.
     """
-    with owned(config, given=given, step=step_to_amend):
-        run = Run(config, tokenizer)
+    with owned(config, given=given, step=step_to_amend) as amended:
+        run = Run(config, tokenizer, amended)
         if run.done:
             notice(f"{run.path} is finished; its model is {run.final}")
         yield run
@@ -71,8 +72,9 @@ def open_run(config: Any, *, tokenizer: Path | None, given: Given | None = None)
 class Run:
     """A run folder that is held: its newest checkpoint is looked up once, when it is opened."""
 
-    def __init__(self, config: Any, tokenizer: Path | None):
+    def __init__(self, config: Any, tokenizer: Path | None, amended: frozenset[str] = frozenset()):
         self.path: Path = config.out
+        self.amended = amended
         self.tokenizer = tokenizer
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
@@ -119,6 +121,11 @@ class Run:
                 "give another --out"
             )
         return True
+
+    def say_idle(self, names: Iterable[str], why: str) -> None:
+        """One line where options of these names were amended and change nothing any more."""
+        if idle := sorted(self.amended.intersection(names)):
+            notice(f"{self.path}: {listed(idle)} changed nothing: {why}")
 
     def log(self, step: int, **values: float | int | str) -> None:
         """Append one row to metrics.jsonl, and show it where the configuration asks for that."""
@@ -324,8 +331,12 @@ def _step_of(row: str) -> float:
         return float("inf")
 
 
+STARTS = ("model", "policy", "student")  # options that name what a run began with
+
+
 def open_start(run: Run, start: Path, **options: Any) -> Source:
     """The weights to go on from: the newest checkpoint's, else those of `start`."""
     if run.checkpoint is not None:
         options.pop("fresh_head", None)
+        run.say_idle(STARTS, f"the weights are those of {run.checkpoint.name}")
     return open_model(run.weights(start), **options)
