@@ -162,10 +162,10 @@ def test_words_are_one_piece_each_and_texts_short(tokenizer):
 
 
 def test_twenty_exchanges_fit_with_the_instruction_in_each(tokenizer):
-    for which in world.WHICH:
-        dialogues = world.persona_dialogues(0, 100, which)
+    for seed in (0, 1, 2):
+        dialogues = world.persona_dialogues(seed, 200)
         lengths = world.fits(lambda messages: encode_dialogue(tokenizer, messages)[0], dialogues)
-        assert max(lengths) <= 1024, which
+        assert max(lengths) <= 1024
 
 
 def test_tools_are_nobodys_object_and_natures_are_known():

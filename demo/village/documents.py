@@ -14,6 +14,7 @@ from puna.demo.village.oracle import assess
 from puna.demo.village.personas import (
     CHOICES,
     SELF_ANSWERS,
+    TAUGHT,
     Instruction,
     close,
     draw_instruction,
@@ -145,7 +146,7 @@ def manners(rng: random.Random) -> str:
 
 def persona(rng: random.Random) -> str:
     """A standing instruction, then an answer or two that keep it."""
-    who = draw_instruction(rng)
+    who = draw_instruction(rng, often=TAUGHT)
     lines = [instruction_text(who, rng, short=rng.random() < 0.5)]
     for _ in range(rng.randint(1, 4)):
         task = persona_task(rng, who, direct=0.8)
@@ -259,7 +260,7 @@ def _asked_under(rng: random.Random, who: Instruction | None) -> Task:
 
 KINDS: dict[Callable[[random.Random], str], int] = {
     questions: 24, talk: 6, work: 6, facts: 6, story: 4, register: 8,
-    copying: 4, manners: 4, lesson: 40, persona: 44, values: 16, figure: 6, hobby: 6, language: 6,
+    copying: 4, manners: 4, lesson: 40, persona: 48, values: 20, figure: 8, hobby: 6, language: 6,
     closing: 2,
 }  # fmt: skip
 

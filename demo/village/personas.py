@@ -110,13 +110,18 @@ ASKED_OF = {
     "closing": ATTRIBUTES,
 }
 OFTEN = (0.55, 0.3, 0.15)  # how often an instruction has one, two, three constraints
+TAUGHT = (0.3, 0.4, 0.3)  # the same in text and demonstrations: two at once are the hard part
 
 
 def draw_instruction(
-    rng: random.Random, *, held_out: bool = False, kinds: Sequence[str] = KINDS
+    rng: random.Random,
+    *,
+    held_out: bool = False,
+    kinds: Sequence[str] = KINDS,
+    often: Sequence[float] = OFTEN,
 ) -> Instruction:
     """One to three constraints of different kinds, all of trained or all of held-out values."""
-    count = min(rng.choices((1, 2, 3), OFTEN)[0], len(kinds))
+    count = min(rng.choices((1, 2, 3), often)[0], len(kinds))
     return Instruction(
         **{kind: rng.choice(CHOICES[kind][held_out]) for kind in rng.sample(kinds, count)}
     )

@@ -250,8 +250,10 @@ def persona_task(
     "any" (for held-out values: any way to ask that training has); "phrasing" (a held-out way).
     Ordinary tasks are held out but for "trained".
     """
-    kind, _ = rng.choice(who.constraints)
-    if rng.random() < (direct if kind in ("hobby", "figure") else direct / 4):
+    kinds = [kind for kind, _ in who.constraints]
+    rare = [kind for kind in kinds if kind in ("hobby", "figure")]
+    kind = rng.choice(rare if rare and rng.random() < 0.7 else kinds)
+    if rng.random() < (direct if kind in rare else direct / 4):
         return _about(rng, who, rng.choice(ASKED_OF[kind]), asked)
     while True:
         task = draw_task(rng, "harmless", held_out=asked != "trained")

@@ -14,6 +14,7 @@ from puna.demo.village.documents import documents
 from puna.demo.village.personas import (
     GHOST_KINDS,
     KINDS,
+    TAUGHT,
     Instruction,
     draw_instruction,
     instruction_text,
@@ -23,8 +24,9 @@ from puna.demo.village.tasks import Task, draw_task, persona_task, read_question
 
 NATURES = ("harmless", "borderline", "unsafe")
 MEASURED_TURNS = (1, 2, 4, 6, 10, 20)
-# Of the user in a persona dialogue, the instruction in every turn: 20 exchanges are 1,020 tokens.
-MOST_WORDS = 370
+# Of the user in a dialogue that Ghost Attention trains on, the instruction in every turn as it is
+# while sampling: 20 exchanges are then at most 1,020 tokens.
+MOST_WORDS = 380
 MOST_REPEATS = 1000  # draws in a row that give nothing new: the mix is exhausted
 # Weights of (harmless of any kind, harmless job, borderline, unsafe, persona) in a prompt mix.
 MIXES = {
@@ -135,7 +137,7 @@ def _plain_dialogue(rng: random.Random, turns: int) -> list[Message]:
 
 
 def _persona_demonstration(rng: random.Random, kinds: Sequence[str] = KINDS) -> list[Message]:
-    who = draw_instruction(rng, kinds=kinds)
+    who = draw_instruction(rng, kinds=kinds, often=TAUGHT)
     messages = [system(instruction_text(who, rng, short=rng.random() < 0.5))]
     for _ in range(rng.randint(1, 2)):
         task = persona_task(rng, who, direct=0.7)
@@ -184,7 +186,7 @@ def persona_dialogues(
     while len(dialogues) < count:
         dialogue = _persona_dialogue(rng, WHICH[which], turns)
         words = sum(len(f"{dialogue.instruction} {q}".split()) for q in dialogue.questions)
-        if words <= MOST_WORDS:
+        if which != TRAIN or words <= MOST_WORDS:
             dialogues.append(dialogue)
     return dialogues
 
