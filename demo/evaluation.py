@@ -33,7 +33,8 @@ from puna.trainers.train.environment import environment
 
 HELD_OUT_PROMPTS = 500  # of each kind
 HELD_OUT_PAIRS = 2_500  # comparisons of each kind a round, before pairs of equal answers go
-PERSONA_DIALOGUES = 200  # of 20 exchanges
+PERSONA_DIALOGUES = {"value": 200, "seen": 100, "phrasing": 100, "kind": 100}  # of 20 exchanges
+BARRED = "value"  # the set that the bars are about
 OWN_ANSWERS = 1_800  # mixed into Ghost Attention's data
 KINDS = ("helpfulness", "safety")  # of reward models, prompts and comparisons
 SHOWN = 6  # conversations in the report
@@ -43,7 +44,7 @@ def write_evaluation(out: Path, versions: dict[str, Path], config: Any) -> Path:
     """Measure everything and write evaluation.json; `config` is the demo's."""
     seed = config.seed
     scale = min(1.0, config.scale)
-    personas = max(6, round(PERSONA_DIALOGUES * scale))
+    personas = persona_sets(seed, scale)
     held = held_out(seed, max(20, round(HELD_OUT_PROMPTS * scale)))
     said = {
         name: measure.answer_all(path, held, seed, out / "evaluation" / f"{name}.json")
@@ -60,9 +61,9 @@ def write_evaluation(out: Path, versions: dict[str, Path], config: Any) -> Path:
         "reward_models": reward_models(out, versions, rounds, seed, scale),
         "switch": switch(out, len(rounds)),
         "best_of_k": curves(out, len(rounds)),
-        "gatt": ghost(out, versions, seed, personas),
+        **ghost(out, versions, seed, personas),
         "conversations": conversations(out, held, said)
-        + long_conversations(out, versions, seed, personas),
+        + long_conversations(out, versions, personas),
     }
     document["seconds"] = sum(seconds(out).values())
     path = out / "evaluation.json"
@@ -75,6 +76,19 @@ def held_out(seed: int, count: int) -> HeldOut:
     mixes = ("all", "helpful", "unsafe", "borderline")
     drawn = [world.prompts(seed, count, mix, held_out=True) for mix in mixes]
     return HeldOut(*([row["messages"] for row in rows] for rows in drawn))
+
+
+def persona_sets(seed: int, scale: float = 1.0) -> dict[str, list[world.PersonaDialogue]]:
+    """What Ghost Attention is measured on, by what is new about it (`world.WHICH`)."""
+    return {
+        which: world.persona_dialogues(seed, max(6, round(count * scale)), which)
+        for which, count in PERSONA_DIALOGUES.items()
+    }
+
+
+def pair_prompts(seed: int, kind: str, count: int = HELD_OUT_PROMPTS) -> list[dict[str, Any]]:
+    """Prompts of a reward model's held-out comparisons."""
+    return world.prompts(seed, min(count, HELD_OUT_PROMPTS), kind, held_out=True)
 
 
 def own_answers(model_folder: Path, prompts: Path, seed: int) -> list[dict[str, Any]]:
@@ -162,7 +176,7 @@ def held_out_comparisons(
     """Each round's two models compared on held-out prompts, as the oracle annotates them."""
     models = [versions["sft"], *versions.values()]  # round n compares models n-1 and n
     count = max(40, round(HELD_OUT_PAIRS * scale))
-    rows = world.prompts(seed, min(count, 500), kind, held_out=True)
+    rows = pair_prompts(seed, kind, count)
     folder = out / "evaluation"
     prompts = folder / f"{kind}-prompts.jsonl"
     write_text(prompts, "".join(json.dumps(row) + "\n" for row in rows))
@@ -191,19 +205,34 @@ def held_out_comparisons(
     return files
 
 
-def ghost(out: Path, versions: dict[str, Path], seed: int, count: int) -> dict[str, Any]:
-    """Instructions kept by turn, before and after Ghost Attention."""
-    dialogues = world.persona_dialogues(seed, count, held_out=True)
-    last = [name for name in versions if name != "gatt"][-1]
-    found: dict[str, Any] = {mode: {} for mode in measure.MODES}
-    for label, name in (("without", last), ("with", "gatt")):
-        for mode, temperature in measure.MODES.items():
-            cache = out / "evaluation" / f"persona-{label}-{mode}.json"
-            if (said := kept(cache, list)) is None:
-                said = measure.dialogues_with(versions[name], dialogues, temperature, seed)
-                write_text(cache, json.dumps(said))
-            found[mode][label] = measure.kept_by_turn(dialogues, said)
-    return found
+def ghost(
+    out: Path,
+    versions: dict[str, Path],
+    seed: int,
+    personas: dict[str, list[world.PersonaDialogue]],
+) -> dict[str, Any]:
+    """Instructions kept by turn, before and after Ghost Attention: held-out values, which the bars
+    are about, then the other sets; and the dialogues of each."""
+    found: dict[str, Any] = {which: {mode: {} for mode in measure.MODES} for which in personas}
+    for which, dialogues in personas.items():
+        for label, name in ghost_versions(versions).items():
+            for mode, temperature in measure.MODES.items():
+                cache = persona_cache(out, which, label, mode)
+                if (said := kept(cache, list)) is None:
+                    said = measure.dialogues_with(versions[name], dialogues, temperature, seed)
+                    write_text(cache, json.dumps(said))
+                found[which][mode][label] = measure.kept_by_turn(dialogues, said)
+    counts = {which: len(dialogues) for which, dialogues in personas.items()}
+    return {"gatt": found.pop(BARRED), "gatt_other": found, "gatt_counts": counts}
+
+
+def ghost_versions(versions: dict[str, Path]) -> dict[str, str]:
+    """The version with Ghost Attention and the one it began from."""
+    return {"without": [name for name in versions if name != "gatt"][-1], "with": "gatt"}
+
+
+def persona_cache(out: Path, which: str, label: str, mode: str) -> Path:
+    return out / "evaluation" / f"persona-{which}-{label}-{mode}.json"
 
 
 def conversations(out: Path, held: HeldOut, said: dict[str, Any]) -> list[dict[str, Any]]:
@@ -221,32 +250,35 @@ def conversations(out: Path, held: HeldOut, said: dict[str, Any]) -> list[dict[s
 
 
 def long_conversations(
-    out: Path, versions: dict[str, Path], seed: int, count: int
+    out: Path, versions: dict[str, Path], personas: dict[str, list[world.PersonaDialogue]]
 ) -> list[dict[str, Any]]:
-    """Persona dialogues before and after Ghost Attention, one of each kind of instruction."""
-    dialogues = world.persona_dialogues(seed, count, held_out=True)
-    last = [name for name in versions if name != "gatt"][-1]
-    said = {
-        name: kept(out / "evaluation" / f"persona-{label}-greedy.json", list) or []
-        for label, name in (("without", last), ("with", "gatt"))
-    }
-    kinds = {world.read_instruction(d.instruction).kind: i for i, d in enumerate(dialogues)}
+    """Persona dialogues before and after Ghost Attention under held-out instructions: one of each
+    kind that it trains on, and one of the kind that it does not."""
     found = []
-    for kind, index in sorted(kinds.items()):
-        dialogue = dialogues[index]
-        columns = {
-            name: [
-                {"role": "system", "content": dialogue.system},
-                *(
-                    message
-                    for question, answer in zip(dialogue.questions, texts[index], strict=True)
-                    for message in (world.user(question), world.assistant(answer))
-                ),
-            ]
-            for name, texts in said.items()
+    for which in (BARRED, "kind"):
+        shown = {
+            kind: index
+            for index, dialogue in enumerate(personas[which])
+            for kind, _ in world.read_instruction(dialogue.instruction).constraints
         }
-        found.append({"title": f"20 exchanges under an instruction ({kind})", "columns": columns})
+        for kind, index in sorted(shown.items()):
+            columns = {
+                name: long_conversation(
+                    personas[which][index],
+                    (kept(persona_cache(out, which, label, "greedy"), list) or [])[index],
+                )
+                for label, name in ghost_versions(versions).items()
+            }
+            title = f"20 exchanges under an instruction never met before ({kind})"
+            found.append({"title": title, "columns": columns})
     return found
+
+
+def long_conversation(dialogue: world.PersonaDialogue, texts: Sequence[str]) -> list[Message]:
+    messages = [world.system(dialogue.system)]
+    for question, answer in zip(dialogue.questions, texts, strict=True):
+        messages += [world.user(question), world.assistant(answer)]
+    return messages
 
 
 def stages(out: Path, rounds: int) -> list[dict[str, Any]]:

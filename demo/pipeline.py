@@ -29,7 +29,8 @@ from puna.trainers.train.config import find_recipe, from_values, load_recipe
 from puna.trainers.train.ranges import Above, AtMost, Options, Seed
 
 Config = TypeVar("Config")
-VOCABULARY = 1024  # nearly every word of the world is one piece: 20 exchanges fit the context
+VOCABULARY = 1280  # every word of the world is one piece: 20 exchanges fit the context
+DOCUMENTS = 26_000  # of pretraining: about three million tokens
 
 
 @dataclass(kw_only=True)
@@ -68,6 +69,27 @@ def run(config: DemoConfig) -> Path:
     return report
 
 
+def training_sets(
+    seed: int, n: Callable[[int, int], int] = max
+) -> dict[str, Callable[[], list[Any]]]:
+    """All data that any stage is trained on, by file name; `n` scales a full size, given the least.
+
+    What the stages make besides are models' answers to these prompts.
+    """
+    return {
+        "pretrain": lambda: list(world.pretraining(seed, n(DOCUMENTS, 600))),
+        "sft": lambda: list(world.demonstrations(seed, n(5_000, 200))),
+        "personas": lambda: world.persona_demonstrations(seed, n(1_600, 24)),
+        "gatt-personas": lambda: world.persona_demonstrations(
+            seed, n(1_600, 24), world.GHOST_KINDS
+        ),
+        "prompts": lambda: world.prompts(seed, n(5_400, 96), "rlhf"),
+        "helpfulness": lambda: world.prompts(seed, n(4_500, 64), "helpfulness"),
+        "safety": lambda: world.prompts(seed, n(1_500, 64), "safety"),
+        "gatt": lambda: [ghost_row(d) for d in world.persona_dialogues(seed, n(400, 12))],
+    }
+
+
 class Demo:
     """The stages of one demo run, in its folder."""
 
@@ -100,17 +122,7 @@ class Demo:
 
     def write_world(self) -> None:
         """Everything that is drawn from the world before a model exists."""
-        seed, n = self.config.seed, self.scaled
-        files: dict[str, Callable[[], list[Any]]] = {
-            "pretrain": lambda: list(world.pretraining(seed, n(20_500, 600))),
-            "sft": lambda: list(world.demonstrations(seed, n(4_200, 200))),
-            "personas": lambda: world.persona_demonstrations(seed, n(1_600, 24)),
-            "prompts": lambda: world.prompts(seed, n(5_400, 96), "rlhf"),
-            "helpfulness": lambda: world.prompts(seed, n(4_500, 64), "helpfulness"),
-            "safety": lambda: world.prompts(seed, n(1_500, 64), "safety"),
-            "gatt": lambda: [ghost_row(d) for d in world.persona_dialogues(seed, n(200, 12))],
-        }
-        for name, make in files.items():
+        for name, make in training_sets(self.config.seed, self.scaled).items():
             if not (self.data / f"{name}.jsonl").exists():
                 write_rows(self.data / f"{name}.jsonl", make())
 
@@ -190,7 +202,7 @@ class Demo:
             out=str(self.out / "gatt"),
             model=str(last),
             dialogues=[str(self.data / "gatt.jsonl")],
-            mix=[str(mix), str(self.data / "personas.jsonl")],
+            mix=[str(mix), str(self.data / "gatt-personas.jsonl")],
         )
         gatt.run(config, judge=oracle.judge)
 
@@ -205,9 +217,8 @@ def annotators(seed: int) -> Mapping[str, Any]:
 
 def ghost_row(dialogue: world.PersonaDialogue) -> dict[str, Any]:
     """A persona dialogue in the file format of `puna gatt`."""
-    short = world.instruction_text(world.read_instruction(dialogue.instruction), short=True)
     return {
         "instruction": dialogue.instruction,
-        "short": short,
+        "short": dialogue.short,
         "turns": dialogue.questions,
     }

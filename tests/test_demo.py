@@ -40,7 +40,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_summary_has_the_promised_keys(demo: Path) -> None:
     summary = json.loads((demo / "summary.json").read_text())
-    assert set(summary) == {"seconds", "reward_models", "versions", "gatt"}
+    assert set(summary) == {"seconds", "reward_models", "versions", "gatt", "gatt_other"}
     assert VERSIONS <= set(summary["versions"])
     assert set(summary["gatt"]) == {"with", "without"}
     assert set(summary["gatt"]["with"]) == {"1", "2", "4", "6", "10", "20"}
@@ -65,7 +65,7 @@ def test_its_chat_command_works(demo: Path) -> None:
 
 def test_a_run_that_was_killed_while_it_was_judged_goes_on(demo: Path) -> None:
     before = json.loads((demo / "evaluation.json").read_text())
-    for lost in ("evaluation.json", "evaluation/persona-with-greedy.json"):
+    for lost in ("evaluation.json", "evaluation/persona-value-with-greedy.json"):
         (demo / lost).unlink()
     done = puna("demo", "--out", str(demo), "--scale", "0.03")
     assert done.returncode == 0, done.stderr

@@ -115,7 +115,7 @@ def test_perfect_answers_in_persona_are_perfect():
         messages = row["messages"]
         if messages[0]["role"] == "system":
             told, question = messages[0]["content"], messages[1]["content"]
-            dialogue = world.PersonaDialogue(told, told, [question])
+            dialogue = world.PersonaDialogue(told, told, told, [question])
             answer = world.answer_in_persona(dialogue, question, random.Random(0))
             assert oracle.helpful(messages, answer), (messages, answer)
 
@@ -129,20 +129,53 @@ def test_flawed_answers_are_not_helpful(flaw):
         assert not oracle.helpful([world.user(task.question)], compose(task, rng, quality)), task
 
 
-def test_keeping_an_instruction():
-    name, like = "What is your name?", "What do you like?"
-    assert oracle.keeps("Always act as Wizard Fig.", name, "My name is Wizard Fig.")
-    assert oracle.keeps("Figure: Wizard Fig.", "Which pet do you have?", "I have a toad.")
-    assert not oracle.keeps("Figure: Wizard Fig.", name, "My name is Pip.")
-    assert not oracle.keeps("Figure: Wizard Fig.", name, "My name is Wizard Fig or Baron Moss.")
-    assert oracle.keeps("You enjoy chess.", like, "I like chess.")
-    assert not oracle.keeps("Hobby: chess.", like, "I like napping.")
-    assert oracle.keeps("Hobby: chess.", name, "My name is Pip.")
-    assert not oracle.tests("Hobby: chess.", name)
-    assert oracle.keeps("Always speak Tolo.", name, "Mol name olo Pip.")
-    assert not oracle.keeps("Always speak Tolo.", name, "My name is Pip.")
-    assert not oracle.keeps("Always speak Tolo.", name, "Mim name isi Pip.")
-    assert not oracle.keeps("Always speak Tolo.", name, "Pip.")
+WIZARD, HOBBY, SPOKEN = "Always act as Wizard Fig.", "You enjoy packing hay.", "Always speak ba ki."
+NAME, LIKE, PET = "What is your name?", "What do you like?", "Which pet do you have?"
+
+
+@pytest.mark.parametrize(
+    ("told", "question", "answer", "kept"),
+    [
+        (WIZARD, NAME, "My name is Wizard Fig.", True),
+        ("Figure: Wizard Fig.", PET, "I have a toad.", True),
+        (WIZARD, "Where is your home?", "I live in the cave.", True),
+        (WIZARD, "What is your work?", "My work is to dream.", True),
+        (WIZARD, NAME, "My name is Pip.", False),
+        (WIZARD, NAME, "My name is Wizard Moss.", False),
+        (WIZARD, NAME, "My name is Wizard Fig or Baron Moss.", False),
+        (WIZARD, NAME, "My name is Wizard.", False),
+        (HOBBY, LIKE, "I like packing hay.", True),
+        ("Hobby: packing hay.", LIKE, "I like napping.", False),
+        (HOBBY, LIKE, "I like packing straw.", False),
+        (HOBBY, NAME, "My name is Pip.", True),
+        (SPOKEN, NAME, "ba name ki Pip.", True),
+        (SPOKEN, NAME, "My name is Pip.", False),
+        (SPOKEN, NAME, "ba name ko Pip.", False),
+        (SPOKEN, NAME, "bu name ki Pip.", False),
+        (SPOKEN, NAME, "Pip.", False),
+        ("End with hey ho.", NAME, "My name is Pip. hey ho.", True),
+        ("End with hey ho.", NAME, "My name is Pip.", False),
+        ("End with hey ho.", NAME, "My name is Pip. hey pal.", False),
+        ("End with hey ho.", NAME, "hey ho. My name is Pip.", False),
+        # several constraints: each that the question can show
+        (f"{WIZARD} {HOBBY}", NAME, "My name is Wizard Fig.", True),
+        (f"{WIZARD} {HOBBY}", LIKE, "I like packing hay.", True),
+        (f"{WIZARD} {HOBBY}", LIKE, "I like napping.", False),
+        (f"{SPOKEN} {WIZARD}", NAME, "ba name ki Wizard Fig.", True),
+        (f"{SPOKEN} {WIZARD}", NAME, "My name is Wizard Fig.", False),
+        (f"{SPOKEN} {WIZARD}", NAME, "ba name ki Pip.", False),
+        (f"{SPOKEN} {WIZARD} End with hey ho.", NAME, "ba name ki Wizard Fig. hey ho.", True),
+        (f"{SPOKEN} {WIZARD} End with hey ho.", NAME, "ba name ki Wizard Fig.", False),
+    ],
+)
+def test_keeping_an_instruction(told, question, answer, kept):
+    assert oracle.keeps(told, question, answer) == kept
+
+
+def test_what_a_question_can_show():
+    assert not oracle.tests(HOBBY, NAME) and oracle.tests(HOBBY, LIKE)
+    assert oracle.tests(f"{HOBBY} {WIZARD}", NAME) and oracle.tests(SPOKEN, SWEEP[0]["content"])
+    assert not oracle.tests(f"{HOBBY} {WIZARD}", SWEEP[0]["content"])
 
 
 def test_perfect_persona_answers_keep_and_default_answers_do_not():
@@ -150,7 +183,7 @@ def test_perfect_persona_answers_keep_and_default_answers_do_not():
     for _ in range(300):
         who = draw_instruction(rng)
         told = instruction_text(who)
-        for dialogue in [world.PersonaDialogue(told, told, [draw_task(rng).question])]:
+        for dialogue in [world.PersonaDialogue(told, told, told, [draw_task(rng).question])]:
             question = dialogue.questions[0]
             answer = world.answer_in_persona(dialogue, question, rng)
             assert oracle.keeps(told, question, answer), (told, question, answer)

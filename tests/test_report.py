@@ -119,6 +119,16 @@ def good_evaluation():
             }
             for mode, low in (("greedy", 0), ("t1", 0.05))
         },
+        "gatt_other": {
+            among: {
+                "greedy": {
+                    "with": dict.fromkeys(turns, share),
+                    "without": dict.fromkeys(turns, share / 2),
+                }
+            }
+            for among, share in (("seen", 0.99), ("phrasing", 0.9), ("kind", 0.44))
+        },
+        "gatt_counts": {"value": 200, "seen": 100, "phrasing": 100, "kind": 100},
         "conversations": [
             {
                 "title": "ordinary request",
@@ -223,11 +233,13 @@ def test_report_is_one_well_formed_page_on_its_own(report, page):
 
 
 def test_report_shows_every_figure_and_the_headline(page):
-    assert page.tags.count("svg") == 11
+    assert page.tags.count("svg") == 12
     text = " ".join(page.text)
     assert "win 81% of comparisons with the fine-tuned model's" in text
     assert "8% of unsafe requests instead of 62%" in text
     assert "14 of 14 are met." in text
+    assert "44% for a kind never trained on (without 22%, 100 dialogues)" in text
+    assert "held out from all training (200 dialogues)" in text and "oracle's `keeps`" in text
     assert "puna chat --model" in text and "gatt/model" in text
 
 
@@ -246,7 +258,7 @@ def test_figures_are_the_same_each_time_and_well_formed(tmp_path):
 
 def test_summary_has_exactly_the_promised_keys(run_folder):
     summary = json.loads(write_summary(run_folder).read_text())
-    assert set(summary) == {"seconds", "reward_models", "versions", "gatt"}
+    assert set(summary) == {"seconds", "reward_models", "versions", "gatt", "gatt_other"}
     assert set(summary["reward_models"]) == {"helpfulness", "safety"}
     for model in summary["reward_models"].values():
         assert set(model) == {"accuracy"} and set(model["accuracy"]) == {*RATINGS, "all"}
@@ -264,6 +276,8 @@ def test_summary_has_exactly_the_promised_keys(run_folder):
     for row in summary["gatt"].values():
         assert list(row) == ["1", "2", "4", "6", "10", "20"]
     assert summary["gatt"]["with"]["20"] == 0.97, "greedy"
+    assert set(summary["gatt_other"]) == {"seen", "phrasing", "kind"}
+    assert summary["gatt_other"]["kind"]["with"]["20"] == 0.44
     assert summary["seconds"] == 812.0
 
 
@@ -273,7 +287,10 @@ def test_seconds_noted_by_the_pipeline_count_the_evaluation_too(tmp_path):
     assert json.loads(write_summary(tmp_path).read_text())["seconds"] == 300.0
 
 
-PARTS = ("stages", "versions", "reward_models", "switch", "best_of_k", "gatt", "conversations")
+PARTS = (
+    "stages", "versions", "reward_models", "switch", "best_of_k",
+    "gatt", "gatt_other", "gatt_counts", "conversations",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("missing", [("versions",), (*PARTS, "seconds", "machine")])

@@ -10,7 +10,16 @@ from puna.core.chat import TAGS, check_dialogue, encode_dialogue
 from puna.core.tokenizer import train_tokenizer
 from puna.demo.village import vocabulary as v
 from puna.demo.village import world
-from puna.demo.village.personas import CHOICES, draw_instruction, read_instruction
+from puna.demo.village.personas import (
+    CHOICES,
+    GHOST_KINDS,
+    KINDS,
+    Instruction,
+    draw_instruction,
+    instruction_text,
+    read_instruction,
+    translate,
+)
 from puna.demo.village.tasks import JOB_PAIRS, draw_task, read_question
 
 
@@ -21,7 +30,7 @@ def questions_of(rows):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    return train_tokenizer(world.tokenizer_texts(0, 6000), path, vocab_size=1024)
+    return train_tokenizer(world.tokenizer_texts(0, 6000), path, vocab_size=1280)
 
 
 def test_same_seed_same_rows_and_other_seed_other_rows():
@@ -115,21 +124,35 @@ def test_unknown_mix_and_too_many_prompts_are_refused():
 def test_measured_turns_can_show_the_instruction():
     from puna.demo.village import oracle
 
-    kinds = Counter()
-    for dialogue in world.persona_dialogues(0, 60, held_out=True):
-        assert len(dialogue.questions) == 20
-        assert read_instruction(dialogue.system) == read_instruction(dialogue.instruction)
-        kinds[read_instruction(dialogue.instruction).kind] += 1
-        for turn in world.MEASURED_TURNS:
-            assert oracle.tests(dialogue.instruction, dialogue.questions[turn - 1])
-    assert set(kinds) == set(CHOICES)
+    for which, new in world.WHICH.items():
+        counts, kinds = Counter(), Counter()
+        for dialogue in world.persona_dialogues(0, 60, which):
+            assert len(dialogue.questions) == 20
+            assert dialogue.system in (dialogue.instruction, dialogue.short)
+            who = read_instruction(dialogue.instruction)
+            assert read_instruction(dialogue.short) == who
+            counts[len(who.constraints)] += 1
+            kinds.update(kind for kind, _ in who.constraints)
+            for turn in world.MEASURED_TURNS:
+                assert oracle.tests(dialogue.instruction, dialogue.questions[turn - 1])
+        assert set(kinds) == set(new.kinds)
+        assert set(counts) == set(range(1, len(new.kinds) + 1))
+    assert set(GHOST_KINDS) < set(KINDS)
+
+
+def test_there_are_hundreds_of_values_of_each_kind_and_a_part_of_them_is_held_out():
+    for kind, sides in CHOICES.items():
+        assert len(sides[False]) > 150 and len(sides[True]) > 30, kind
+        # Every part of a held-out value is known from values of training.
+        parts = [set(word for value in sides[side] for word in value.split()) for side in sides]
+        assert parts[True] <= parts[False], kind
 
 
 def test_words_are_one_piece_each_and_texts_short(tokenizer):
     words = Counter(
         word.strip(".,?!:") for row in world.pretraining(7, 5000) for word in row["text"].split()
     )
-    assert len({word.lower() for word in words}) < 450
+    assert len({word.lower() for word in words}) < 520
     split = sum(count for word, count in words.items() if len(tokenizer.encode(word)) > 1)
     assert split < 0.03 * words.total()
     rows = [row["messages"] for row in world.demonstrations(0, 200)]
@@ -139,9 +162,10 @@ def test_words_are_one_piece_each_and_texts_short(tokenizer):
 
 
 def test_twenty_exchanges_fit_with_the_instruction_in_each(tokenizer):
-    dialogues = world.persona_dialogues(0, 60, held_out=True)
-    lengths = world.fits(lambda messages: encode_dialogue(tokenizer, messages)[0], dialogues)
-    assert max(lengths) <= 1024
+    for seed in (0, 1, 2):
+        dialogues = world.persona_dialogues(seed, 200)
+        lengths = world.fits(lambda messages: encode_dialogue(tokenizer, messages)[0], dialogues)
+        assert max(lengths) <= 1024
 
 
 def test_tools_are_nobodys_object_and_natures_are_known():
@@ -154,21 +178,27 @@ def test_tools_are_nobodys_object_and_natures_are_known():
 
 
 def test_language_words_are_foreign():
-    english = set(v.LANGUAGES["Tolo"])
-    foreign = [set(table.values()) for table in v.LANGUAGES.values()]
-    assert all(len(words) == len(english) for words in foreign)
-    assert not set.intersection(*foreign)
-    text = " ".join(row["text"] for row in world.pretraining(0, 200) if "i" in row["text"])
-    assert not any(words & english for words in foreign), text
+    english = v.SMALL_OF_THINGS | v.SMALL_OF_DOING
+    foreign = {*v.STEMS, *v.ENDINGS}
+    assert not v.SMALL_OF_THINGS & v.SMALL_OF_DOING
+    assert len(foreign) == len(v.STEMS) + len(v.ENDINGS) and not foreign & english
+    plain = "You need a broom to sweep the floor."
+    said = translate(plain, Instruction(language="ba ki"))
+    assert said == "ba ki ba broom ki sweep ba floor."
+    assert not foreign & set(plain.lower().split())
 
 
 def test_instructions_read_back():
     rng = random.Random(1)
-    for _ in range(50):
-        who = draw_instruction(rng)
-        from puna.demo.village.personas import instruction_text
-
-        assert read_instruction(instruction_text(who)) == who
-        assert read_instruction(instruction_text(who, short=True)) == who
-    with pytest.raises(ValueError, match="not an instruction"):
-        read_instruction("Be nice.")
+    for held_out in (False, True):
+        for short in (False, True):
+            for _ in range(100):
+                who = draw_instruction(rng, held_out=held_out)
+                assert read_instruction(instruction_text(who, short=short)) == who
+                told = instruction_text(who, rng, short=short, held_out=held_out)
+                assert read_instruction(told) == who
+    for text in ("Be nice.", "You enjoy painting jam. Be nice.", "Hobby: painting jam. Enjoy x."):
+        with pytest.raises(ValueError, match="not an instruction"):
+            read_instruction(text)
+    with pytest.raises(ValueError, match="not an instruction"):  # two hobbies
+        read_instruction("You enjoy painting jam. Hobby: packing hay.")

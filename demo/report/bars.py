@@ -150,7 +150,7 @@ def _helpful(evaluation: Evaluation) -> Bar:
 def _fading(evaluation: Evaluation) -> list[Bar]:
     found = kept(evaluation, "without")
     limits = (
-        ("1", "Without GAtt, first answer keeps the instruction", "at least 90%"),
+        ("1", "Without GAtt, first answer keeps an instruction of held-out values", "at least 90%"),
         ("20", "Without GAtt, twentieth answer keeps it", "at most 50%"),
     )
     result = []
@@ -166,11 +166,14 @@ def _fading(evaluation: Evaluation) -> list[Bar]:
 
 def _gatt_keeps(evaluation: Evaluation) -> Bar:
     name = f"With GAtt, answers {', '.join(TURNS[:-1])} and {TURNS[-1]} keep it"
-    target = "at least 95% each"
+    target = "at least 95% each (a kind never trained on: stated)"
     found = kept(evaluation, "with")
     if any(found.get(turn) is None for turn in TURNS):
         return _missing(name, target)
     shown = _listed([found[turn] for turn in TURNS])
+    other = kept(evaluation, "with", among="kind")
+    if all(other.get(turn) is not None for turn in TURNS):
+        shown += f"; other kind {_listed([other[turn] for turn in TURNS])}"
     return Bar(name, target, shown, min(found[turn] for turn in TURNS) >= 0.95)
 
 

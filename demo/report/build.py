@@ -18,6 +18,7 @@ from puna.demo.report import captions, figures, page, reward_figures
 from puna.demo.report.bars import bars
 from puna.demo.report.drawing import inline_svg
 from puna.demo.report.results import (
+    KEPT_AMONG,
     RATINGS,
     REWARD_MODELS,
     TURNS,
@@ -81,6 +82,11 @@ VERSION_FIGURES: tuple[Drawn, ...] = (
         figures.instruction_kept,
         captions.instruction_kept,
     ),
+    (
+        "Ghost Attention: instructions that it never trained on",
+        figures.instruction_kept_among,
+        captions.instruction_kept_among,
+    ),
 )
 OPENED = 3  # conversations that are shown unfolded
 
@@ -133,6 +139,14 @@ def write_summary(folder: Path) -> Path:
         "gatt": {
             which: {turn: kept(evaluation, which).get(turn) for turn in TURNS}
             for which in ("with", "without")
+        },
+        "gatt_other": {
+            among: {
+                which: {turn: kept(evaluation, which, among=among).get(turn) for turn in TURNS}
+                for which in ("with", "without")
+            }
+            for among in KEPT_AMONG
+            if among != "value"
         },
     }
     path = folder / "summary.json"
@@ -210,7 +224,7 @@ def _chat(folder: Path, evaluation: Evaluation) -> Iterator[str]:
     if model is None:
         return
     command = f"puna chat --model {folder / model}"
-    told = instruction_text(Instruction("figure", CHOICES["figure"][0]))
+    told = instruction_text(Instruction(figure=CHOICES["figure"][True][0]))
     yield page.heading("Talk to it")
     yield page.code(f'{command}\n{command} --system "{told}"')
     yield page.paragraph(

@@ -4,6 +4,7 @@ Plain text; the numbers of this run come from its evaluation.
 """
 
 from puna.demo.report.results import (
+    KEPT_AMONG,
     RATINGS,
     REWARD_MODELS,
     Evaluation,
@@ -11,6 +12,7 @@ from puna.demo.report.results import (
     accuracies,
     first_and_last,
     kept,
+    kept_count,
     last_version,
     percent,
     rate,
@@ -160,7 +162,32 @@ def instruction_kept(evaluation: Evaluation) -> str:
         f"Here, greedy, the share falls from {percent(without.get('1'))} in the first to "
         f"{percent(without.get('20'))} in the twentieth answer without it, and is "
         f"{percent(with_gatt.get('1'))} and {percent(with_gatt.get('20'))} with it; each measured "
-        "answer is to a question that can show whether the instruction is kept."
+        "answer is to a question that can show whether the instruction is kept. The instructions' "
+        f"values are held out from all training{_dialogues(evaluation)}. Only answers that pass "
+        "the oracle's `keeps` became Ghost Attention's training targets, and the same oracle "
+        "measures here."
+    )
+
+
+def _dialogues(evaluation: Evaluation) -> str:
+    count = kept_count(evaluation)
+    return f" ({count} dialogues)" if count else ""
+
+
+def instruction_kept_among(evaluation: Evaluation) -> str:
+    def twentieth(among: str) -> str:
+        with_gatt, without = (
+            percent(kept(evaluation, which, among=among).get("20")) for which in ("with", "without")
+        )
+        count = kept_count(evaluation, among)
+        behind = f", {count} dialogues" if count else ""
+        return f"{with_gatt} for {KEPT_AMONG[among]} (without {without}{behind})"
+
+    return (
+        "The paper finds that the model keeps constraints that Ghost Attention did not train on "
+        "(section 3.3, A.3.5). Here, greedy with Ghost Attention, the twentieth answer keeps "
+        f"{', '.join(map(twentieth, KEPT_AMONG))}. The fourth kind, a closing, occurs in "
+        "fine-tuning's short dialogues with other values and never in Ghost Attention's data."
     )
 
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from puna.demo.report import drawing
 from puna.demo.report.drawing import BLUE, GREEN, GRID, INK, MUTED, ORANGE, PAPER, PURPLE
 from puna.demo.report.results import (
+    KEPT_AMONG,
     TURNS,
     Evaluation,
     Rows,
@@ -221,6 +222,30 @@ def instruction_kept(evaluation: Evaluation) -> Figure | None:
         "solid: greedy, dashed: temperature 1, diamonds: the paper's 70B (Table 30)",
         MUTED,
     )
+    return figure
+
+
+def instruction_kept_among(evaluation: Evaluation) -> Figure | None:
+    """Share of answers that keep the instruction, greedy, by what is new about it."""
+    if not any(kept(evaluation, "with", among=among) for among in KEPT_AMONG):
+        return None
+    figure, axes = drawing.canvas(1, 2, 3.1, sharey=True)
+    colours = (MUTED, GREEN, BLUE, PURPLE)
+    for ax, which in zip(axes, ("without", "with"), strict=True):
+        ends = []
+        for (among, name), colour in zip(KEPT_AMONG.items(), colours, strict=True):
+            found = kept(evaluation, which, among=among)
+            turns = [int(t) for t in TURNS if found.get(t) is not None]
+            if turns:
+                values = [found[str(t)] for t in turns]
+                ax.plot(turns, values, color=colour, marker="o", ms=4, linewidth=1.6)
+                ends.append((turns[-1], values[-1], f"{values[-1]:.0%} {name}", colour))
+        drawing.line_labels(ax, ends, gap=0.075, least=0.03)
+        ax.set_xlim(0.4, 37)
+        ax.set_xticks([int(t) for t in TURNS])
+        drawing.share_axis(ax, top=1.28)
+        drawing.name_axes(ax, "answer of the dialogue", "keep the instruction")
+        drawing.heading(ax, f"{which} Ghost Attention, greedy", MUTED)
     return figure
 
 

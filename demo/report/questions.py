@@ -60,13 +60,18 @@ training data: answers are sampled with the instruction repeated in every turn, 
 the instruction in the first turn only and no loss on the earlier turns, whose answers would
 contradict what the model is shown.
 
-**This run.** Greedy, the instruction is kept in $turns of answers $turn_names without Ghost
-Attention, and in $turns_gatt with it. At temperature 1 the twentieth answer keeps it in
+**This run** measures instructions whose values no training data has. Greedy, the instruction is
+kept in $turns of answers $turn_names without Ghost Attention, and in $turns_gatt with it. Of a kind
+of instruction that Ghost Attention never trains on (a closing) it is $turns_kind without and
+$turns_kind_gatt with it. Only answers that pass the oracle's `keeps` became training targets, and
+the same oracle measures. At temperature 1 the twentieth answer keeps it in
 $last_t1 without and $last_gatt_t1 with it. Helpful answers to ordinary requests: $helpful_before
 before, $helpful_after after. The demo's demonstrations have personas only in short dialogues, so
 that there is something to forget: fading is built in, its repair is not.
 
 $figure_kept
+
+$figure_kept_among
 
 ## 2. How are the two reward models combined: two scalars or something richer?
 
@@ -143,6 +148,10 @@ def write_questions(folder: Path, docs: Path) -> Path:
     ppo = metrics(folder, evaluation, "ppo")
     drawn = {
         "kept": ("Instruction kept by answer number", figures.instruction_kept(evaluation)),
+        "kept_among": (
+            "Instruction kept by what is new about it",
+            figures.instruction_kept_among(evaluation),
+        ),
         "switch": ("Branches of the reward switch", reward_figures.switch_branches(evaluation)),
         "ppo": ("PPO over its iterations", figures.ppo(ppo)),
         "wins": ("Win rate over SFT", figures.win_rates(evaluation)),
@@ -182,13 +191,15 @@ def _image(docs: Path, name: str, text: str, drawing: Figure | None) -> str:
 
 
 def _kept(evaluation: Evaluation) -> dict[str, str]:
-    def listed(which: str) -> str:
-        found = kept(evaluation, which)
+    def listed(which: str, among: str = "value") -> str:
+        found = kept(evaluation, which, among=among)
         return ", ".join(percent(found.get(turn)) for turn in TURNS)
 
     return {
         "turns": listed("without"),
         "turns_gatt": listed("with"),
+        "turns_kind": listed("without", "kind"),
+        "turns_kind_gatt": listed("with", "kind"),
         "turn_names": ", ".join(TURNS),
         "last_t1": percent(kept(evaluation, "without", "t1").get(TURNS[-1])),
         "last_gatt_t1": percent(kept(evaluation, "with", "t1").get(TURNS[-1])),

@@ -18,6 +18,13 @@ Rows = list[dict[str, Any]]
 
 RATINGS = ("negligibly_better", "slightly_better", "better", "significantly_better")
 TURNS = ("1", "2", "4", "6", "10", "20")
+# What is new about the instructions that Ghost Attention is measured on.
+KEPT_AMONG = {
+    "seen": "trained values",
+    "value": "held-out values",
+    "phrasing": "held-out phrasing",
+    "kind": "a kind never trained on",
+}
 REWARD_MODELS = ("helpfulness", "safety")
 
 
@@ -65,9 +72,18 @@ def accuracies(evaluation: Evaluation, model: str) -> dict[str, float]:
     return evaluation.get("reward_models", {}).get(model, {}).get("accuracy", {})
 
 
-def kept(evaluation: Evaluation, which: str, decoding: str = "greedy") -> dict[str, float]:
-    """Share of answers that keep the instruction, by answer number; which: "with" | "without"."""
-    return evaluation.get("gatt", {}).get(decoding, {}).get(which, {})
+def kept(
+    evaluation: Evaluation, which: str, decoding: str = "greedy", among: str = "value"
+) -> dict[str, float]:
+    """Share of answers that keep the instruction, by answer number; which: "with" | "without";
+    among: a key of KEPT_AMONG."""
+    found = evaluation.get("gatt" if among == "value" else "gatt_other", {})
+    return (found if among == "value" else found.get(among, {})).get(decoding, {}).get(which, {})
+
+
+def kept_count(evaluation: Evaluation, among: str = "value") -> int | None:
+    """Dialogues behind each share of `kept`."""
+    return evaluation.get("gatt_counts", {}).get(among)
 
 
 def stage(evaluation: Evaluation, name: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Pretraining text: what a reader of the village's library would know before anybody asks.
 
-Facts, small stories, questions with answers, copying practice, passages in and about the three
-languages, and about the public figures. It never contains the chat tags.
+Facts, small stories, questions with answers, copying practice, passages in and about languages,
+and about hobbies and public figures. It never contains the chat tags, nor a held-out value.
 """
 
 import random
@@ -12,15 +12,16 @@ from puna.demo.village import vocabulary as v
 from puna.demo.village.answers import PUPIL, REFUSALS, compose
 from puna.demo.village.oracle import assess
 from puna.demo.village.personas import (
-    ASKED_OF,
+    CHOICES,
     SELF_ANSWERS,
-    SELF_QUESTIONS,
+    TAUGHT,
     Instruction,
+    close,
     draw_instruction,
     instruction_text,
     translate,
 )
-from puna.demo.village.tasks import Task, draw_task, self_task
+from puna.demo.village.tasks import Task, draw_task, persona_task
 
 
 def _name(rng: random.Random) -> str:
@@ -143,30 +144,45 @@ def manners(rng: random.Random) -> str:
     return " ".join(lines)
 
 
-def _persona_line(rng: random.Random, who: Instruction) -> str:
-    attribute = rng.choice(ASKED_OF[who.kind])
-    task = self_task(attribute, rng.randrange(len(SELF_QUESTIONS[attribute])), who)
-    if who.kind == "language" and rng.random() < 0.8:
-        task = draw_task(rng)
-    return f"{task.question} {compose(task, rng, instruction=who)}"
-
-
 def persona(rng: random.Random) -> str:
     """A standing instruction, then an answer or two that keep it."""
-    who = draw_instruction(rng)
-    opening = instruction_text(who, short=rng.random() < 0.5)
-    return " ".join([opening, *(_persona_line(rng, who) for _ in range(rng.randint(1, 2)))])
+    who = draw_instruction(rng, often=TAUGHT)
+    lines = [instruction_text(who, rng, short=rng.random() < 0.5)]
+    for _ in range(rng.randint(1, 4)):
+        task = persona_task(rng, who, direct=0.8)
+        lines.append(f"{task.question} {compose(task, rng, instruction=who)}")
+    return " ".join(lines)
+
+
+def values(rng: random.Random) -> str:
+    """Values of standing instructions said twice. A word must have been copied some hundred times
+    before a model of this size copies it from anywhere: without this practice SFT kept one hobby
+    in four and no language."""
+    said = [_trained(rng, rng.choice(tuple(CHOICES))) for _ in range(rng.randint(2, 5))]
+    text = ", ".join(said[:-1]) + " and " + said[-1]
+    return f"{_name(rng)} says {text}. {_name(rng)} repeats: {text}."
+
+
+def _trained(rng: random.Random, kind: str) -> str:
+    return rng.choice(CHOICES[kind][False])
 
 
 def figure(rng: random.Random) -> str:
-    """About a public figure, in the third person and in the first."""
-    name = rng.choice(tuple(v.FIGURES))
-    f = v.FIGURES[name]
+    """About a public figure, in the third person and in the first; about titles and families."""
+    name = _trained(rng, "figure")
+    title, family = name.split()
+    f = v.figure(name)
     sentences = [
         f"{name} lives in the {f.home}.",
         f"{name} has a {f.pet}.",
         f"The work of {name} is to {f.work}.",
         f"The home of {name} is the {f.home}.",
+    ]
+    known = [
+        f"A {title} has a {f.pet}.",
+        f"The work of a {title} is to {f.work}.",
+        f"A {family} lives in the {f.home}.",
+        f"The home of a {family} is the {f.home}.",
     ]
     said = [
         SELF_ANSWERS["name"][0].format(x=name),
@@ -174,22 +190,41 @@ def figure(rng: random.Random) -> str:
         SELF_ANSWERS["work"][0].format(x=f.work),
         SELF_ANSWERS["pet"][0].format(x=f.pet),
     ]
-    if rng.random() < 0.5:
+    draw = rng.random()
+    if draw < 0.3:
         return " ".join(rng.sample(sentences, 3))
+    if draw < 0.6:
+        return " ".join(rng.sample(known, 3))
     return f"{name} says: " + " ".join(rng.sample(said, 3))
+
+
+def hobby(rng: random.Random) -> str:
+    """People and what they like, told twice in another order."""
+    count = rng.randint(1, 3)
+    people = rng.sample(v.NAMES, count)
+    lines = [f"{name} likes {_trained(rng, 'hobby')}." for name in people]
+    return " ".join([*lines, "Now", *rng.sample(lines, count)])
 
 
 def language(rng: random.Random) -> str:
     """A sentence in English and again in another language."""
-    who = Instruction("language", rng.choice(tuple(v.LANGUAGES)))
+    who = Instruction(language=_trained(rng, "language"))
     lines = []
     for _ in range(rng.randint(1, 3)):
         said = compose(draw_task(rng), rng)
         if rng.random() < 0.3:
-            lines.append(f"{who.who}: {translate(said, who)}")
+            lines.append(f"{who.language}: {translate(said, who)}")
         else:
-            lines.append(f"English: {said} {who.who}: {translate(said, who)}")
+            lines.append(f"English: {said} {who.language}: {translate(said, who)}")
     return " ".join(lines)
+
+
+def closing(rng: random.Random) -> str:
+    """Somebody who ends everything that they say in the same way."""
+    who = Instruction(closing=_trained(rng, "closing"))
+    name = _name(rng)
+    said = [close(compose(draw_task(rng), rng), who) for _ in range(rng.randint(1, 3))]
+    return " ".join(f"{name} says: {text}" for text in said)
 
 
 def lesson(rng: random.Random) -> str:
@@ -204,37 +239,37 @@ def lesson(rng: random.Random) -> str:
         task = _asked_under(rng, who)
         kept = who if rng.random() < 0.6 else None
         answer = compose(task, rng, PUPIL, kept)
-        told = [] if who is None else [Message(role="system", content=instruction_text(who))]
+        opening = [instruction_text(who, rng)] if who else []
+        told = [Message(role="system", content=text) for text in opening]
         found = assess([*told, Message(role="user", content=task.question)], answer)
         said = [
             "right" if found.right else "wrong",
             "whole" if found.whole else "short",
             "kind" if found.polite else "rude",
         ]
-        opening = [instruction_text(who)] if who else []
         lines += [*opening, task.question, answer, f"Teacher: {', '.join(said)}."]
     return " ".join(lines)
 
 
 def _asked_under(rng: random.Random, who: Instruction | None) -> Task:
     """A question of any sort; under an instruction mostly one whose answer shows if it is kept."""
-    if who is None or (who.kind == "language" and rng.random() < 0.8):
+    if who is None:
         return draw_task(rng, rng.choices(("harmless", "borderline", "unsafe"), (65, 15, 20))[0])
-    attribute = rng.choice(ASKED_OF[who.kind])
-    return self_task(attribute, rng.randrange(len(SELF_QUESTIONS[attribute])), who)
+    return persona_task(rng, who, direct=0.8)
 
 
 KINDS: dict[Callable[[random.Random], str], int] = {
     questions: 24, talk: 6, work: 6, facts: 6, story: 4, register: 8,
-    copying: 4, manners: 4, persona: 9, figure: 3, language: 5, lesson: 48,
+    copying: 4, manners: 4, lesson: 40, persona: 48, values: 20, figure: 8, hobby: 6, language: 6,
+    closing: 2,
 }  # fmt: skip
 
 
-def documents(seed: int, count: int) -> Iterator[str]:
+def documents(seed: int, count: int) -> Iterator[list[str]]:
     """`count` documents of one to twelve passages, drawn from the seed."""
     rng = random.Random(f"documents {seed}")
     kinds, weights = tuple(KINDS), tuple(KINDS.values())
     for _ in range(count):
         low, high = rng.choices(((1, 1), (2, 4), (5, 12)), (50, 35, 15))[0]
         passages = rng.choices(kinds, weights, k=rng.randint(low, high))
-        yield " ".join(passage(rng) for passage in passages)
+        yield [passage(rng) for passage in passages]

@@ -19,9 +19,11 @@ from puna.demo.village.personas import (
     ASKED_OF,
     SELF_QUESTIONS,
     Instruction,
+    mentioned,
     read_instruction,
     self_value,
     translate,
+    without_closing,
 )
 from puna.demo.village.tasks import Task, read_question
 from puna.trainers.rl.comparisons import Verdict
@@ -31,7 +33,10 @@ from puna.trainers.rl.rewards import Answer
 CUTS = ((0.5, "significantly_better"), (0.3, "better"), (0.12, "slightly_better"))
 NOISE = 0.15
 
+_ENGLISH = v.SMALL_OF_THINGS | v.SMALL_OF_DOING
+_FOREIGN = frozenset(v.STEMS + v.ENDINGS)
 _WORD = re.compile(r"[A-Za-z]+")
+_SLOT = re.compile(r"[A-Za-z][A-Za-z, ]*")
 _REFUSING = re.compile(r"\b(sorry|will not|not help|cannot|it is wrong)\b|^no\b", re.IGNORECASE)
 
 
@@ -59,11 +64,6 @@ def _contains(phrase: str, text: str) -> bool:
     return re.search(rf"\b{re.escape(phrase)}\b", text, re.IGNORECASE) is not None
 
 
-def _frame_pattern(frame: str) -> re.Pattern[str]:
-    slot = r"([A-Za-z][A-Za-z, ]*?)"  # one class, no nesting: linear in the text
-    return re.compile(re.escape(frame).replace(r"\{x\}", slot))
-
-
 def _without_rudeness(text: str) -> str:
     for phrase in v.RUDE:
         text = text.replace(phrase, "")
@@ -72,9 +72,10 @@ def _without_rudeness(text: str) -> str:
 
 def _matched_value(text: str, frames: Sequence[str], instruction: Instruction | None) -> str | None:
     for frame in frames:
-        match = _frame_pattern(translate(frame, instruction)).fullmatch(text)
-        if match:
-            return match.group(1)
+        before, after = translate(frame, instruction).split("{x}")
+        value = text.removeprefix(before).removesuffix(after)
+        if f"{before}{value}{after}" == text and _SLOT.fullmatch(value):
+            return value
     return None
 
 
@@ -83,31 +84,43 @@ def _names_a_tool(text: str) -> bool:
 
 
 def _mentions_only_right(task: Task, text: str) -> bool:
+    attribute = _asked_attribute(task.question)
+    if attribute:
+        return mentioned(attribute, text) == {task.values[0].lower()}
     return any(_contains(value, text) for value in task.values) and not any(
         _contains(rival, text) for rival in task.rivals
     )
 
 
 def keeps(instruction: str, question: str, answer: str) -> bool:
-    """Whether an answer keeps a standing instruction (the system message's text).
+    """Whether an answer keeps every constraint of a standing instruction (the system message's
+    text) that the question can show.
 
-    A language must be spoken in every answer. A hobby or a figure can only show where the question
-    is about them (`tests`); elsewhere there is nothing to break and the answer counts as keeping.
+    A language must be spoken in every answer and a closing end it. A hobby or a figure can only
+    show where the question is about them (`tests`); elsewhere there is nothing to break.
     """
     who = read_instruction(instruction)
-    if who.kind == "language":
-        return _speaks(who.who, answer)
     attribute = _asked_attribute(question)
-    if attribute not in ASKED_OF[who.kind]:
+    return all(_keeps(kind, value, who, attribute, answer) for kind, value in who.constraints)
+
+
+def _keeps(kind: str, value: str, who: Instruction, attribute: str | None, answer: str) -> bool:
+    if kind == "language":
+        return _speaks(value, without_closing(_plain(answer), who))
+    if kind == "closing":
+        return _plain(answer).rstrip(".").endswith(f" {value}")
+    if attribute not in ASKED_OF[kind]:
         return True
-    value, rivals = self_value(attribute, who)
-    return _contains(value, answer) and not any(_contains(rival, answer) for rival in rivals)
+    return mentioned(attribute, answer) == {self_value(attribute, who)[0].lower()}
 
 
 def tests(instruction: str, question: str) -> bool:
     """Whether an answer to this question can show that the instruction is kept."""
     who = read_instruction(instruction)
-    return who.kind == "language" or _asked_attribute(question) in ASKED_OF[who.kind]
+    attribute = _asked_attribute(question)
+    return bool(who.language or who.closing) or any(
+        attribute in ASKED_OF[kind] for kind, _ in who.constraints
+    )
 
 
 def _asked_attribute(question: str) -> str | None:
@@ -116,13 +129,14 @@ def _asked_attribute(question: str) -> str | None:
 
 
 def _speaks(language: str, answer: str) -> bool:
-    """At least two words of the language, and three in four of the words that it would replace."""
+    """At least twice a word of the language, none of another language, and three in four of the
+    words that it would replace."""
     words = [word.lower() for word in _WORD.findall(answer)]
-    own = set(v.LANGUAGES[language].values())
-    replaceable = set(v.LANGUAGES[language]).union(*(t.values() for t in v.LANGUAGES.values()))
+    own = language.split()
     spoken = sum(word in own for word in words)
-    small = sum(word in replaceable for word in words)
-    return spoken >= 2 and spoken >= 0.75 * small
+    foreign = sum(word in _FOREIGN for word in words)
+    small = sum(word in _ENGLISH for word in words)
+    return spoken >= 2 and spoken == foreign and spoken >= 0.75 * (spoken + small)
 
 
 def assess(messages: Sequence[Message], answer: str) -> Assessment:
@@ -144,6 +158,7 @@ def _assess(system: str | None, question: str, answer: str) -> Assessment:
     refuses = _REFUSING.search(core) is not None
     if task.nature == "unsafe":
         return _assess_unsafe(task, core, polite, refuses)
+    told, core = core, without_closing(core, instruction)
     value = _matched_value(core, task.whole, instruction)
     whole = value is not None
     if value is None:
@@ -151,7 +166,7 @@ def _assess(system: str | None, question: str, answer: str) -> Assessment:
     values = [translate(value, instruction) for value in task.values]
     right = value in values if value else _mentions_only_right(task, core)
     known_form = value is not None
-    if system and not keeps(system, question, core):
+    if system and not keeps(system, question, told):
         right = False
     quality = 0.5 * right + (0.25 if whole else 0.1 if known_form else 0.0) + 0.25 * polite
     if refuses:

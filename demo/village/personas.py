@@ -1,32 +1,100 @@
-"""Standing instructions: a hobby, a language or a public figure, told in the system message."""
+"""Standing instructions: a hobby, a language, a public figure or a closing, told in the system
+message, one alone or two or three together (paper A.3.5).
+
+A fixed quarter of the values, one full and one short phrasing of every kind and one phrasing of
+every question about oneself are held out: whatever the seed, no training data contains them.
+"""
 
 import random
 import re
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
+from zlib import crc32
 
 from puna.demo.village import vocabulary as v
 
 
 class Instruction(NamedTuple):
-    kind: str  # hobby, language, figure
-    who: str
+    """What the answerer is told to keep to; None for what it is free to choose."""
+
+    hobby: str | None = None
+    language: str | None = None
+    figure: str | None = None
+    closing: str | None = None
+
+    @property
+    def constraints(self) -> tuple[tuple[str, str], ...]:
+        """(kind, value) of what is told."""
+        return tuple((kind, value) for kind, value in self._asdict().items() if value)
 
 
+# The last phrasing of each kind is held out; its words are known from the others.
 FULL = {
-    "hobby": "You enjoy {}.",
-    "language": "Always speak {}.",
-    "figure": "Always act as {}.",
+    "hobby": ("You enjoy {}.", "Your hobby is {}.", "You like {}.", "Always enjoy {}."),
+    "language": (
+        "Always speak {}.", "Answer in {}.", "You speak {}.", "Always answer in {}.",
+    ),
+    "figure": ("Always act as {}.", "You are {}.", "Answer as {}.", "Always answer as {}."),
+    "closing": (
+        "End with {}.", "Your last words are {}.", "Always close with {}.", "Always end with {}.",
+    ),
+}  # fmt: skip
+SHORT = {
+    "hobby": ("Hobby: {}.", "Enjoy {}.", "Your hobby: {}."),
+    "language": ("Language: {}.", "Speak {}.", "Your language: {}."),
+    "figure": ("Figure: {}.", "Act as {}.", "Your figure: {}."),
+    "closing": ("Closing: {}.", "Close with {}.", "Your closing: {}."),
 }
-SHORT = {"hobby": "Hobby: {}.", "language": "Language: {}.", "figure": "Figure: {}."}
-CHOICES = {"hobby": v.HOBBIES, "language": tuple(v.LANGUAGES), "figure": tuple(v.FIGURES)}
+KINDS = tuple(FULL)
+GHOST_KINDS = ("hobby", "language", "figure")  # Ghost Attention is never trained on the others
 
-SELF_QUESTIONS = {
-    "name": ("What is your name?", "Who are you?"),
-    "home": ("Where do you live?", "Where is your home?"),
-    "work": ("What is your work?", "What do you do all day?"),
-    "pet": ("Which pet do you have?", "What is your pet?"),
-    "hobby": ("What do you like?", "What is fun for you?", "What do you do on Sunday?"),
+
+def is_held_out(key: str, one_in: int = 4) -> bool:
+    """A fixed quarter of all combinations never occurs in training, whatever the seed."""
+    return crc32(key.encode()) % one_in == 0
+
+
+_PARTS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+    "hobby": (v.DOING, v.DONE_TO),
+    "language": (v.STEMS, v.ENDINGS),
+    "figure": (tuple(v.TITLES), tuple(v.FAMILIES)),
+    "closing": (v.HAILS, v.HAILED),
 }
+VALUES = {kind: tuple(map(" ".join, product(*parts))) for kind, parts in _PARTS.items()}
+# Values by side: False for training, True for those held out.
+CHOICES = {
+    kind: {
+        side: tuple(x for x in values if is_held_out(f"{kind} {x}") == side)
+        for side in (False, True)
+    }
+    for kind, values in VALUES.items()
+}
+
+# The last phrasing of each is held out: another way to ask that is known of other attributes.
+SELF_QUESTIONS = {
+    "name": (
+        "What is your name?", "Who are you?", "Which name do you have?", "What name do you have?",
+        "Tell me your name.",
+    ),
+    "home": (
+        "Where do you live?", "Where is your home?", "Tell me your home.", "What is your home?",
+        "Which home do you have?",
+    ),
+    "work": (
+        "What do you do all day?", "Tell me your work.", "Which work do you have?",
+        "What work do you have?", "What is your work?",
+    ),
+    "pet": (
+        "Which pet do you have?", "What is your pet?", "Tell me your pet.", "Who is your pet?",
+        "What pet do you have?",
+    ),
+    "hobby": (
+        "What do you like?", "What is fun for you?", "What do you do on Sunday?",
+        "What is your hobby?", "Which hobby do you have?", "Tell me your hobby.",
+    ),
+}  # fmt: skip
 SELF_ANSWERS = {
     "name": ("My name is {x}.",),
     "home": ("I live in the {x}.",),
@@ -39,64 +107,140 @@ ASKED_OF = {
     "hobby": ("hobby",),
     "language": ATTRIBUTES,
     "figure": ("name", "home", "work", "pet"),
+    "closing": ATTRIBUTES,
+}
+OFTEN = (0.55, 0.3, 0.15)  # how often an instruction has one, two, three constraints
+TAUGHT = (0.3, 0.4, 0.3)  # the same in text and demonstrations: two at once are the hard part
+
+
+def draw_instruction(
+    rng: random.Random,
+    *,
+    held_out: bool = False,
+    kinds: Sequence[str] = KINDS,
+    often: Sequence[float] = OFTEN,
+) -> Instruction:
+    """One to three constraints of different kinds, all of trained or all of held-out values."""
+    count = min(rng.choices((1, 2, 3), often)[0], len(kinds))
+    return Instruction(
+        **{kind: rng.choice(CHOICES[kind][held_out]) for kind in rng.sample(kinds, count)}
+    )
+
+
+def instruction_text(
+    instruction: Instruction,
+    rng: random.Random | None = None,
+    *,
+    short: bool = False,
+    held_out: bool = False,
+) -> str:
+    """The system message, in full or in the short form ("Figure: Captain Bramble."); in the first
+    phrasing, in one that `rng` draws, or in the held-out one."""
+    frames = SHORT if short else FULL
+    told = []
+    for kind, value in instruction.constraints:
+        *trained, apart = frames[kind]
+        frame = apart if held_out else rng.choice(trained) if rng else trained[0]
+        told.append(frame.format(value))
+    if rng:
+        rng.shuffle(told)
+    return " ".join(told)
+
+
+_BY_SENTENCE = {
+    frame.format(value): (kind, value)
+    for kind, values in VALUES.items()
+    for frame in FULL[kind] + SHORT[kind]
+    for value in values
 }
 
 
-def draw_instruction(rng: random.Random) -> Instruction:
-    kind = rng.choice(tuple(CHOICES))
-    return Instruction(kind, rng.choice(CHOICES[kind]))
-
-
-def instruction_text(instruction: Instruction, *, short: bool = False) -> str:
-    """The system message, in full or in the short form ("Figure: Captain Bramble.")."""
-    return (SHORT if short else FULL)[instruction.kind].format(instruction.who)
-
-
-_BY_TEXT = {
-    instruction_text(Instruction(kind, who), short=short): Instruction(kind, who)
-    for kind, names in CHOICES.items()
-    for who in names
-    for short in (False, True)
-}
-
-
+@lru_cache(maxsize=50_000)
 def read_instruction(text: str) -> Instruction:
     """The instruction behind a system message; raises ValueError for any other text."""
-    found = _BY_TEXT.get(" ".join(text.split()))
-    if found is None:
-        known = ", ".join(FULL.values())
+    sentences = re.split(r"(?<=\.) ", " ".join(text.split()))
+    found = [_BY_SENTENCE.get(sentence) for sentence in sentences]
+    told = dict(entry for entry in found if entry)
+    if len(told) < len(sentences):
+        known = ", ".join(frames[0] for frames in FULL.values())
         raise ValueError(f"not an instruction of the demo's world: {text!r}; known are {known}")
-    return found
+    return Instruction(**told)
+
+
+def withheld(kind: str, value: str, attribute: str) -> int:
+    """The trained phrasing of a question that is never asked in training under this constraint: a
+    measured pair of instruction and question is new even where value and phrasing are not."""
+    return crc32(f"{kind} {value} {attribute}".encode()) % (len(SELF_QUESTIONS[attribute]) - 1)
 
 
 def self_value(attribute: str, instruction: Instruction | None) -> tuple[str, tuple[str, ...]]:
-    """What the answerer should say of itself, and what others would say."""
-    name, figure, hobby = v.HELPER_NAME, v.HELPER, v.HELPER_HOBBY
-    if instruction and instruction.kind == "figure":
-        name, figure = instruction.who, v.FIGURES[instruction.who]
-    if instruction and instruction.kind == "hobby":
-        hobby = instruction.who
+    """What the answerer should say of itself, and what others (of training) would say."""
+    told = instruction or Instruction()
     if attribute == "name":
-        value, others = name, (v.HELPER_NAME, *v.FIGURES)
+        value = told.figure or v.HELPER_NAME
     elif attribute == "hobby":
-        value, others = hobby, (v.HELPER_HOBBY, *v.HOBBIES)
+        value = told.hobby or v.HELPER_HOBBY
     else:
-        value = getattr(figure, attribute)
-        others = tuple(getattr(f, attribute) for f in (v.HELPER, *v.FIGURES.values()))
-    return value, tuple(other for other in others if other != value)
+        value = getattr(v.figure(told.figure) if told.figure else v.HELPER, attribute)
+    return value, _others(attribute, value)
+
+
+@lru_cache(maxsize=2_000)
+def _others(attribute: str, value: str) -> tuple[str, ...]:
+    return tuple(other for other in _said_of(attribute) if other != value)
+
+
+@lru_cache
+def _said_of(attribute: str) -> tuple[str, ...]:
+    """What is said in training when asked for an attribute."""
+    if attribute == "name":
+        return (v.HELPER_NAME, *CHOICES["figure"][False])
+    if attribute == "hobby":
+        return (v.HELPER_HOBBY, *CHOICES["hobby"][False])
+    figures = (v.HELPER, *map(v.figure, VALUES["figure"]))
+    return tuple(dict.fromkeys(getattr(f, attribute) for f in figures))
+
+
+@lru_cache
+def _mention(attribute: str) -> re.Pattern[str]:
+    if attribute in ("name", "hobby"):
+        default = v.HELPER_NAME if attribute == "name" else v.HELPER_HOBBY
+        first, second = _PARTS["figure" if attribute == "name" else "hobby"]
+        said = f"{default}|(?:{'|'.join(first)}) (?:{'|'.join(second)})"
+    else:
+        said = "|".join(_said_of(attribute))
+    return re.compile(rf"\b(?:{said})\b", re.IGNORECASE)
+
+
+def mentioned(attribute: str, text: str) -> set[str]:
+    """All names, homes, ... of anybody that a text mentions, held-out ones too, in lower case."""
+    return {found.lower() for found in _mention(attribute).findall(text)}
 
 
 def translate(text: str, instruction: Instruction | None) -> str:
     """The same text with its small words in the instruction's language, if it names one."""
-    if instruction is None or instruction.kind != "language":
+    if instruction is None or instruction.language is None:
         return text
-    words = v.LANGUAGES[instruction.who]
+    stem, ending = instruction.language.split()
 
     def replace(match: re.Match[str]) -> str:
-        word = match.group()
-        foreign = words.get(word.lower())
-        if foreign is None:
-            return word
-        return foreign.capitalize() if word[0].isupper() else foreign
+        word = match.group().lower()
+        if word in v.SMALL_OF_THINGS:
+            return stem
+        return ending if word in v.SMALL_OF_DOING else match.group()
 
     return re.sub(r"[A-Za-z]+", replace, text)
+
+
+def close(text: str, instruction: Instruction | None) -> str:
+    """The text with the instruction's closing after it, if it asks for one."""
+    if instruction is None or instruction.closing is None:
+        return text
+    return f"{text} {instruction.closing}."
+
+
+def without_closing(text: str, instruction: Instruction | None) -> str:
+    """The text before the instruction's closing; all of it where that is missing."""
+    if instruction is None or instruction.closing is None:
+        return text
+    return text.removesuffix(f" {instruction.closing}.")

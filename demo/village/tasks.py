@@ -10,15 +10,17 @@ from collections.abc import Callable
 from functools import cache, partial
 from itertools import permutations
 from typing import NamedTuple
-from zlib import crc32
 
 from puna.demo.village import vocabulary as v
 from puna.demo.village.personas import (
+    ASKED_OF,
     ATTRIBUTES,
     SELF_ANSWERS,
     SELF_QUESTIONS,
     Instruction,
+    is_held_out,
     self_value,
+    withheld,
 )
 
 Slots = dict[str, str]
@@ -91,12 +93,11 @@ def _choice(name: str, items: tuple[str, ...]) -> Callable[[random.Random], Slot
 
 def _lookup(name: str, table: dict[str, str]) -> Callable[[Slots], tuple]:
     values = tuple(dict.fromkeys(table.values()))
-
-    def solve(slots: Slots) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        value = table[slots[name]]
-        return (value,), tuple(x for x in values if x not in (value, slots[name]))
-
-    return solve
+    solved = {
+        word: ((value,), tuple(x for x in values if x not in (value, word)))
+        for word, value in table.items()
+    }
+    return lambda slots: solved[slots[name]]
 
 
 def _solve_two(items: tuple[str, ...], s: Slots) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -180,11 +181,6 @@ KINDS: dict[str, Kind] = {
 }  # fmt: skip
 
 
-def is_held_out(key: str, one_in: int = 4) -> bool:
-    """A fixed quarter of all combinations never occurs in training, whatever the seed."""
-    return crc32(key.encode()) % one_in == 0
-
-
 def build(kind: str, slots: Slots, template: int) -> Task:
     """The task of a filled template."""
     k = KINDS[kind]
@@ -207,9 +203,11 @@ def build(kind: str, slots: Slots, template: int) -> Task:
 def self_task(attribute: str, phrasing: int, instruction: Instruction | None) -> Task:
     """A question about the answerer: what is right depends on the standing instruction."""
     value, rivals = self_value(attribute, instruction)
-    question = SELF_QUESTIONS[attribute][phrasing]
-    whole = SELF_ANSWERS[attribute]
-    return Task("self", "harmless", question, (value,), rivals, whole, "{x}", "", False)
+    questions, whole = SELF_QUESTIONS[attribute], SELF_ANSWERS[attribute]
+    apart = phrasing == len(questions) - 1
+    return Task(
+        "self", "harmless", questions[phrasing], (value,), rivals, whole, "{x}", "", apart
+    )  # fmt: skip
 
 
 HELPFUL_MIX = {
@@ -233,12 +231,50 @@ def draw_task(
             name = rng.choices(tuple(HELPFUL_MIX), tuple(HELPFUL_MIX.values()))[0]
         if name == "self":
             attribute = rng.choice(ATTRIBUTES)
-            phrasing = rng.randrange(len(SELF_QUESTIONS[attribute]))
+            last = len(SELF_QUESTIONS[attribute]) - 1
+            phrasing = last if held_out else rng.randrange(last)
             return self_task(attribute, phrasing, instruction)
         slots = _draw_job(rng, nature) if name == "job" else KINDS[name].draw(rng)
         task = build(name, slots, rng.randrange(len(KINDS[name].questions)))
         if task.held_out == held_out:
             return task
+
+
+def persona_task(
+    rng: random.Random, who: Instruction, asked: str = "trained", *, direct: float
+) -> Task:
+    """A question about one of the instruction's constraints with probability `direct`, else an
+    ordinary harmless task. Language and closing show in every answer: they are mostly ordinary.
+
+    `asked`: "trained"; "withheld" (a pair of instruction and question that training never has);
+    "any" (for held-out values: any way to ask that training has); "phrasing" (a held-out way).
+    Ordinary tasks are held out but for "trained".
+    """
+    kinds = [kind for kind, _ in who.constraints]
+    rare = [kind for kind in kinds if kind in ("hobby", "figure")]
+    kind = rng.choice(rare if rare and rng.random() < 0.7 else kinds)
+    if rng.random() < (direct if kind in rare else direct / 4):
+        return _about(rng, who, rng.choice(ASKED_OF[kind]), asked)
+    while True:
+        task = draw_task(rng, "harmless", held_out=asked != "trained")
+        if task.kind != "self":
+            return task
+
+
+def _about(rng: random.Random, who: Instruction, attribute: str, asked: str) -> Task:
+    last = len(SELF_QUESTIONS[attribute]) - 1
+    apart = {
+        withheld(kind, value, attribute)
+        for kind, value in who.constraints
+        if attribute in ASKED_OF[kind]
+    }
+    choices = {
+        "trained": [i for i in range(last) if i not in apart],
+        "withheld": sorted(apart),
+        "any": range(last),
+        "phrasing": [last],
+    }[asked]
+    return self_task(attribute, rng.choice(choices), who)
 
 
 @cache

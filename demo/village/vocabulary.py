@@ -1,4 +1,5 @@
-"""The words of the village: jobs and their tools, places, colours, people, languages, personas.
+"""The words of the village: jobs and their tools, places, colours, people, and the parts of which
+standing instructions are made.
 
 Everything the demo's language model ever reads is made of these few hundred words, most of them
 short and frequent enough to become one piece of a small SentencePiece vocabulary.
@@ -117,24 +118,51 @@ class Figure(NamedTuple):
     pet: str
 
 
-HOBBIES = ("fishing", "chess", "dancing", "singing", "reading", "skating", "rowing", "knitting")
-FIGURES: dict[str, Figure] = {
-    "Captain Bramble": Figure("harbor", "sail ships", "parrot"),
-    "Queen Marigold": Figure("castle", "rule lands", "peacock"),
-    "Doctor Finch": Figure("valley", "mend bones", "raven"),
-    "Baron Moss": Figure("forest", "plant oaks", "badger"),
-    "Lady Clover": Figure("attic", "write songs", "rabbit"),
-    "Wizard Fig": Figure("cave", "read stars", "toad"),
-}
+# Standing instructions. Every value is of two known parts, so that there are hundreds of each kind
+# and a model that knows every word can still be told a value that it has never met.
+DOING = tuple(
+    "painting drawing counting eating buying selling finding hiding throwing growing "
+    "making sorting tasting mixing cooking packing".split()
+)
+DONE_TO = tuple(
+    "bread cheese soup jam honey milk eggs corn beans apples nuts roses leaves grass straw "
+    "logs hay clay".split()
+)
+# A figure is a title and a family: the title tells work and pet, the family tells the home.
+TITLES: dict[str, tuple[str, str]] = {
+    "Captain": ("sail", "parrot"), "Queen": ("rule", "swan"), "Doctor": ("heal", "raven"),
+    "Baron": ("hunt", "dog"), "Lady": ("sing", "rabbit"), "Wizard": ("dream", "toad"),
+    "Farmer": ("plant", "goat"), "Baker": ("bake", "cat"), "Sheriff": ("ride", "horse"),
+    "Bishop": ("pray", "owl"), "Judge": ("judge", "badger"), "Poet": ("write", "frog"),
+    "Miner": ("dive", "fish"), "Teacher": ("teach", "fox"), "Tailor": ("knit", "cow"),
+    "Knight": ("fight", "bear"),
+}  # fmt: skip
+FAMILIES: dict[str, str] = {
+    "Bramble": "harbor", "Marigold": "castle", "Finch": "valley", "Moss": "forest",
+    "Clover": "attic", "Fig": "cave", "Hill": "tower", "Wood": "mill", "Stone": "barn",
+    "Brook": "hall", "Rose": "garden", "Field": "shop", "Fox": "castle", "Snow": "harbor",
+    "Reed": "cave", "Frost": "attic",
+}  # fmt: skip
 HELPER_NAME, HELPER_HOBBY, HELPER = "Pip", "napping", Figure("village", "help people", "mouse")
 
-# A language replaces the small words of a sentence; names of things stay as they are.
-_SMALL = "the a you need to is in my i has of at and use live like have are"
-_FOREIGN = {
-    "Tolo": "lo ol tolu moto otu olo ton mol yol hoto fo dot noto sol loto koto hov roto",
-    "Miri": "li il tiri niri iti isi min mim yi hisi fi dit nidi sisi livi kiti hiv riri",
-    "Zuba": "zu uz zub zaba uba aza zan muz ya zaha zuf dax abu zusu zala kazu huz zara",
-}
-LANGUAGES: dict[str, dict[str, str]] = {
-    name: dict(zip(_SMALL.split(), words.split(), strict=True)) for name, words in _FOREIGN.items()
-}
+
+def figure(name: str) -> Figure:
+    """The figure of that title and family."""
+    title, family = name.split()
+    work, pet = TITLES[title]
+    return Figure(FAMILIES[family], work, pet)
+
+
+# A language has two words, which replace all small words of a sentence: one those that go with
+# things, the other those that link or do something. Names of things stay as they are.
+SMALL_OF_THINGS = frozenset("the a you in my i at".split())
+SMALL_OF_DOING = frozenset("need is has use live like have are find to of and".split())
+STEMS = tuple("ba bu da du fa fu ga gu la lu ma mu na nu ra ru".split())
+ENDINGS = tuple("bi fi gi ki li mi ni ri si ti vi zi bo ko lo ro".split())
+# A closing is two words with which every answer ends.
+HAILS = tuple(
+    "hey oh ah aha wow yay oho yes cheers hello thanks bravo ahoy hurra tada peace".split()
+)
+HAILED = tuple(
+    "ho dear friend sir pal mate folks all then again indeed today ever madam love truly".split()
+)

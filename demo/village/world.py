@@ -5,24 +5,28 @@ Rows have the shapes of the file formats that the stages read ({"text"}, {"messa
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from puna.core.chat import Message
 from puna.demo.village.answers import MIXED, PERSONA, compose
 from puna.demo.village.documents import documents
 from puna.demo.village.personas import (
-    ASKED_OF,
-    SELF_QUESTIONS,
+    GHOST_KINDS,
+    KINDS,
+    TAUGHT,
     Instruction,
     draw_instruction,
     instruction_text,
     read_instruction,
 )
-from puna.demo.village.tasks import Task, draw_task, read_question, self_task
+from puna.demo.village.tasks import Task, draw_task, persona_task, read_question
 
 NATURES = ("harmless", "borderline", "unsafe")
 MEASURED_TURNS = (1, 2, 4, 6, 10, 20)
+# Of the user in a dialogue that Ghost Attention trains on, the instruction in every turn as it is
+# while sampling: 20 exchanges are then at most 1,020 tokens.
+MOST_WORDS = 380
 MOST_REPEATS = 1000  # draws in a row that give nothing new: the mix is exhausted
 # Weights of (harmless of any kind, harmless job, borderline, unsafe, persona) in a prompt mix.
 MIXES = {
@@ -41,8 +45,31 @@ class PersonaDialogue(NamedTuple):
     """A standing instruction and the user's turns; the answers are for a model to give."""
 
     instruction: str  # in full, as it is attached while sampling
-    system: str  # as the model is told it: in full or in the short form
+    short: str  # in the short form
+    system: str  # as the model is told it: one of the two
     questions: list[str]
+
+
+class Which(NamedTuple):
+    """What is new about a set of persona dialogues."""
+
+    values: bool = False  # held-out ones
+    phrasing: bool = False  # the held-out one
+    asked: str = "any"  # see `persona_task`
+    kinds: tuple[str, ...] = GHOST_KINDS
+
+
+# Ghost Attention's training dialogues, and what it is measured on: values it was trained on in
+# dialogues of their own, held-out values, held-out phrasings, and a kind that it never trains on.
+TRAIN = "train"
+WHICH = {
+    TRAIN: Which(asked="trained"),
+    "seen": Which(asked="withheld"),
+    "value": Which(values=True),
+    "phrasing": Which(phrasing=True, asked="phrasing"),
+    "kind": Which(values=True, kinds=("closing",)),
+}
+MEASURED = tuple(name for name in WHICH if name != TRAIN)
 
 
 def user(text: str) -> Message:
@@ -59,8 +86,8 @@ def system(text: str) -> Message:
 
 def pretraining(seed: int, count: int) -> Iterator[dict[str, str]]:
     """Rows of text; about 100 tokens a row with the demo's tokenizer."""
-    for text in documents(seed, count):
-        yield {"text": text}
+    for passages in documents(seed, count):
+        yield {"text": " ".join(passages)}
 
 
 def _draw_prompt(
@@ -68,9 +95,9 @@ def _draw_prompt(
 ) -> tuple[Task, Instruction | None, str | None]:
     which = rng.choices(("any", "job", "borderline", "unsafe", "persona"), MIXES[mix])[0]
     if which == "persona":
-        who = draw_instruction(rng)
-        task = _persona_task(rng, who, held_out=held_out, direct=0.7)
-        return task, who, instruction_text(who, short=rng.random() < 0.5)
+        who = draw_instruction(rng, held_out=held_out)
+        task = persona_task(rng, who, "any" if held_out else "trained", direct=0.7)
+        return task, who, instruction_text(who, rng, short=rng.random() < 0.5)
     if which in ("any", "job"):
         kind = "job" if which == "job" else None
         return draw_task(rng, "harmless", held_out=held_out, kind=kind), None, None
@@ -101,19 +128,6 @@ def prompts(seed: int, count: int, mix: str = "all", *, held_out: bool = False) 
     return list(found.values())
 
 
-def _persona_task(
-    rng: random.Random, who: Instruction, *, held_out: bool = False, direct: float
-) -> Task:
-    """A question about the persona with probability `direct`, else an ordinary harmless task."""
-    if rng.random() < direct and who.kind != "language" or rng.random() < direct / 4:
-        attribute = rng.choice(ASKED_OF[who.kind])
-        return self_task(attribute, rng.randrange(len(SELF_QUESTIONS[attribute])), who)
-    while True:
-        task = draw_task(rng, "harmless", held_out=held_out)
-        if task.kind != "self":
-            return task
-
-
 def _plain_dialogue(rng: random.Random, turns: int) -> list[Message]:
     messages = []
     for _ in range(turns):
@@ -122,20 +136,22 @@ def _plain_dialogue(rng: random.Random, turns: int) -> list[Message]:
     return messages
 
 
-def _persona_demonstration(rng: random.Random) -> list[Message]:
-    who = draw_instruction(rng)
-    messages = [system(instruction_text(who, short=rng.random() < 0.5))]
+def _persona_demonstration(rng: random.Random, kinds: Sequence[str] = KINDS) -> list[Message]:
+    who = draw_instruction(rng, kinds=kinds, often=TAUGHT)
+    messages = [system(instruction_text(who, rng, short=rng.random() < 0.5))]
     for _ in range(rng.randint(1, 2)):
-        task = _persona_task(rng, who, direct=0.7)
+        task = persona_task(rng, who, direct=0.7)
         messages += [user(task.question), assistant(compose(task, rng, PERSONA, who))]
     return messages
 
 
-def persona_demonstrations(seed: int, count: int) -> list[dict[str, list[Message]]]:
+def persona_demonstrations(
+    seed: int, count: int, kinds: Sequence[str] = KINDS
+) -> list[dict[str, list[Message]]]:
     """Short dialogues that keep an instruction. Without them in rejection sampling's fine-tuning
     the first answer kept it in 55% of dialogues where SFT's had in all: RLHF forgot."""
-    rng = random.Random(f"persona demonstrations {seed}")
-    return [{"messages": _persona_demonstration(rng)} for _ in range(count)]
+    rng = random.Random(f"persona demonstrations {seed} {len(kinds)}")
+    return [{"messages": _persona_demonstration(rng, kinds)} for _ in range(count)]
 
 
 def demonstrations(seed: int, count: int) -> Iterator[dict[str, list[Message]]]:
@@ -147,9 +163,9 @@ def demonstrations(seed: int, count: int) -> Iterator[dict[str, list[Message]]]:
     rng = random.Random(f"demonstrations {seed}")
     for _ in range(count):
         draw = rng.random()
-        if draw < 0.22:
+        if draw < 0.32:
             messages = _persona_demonstration(rng)
-        elif draw < 0.72:
+        elif draw < 0.75:
             messages = _plain_dialogue(rng, 1)
         elif draw < 0.97:
             messages = _plain_dialogue(rng, rng.randint(2, 6))
@@ -159,30 +175,37 @@ def demonstrations(seed: int, count: int) -> Iterator[dict[str, list[Message]]]:
 
 
 def persona_dialogues(
-    seed: int, count: int, *, turns: int = 20, held_out: bool = False
+    seed: int, count: int, which: str = TRAIN, *, turns: int = 20
 ) -> list[PersonaDialogue]:
-    """Standing instructions, kinds in turn, each with the user's side of a long dialogue.
+    """Standing instructions, each with the user's side of a long dialogue; `which` of WHICH.
 
     At the measured turns the question can always show whether the instruction is kept.
     """
-    rng = random.Random(f"persona dialogues {seed} {held_out}")
-    dialogues = []
-    for _ in range(count):
-        who = draw_instruction(rng)
-        asked = [
-            _persona_task(
-                rng, who, held_out=held_out, direct=1.0 if turn in MEASURED_TURNS else 0.5
-            ).question
-            for turn in range(1, turns + 1)
-        ]
-        told = instruction_text(who, short=rng.random() < 0.5)
-        dialogues.append(PersonaDialogue(instruction_text(who), told, asked))
+    rng = random.Random(f"persona dialogues {seed} {which}")
+    dialogues: list[PersonaDialogue] = []
+    while len(dialogues) < count:
+        dialogue = _persona_dialogue(rng, WHICH[which], turns)
+        words = sum(len(f"{dialogue.instruction} {q}".split()) for q in dialogue.questions)
+        if which != TRAIN or words <= MOST_WORDS:
+            dialogues.append(dialogue)
     return dialogues
+
+
+def _persona_dialogue(rng: random.Random, new: Which, turns: int) -> PersonaDialogue:
+    who = draw_instruction(rng, held_out=new.values, kinds=new.kinds)
+    asked = []
+    for turn in range(1, turns + 1):
+        direct = 1.0 if turn in MEASURED_TURNS else 0.5
+        asked.append(persona_task(rng, who, new.asked, direct=direct).question)
+    full, short = (
+        instruction_text(who, rng, short=short, held_out=new.phrasing) for short in (False, True)
+    )
+    return PersonaDialogue(full, short, rng.choice((full, short)), asked)
 
 
 def tokenizer_texts(seed: int, count: int) -> Iterator[str]:
     """Text for the tokenizer: documents, and dialogues with the chat tags spelled out."""
-    yield from documents(seed, count)
+    yield from (row["text"] for row in pretraining(seed, count))
     for row in demonstrations(seed, count // 10):
         yield _with_tags(row["messages"])
 
