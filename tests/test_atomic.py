@@ -155,6 +155,7 @@ WRITERS = {
     "trainers/train/run.py": "the same: metrics.jsonl, cut to its checkpoint",
     "benchmarks/models/decode_peers.py": "a peer's input, in a temporary folder",
     "benchmarks/timing.py": "/proc/self/clear_refs",
+    "trainers/train/command.py": "/dev/null, where a stream is closed",
 }
 
 

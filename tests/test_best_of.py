@@ -120,7 +120,7 @@ def test_what_cannot_be_kept_is_no_best():
         assert row["best"] == pytest.approx(sum(best) / 5, abs=1e-6)
         kept = [usable[:, s].any(1).double().mean() for s in subsets]
         assert row["kept"] == pytest.approx(float(torch.stack(kept).mean()))
-        first = [scores[p, : row["k"]][usable[p, : row["k"]]] for p in range(6)]
+        first = [scores[p][usable[p]][: row["k"]] for p in range(6)]
         means = [found.mean().item() for found in first if len(found)]
         assert row["mean"] == pytest.approx(sum(means) / len(means), abs=1e-6)
         middles = [found.quantile(0.5).item() for found in first if len(found)]

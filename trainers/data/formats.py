@@ -13,21 +13,13 @@ from typing import Any, NamedTuple, cast
 from puna.core.chat import Message, check_dialogue, check_text
 from puna.core.documents import listed, shortened
 from puna.trainers.data.columns import Columns as Columns
+from puna.trainers.data.messages import Malformed, Unusable, either, message_of, messages_of
 
 RATINGS = ("significantly_better", "better", "slightly_better", "negligibly_better")
 SAFETY = ("chosen_safe", "both_safe", "both_unsafe")
-ROLES = ("system", "user", "assistant")
 
 Row = Mapping[str, Any]
 Ratings = dict[str, str]  # the file's values -> ours
-
-
-class Malformed(ValueError):
-    """The row cannot be read: what is wrong, and what was expected."""
-
-
-class Unusable(ValueError):
-    """The row can be read but not learned from: the reason to count it under."""
 
 
 class Dialogue(NamedTuple):
@@ -89,9 +81,9 @@ def parse_text(row: Row, columns: Columns) -> str:
 def parse_dialogue(row: Row, columns: Columns) -> Dialogue:
     """`messages`, or `prompt` and `response`."""
     if columns.messages in row:
-        messages = _messages(row[columns.messages], columns.messages)
+        messages = messages_of(row[columns.messages], columns.messages)
     elif columns.prompt in row and columns.response in row:
-        messages = [*_prompt(row, columns), _message("assistant", _string(row, columns.response))]
+        messages = [*_prompt(row, columns), message_of("assistant", _string(row, columns.response))]
     else:
         raise _missing(row, f"'{columns.messages}' or '{columns.prompt}' and '{columns.response}'")
     _check_dialogue(messages)
@@ -103,7 +95,7 @@ def parse_dialogue(row: Row, columns: Columns) -> Dialogue:
 def parse_prompt(row: Row, columns: Columns) -> Prompt:
     """`messages` or `prompt`, and perhaps `safety`: true or false."""
     if columns.messages in row:
-        messages = _messages(row[columns.messages], columns.messages)
+        messages = messages_of(row[columns.messages], columns.messages)
     elif columns.prompt in row:
         messages = _prompt(row, columns)
     else:
@@ -124,7 +116,7 @@ def parse_ghost(row: Row) -> Ghost:
         if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
             raise Malformed(f"'turns' is {shortened(turns)}, expected a list of texts")
     elif "messages" in row:
-        messages = _messages(row["messages"], "messages")
+        messages = messages_of(row["messages"], "messages")
         turns = [message["content"] for message in messages if message["role"] == "user"]
     else:
         raise _missing(row, "'turns' or 'messages'")
@@ -197,7 +189,7 @@ def _chosen_and_rejected(row: Row, columns: Columns) -> tuple[list[Message], str
         chosen, rejected = (_answer_to(messages, answer, columns) for answer in pair)
         return messages, chosen, rejected
     dialogues = [
-        parse_transcript(side) if isinstance(side, str) else _messages(side, columns.chosen)
+        parse_transcript(side) if isinstance(side, str) else messages_of(side, columns.chosen)
         for side in pair
     ]
     for dialogue in dialogues:
@@ -226,7 +218,7 @@ def parse_transcript(text: str) -> list[Message]:
         )
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
-        _message(roles[speaker], content.strip())
+        message_of(roles[speaker], content.strip())
         for speaker, content in zip(turns[::2], turns[1::2], strict=True)
     ]
 
@@ -235,7 +227,7 @@ def _answer_to(messages: list[Message], answer: Any, columns: Columns) -> str:
     """An answer: its text, or messages that are it alone or the prompt and it."""
     if isinstance(answer, str):
         return answer
-    dialogue = _messages(answer, columns.chosen)
+    dialogue = messages_of(answer, columns.chosen)
     if dialogue[: len(messages)] == messages:
         dialogue = dialogue[len(messages) :]
     if len(dialogue) != 1 or dialogue[0]["role"] != "assistant":
@@ -248,18 +240,18 @@ def _answer_to(messages: list[Message], answer: Any, columns: Columns) -> str:
 
 def _prompt_or_messages(row: Row, columns: Columns) -> list[Message]:
     if columns.messages in row:
-        return _messages(row[columns.messages], columns.messages)
+        return messages_of(row[columns.messages], columns.messages)
     return _prompt(row, columns)
 
 
 def _prompt(row: Row, columns: Columns) -> list[Message]:
     """The prompt column: one user message as text, or messages; and what goes with it."""
     if isinstance(row.get(columns.prompt), list):
-        messages = _messages(row[columns.prompt], columns.prompt)
+        messages = messages_of(row[columns.prompt], columns.prompt)
     else:
         text = "\n\n".join([_string(row, columns.prompt), *_optional(row, columns.input)])
-        messages = [_message("user", text)]
-    return [_message("system", text) for text in _optional(row, columns.system)] + messages
+        messages = [message_of("user", text)]
+    return [message_of("system", text) for text in _optional(row, columns.system)] + messages
 
 
 def _optional(row: Row, name: str) -> list[str]:
@@ -267,41 +259,6 @@ def _optional(row: Row, name: str) -> list[str]:
     if not name or row.get(name) is None:
         return []
     return [text] if (text := _string(row, name)).strip() else []
-
-
-def _messages(value: Any, name: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise Malformed(f"'{name}' is {shortened(value)}, expected a list of messages")
-    messages = []
-    for index, item in enumerate(value):
-        where = f"'{name}[{index}]'"
-        if not isinstance(item, dict):
-            raise Malformed(
-                f"{where} is {shortened(item)}, expected an object with role and content"
-            )
-        if item.get("role") not in ROLES:
-            raise Malformed(
-                f"{where} has role {shortened(item.get('role'))}, expected {_or(ROLES)}"
-            )
-        if not isinstance(item.get("content"), str):
-            raise Malformed(
-                f"{where} has content {shortened(item.get('content'))}, expected a string"
-            )
-        message = _message(item["role"], item["content"])
-        if item.get("weight") is not None:
-            message["weight"] = _weight(item["weight"], where)
-        messages.append(message)
-    return messages
-
-
-def _weight(value: Any, where: str) -> float:
-    if type(value) not in (int, float) or not 0 <= value <= 1:
-        raise Malformed(f"{where} has weight {shortened(value)}, expected a number from 0 to 1")
-    return float(value)
-
-
-def _message(role: str, content: str) -> Message:
-    return cast(Message, {"role": role, "content": content})
 
 
 def _safety(row: Row, columns: Columns, ratings: Ratings) -> str | None:
@@ -331,7 +288,7 @@ def _value(value: Any, name: str, ratings: Ratings, known: tuple[str, ...]) -> s
         raise Unusable("a tie where a ranking is asked for")
     if mapped not in known:
         raise Malformed(
-            f"'{name}' is {shortened(value)}, expected {_or(known)}; "
+            f"'{name}' is {shortened(value)}, expected {either(known)}; "
             "map the file's own values in the recipe's [ratings]"
         )
     return mapped
@@ -409,7 +366,3 @@ def _check_unicode(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise Unusable("the text holds a lone surrogate, which is not valid Unicode") from None
-
-
-def _or(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:-1]) + " or " + names[-1]

@@ -16,11 +16,9 @@ from puna.trainers.data.formats import (
     Columns,
     Dialogue,
     Ghost,
-    Malformed,
     Preference,
     Prompt,
     Ratings,
-    Unusable,
     parse_dialogue,
     parse_ghost,
     parse_instruction,
@@ -28,6 +26,7 @@ from puna.trainers.data.formats import (
     parse_prompt,
     parse_text,
 )
+from puna.trainers.data.messages import Malformed, Unusable, inside_messages
 
 T = TypeVar("T")
 
@@ -89,22 +88,6 @@ class Row(dict[str, Any]):
     def get(self, name: str, default: Any = None) -> Any:
         self.read.add(name)
         return super().get(name, default)
-
-
-MESSAGE = {"role", "content", "weight"}
-
-
-def inside_messages(row: Mapping[str, Any]) -> list[str]:
-    """What stands in a row's messages and is not read: "messages[].wieght"."""
-    return [
-        f"{name}[].{key}"
-        for name, value in row.items()
-        if isinstance(value, list)
-        for item in value
-        if isinstance(item, dict) and "role" in item and item.keys() - MESSAGE
-        for key in item
-        if key not in MESSAGE
-    ]
 
 
 def read_texts(path: str | Path, columns: Columns | None = None) -> tuple[list[str], Skipped]:

@@ -139,7 +139,7 @@ def reward_curve(scores: Tensor, usable: Tensor) -> list[dict[str, float]]:
     that may not is never the best, whatever its score. "kept" is the share of prompts for which k
     samples hold one that may. "best" is the expected score of the best of these, averaged over
     prompts: exact, from the order statistics (each of the C(K, k) subsets counted once), not one
-    noisy subset. "mean" and "median" are those of the usable among the first k samples.
+    noisy subset. "mean" and "median" are those of the first k that may be kept, of each prompt.
     """
     count = scores.shape[1]
     lowest = torch.where(usable, scores.double(), -torch.inf)
@@ -147,14 +147,15 @@ def reward_curve(scores: Tensor, usable: Tensor) -> list[dict[str, float]]:
     counted = ordered.isfinite()
     ordered = torch.where(counted, ordered, 0.0)
     some = usable.any(1)
-    first = torch.where(usable, scores.double(), torch.nan)
+    early = torch.sort(~usable, dim=1, stable=True).indices  # the usable ones first, in order
+    first = torch.where(usable, scores.double(), torch.nan).gather(1, early)[some]
     rows = []
     for k in range(1, count + 1):
         chance = [math.comb(j, k - 1) / math.comb(count, k) for j in range(count)]
         largest = torch.tensor(chance, dtype=torch.float64) * counted  # (P, K): is the best of k
         kept = largest.sum(1)
         best = ((largest * ordered).sum(1)[some] / kept[some]).mean()
-        seen = first[:, :k][usable[:, :k].any(1)]
+        seen = first[:, :k]
         rows.append(
             {
                 "k": k,

@@ -40,7 +40,7 @@ def check_shares(batch: int) -> None:
 def announce(title: str, what: str, plan: Plan, config: TrainConfig, asked: int) -> None:
     """The line at the start, and one for each thing that is probably not meant."""
     seen = plan.visits / plan.rows
-    times = "once" if seen == 1 else f"{round(seen, 2 if seen < 100 else None):,} times"
+    times = "once" if seen == 1 else f"{seen:.3g} times" if seen < 1000 else f"{seen:,.0f} times"
     steps = "1 step" if plan.steps == 1 else f"{plan.steps:,} steps"
     peak = max(
         learning_rate(step, plan.steps, config)
