@@ -109,9 +109,9 @@ it from exploiting the reward models; a part of the gain is measured by the very
 optimised, so another judge is needed.
 
 **This run.** $ppo_run Wins over SFT by the oracle at temperature 1: $wins; greedy: $wins_greedy.
-What greedy decoding does not gain is a sharper distribution rather than better best answers. The
-last version differs from the one before it by a round of rejection sampling *and* PPO; the curves
-below begin after that round.
+$ppo_gain What greedy decoding does not gain is a sharper distribution rather than better best
+answers. The last version differs from the one before it by a round of rejection sampling *and* PPO,
+and the model between the two was not judged; the curves below begin after that round.
 
 $figure_ppo
 
@@ -240,7 +240,27 @@ def _wins(evaluation: Evaluation) -> dict[str, str]:
         shown = [f"{name} {_with_interval(row)}" for name, row in rows if row]
         return ", ".join(shown) or "not measured"
 
-    return {"wins": listed("t1"), "wins_greedy": listed("greedy")}
+    return {
+        "wins": listed("t1"),
+        "wins_greedy": listed("greedy"),
+        "ppo_gain": _ppo_gain(evaluation),
+    }
+
+
+def _ppo_gain(evaluation: Evaluation) -> str:
+    """Whether the last version, the one with PPO, is above the one before it by their intervals."""
+    versions = rlhf_versions(evaluation)[-2:]
+    rows = [measured(evaluation, version) for version in versions]
+    if len(rows) < 2 or not all(row.get("win_rate_ci95") for row in rows):
+        return ""
+    (_, before), (after, _) = (row["win_rate_ci95"] for row in rows)
+    names = [title(version) for version in versions]
+    if after > before:
+        return f"{names[1]}'s interval lies above that of {names[0]}."
+    return (
+        f"{names[1]}'s interval does not lie above that of {names[0]}: what PPO added, this run "
+        "does not show."
+    )
 
 
 def _with_interval(row: dict) -> str:
