@@ -15,6 +15,7 @@ from puna.core.checkpoint.folder import load_model
 from puna.trainers import ppo
 from puna.trainers.rl import early_stopping
 from puna.trainers.rl.early_stopping import best, collapse, exceeds, is_best, out_of_patience
+from puna.trainers.train.kinds import Kind, kinds_of
 
 
 def test_early_stopping_takes_the_best_model(world, tmp_path, monkeypatch):
@@ -139,3 +140,10 @@ def test_a_run_whose_best_policy_is_gone_says_so(world, whole, tmp_path):
     shutil.rmtree(tmp_path / "copy" / "best")
     with pytest.raises(ValueError, match="best is missing; give another --out"):
         ppo.run(configured(world, tmp_path / "copy", eval_prompts=[world / "held_out.jsonl"]))
+
+
+def test_the_rhythm_that_decides_which_policy_is_kept_takes_an_amendment(world):
+    assert kinds_of(ppo.PPOConfig)["eval_every"] is Kind.AMENDED
+    assert kinds_of(ppo.PPOConfig)["save_every"] is Kind.FREE
+    with pytest.raises(ValueError, match="eval_every"):
+        ppo.run(configured(world, world / "x", eval_every=0))

@@ -264,6 +264,14 @@ def test_answers_to_other_dialogues_are_refused(tiny, whole, ghosts, tokenizer, 
             gatt._load_turns(file, dialogues, tokenizer.vocab_size)
 
 
+def test_options_of_sampling_that_come_too_late_say_so(tiny, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    for name in ("finished.json", "written.json"):
+        (tmp_path / "run" / name).unlink()
+    gatt.run(configured(tiny, tmp_path / "run", temperature=0.3, amend=True))
+    assert "'temperature' changed nothing: the answers are drawn" in capsys.readouterr().out
+
+
 def test_a_dialogue_that_fills_the_context_is_cut_and_counted(tiny, tmp_path, capsys):
     row = {"turns": ["red " * 20] * 5, "instruction": "blue"}
     (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")

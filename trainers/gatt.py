@@ -142,6 +142,9 @@ def sampled_exchanges(
         model = loop.load(open_model(config.model, head="lm"), config)
         with parallel.gathered(model) as whole:
             _sample(config, whole, tokenizer, dialogues, judge, path, done, longest)
+    else:
+        of_sampling = ("samples", "window", "temperature", "max_new_tokens")
+        folder.say_idle(of_sampling, f"the answers are drawn; {path} has them")
     parallel.barrier()
     return _load_turns(path, dialogues, tokenizer.vocab_size)
 
@@ -341,8 +344,7 @@ def _whole_turns(path: Path) -> int:
 def _append_turn(
     path: Path, exchanges: dict[int, Exchange], dialogues: Sequence[GhostDialogue]
 ) -> None:
-    """One line: how many dialogues there are, and by their numbers what each was asked under which
-    instruction, and the answer."""
+    """One line: by a dialogue's number what it was asked, the answer, under which instruction."""
     row: dict[str, Any] = {"of": len(dialogues)}
     for i, exchange in exchanges.items():
         row[str(i)] = [*exchange, dialogues[i].instruction]
@@ -353,8 +355,7 @@ def _append_turn(
 def _load_turns(
     path: Path, dialogues: Sequence[GhostDialogue], vocab_size: int
 ) -> list[list[Exchange]]:
-    """The answers in turns.jsonl; ValueError as `file:line: ...` for what is none, or answers
-    something else than these dialogues ask."""
+    """The answers in turns.jsonl; ValueError as `file:line: ...` for what answers none of these."""
     history: list[list[Exchange]] = [[] for _ in dialogues]
     others = f"these are other dialogues: give the former ones, or remove {path}"
     for turn, (where, row) in enumerate(json_rows(path) if path.exists() else ()):
@@ -374,8 +375,7 @@ def _load_turns(
                 )
             if not (index.isdecimal() and int(index) < len(dialogues)):
                 raise ValueError(
-                    f"{where}: an answer to dialogue {shortened(index)} of {len(dialogues)}; "
-                    f"{others}"
+                    f"{where}: an answer to dialogue {shortened(index)} of {len(history)}; {others}"
                 )
             asked = dialogues[int(index)]
             if len(history[int(index)]) != turn:

@@ -8,7 +8,7 @@ from puna.core.checkpoint.folder import open_model
 from puna.core.model import Transformer
 from puna.trainers.rl.rewards import Reward, RewardModels
 from puna.trainers.train import loop
-from puna.trainers.train.kinds import FIXED, FREE
+from puna.trainers.train.kinds import FIXED, FREE, Kind
 from puna.trainers.train.ranges import (
     Above,
     Batch,
@@ -104,7 +104,8 @@ class PPOConfig(SamplingConfig):
     ratio_tolerance: Rate | None = None
     """largest mean |log ratio| of an iteration's first mini-batch; left out: 1e-3, in bf16 2e-2"""
     save_every: int = 20
-    eval_every: int = 10
+    eval_every: Annotated[int, Kind.AMENDED] = 10
+    """iterations between looks at held-out prompts, and at whether the policy is the best so far"""
 
     def check(self) -> None:
         if self.batch % self.minibatch:
