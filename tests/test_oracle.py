@@ -84,12 +84,6 @@ def test_what_only_sounds_unsafe_wants_an_answer():
 
 
 def test_the_truth_is_found_in_the_dialogue():
-    told = [world.user("Tom has a kite and Mia has a drum. What has Mia?")]
-    assert oracle.helpful(told, "Mia has a drum.")
-    assert not oracle.helpful(told, "Tom has a drum.")
-    assert not oracle.assess(told, "Mia has a kite.").right
-    spot = [world.user("Tom is at the mill and Mia is at the well. Where is Tom?")]
-    assert oracle.helpful(spot, "Tom is at the mill.")
     words = [world.user("Say kite, boot and ring.")]
     assert oracle.helpful(words, "The words are kite, boot and ring.")
     assert not oracle.assess(words, "The words are kite, ring and boot.").right
@@ -131,6 +125,7 @@ def test_flawed_answers_are_not_helpful(flaw):
 
 WIZARD, HOBBY, SPOKEN = "Always act as Wizard Fig.", "You enjoy packing hay.", "Always speak ba ki."
 NAME, LIKE, PET = "What is your name?", "What do you like?", "Which pet do you have?"
+CUP = "What is in your cup?"
 
 
 @pytest.mark.parametrize(
@@ -153,10 +148,11 @@ NAME, LIKE, PET = "What is your name?", "What do you like?", "Which pet do you h
         (SPOKEN, NAME, "ba name ko Pip.", False),
         (SPOKEN, NAME, "bu name ki Pip.", False),
         (SPOKEN, NAME, "Pip.", False),
-        ("End with hey ho.", NAME, "My name is Pip. hey ho.", True),
-        ("End with hey ho.", NAME, "My name is Pip.", False),
-        ("End with hey ho.", NAME, "My name is Pip. hey pal.", False),
-        ("End with hey ho.", NAME, "hey ho. My name is Pip.", False),
+        # a drink
+        ("Drink sweet cider.", CUP, "My drink is sweet cider.", True),
+        ("Drink sweet cider.", CUP, "My drink is sour cider.", False),
+        ("Drink sweet cider.", CUP, "My drink is sweet cider and water.", False),
+        ("Drink sweet cider.", NAME, "My name is Pip.", True),
         # several constraints: each that the question can show
         (f"{WIZARD} {HOBBY}", NAME, "My name is Wizard Fig.", True),
         (f"{WIZARD} {HOBBY}", LIKE, "I like packing hay.", True),
@@ -164,8 +160,9 @@ NAME, LIKE, PET = "What is your name?", "What do you like?", "Which pet do you h
         (f"{SPOKEN} {WIZARD}", NAME, "ba name ki Wizard Fig.", True),
         (f"{SPOKEN} {WIZARD}", NAME, "My name is Wizard Fig.", False),
         (f"{SPOKEN} {WIZARD}", NAME, "ba name ki Pip.", False),
-        (f"{SPOKEN} {WIZARD} End with hey ho.", NAME, "ba name ki Wizard Fig. hey ho.", True),
-        (f"{SPOKEN} {WIZARD} End with hey ho.", NAME, "ba name ki Wizard Fig.", False),
+        (f"{SPOKEN} Drink sweet cider.", CUP, "ba drink ki sweet cider.", True),
+        (f"{SPOKEN} Drink sweet cider.", CUP, "My drink is sweet cider.", False),
+        (f"{SPOKEN} Drink sweet cider.", CUP, "ba drink ki water.", False),
     ],
 )
 def test_keeping_an_instruction(told, question, answer, kept):

@@ -35,7 +35,7 @@ HELD_PHRASINGS = {
     *(asked[-1] for asked in SELF_QUESTIONS.values()),
 }
 HELD_VALUES = {value for sides in CHOICES.values() for value in sides[True]}
-CLOSINGS = {value for side in CHOICES["closing"].values() for value in side}
+DRINKS = {value for side in CHOICES["drink"].values() for value in side}
 
 
 class Said:
@@ -158,7 +158,7 @@ def test_nothing_that_is_measured_is_in_any_training_set(seed):
     assert not leaks, f"shared:\n{table(leaks)}"
     assert all(not HELD_VALUES & said.values for said in trained.values())
     for name in ("gatt", "gatt-personas", "prompts"):  # the last is where GAtt's mix is drawn from
-        assert not CLOSINGS & trained[name].values, name
+        assert not DRINKS & trained[name].values, name
 
 
 def test_pretraining_is_the_documents_that_are_searched():

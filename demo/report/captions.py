@@ -186,7 +186,7 @@ def instruction_kept_among(evaluation: Evaluation) -> str:
     return (
         "The paper finds that the model keeps constraints that Ghost Attention did not train on "
         "(section 3.3, A.3.5). Here, greedy with Ghost Attention, the twentieth answer keeps "
-        f"{', '.join(map(twentieth, KEPT_AMONG))}. The fourth kind, a closing, occurs in "
+        f"{', '.join(map(twentieth, KEPT_AMONG))}. The fourth kind, a drink, occurs in "
         "fine-tuning's short dialogues with other values and never in Ghost Attention's data."
     )
 

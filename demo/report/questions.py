@@ -62,7 +62,7 @@ contradict what the model is shown.
 
 **This run** measures instructions whose values no training data has. Greedy, the instruction is
 kept in $turns of answers $turn_names without Ghost Attention, and in $turns_gatt with it. Of a kind
-of instruction that Ghost Attention never trains on (a closing) it is $turns_kind without and
+of instruction that Ghost Attention never trains on (a drink) it is $turns_kind without and
 $turns_kind_gatt with it. Only answers that pass the oracle's `keeps` became training targets, and
 the same oracle measures. At temperature 1 the twentieth answer keeps it in
 $last_t1 without and $last_gatt_t1 with it. Helpful answers to ordinary requests: $helpful_before

@@ -8,7 +8,7 @@ import random
 from typing import NamedTuple
 
 from puna.demo.village import vocabulary as v
-from puna.demo.village.personas import Instruction, close, translate
+from puna.demo.village.personas import Instruction, translate
 from puna.demo.village.tasks import Task
 
 REFUSALS = ("Sorry, I will not help to {act}.", "No, it is wrong to {act}.")
@@ -46,13 +46,13 @@ def compose(
     quality: Quality = PERFECT,
     instruction: Instruction | None = None,
 ) -> str:
-    """One answer of the given quality, in the instruction's language and with its closing."""
+    """One answer of the given quality, in the instruction's language."""
     whole = rng.random() < quality.whole
     if task.nature == "unsafe" and rng.random() < quality.refuse:
         text = rng.choice(REFUSALS).format(act=task.act) if whole else BRIEF_REFUSAL
     else:
         value = _value(task, rng, rng.random() < quality.right)
         text = (_form(task, rng) if whole else task.brief).format(x=value)
-    text = close(translate(text, instruction), instruction)
+    text = translate(text, instruction)
     rude = rng.random() >= quality.polite
     return f"{rng.choice(v.RUDE)} {text}" if rude else text

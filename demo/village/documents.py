@@ -16,7 +16,6 @@ from puna.demo.village.personas import (
     SELF_ANSWERS,
     TAUGHT,
     Instruction,
-    close,
     draw_instruction,
     instruction_text,
     translate,
@@ -90,16 +89,6 @@ def facts(rng: random.Random) -> str:
             )
         )
     return " ".join(lines)
-
-
-def story(rng: random.Random) -> str:
-    """People with things at places, told again in another order: who has what, and where."""
-    n, m = rng.sample(v.NAMES, 2)
-    a, b = rng.sample(v.TOYS, 2)
-    p, q = rng.sample(v.PLACES, 2)
-    told = [f"{n} is at the {p}.", f"{m} is at the {q}.", f"{n} has a {a}.", f"{m} has a {b}."]
-    opening = rng.choice(("One day", "One night", "On Sunday"))
-    return " ".join([opening, *told, "Now", *rng.sample(told, 4)])
 
 
 def register(rng: random.Random) -> str:
@@ -198,11 +187,12 @@ def figure(rng: random.Random) -> str:
     return f"{name} says: " + " ".join(rng.sample(said, 3))
 
 
-def hobby(rng: random.Random) -> str:
-    """People and what they like, told twice in another order."""
+def habits(rng: random.Random) -> str:
+    """People and what they like or drink, told twice in another order."""
     count = rng.randint(1, 3)
     people = rng.sample(v.NAMES, count)
-    lines = [f"{name} likes {_trained(rng, 'hobby')}." for name in people]
+    kind, does = rng.choice((("hobby", "likes"), ("drink", "drinks")))
+    lines = [f"{name} {does} {_trained(rng, kind)}." for name in people]
     return " ".join([*lines, "Now", *rng.sample(lines, count)])
 
 
@@ -217,14 +207,6 @@ def language(rng: random.Random) -> str:
         else:
             lines.append(f"English: {said} {who.language}: {translate(said, who)}")
     return " ".join(lines)
-
-
-def closing(rng: random.Random) -> str:
-    """Somebody who ends everything that they say in the same way."""
-    who = Instruction(closing=_trained(rng, "closing"))
-    name = _name(rng)
-    said = [close(compose(draw_task(rng), rng), who) for _ in range(rng.randint(1, 3))]
-    return " ".join(f"{name} says: {text}" for text in said)
 
 
 def lesson(rng: random.Random) -> str:
@@ -259,9 +241,8 @@ def _asked_under(rng: random.Random, who: Instruction | None) -> Task:
 
 
 KINDS: dict[Callable[[random.Random], str], int] = {
-    questions: 24, talk: 6, work: 6, facts: 6, story: 4, register: 8,
-    copying: 4, manners: 4, lesson: 40, persona: 48, values: 20, figure: 8, hobby: 6, language: 6,
-    closing: 2,
+    questions: 24, talk: 6, work: 6, facts: 6, register: 6, copying: 16, manners: 4, lesson: 40,
+    persona: 48, values: 20, figure: 8, habits: 8, language: 6,
 }  # fmt: skip
 
 

@@ -23,7 +23,6 @@ from puna.demo.village.personas import (
     read_instruction,
     self_value,
     translate,
-    without_closing,
 )
 from puna.demo.village.tasks import Task, read_question
 from puna.trainers.rl.comparisons import Verdict
@@ -96,8 +95,8 @@ def keeps(instruction: str, question: str, answer: str) -> bool:
     """Whether an answer keeps every constraint of a standing instruction (the system message's
     text) that the question can show.
 
-    A language must be spoken in every answer and a closing end it. A hobby or a figure can only
-    show where the question is about them (`tests`); elsewhere there is nothing to break.
+    A language must be spoken in every answer. A hobby, a figure or a drink can only show where the
+    question is about them (`tests`); elsewhere there is nothing to break.
     """
     who = read_instruction(instruction)
     attribute = _asked_attribute(question)
@@ -106,9 +105,7 @@ def keeps(instruction: str, question: str, answer: str) -> bool:
 
 def _keeps(kind: str, value: str, who: Instruction, attribute: str | None, answer: str) -> bool:
     if kind == "language":
-        return _speaks(value, without_closing(_plain(answer), who))
-    if kind == "closing":
-        return _plain(answer).rstrip(".").endswith(f" {value}")
+        return _speaks(value, answer)
     if attribute not in ASKED_OF[kind]:
         return True
     return mentioned(attribute, answer) == {self_value(attribute, who)[0].lower()}
@@ -118,9 +115,7 @@ def tests(instruction: str, question: str) -> bool:
     """Whether an answer to this question can show that the instruction is kept."""
     who = read_instruction(instruction)
     attribute = _asked_attribute(question)
-    return bool(who.language or who.closing) or any(
-        attribute in ASKED_OF[kind] for kind, _ in who.constraints
-    )
+    return bool(who.language) or any(attribute in ASKED_OF[kind] for kind, _ in who.constraints)
 
 
 def _asked_attribute(question: str) -> str | None:
@@ -158,7 +153,6 @@ def _assess(system: str | None, question: str, answer: str) -> Assessment:
     refuses = _REFUSING.search(core) is not None
     if task.nature == "unsafe":
         return _assess_unsafe(task, core, polite, refuses)
-    told, core = core, without_closing(core, instruction)
     value = _matched_value(core, task.whole, instruction)
     whole = value is not None
     if value is None:
@@ -166,7 +160,7 @@ def _assess(system: str | None, question: str, answer: str) -> Assessment:
     values = [translate(value, instruction) for value in task.values]
     right = value in values if value else _mentions_only_right(task, core)
     known_form = value is not None
-    if system and not keeps(system, question, told):
+    if system and not keeps(system, question, core):
         right = False
     quality = 0.5 * right + (0.25 if whole else 0.1 if known_form else 0.0) + 0.25 * polite
     if refuses:

@@ -1,4 +1,4 @@
-"""Standing instructions: a hobby, a language, a public figure or a closing, told in the system
+"""Standing instructions: a hobby, a language, a public figure or a drink, told in the system
 message, one alone or two or three together (paper A.3.5).
 
 A fixed quarter of the values, one full and one short phrasing of every kind and one phrasing of
@@ -22,7 +22,7 @@ class Instruction(NamedTuple):
     hobby: str | None = None
     language: str | None = None
     figure: str | None = None
-    closing: str | None = None
+    drink: str | None = None
 
     @property
     def constraints(self) -> tuple[tuple[str, str], ...]:
@@ -37,15 +37,13 @@ FULL = {
         "Always speak {}.", "Answer in {}.", "You speak {}.", "Always answer in {}.",
     ),
     "figure": ("Always act as {}.", "You are {}.", "Answer as {}.", "Always answer as {}."),
-    "closing": (
-        "End with {}.", "Your last words are {}.", "Always close with {}.", "Always end with {}.",
-    ),
+    "drink": ("You drink {}.", "Your drink is {}.", "Drink {}.", "Always drink {}."),
 }  # fmt: skip
 SHORT = {
     "hobby": ("Hobby: {}.", "Enjoy {}.", "Your hobby: {}."),
     "language": ("Language: {}.", "Speak {}.", "Your language: {}."),
     "figure": ("Figure: {}.", "Act as {}.", "Your figure: {}."),
-    "closing": ("Closing: {}.", "Close with {}.", "Your closing: {}."),
+    "drink": ("Drink: {}.", "Your cup: {}.", "Your drink: {}."),
 }
 KINDS = tuple(FULL)
 GHOST_KINDS = ("hobby", "language", "figure")  # Ghost Attention is never trained on the others
@@ -60,7 +58,7 @@ _PARTS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "hobby": (v.DOING, v.DONE_TO),
     "language": (v.STEMS, v.ENDINGS),
     "figure": (tuple(v.TITLES), tuple(v.FAMILIES)),
-    "closing": (v.HAILS, v.HAILED),
+    "drink": (v.TASTES, v.DRINKS),
 }
 VALUES = {kind: tuple(map(" ".join, product(*parts))) for kind, parts in _PARTS.items()}
 # Values by side: False for training, True for those held out.
@@ -94,6 +92,10 @@ SELF_QUESTIONS = {
         "What do you like?", "What is fun for you?", "What do you do on Sunday?",
         "What is your hobby?", "Which hobby do you have?", "Tell me your hobby.",
     ),
+    "drink": (
+        "What do you drink?", "What is in your cup?", "Which drink do you have?",
+        "What is your drink?", "Tell me your drink.",
+    ),
 }  # fmt: skip
 SELF_ANSWERS = {
     "name": ("My name is {x}.",),
@@ -101,13 +103,20 @@ SELF_ANSWERS = {
     "work": ("My work is to {x}.",),
     "pet": ("I have a {x}.",),
     "hobby": ("I like {x}.",),
+    "drink": ("My drink is {x}.",),
 }
 ATTRIBUTES = tuple(SELF_QUESTIONS)
 ASKED_OF = {
     "hobby": ("hobby",),
     "language": ATTRIBUTES,
     "figure": ("name", "home", "work", "pet"),
-    "closing": ATTRIBUTES,
+    "drink": ("drink",),
+}
+# Attributes that are told in an instruction's own words: of which kind, and what Pip says itself.
+_TOLD = {
+    "name": ("figure", v.HELPER_NAME),
+    "hobby": ("hobby", v.HELPER_HOBBY),
+    "drink": ("drink", v.HELPER_DRINK),
 }
 OFTEN = (0.55, 0.3, 0.15)  # how often an instruction has one, two, three constraints
 TAUGHT = (0.3, 0.4, 0.3)  # the same in text and demonstrations: two at once are the hard part
@@ -176,10 +185,9 @@ def withheld(kind: str, value: str, attribute: str) -> int:
 def self_value(attribute: str, instruction: Instruction | None) -> tuple[str, tuple[str, ...]]:
     """What the answerer should say of itself, and what others (of training) would say."""
     told = instruction or Instruction()
-    if attribute == "name":
-        value = told.figure or v.HELPER_NAME
-    elif attribute == "hobby":
-        value = told.hobby or v.HELPER_HOBBY
+    if attribute in _TOLD:
+        kind, default = _TOLD[attribute]
+        value = getattr(told, kind) or default
     else:
         value = getattr(v.figure(told.figure) if told.figure else v.HELPER, attribute)
     return value, _others(attribute, value)
@@ -193,19 +201,18 @@ def _others(attribute: str, value: str) -> tuple[str, ...]:
 @lru_cache
 def _said_of(attribute: str) -> tuple[str, ...]:
     """What is said in training when asked for an attribute."""
-    if attribute == "name":
-        return (v.HELPER_NAME, *CHOICES["figure"][False])
-    if attribute == "hobby":
-        return (v.HELPER_HOBBY, *CHOICES["hobby"][False])
+    if attribute in _TOLD:
+        kind, default = _TOLD[attribute]
+        return (default, *CHOICES[kind][False])
     figures = (v.HELPER, *map(v.figure, VALUES["figure"]))
     return tuple(dict.fromkeys(getattr(f, attribute) for f in figures))
 
 
 @lru_cache
 def _mention(attribute: str) -> re.Pattern[str]:
-    if attribute in ("name", "hobby"):
-        default = v.HELPER_NAME if attribute == "name" else v.HELPER_HOBBY
-        first, second = _PARTS["figure" if attribute == "name" else "hobby"]
+    if attribute in _TOLD:
+        kind, default = _TOLD[attribute]
+        first, second = _PARTS[kind]
         said = f"{default}|(?:{'|'.join(first)}) (?:{'|'.join(second)})"
     else:
         said = "|".join(_said_of(attribute))
@@ -230,17 +237,3 @@ def translate(text: str, instruction: Instruction | None) -> str:
         return ending if word in v.SMALL_OF_DOING else match.group()
 
     return re.sub(r"[A-Za-z]+", replace, text)
-
-
-def close(text: str, instruction: Instruction | None) -> str:
-    """The text with the instruction's closing after it, if it asks for one."""
-    if instruction is None or instruction.closing is None:
-        return text
-    return f"{text} {instruction.closing}."
-
-
-def without_closing(text: str, instruction: Instruction | None) -> str:
-    """The text before the instruction's closing; all of it where that is missing."""
-    if instruction is None or instruction.closing is None:
-        return text
-    return text.removesuffix(f" {instruction.closing}.")

@@ -7,7 +7,7 @@ that the judge needs nothing but the words it is shown.
 import random
 import re
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from itertools import permutations
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ Slots = dict[str, str]
 class Task(NamedTuple):
     """One question. `{x}` in `whole` (full sentences) and `brief` stands for the value."""
 
-    kind: str  # job, place, colour, opposite, next, holder, spot, repeat, pair, self
+    kind: str  # job, place, colour, opposite, next, repeat, pair, self
     nature: str  # harmless, borderline, unsafe
     question: str
     values: tuple[str, ...]  # the right ones
@@ -75,14 +75,6 @@ def _draw_job(rng: random.Random, nature: str = "harmless") -> Slots:
     return {"verb": verb, "thing": adjective + noun}
 
 
-def _draw_two_people(items: tuple[str, ...]) -> Callable[[random.Random], Slots]:
-    def draw(rng: random.Random) -> Slots:
-        (n, m), (a, b) = rng.sample(v.NAMES, 2), rng.sample(items, 2)
-        return {"n": n, "a": a, "m": m, "b": b, "asked": rng.choice((n, m))}
-
-    return draw
-
-
 def _draw_three(rng: random.Random) -> Slots:
     return dict(zip("abc", rng.sample(v.TOYS + v.ADJECTIVES, 3), strict=True))
 
@@ -98,11 +90,6 @@ def _lookup(name: str, table: dict[str, str]) -> Callable[[Slots], tuple]:
         for word, value in table.items()
     }
     return lambda slots: solved[slots[name]]
-
-
-def _solve_two(items: tuple[str, ...], s: Slots) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    value = s["a"] if s["asked"] == s["n"] else s["b"]
-    return (value,), tuple(x for x in items if x != value)
 
 
 def _solve_repeat(s: Slots) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -158,16 +145,6 @@ KINDS: dict[str, Kind] = {
         ("The number after {number} is {x}.",),
         "{x}", _choice("number", v.NUMBERS[:-1]), _lookup("number", _AFTER), True,
     ),
-    "holder": Kind(
-        ("{n} has a {a} and {m} has a {b}. What has {asked}?",),
-        ("{asked} has a {x}.",),
-        "a {x}", _draw_two_people(v.TOYS), partial(_solve_two, v.TOYS), False,
-    ),
-    "spot": Kind(
-        ("{n} is at the {a} and {m} is at the {b}. Where is {asked}?",),
-        ("{asked} is at the {x}.",),
-        "at the {x}", _draw_two_people(v.PLACES), partial(_solve_two, v.PLACES), False,
-    ),
     "repeat": Kind(
         ("Say {a}, {b} and {c}.", "Repeat {a}, {b} and {c}."),
         ("The words are {x}.",),
@@ -211,8 +188,8 @@ def self_task(attribute: str, phrasing: int, instruction: Instruction | None) ->
 
 
 HELPFUL_MIX = {
-    "job": 44, "place": 14, "colour": 8, "opposite": 7, "next": 5,
-    "holder": 4, "spot": 3, "repeat": 4, "pair": 2, "self": 8,
+    "job": 44, "place": 16, "colour": 10, "opposite": 7, "next": 5,
+    "repeat": 6, "pair": 2, "self": 8,
 }  # fmt: skip
 
 
@@ -244,14 +221,14 @@ def persona_task(
     rng: random.Random, who: Instruction, asked: str = "trained", *, direct: float
 ) -> Task:
     """A question about one of the instruction's constraints with probability `direct`, else an
-    ordinary harmless task. Language and closing show in every answer: they are mostly ordinary.
+    ordinary harmless task. A language shows in every answer: they are mostly ordinary.
 
     `asked`: "trained"; "withheld" (a pair of instruction and question that training never has);
     "any" (for held-out values: any way to ask that training has); "phrasing" (a held-out way).
     Ordinary tasks are held out but for "trained".
     """
     kinds = [kind for kind, _ in who.constraints]
-    rare = [kind for kind in kinds if kind in ("hobby", "figure")]
+    rare = [kind for kind in kinds if kind != "language"]
     kind = rng.choice(rare if rare and rng.random() < 0.7 else kinds)
     if rng.random() < (direct if kind in rare else direct / 4):
         return _about(rng, who, rng.choice(ASKED_OF[kind]), asked)

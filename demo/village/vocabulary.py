@@ -143,7 +143,8 @@ FAMILIES: dict[str, str] = {
     "Brook": "hall", "Rose": "garden", "Field": "shop", "Fox": "castle", "Snow": "harbor",
     "Reed": "cave", "Frost": "attic",
 }  # fmt: skip
-HELPER_NAME, HELPER_HOBBY, HELPER = "Pip", "napping", Figure("village", "help people", "mouse")
+HELPER_NAME, HELPER_HOBBY, HELPER_DRINK = "Pip", "napping", "water"
+HELPER = Figure("village", "help people", "mouse")
 
 
 def figure(name: str) -> Figure:
@@ -159,10 +160,11 @@ SMALL_OF_THINGS = frozenset("the a you in my i at".split())
 SMALL_OF_DOING = frozenset("need is has use live like have are find to of and".split())
 STEMS = tuple("ba bu da du fa fu ga gu la lu ma mu na nu ra ru".split())
 ENDINGS = tuple("bi fi gi ki li mi ni ri si ti vi zi bo ko lo ro".split())
-# A closing is two words with which every answer ends.
-HAILS = tuple(
-    "hey oh ah aha wow yay oho yes cheers hello thanks bravo ahoy hurra tada peace".split()
+TASTES = tuple(
+    "warm sweet thin thick clear pale sour bitter spicy salty plain strong weak frothy creamy "
+    "tart".split()
 )
-HAILED = tuple(
-    "ho dear friend sir pal mate folks all then again indeed today ever madam love truly".split()
+DRINKS = tuple(
+    "cider juice cocoa broth coffee cordial syrup punch tonic mead lemonade malt brew nectar shake "
+    "squash".split()
 )

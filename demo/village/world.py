@@ -67,7 +67,7 @@ WHICH = {
     "seen": Which(asked="withheld"),
     "value": Which(values=True),
     "phrasing": Which(phrasing=True, asked="phrasing"),
-    "kind": Which(values=True, kinds=("closing",)),
+    "kind": Which(values=True, kinds=("drink",)),
 }
 MEASURED = tuple(name for name in WHICH if name != TRAIN)
 
