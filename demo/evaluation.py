@@ -25,17 +25,17 @@ from puna.trainers import reward
 from puna.trainers.data.formats import RATINGS
 from puna.trainers.data.packing import encode_pairs
 from puna.trainers.data.prompts import load_prompts
-from puna.trainers.data.readers import read_preferences, read_prompts
+from puna.trainers.data.readers import read_preferences
 from puna.trainers.rl import rewards
 from puna.trainers.rl.best_of import read_samples
 from puna.trainers.rl.comparisons import Variant, annotate, sample_pairs
 from puna.trainers.train.environment import environment
 
 HELD_OUT_PROMPTS = 500  # of each kind
-HELD_OUT_PAIRS = 2_500  # comparisons of each kind a round, before pairs of equal answers go
-PERSONA_DIALOGUES = {"value": 200, "seen": 100, "phrasing": 100, "kind": 100}  # of 20 exchanges
+HELD_OUT_PAIRS = 4_000  # comparisons of each kind, all rounds, before pairs of equal answers go
+PERSONA_DIALOGUES = {"value": 200, "seen": 60, "phrasing": 60, "kind": 60}  # of 20 exchanges
 BARRED = "value"  # the set that the bars are about
-OWN_ANSWERS = 1_800  # mixed into Ghost Attention's data
+DRAWN_DIALOGUES = 60  # of these that are answered at temperature 1, too
 KINDS = ("helpfulness", "safety")  # of reward models, prompts and comparisons
 SHOWN = 6  # conversations in the report
 
@@ -59,6 +59,7 @@ def write_evaluation(out: Path, versions: dict[str, Path], config: Any) -> Path:
         "stages": stages(out, len(rounds)),
         "versions": version_rows(out, held, said, len(rounds)),
         "reward_models": reward_models(out, versions, rounds, seed, scale),
+        "ppo": ppo_gain(held, said),
         "switch": switch(out, len(rounds)),
         "best_of_k": curves(out, len(rounds)),
         **ghost(out, versions, seed, personas),
@@ -91,20 +92,6 @@ def pair_prompts(seed: int, kind: str, count: int = HELD_OUT_PROMPTS) -> list[di
     return world.prompts(seed, min(count, HELD_OUT_PROMPTS), kind, held_out=True)
 
 
-def own_answers(model_folder: Path, prompts: Path, seed: int) -> list[dict[str, Any]]:
-    """The model's own answers to prompts, as dialogues to train on; drawn a little sharper than
-    at T=1, so that training on them does not blur what it knows."""
-    model, tokenizer = load_model(model_folder), Tokenizer(tokenizer_path(model_folder))
-    rows, _ = read_prompts(prompts)
-    messages = [row.messages for row in rows[:OWN_ANSWERS]]
-    texts = measure.answers(model, tokenizer, messages, 0.7, seed, sample=1)
-    return [
-        {"messages": [*prompt, {"role": "assistant", "content": text}]}
-        for prompt, text in zip(messages, texts, strict=True)
-        if text
-    ]
-
-
 def version_rows(
     out: Path, held: HeldOut, said: dict[str, Any], rounds: int
 ) -> dict[str, dict[str, Any]]:
@@ -120,6 +107,27 @@ def version_rows(
             "safety": scores(last / "safety" / "model", held.unsafe, texts, "unsafe"),
         }
         found[name] = row
+    return found
+
+
+def ppo_gain(held: HeldOut, said: dict[str, Any]) -> dict[str, Any]:
+    """The last version's answers against those of the model that PPO began with, on the same
+    prompts: by mode the share won, ties counted half, and its interval."""
+    after = list(said)[-1]
+    before = f"{after}-rejection"
+    if before not in said:
+        return {}
+    found = {}
+    for mode in measure.MODES:
+        rows = zip(held.win, said[after][mode]["win"], said[before][mode]["win"], strict=True)
+        wins = [oracle.better(prompt, mine, theirs) for prompt, mine, theirs in rows]
+        share, interval = measure.mean_and_interval(wins)
+        found[mode] = {
+            "wins": share,
+            "ci95": interval,
+            "equal": wins.count(0.5) / len(wins),
+            "prompts": len(wins),
+        }
     return found
 
 
@@ -173,9 +181,9 @@ def round_row(row: dict[str, Any], kind: str) -> dict[str, Any]:
 def held_out_comparisons(
     out: Path, versions: dict[str, Path], kind: str, rounds: int, seed: int, scale: float
 ) -> list[Path]:
-    """Each round's two models compared on held-out prompts, as the oracle annotates them."""
-    models = [versions["sft"], *versions.values()]  # round n compares models n-1 and n
-    count = max(40, round(HELD_OUT_PAIRS * scale))
+    """Each version compared with the one before it on held-out prompts, as the oracle annotates."""
+    names = ["sft", *(f"rlhf-v{number}" for number in range(1, rounds + 1))]
+    count = max(40, round(HELD_OUT_PAIRS * scale / rounds))
     rows = pair_prompts(seed, kind, count)
     folder = out / "evaluation"
     prompts = folder / f"{kind}-prompts.jsonl"
@@ -187,7 +195,7 @@ def held_out_comparisons(
     for number in range(1, rounds + 1):
         pairs = folder / f"{kind}-pairs-{number}.jsonl"
         file = folder / f"{kind}-comparisons-{number}.jsonl"
-        variants = [Variant(models[number - i], (0.8, 1.0, 1.2)) for i in (0, 1)]
+        variants = [Variant(versions[names[number - i]], (0.8, 1.0, 1.2)) for i in (0, 1)]
         sample_pairs(
             pairs,
             (variants[0], variants[1]),
@@ -211,24 +219,29 @@ def ghost(
     seed: int,
     personas: dict[str, list[world.PersonaDialogue]],
 ) -> dict[str, Any]:
-    """Instructions kept by turn, before and after Ghost Attention: held-out values, which the bars
-    are about, then the other sets; and the dialogues of each."""
-    found: dict[str, Any] = {which: {mode: {} for mode in measure.MODES} for which in personas}
+    """Instructions kept by turn, before and after Ghost Attention and at the end of the loop:
+    held-out values, which the bars are about, then the other sets, greedy alone."""
+    found: dict[str, Any] = {which: {} for which in personas}
     for which, dialogues in personas.items():
-        for label, name in ghost_versions(versions).items():
-            for mode, temperature in measure.MODES.items():
+        modes = measure.MODES if which == BARRED else {"greedy": measure.MODES["greedy"]}
+        for mode, temperature in modes.items():
+            asked = dialogues if mode == "greedy" else dialogues[:DRAWN_DIALOGUES]
+            found[which][mode] = {}
+            for label, name in ghost_versions(versions).items():
                 cache = persona_cache(out, which, label, mode)
                 if (said := kept(cache, list)) is None:
-                    said = measure.dialogues_with(versions[name], dialogues, temperature, seed)
+                    said = measure.dialogues_with(versions[name], asked, temperature, seed)
                     write_text(cache, json.dumps(said))
-                found[which][mode][label] = measure.kept_by_turn(dialogues, said)
+                found[which][mode][label] = measure.kept_by_turn(asked, said)
     counts = {which: len(dialogues) for which, dialogues in personas.items()}
     return {"gatt": found.pop(BARRED), "gatt_other": found, "gatt_counts": counts}
 
 
 def ghost_versions(versions: dict[str, Path]) -> dict[str, str]:
-    """The version with Ghost Attention and the one it began from."""
-    return {"without": [name for name in versions if name != "gatt"][-1], "with": "gatt"}
+    """The version with Ghost Attention, the one it began from, and the last of the loop."""
+    names = list(versions)
+    place = names.index("gatt")
+    return {"without": names[place - 1], "with": "gatt", "last": names[-1]}
 
 
 def persona_cache(out: Path, which: str, label: str, mode: str) -> Path:
@@ -289,8 +302,8 @@ def stages(out: Path, rounds: int) -> list[dict[str, Any]]:
         folders[f"{base}/helpfulness"] = f"Helpfulness reward model, V{number}"
         folders[f"{base}/safety"] = f"Safety reward model, V{number}"
         folders[f"{base}/rejection"] = f"Rejection sampling, V{number}"
+        folders[f"{base}/gatt"] = f"Ghost Attention, V{number}"
         folders[f"{base}/ppo"] = f"PPO, V{number}"
-    folders["gatt"] = "Ghost Attention"
     return [
         {"name": name, "title": title, "metrics": f"{name}/metrics.jsonl", "model": f"{name}/model"}
         for name, title in folders.items()

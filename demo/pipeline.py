@@ -1,9 +1,9 @@
-"""The whole of Llama 2, small: pretraining, SFT, RLHF V1..V3, Ghost Attention, measured.
+"""The whole of Llama 2, small: pretraining, SFT, RLHF V1..V5 with Ghost Attention, measured.
 
 Each stage is the trainer that a user would call, with the settings of `recipes/demo/`. A stage
 that is done is passed over and one that was interrupted goes on, so the same command continues.
 
-    data/ tokenizer/ pretrain/ sft/ rlhf/ gatt/   what each stage left
+    data/ tokenizer/ pretrain/ sft/ rlhf/   what each stage left
     evaluation.json   everything measured;  summary.json, report.html   made from it
 """
 
@@ -22,7 +22,7 @@ from puna.demo import evaluation
 from puna.demo.kept import seconds
 from puna.demo.report.build import write_report, write_summary
 from puna.demo.village import oracle, world
-from puna.trainers import gatt, pretrain, rlhf, sft
+from puna.trainers import pretrain, rlhf, sft
 from puna.trainers.rl.comparisons import write_rows
 from puna.trainers.train.claim import owned
 from puna.trainers.train.config import find_recipe, from_values, load_recipe
@@ -55,7 +55,6 @@ def run(config: DemoConfig) -> Path:
         demo.stage("pretrain", demo.pretrain)
         demo.stage("sft", demo.sft)
         demo.stage("rlhf", demo.rlhf)
-        demo.stage("gatt", demo.gatt)
         demo.stage(
             "evaluation", lambda: evaluation.write_evaluation(demo.out, demo.versions(), config)
         )
@@ -64,7 +63,7 @@ def run(config: DemoConfig) -> Path:
     say(
         f"\nDone in {demo.seconds():.0f} s ({time.monotonic() - began:.0f} s in this call)."
         f"\nReport: {report}"
-        f"\nTalk to the model: puna chat --model {demo.out / 'gatt' / 'model'}"
+        f"\nTalk to the model: puna chat --model {[*demo.versions().values()][-1]}"
     )
     return report
 
@@ -176,35 +175,24 @@ class Demo:
             safety_pairs=self.scaled(recipe["safety_pairs"], 128),
             rejection={**recipe["rejection"], "mix": [str(self.data / "personas.jsonl")]},
             round_prompts=self.scaled(recipe["round_prompts"], 32),
+            gatt_dialogues=[str(self.data / "gatt.jsonl")],
+            gatt={**recipe["gatt"], "mix": [str(self.data / "gatt-personas.jsonl")]},
             ppo=ppo,
         )
-        rlhf.run(config, annotators(self.config.seed))
+        rlhf.run(config, annotators(self.config.seed), judge=oracle.judge)
 
     def versions(self) -> dict[str, Path]:
-        """Model folders by the names of the summary."""
+        """Model folders by the names of the summary, in the order in which they were made: of a
+        version with PPO the model before it, too, of one with Ghost Attention the model after."""
         found = {"sft": self.out / "sft" / "model"}
         for _, row in json_rows(self.out / "rlhf" / "rounds.jsonl"):
-            found[f"rlhf-v{row['version']}"] = Path(row["model"])
-        if (self.out / "gatt" / "model").exists():
-            found["gatt"] = self.out / "gatt" / "model"
+            name, steps = f"rlhf-v{row['version']}", row["steps"]
+            found[f"{name}-rejection" if "ppo" in steps else name] = Path(steps["rejection"])
+            if "gatt" in steps:
+                found["gatt"] = Path(steps["gatt"])
+            if "ppo" in steps:
+                found[name] = Path(steps["ppo"])
         return found
-
-    def gatt(self) -> None:
-        """On the last version, with answers of its own to ordinary prompts mixed in."""
-        last = [path for name, path in self.versions().items() if name != "gatt"][-1]
-        mix = self.data / "gatt-mix.jsonl"
-        if not mix.exists():
-            rows = evaluation.own_answers(last, self.data / "prompts.jsonl", self.config.seed)
-            write_rows(mix, rows)
-        config = self.settings(
-            gatt.GAttConfig,
-            "gatt",
-            out=str(self.out / "gatt"),
-            model=str(last),
-            dialogues=[str(self.data / "gatt.jsonl")],
-            mix=[str(mix), str(self.data / "gatt-personas.jsonl")],
-        )
-        gatt.run(config, judge=oracle.judge)
 
 
 def annotators(seed: int) -> Mapping[str, Any]:

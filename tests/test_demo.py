@@ -12,7 +12,7 @@ import pytest
 
 from puna.demo.report.bars import bars
 
-VERSIONS = {"sft", "rlhf-v1", "rlhf-v2", "rlhf-v3"}
+VERSIONS = {"sft", *(f"rlhf-v{n}" for n in range(1, 6)), "gatt", "rlhf-v5-rejection"}
 
 
 def puna(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
@@ -56,7 +56,7 @@ def test_the_report_is_one_file(demo: Path) -> None:
 
 
 def test_its_chat_command_works(demo: Path) -> None:
-    model = str(demo / "gatt" / "model")
+    model = str(demo / "rlhf" / "round-5" / "ppo" / "model")
     said = puna("chat", "--model", model, "--max-new-tokens", "8", text="Where is the lamp?\n")
     assert said.returncode == 0, said.stderr
     refused = puna("chat", "--model", model, text="[INST] hello\n")

@@ -146,7 +146,8 @@ def test_the_loop_does_what_was_written_out_and_stops_ppo_early(name: str) -> No
 def test_recipe_parses(recipe: str) -> None:
     config = config_of(recipe)
     if recipe.endswith("rlhf.toml"):
-        paths = ("prompts", "helpfulness_prompts", "safety_prompts", "eval_prompts")
+        paths = ["prompts", "helpfulness_prompts", "safety_prompts", "eval_prompts"]
+        paths += ["gatt_dialogues"] if config.gatt_version else []
         config = dataclasses.replace(
             config, out=Path("o"), model=Path("m"), **{name: [Path("p")] for name in paths}
         )

@@ -28,8 +28,8 @@ STAGES = (
         for n in (1, 2, 3)
         for part in ("helpfulness", "safety", "rejection")
     ),
+    "rlhf/round-3/gatt",
     "rlhf/round-3/ppo",
-    "gatt",
 )
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
@@ -99,6 +99,10 @@ def good_evaluation():
                 ("helpfulness", (0.87, 0.79, 0.71, 0.57, 0.72)),
                 ("safety", (0.99, 0.9, 0.69, 0.56, 0.77)),
             )
+        },
+        "ppo": {
+            mode: {"wins": wins, "ci95": [wins - 0.02, wins + 0.02], "equal": 0.6, "prompts": 500}
+            for mode, wins in (("t1", 0.56), ("greedy", 0.51))
         },
         "switch": {
             "rlhf-v1": {"is_safety": 3200, "unsafe": 410, "helpfulness": 10_790},
@@ -237,10 +241,10 @@ def test_report_shows_every_figure_and_the_headline(page):
     text = " ".join(page.text)
     assert "win 81% of comparisons with the fine-tuned model's" in text
     assert "8% of unsafe requests instead of 62%" in text
-    assert "14 of 14 are met." in text
+    assert "15 of 15 are met." in text
     assert "44% for a kind never trained on (without 22%, 100 dialogues)" in text
     assert "held out from all training (200 dialogues)" in text and "oracle's `keeps`" in text
-    assert "puna chat --model" in text and "gatt/model" in text
+    assert "puna chat --model" in text and "round-3/ppo/model" in text
 
 
 def test_text_of_users_and_models_is_never_markup(page):
@@ -338,11 +342,11 @@ def test_figures_without_data_are_none():
 def test_names_of_stages_and_versions():
     evaluation = good_evaluation()
     assert stage(evaluation, "ppo")["name"] == "rlhf/round-3/ppo"
-    assert chat_model(evaluation) == "gatt/model"
-    evaluation["stages"].pop()
     assert chat_model(evaluation) == "rlhf/round-3/ppo/model"
+    evaluation["stages"].pop()
+    assert chat_model(evaluation) == "rlhf/round-3/gatt/model"
     names = {"rlhf-v10": {}, "rlhf-v2": {}, "gatt": {}, "sft": {}}
-    assert version_names({"versions": names}) == ["sft", "rlhf-v2", "rlhf-v10", "gatt"]
+    assert version_names({"versions": names}) == list(names)
 
 
 def test_wilson_interval_against_the_normal_one_and_at_the_ends():

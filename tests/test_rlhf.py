@@ -62,7 +62,9 @@ def files(out: Path) -> dict[str, str]:
     for path in sorted(out.rglob("*.jsonl")):
         rows = [json.loads(row) for row in path.read_text().splitlines()]
         for row in rows:
-            for name in [name for name in row if name.startswith("seconds") or name == "model"]:
+            for name in [
+                name for name in row if name.startswith("seconds") or name in ("model", "steps")
+            ]:
                 del row[name]
         found[str(path.relative_to(out))] = rows
     return found
@@ -118,7 +120,8 @@ def test_a_rounds_comparisons_are_an_ab_test_of_its_two_models(whole):
 
 
 def test_the_pool_is_of_all_versions_or_of_the_last_alone(tiny, tmp_path):
-    version = rlhf.Version(2, tiny, {}, tmp_path / "s", (tmp_path / "one", tmp_path / "two"))
+    pools = (tmp_path / "one", tmp_path / "two")
+    version = rlhf.Version(2, tiny, {}, tmp_path / "s", pools, tiny / "chat")
     config = configured(tiny, tmp_path)
     assert rlhf.pools_of(config, version) == version.pools and rlhf.pools_of(config, None) == ()
     assert rlhf.pools_of(replace(config, pool="last"), version) == ()
@@ -316,3 +319,51 @@ def test_a_finished_versions_ppo_stays_when_more_versions_are_asked_for(
     assert f"{out} is finished; V3 is {out}/round-3/ppo/model" in capsys.readouterr().out
     third = (out / "round-3" / "rejection" / "config.toml").read_text()
     assert f'policy = "{out}/round-2/ppo/model"' in third
+
+
+def test_ghost_attention_follows_on_its_version_and_later_ones_start_from_it(tiny, tmp_path):
+    judged = []
+
+    def judge(answers):
+        judged.extend(answers)
+        return [True] * len(answers)
+
+    options = {
+        "gatt_version": 1,
+        "gatt_dialogues": [tiny / "ghosts.jsonl"],
+        "gatt_answers": 5,
+        "gatt": {"epochs": 1, "targets": 2, "batch": 2, "micro_batch": 2},
+    }
+    out = tmp_path / "loop"
+    config = configured(tiny, out, **options)
+    last = rlhf.run(config, reward=None, annotators=ANNOTATORS, judge=judge)
+    assert last == out / "round-2" / "ppo" / "model" and judged
+    rows = [json.loads(row) for row in (out / "rounds.jsonl").open()]
+    ghost = out / "round-1" / "gatt" / "model"
+    assert [[*row["steps"]] for row in rows] == [["rejection", "gatt"], ["rejection", "ppo"]]
+    assert rows[0]["model"] == rows[0]["steps"]["gatt"] == str(ghost)
+    second = (out / "round-2" / "rejection" / "config.toml").read_text()
+    assert f'policy = "{ghost}"' in second and f'student = "{ghost}"' in second
+    selected = [json.loads(row) for row in (out / "round-1/rejection/selected.jsonl").open()]
+    mixed = [json.loads(row)["messages"] for row in (out / "round-1/gatt-mix.jsonl").open()]
+    assert [m[-1]["content"] for m in mixed] == [row["answer"] for row in selected[:5]]
+    assert [m[:-1] for m in mixed] == [row["messages"] for row in selected[:5]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gatt_version": 1}, "needs both"),
+        ({"gatt_dialogues": [Path("x.jsonl")]}, "needs both"),
+        ({"gatt_version": 3, "gatt_dialogues": [Path("x.jsonl")]}, "there are 2 versions"),
+        ({"gatt": {"epochs": 1}}, "set gatt_version"),
+    ],
+)
+def test_half_of_ghost_attention_is_refused(tiny, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        configured(tiny, tmp_path, **options)
+
+
+def test_a_judge_that_nobody_would_ask_is_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match="judge"):
+        rlhf.run(configured(tiny, tmp_path / "o"), ANNOTATORS, judge=lambda a: [True] * len(a))

@@ -2,13 +2,13 @@
 
 Each version: fresh comparisons between the two newest models at varied temperatures; the old
 reward models are asked about them first (are they still right on the new distribution?); then
-both reward models are trained on everything so far, rejection sampling fine-tunes, and in the
-last versions PPO goes on from there.
+both reward models are trained on everything so far and rejection sampling fine-tunes. Ghost
+Attention goes on from there in one version, PPO in the last ones.
 
     round-1/helpfulness-pairs.jsonl   what is to be compared
     round-1/helpfulness.jsonl         what the annotator said (the same for safety)
     round-1/helpfulness/, safety/     reward models
-    round-1/rejection/, ppo/          the version's model
+    round-1/rejection/, gatt/, ppo/   the version's model, step by step
     round-1/student/                  the student's, where there is one
     rounds.jsonl                      one row a version: models, accuracies
 """
@@ -22,13 +22,15 @@ from puna.core import parallel
 from puna.core.checkpoint.folder import open_model, open_source, tokenizer_path
 from puna.core.device import device_of_name
 from puna.core.tokenizer import Tokenizer
-from puna.trainers import ppo, rejection
+from puna.trainers import gatt, ppo, rejection
+from puna.trainers.data.ghost import read_ghost_dialogues
 from puna.trainers.data.packing import encode_pairs
 from puna.trainers.data.prompts import common_tokenizer
 from puna.trainers.data.readers import read_preferences, read_prompts
 from puna.trainers.reward import RewardConfig, accuracies, margins_of
 from puna.trainers.reward import run as run_reward
-from puna.trainers.rl.comparisons import Annotator
+from puna.trainers.rl.best_of import read_samples
+from puna.trainers.rl.comparisons import Annotator, write_rows
 from puna.trainers.rl.config import PPOConfig, RLHFConfig
 from puna.trainers.rl.rewards import Reward
 from puna.trainers.rl.rounds import KINDS, compare, newest_wins, record, round_prompts
@@ -49,6 +51,7 @@ class Version(NamedTuple):
     judges: dict[str, Path]  # reward models by kind; empty where a reward was handed over
     selected: Path  # the best answer to each prompt of all rounds so far
     pools: tuple[Path, ...]  # the best few answers of each round so far
+    start: Path  # what later versions are fine-tuned from
 
 
 # What each stage's table may not say, because the loop says it, and what to say instead.
@@ -69,9 +72,14 @@ SET_BY_THE_LOOP = {
         "selected": "use the loop's own `student`",
         "round": "the loop counts",
     },
+    "gatt": {
+        "out": "it is under the loop's own `out`",
+        "model": "it goes on from the version's rejection sampling",
+        "dialogues": "use the loop's own `gatt_dialogues`",
+    },
     "ppo": {
         "out": "it is under the loop's own `out`",
-        "policy": "PPO goes on from the round's rejection sampling",
+        "policy": "PPO goes on from what the round has made before",
         "helpfulness": "the round's own reward models score",
         "safety": "the round's own reward models score",
         "prompts": "use `prompts` and `ppo_prompts`",
@@ -83,6 +91,7 @@ STAGES: dict[str, tuple[type, dict[str, str]]] = {
     "helpfulness": (RewardConfig, SET_BY_THE_LOOP["reward"]),
     "safety": (RewardConfig, SET_BY_THE_LOOP["reward"]),
     "rejection": (rejection.RejectionConfig, SET_BY_THE_LOOP["rejection"]),
+    "gatt": (gatt.GAttConfig, SET_BY_THE_LOOP["gatt"]),
     "ppo": (PPOConfig, SET_BY_THE_LOOP["ppo"]),
 }
 
@@ -91,26 +100,36 @@ def run(
     config: RLHFConfig,
     annotators: Mapping[str, Annotator] | None = None,
     reward: Reward | None = None,
+    judge: gatt.Judge | None = None,
 ) -> Path:
     """Run, or continue, the loop; returns the last version's model folder.
 
     `annotators` has one for "helpfulness" and one for "safety". Without them the pairs are
     written out and `Waiting` is raised until a file of answers lies beside them. With a `reward`
     of one's own nothing is compared and no reward model is trained: it scores every answer.
+    `judge` says which answers Ghost Attention may learn from.
     """
     check(config, reward)
-    check_handed(annotators, reward)
+    check_handed(config, annotators, reward, judge)
     check_files(config)
     tables = {name: cls for name, (cls, _) in STAGES.items()}
-    with owned(config, tables=tables, given={"reward": reward}):
+    with owned(config, tables=tables, given={"reward": reward, "judge": judge}):
         models = [config.model, config.model]
         last: Version | None = None
         for number in range(1, config.versions + 1):
-            last = play_round(config, number, models, last, annotators, reward)
+            last = play_round(config, number, models, last, Handed(annotators, reward, judge))
             models.append(last.model)
     assert last is not None
     notice(f"{config.out} is finished; V{last.number} is {last.model}")
     return last.model
+
+
+class Handed(NamedTuple):
+    """What is given from Python."""
+
+    annotators: Mapping[str, Annotator] | None
+    reward: Reward | None
+    judge: gatt.Judge | None
 
 
 Stage = TypeVar("Stage", bound=loop.TrainConfig)
@@ -134,6 +153,8 @@ def check(config: RLHFConfig, reward: Reward | None = None) -> None:
     # Whole configurations, too: what does not fit together must not wait for the annotators.
     judges = {} if reward is not None else {kind: config.model for kind in KINDS}
     rejection_config(config, 1, config.prompts, config.model, None, judges)
+    if config.gatt_version:
+        gatt_config(config, config.gatt_version, config.model)
     if config.ppo_versions:
         ppo.check(ppo_config(config, 1, config.model, judges))
     for kind in judges:
@@ -145,8 +166,15 @@ def check(config: RLHFConfig, reward: Reward | None = None) -> None:
             )
 
 
-def check_handed(annotators: Mapping[str, Annotator] | None, reward: Reward | None) -> None:
+def check_handed(
+    config: RLHFConfig,
+    annotators: Mapping[str, Annotator] | None,
+    reward: Reward | None,
+    judge: gatt.Judge | None,
+) -> None:
     """ValueError for functions that would not be asked, or are missing."""
+    if judge is not None and not config.gatt_version:
+        raise ValueError("the judge is of Ghost Attention; set gatt_version or leave it out")
     if annotators is not None and reward is not None:
         raise ValueError("with a reward of your own nothing is compared: leave the annotators out")
     if annotators is not None and (missing := [k for k in KINDS if k not in annotators]):
@@ -165,6 +193,9 @@ def check_files(config: RLHFConfig) -> None:
             read_prompts(path)
     for path in [*config.helpfulness_data, *config.safety_data]:
         read_preferences(path)
+    if config.gatt_dialogues:
+        table = gatt_config(config, config.gatt_version, config.model)
+        read_ghost_dialogues(config.gatt_dialogues, table.instructions, table.seed)
 
 
 def play_round(
@@ -172,15 +203,16 @@ def play_round(
     number: int,
     models: list[Path],
     last: Version | None,
-    annotators: Mapping[str, Annotator] | None,
-    reward: Reward | None,
+    handed: Handed,
 ) -> Version:
-    """One version: compare, train the reward models, sample and fine-tune, PPO if it is due."""
+    """One version: compare, train the reward models, sample and fine-tune; Ghost Attention and PPO
+    where they are due."""
     folder = config.out / f"round-{number}"
     judges: dict[str, Path] = {}
     before: dict[str, dict[str, float]] = {}
+    reward = handed.reward
     if reward is None:
-        compare(config, number, folder, models, annotators)
+        compare(config, number, folder, models, handed.annotators)
         before = accuracy_of(config, last, folder)
         judges = {
             kind: once(reward_config(config, number, kind, models[-1], last), run_reward)
@@ -188,19 +220,25 @@ def play_round(
         }
     prompts = round_prompts(config, number, folder)
     sampled = rejection_config(config, number, prompts, models[-1], last, judges)
-    model = once(sampled, lambda stage: rejection.run(stage, reward))
+    steps = {"rejection": once(sampled, lambda stage: rejection.run(stage, reward))}
     selected, pool = (folder / "rejection" / f"{name}.jsonl" for name in ("selected", "pool"))
     if config.student is not None:
         teach(config, folder, config.student, selected)
-    improved = ppo_config(config, number, model, judges)
+    start = start_of(config, last)
+    if number == config.gatt_version:
+        own_answers(config, selected, folder / "gatt-mix.jsonl")
+        ghost = gatt_config(config, number, steps["rejection"])
+        start = steps["gatt"] = once(ghost, lambda stage: gatt.run(stage, handed.judge))
+    improved = ppo_config(config, number, [*steps.values()][-1], judges)
     due = number > config.versions - config.ppo_versions
     if due or parallel.on_main(lambda: is_finished(improved.out)):  # before more were asked for
-        model = once(improved, lambda stage: ppo.run(stage, reward))
-    version = Version(number, model, judges, selected, (*(last.pools if last else ()), pool))
+        steps["ppo"] = once(improved, lambda stage: ppo.run(stage, reward))
+    pools = (*(last.pools if last else ()), pool)
+    version = Version(number, [*steps.values()][-1], judges, selected, pools, start)
     after = accuracy_of(config, version, folder)
     if parallel.is_main():
         wins = newest_wins(folder, number) if judges else {}
-        record(config.out / "rounds.jsonl", number, model, before, after, wins)
+        record(config.out / "rounds.jsonl", number, steps, before, after, wins)
     return version
 
 
@@ -232,11 +270,16 @@ def rejection_config(
         "prompts": [str(path) for path in [*prompts, *config.rejection_prompts]],
         "out": str(config.out / f"round-{number}" / "rejection"),
         "policy": str(policy),
-        "student": str(config.model),
+        "student": str(start_of(config, last)),
         "round": number,
         "pools": [str(pool) for pool in pools_of(config, last)],
     }
     return from_values(rejection.RejectionConfig, options)
+
+
+def start_of(config: RLHFConfig, last: Version | None) -> Path:
+    """What a version is fine-tuned from: the SFT model, or the one with Ghost Attention."""
+    return last.start if last is not None else config.model
 
 
 def pools_of(config: RLHFConfig, last: Version | None) -> tuple[Path, ...]:
@@ -255,10 +298,37 @@ def teach(config: RLHFConfig, folder: Path, student: Path, selected: Path) -> Pa
     return once(from_values(rejection.RejectionConfig, options), rejection.run)
 
 
+def own_answers(config: RLHFConfig, selected: Path, path: Path) -> None:
+    """The version's selected answers as dialogues, so that ordinary chat is not forgotten."""
+    if parallel.is_main() and not path.exists():
+        rows = read_samples(selected)[: config.gatt_answers or None]
+        write_rows(
+            path,
+            [
+                {"messages": [*row["messages"], {"role": "assistant", "content": row["answer"]}]}
+                for row in rows
+            ],
+        )
+    parallel.barrier()
+
+
+def gatt_config(config: RLHFConfig, number: int, model: Path) -> gatt.GAttConfig:
+    """Ghost Attention on top of the round's rejection sampling."""
+    folder = config.out / f"round-{number}"
+    options = {
+        **stage_options(config, config.gatt, {}),
+        "mix": [*map(str, config.gatt.get("mix", [])), str(folder / "gatt-mix.jsonl")],
+        "dialogues": [str(path) for path in config.gatt_dialogues],
+        "out": str(folder / "gatt"),
+        "model": str(model),
+    }
+    return from_values(gatt.GAttConfig, options)
+
+
 def ppo_config(
     config: RLHFConfig, number: int, policy: Path, judges: Mapping[str, Path]
 ) -> PPOConfig:
-    """PPO on top of the round's rejection sampling."""
+    """PPO on top of what the round has made before."""
     options = {
         **stage_options(config, config.ppo, judges),
         "prompts": [str(path) for path in [*config.prompts, *config.ppo_prompts]],

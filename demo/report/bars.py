@@ -13,6 +13,7 @@ from puna.demo.report.results import (
     TURNS,
     Evaluation,
     accuracies,
+    gatt_base,
     kept,
     last_version,
     measured,
@@ -43,6 +44,7 @@ def bars(evaluation: Evaluation) -> list[Bar]:
         _room(evaluation),
         *(_above_half(evaluation, version) for version in rlhf_versions(evaluation)[:-1]),
         _last_win_rate(evaluation),
+        _ppo_gain(evaluation),
         _violations(evaluation),
         _false_refusals(evaluation),
         _helpful(evaluation),
@@ -99,6 +101,19 @@ def _above_half(evaluation: Evaluation, version: str) -> Bar:
 def _last_win_rate(evaluation: Evaluation) -> Bar:
     target = "95% interval begins at 60% or above"
     return _win_rate(evaluation, last_version(evaluation), target, lambda low: low >= 0.60)
+
+
+def _ppo_gain(evaluation: Evaluation) -> Bar:
+    name = "The last version wins over the same model before PPO"
+    target = "whole 95% interval above 50%"
+    found = evaluation.get("ppo", {})
+    if "t1" not in found:
+        return _missing(name, target)
+    shown = "; greedy ".join(
+        f"{percent(row['wins'], 1)} ({100 * row['ci95'][0]:.1f} to {100 * row['ci95'][1]:.1f}%)"
+        for row in (found[mode] for mode in ("t1", "greedy") if mode in found)
+    )
+    return Bar(name, target, shown, found["t1"]["ci95"][0] > 0.5)
 
 
 def _win_rate(
@@ -180,7 +195,7 @@ def _gatt_keeps(evaluation: Evaluation) -> Bar:
 def _gatt_helpful(evaluation: Evaluation) -> Bar:
     name, target = "Helpful answers after GAtt", "at most 3 points below those before"
     after = rate(evaluation, "gatt", "helpful_rate")
-    before = rate(evaluation, last_version(evaluation), "helpful_rate")
+    before = rate(evaluation, gatt_base(evaluation), "helpful_rate")
     if after is None or before is None:
         return _missing(name, target)
     # Rounded, so that a difference of exactly 3 points is not lost to binary fractions.

@@ -22,6 +22,7 @@ from puna.demo.report.results import (
     Rows,
     accuracies,
     first_and_last,
+    gatt_base,
     kept,
     last_version,
     load_evaluation,
@@ -203,7 +204,7 @@ def _kept(evaluation: Evaluation) -> dict[str, str]:
         "turn_names": ", ".join(TURNS),
         "last_t1": percent(kept(evaluation, "without", "t1").get(TURNS[-1])),
         "last_gatt_t1": percent(kept(evaluation, "with", "t1").get(TURNS[-1])),
-        "helpful_before": percent(rate(evaluation, last_version(evaluation), "helpful_rate"), 1),
+        "helpful_before": percent(rate(evaluation, gatt_base(evaluation), "helpful_rate"), 1),
         "helpful_after": percent(rate(evaluation, "gatt", "helpful_rate"), 1),
     }
 

@@ -41,14 +41,21 @@ def rlhf_versions(evaluation: Evaluation) -> list[str]:
 
 
 def version_names(evaluation: Evaluation) -> list[str]:
-    """The versions that were measured, oldest first."""
-    found = evaluation.get("versions", {})
-    return [v for v in ("sft", *rlhf_versions(evaluation), "gatt") if v in found]
+    """The models that were measured, in the order in which they were made."""
+    return list(evaluation.get("versions", {}))
+
+
+def gatt_base(evaluation: Evaluation) -> str | None:
+    """The version that Ghost Attention was applied to: the one made before it."""
+    names = version_names(evaluation)
+    return names[names.index("gatt") - 1] if "gatt" in names[1:] else None
 
 
 def title(version: str) -> str:
-    """A version's name for people: SFT, V1, V2, GAtt."""
-    return {"sft": "SFT", "gatt": "GAtt"}.get(version, version.removeprefix("rlhf-").upper())
+    """A version's name for people: SFT, V1, GAtt, V5 before PPO."""
+    number, _, step = version.removeprefix("rlhf-").partition("-")
+    plain = {"sft": "SFT", "gatt": "GAtt"}.get(version, number.upper())
+    return f"{plain} before PPO" if step else plain
 
 
 def measured(evaluation: Evaluation, version: str | None, decoding: str = "t1") -> dict[str, Any]:
@@ -62,7 +69,7 @@ def rate(evaluation: Evaluation, version: str | None, key: str, decoding: str = 
 
 
 def last_version(evaluation: Evaluation) -> str | None:
-    """The newest RLHF version, the one that Ghost Attention is applied to."""
+    """The newest RLHF version."""
     names = rlhf_versions(evaluation)
     return names[-1] if names else None
 
@@ -75,7 +82,8 @@ def accuracies(evaluation: Evaluation, model: str) -> dict[str, float]:
 def kept(
     evaluation: Evaluation, which: str, decoding: str = "greedy", among: str = "value"
 ) -> dict[str, float]:
-    """Share of answers that keep the instruction, by answer number; which: "with" | "without";
+    """Share of answers that keep the instruction, by answer number; which: "with" | "without"
+    | "last";
     among: a key of KEPT_AMONG."""
     found = evaluation.get("gatt" if among == "value" else "gatt_other", {})
     return (found if among == "value" else found.get(among, {})).get(decoding, {}).get(which, {})

@@ -157,6 +157,13 @@ class RLHFConfig(Options):
     (paper: V3 was trained so and had lost skills, rhyming for one)"""
     versions: Count = 5
     """V1 .. Vn (paper: 5)"""
+    gatt_version: CountOrZero = 0
+    """Ghost Attention follows on the rejection sampling of this version, and later versions are
+    fine-tuned from its model (paper: 3); 0: there is none"""
+    gatt_dialogues: list[Path] = field(default_factory=list)
+    """dialogues for it, as `puna gatt` reads them"""
+    gatt_answers: CountOrZero = 0
+    """the version's selected answers that are mixed in, the first so many; 0: all"""
     ppo_versions: CountOrZero = 1
     """so many of the last versions end with PPO (paper: V5; V4 is unclear)"""
     helpfulness_pairs: Count = 2000
@@ -186,6 +193,8 @@ class RLHFConfig(Options):
     """table: further options for the safety model"""
     rejection: dict[str, Any] = field(default_factory=dict)
     """table: options of `puna rejection`"""
+    gatt: dict[str, Any] = field(default_factory=dict)
+    """table: options of `puna gatt`"""
     ppo: dict[str, Any] = field(default_factory=dict)
     """table: options of `puna ppo`"""
 
@@ -194,6 +203,19 @@ class RLHFConfig(Options):
             raise ValueError(
                 f"versions is {self.versions} and ppo_versions {self.ppo_versions}; there must "
                 "not be more with PPO than there are"
+            )
+        if self.gatt_version > self.versions:
+            raise ValueError(
+                f"gatt_version is {self.gatt_version} and there are {self.versions} versions; "
+                "name one of them, or 0"
+            )
+        if bool(self.gatt_version) != bool(self.gatt_dialogues):
+            raise ValueError(
+                "Ghost Attention needs both gatt_version and gatt_dialogues; give both or neither"
+            )
+        if not self.gatt_version and (self.gatt or self.gatt_answers):
+            raise ValueError(
+                "gatt and gatt_answers are of Ghost Attention; set gatt_version or leave them out"
             )
         if not self.temperatures:
             raise ValueError("temperatures is empty; name at least one to draw answers at")

@@ -133,17 +133,18 @@ def newest_wins(folder: Path, number: int) -> dict[str, dict[str, float]]:
 def record(
     path: Path,
     number: int,
-    model: Path,
+    steps: Mapping[str, Path],
     before: dict[str, dict[str, float]],
     after: dict[str, dict[str, float]],
     wins: dict[str, dict[str, float]],
 ) -> None:
-    """Append the version's row, once."""
+    """Append the version's row, once; `steps` are the models that it made, the last is its own."""
     rows = [row for _, row in json_rows(path)] if path.exists() else []
     rows = [row for row in rows if field(row, "version", int) < number]
     row = {
         "version": number,
-        "model": str(model),
+        "model": [str(model) for model in steps.values()][-1],
+        "steps": {name: str(model) for name, model in steps.items()},
         "accuracy_before_training": before,
         "accuracy_on_trained": after,
         "newest_wins": wins,
