@@ -39,6 +39,7 @@ VERBS = {
     "evaluate": Verb(
         "puna.trainers.evaluate", "EvaluateConfig", "accuracy and calibration of a reward model"
     ),
+    "score": Verb("puna.trainers.score", "ScoreConfig", "the reward of texts"),
     "generate": Verb("puna.cli.generate", "GenerateConfig", "continue a prompt"),
     "chat": Verb("puna.cli.chat", "ChatConfig", "talk to a model"),
     "convert": Verb("puna.cli.convert", "ConvertConfig", "between checkpoint formats"),

@@ -122,6 +122,10 @@ MISTAKES = {
     "reward --model {1}/lm --data {1}/dialogues.jsonl --out {0}/o": "dialogues.jsonl:1: ",
     "gatt --model {1}/chat --dialogues {0}/bad.jsonl --out {0}/o": "bad.jsonl:2: not JSON",
     "evaluate --model {1}/chat --data {1}/preferences.jsonl": "is a language model",
+    "score --model {1}/chat --prompt x --answer y": "chat is a language model; a reward model is",
+    "score --model {1}/safety --prompt x": "message is empty",
+    "score --model {1}/safety": "score either --data, or one --prompt and its --answer",
+    "score --model {1}/safety --data {0}/full.jsonl": "no answer to score: skipped 1 row: longer",
     "rlhf demo/rlhf.toml --out {0}/o --model {1}/chat --prompts {1}/prompts.jsonl --versions 0 "
     "--helpfulness-prompts {1}/prompts.jsonl --safety-prompts {1}/prompts.jsonl": "versions is 0; ",
 }

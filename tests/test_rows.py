@@ -21,7 +21,13 @@ from puna.trainers.data.formats import Columns, Malformed, parse_dialogue
 from puna.trainers.data.ghost import read_ghost_dialogues
 from puna.trainers.data.packing import Pair, encode_pairs, unlabelled
 from puna.trainers.data.prompts import load_prompts
-from puna.trainers.data.readers import read_dialogues, read_preferences, read_prompts, read_texts
+from puna.trainers.data.readers import (
+    read_answered,
+    read_dialogues,
+    read_preferences,
+    read_prompts,
+    read_texts,
+)
 from puna.trainers.rl.best_of import read_samples, write_samples
 from puna.trainers.rl.comparisons import read_pairs
 from puna.trainers.rl.early_stopping import history
@@ -45,6 +51,7 @@ READERS = {
     "dialogues": (read_dialogues, {"messages": [USER, ANSWER]}),
     "preferences": (read_preferences, {"prompt": "q", "chosen": "a", "rejected": "b"}),
     "prompts": (read_prompts, {"prompt": "q"}),
+    "answered": (read_answered, {"prompt": "q", "response": "a", "safety": True}),
     "ghosts": (
         lambda path: read_ghost_dialogues([path], [], 0),
         {"turns": ["a"], "instruction": "b"},
