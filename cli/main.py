@@ -30,6 +30,7 @@ VERBS = {
     "pretrain": Verb("puna.trainers.pretrain", "PretrainConfig", "next-token training on text"),
     "sft": Verb("puna.trainers.sft", "SFTConfig", "supervised fine-tuning on dialogues"),
     "reward": Verb("puna.trainers.reward", "RewardConfig", "train a reward model on comparisons"),
+    "sample": Verb("puna.trainers.sample", "SampleConfig", "K answers a prompt, the best kept"),
     "rejection": Verb(
         "puna.trainers.rejection", "RejectionConfig", "sample K answers, train on the best"
     ),

@@ -3,7 +3,7 @@
     load, Llama                        a model with its tokenizer: generate, stream, logprobs, score
     pretrain, sft, reward, rejection,
     ppo, gatt, rlhf                    the stages; each takes its configuration, SFTConfig and so on
-    evaluate, score                    measures of models and of texts, in the same way
+    sample, score, evaluate            answers, their rewards, and measures of models: the same way
     Tokenizer, train_tokenizer, convert, Message, Answer, next_token_loss
 
 Each is imported when it is asked for: `import puna` alone does not import PyTorch.
@@ -45,6 +45,8 @@ if TYPE_CHECKING:  # the same as PLACES, for type checkers and editors
     from puna.trainers.rl.rewards import Answer
     from puna.trainers.rlhf import RLHFConfig
     from puna.trainers.rlhf import run as rlhf
+    from puna.trainers.sample import SampleConfig
+    from puna.trainers.sample import run as sample
     from puna.trainers.score import ScoreConfig
     from puna.trainers.score import run as score
     from puna.trainers.sft import SFTConfig
@@ -55,9 +57,10 @@ if TYPE_CHECKING:  # the same as PLACES, for type checkers and editors
 
 __all__ = [
     "Answer", "EvaluateConfig", "GAttConfig", "Llama", "Message", "PPOConfig", "PretrainConfig",
-    "RLHFConfig", "RejectionConfig", "RewardConfig", "SFTConfig", "ScoreConfig", "Tokenizer",
-    "__version__", "convert", "evaluate", "gatt", "load", "next_token_loss", "ppo", "pretrain",
-    "rejection", "reward", "rlhf", "score", "sft", "train_tokenizer",
+    "RLHFConfig", "RejectionConfig", "RewardConfig", "SFTConfig", "SampleConfig",
+    "ScoreConfig", "Tokenizer", "__version__", "convert", "evaluate", "gatt", "load",
+    "next_token_loss", "ppo", "pretrain", "rejection", "reward", "rlhf", "sample", "score", "sft",
+    "train_tokenizer",
 ]  # fmt: skip
 
 STAGES = {
@@ -69,6 +72,7 @@ STAGES = {
     "gatt": "GAttConfig",
     "rlhf": "RLHFConfig",
     "evaluate": "EvaluateConfig",
+    "sample": "SampleConfig",
     "score": "ScoreConfig",
 }
 
