@@ -40,6 +40,11 @@ VERBS = {
     "evaluate": Verb(
         "puna.trainers.evaluate", "EvaluateConfig", "accuracy and calibration of a reward model"
     ),
+    "evaluate chat": Verb(
+        "puna.trainers.evaluation.chat",
+        "EvaluateChatConfig",
+        "win rate, violations, refusals, instructions kept, diversity of chat models",
+    ),
     "score": Verb("puna.trainers.score", "ScoreConfig", "the reward of texts"),
     "generate": Verb("puna.cli.generate", "GenerateConfig", "continue a prompt"),
     "chat": Verb("puna.cli.chat", "ChatConfig", "talk to a model"),

@@ -106,7 +106,7 @@ def prompt_key(messages: Sequence[Message]) -> str:
     return json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False)
 
 
-def is_usable(sample: Sample) -> bool:
+def is_usable(sample: Drawn) -> bool:
     """Whether an answer may be kept: one without EOS would teach the model not to stop."""
     return bool(sample["finished"] and sample["answer"])
 
@@ -191,8 +191,11 @@ def reward_curve(scores: Tensor, usable: Tensor) -> list[dict[str, float]]:
 
 
 def keep_best(folder: Path, config: BestOfConfig, pool: Sequence[Sample] = ()) -> dict[str, Any]:
-    """Write selection.json, POOL and SELECTED beside SAMPLES; returns what the first says. ValueError where no sample can be
-    kept: they are removed, so that others can be drawn under other options."""
+    """Write selection.json, POOL and SELECTED beside SAMPLES; returns what the first says.
+
+    ValueError where no sample can be kept: they are removed, so that others can be drawn under
+    other options.
+    """
     fresh = read_samples(folder / SAMPLES)
     kept = best_of([*fresh, *pool])
     if not kept:
