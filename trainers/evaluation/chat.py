@@ -183,8 +183,9 @@ def wins_of(found: wins.Match, said: Mapping[str, Tensor]) -> Found:
     return {
         "by": {name: wins.result(found, differences) for name, differences in said.items()},
         "agreement": {
-            f"{one} and {other}": wins.agreement(found, said[one], said[other])
+            f"{one} and {other}": share
             for one, other in combinations(said, 2)
+            if (share := wins.agreement(found, said[one], said[other])) is not None
         },
     }
 

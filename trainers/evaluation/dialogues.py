@@ -42,6 +42,12 @@ def talk(
     parallel.on_main(lambda: path.parent.mkdir(exist_ok=True))
     said = parallel.on_main(lambda: read_said(path, dialogues))
     longest = max(len(dialogue.turns) for dialogue in dialogues)
+    options: dict[str, Any] = {
+        "temperature": config.temperature,
+        "max_new_tokens": config.max_new_tokens,
+        "seed": config.seed,
+        "batch_size": config.generation_batch,
+    }
     bar = meter("dialogues", longest, start=len(said), unit="answers", show=parallel.is_main())
     with bar as progress, stop_requests() as stop:
         while len(said) < longest:
@@ -49,7 +55,7 @@ def talk(
                 raise SystemExit(
                     f"stopped after turn {len(said)}; the same command continues {config.out}"
                 )
-            said.append(next_turn(config, policy, tokenizer, dialogues, said))
+            said.append(next_turn(policy, tokenizer, dialogues, said, **options))
             if parallel.is_main():
                 write_rows(path, [{"dialogues": len(dialogues), "answers": row} for row in said])
                 written.note(path.parent, path.name)
@@ -57,11 +63,15 @@ def talk(
 
 
 def next_turn(
-    config: EvaluateChatConfig,
     policy: Transformer,
     tokenizer: Tokenizer,
     dialogues: Sequence[GhostDialogue],
     said: Said,
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    batch_size: int = 256,
 ) -> list[list[int]]:
     """The answer of each dialogue to its next message; none where it has no further one, or is
     longer than the context: a model that never stops fills that."""
@@ -76,14 +86,14 @@ def next_turn(
         drawn = sample_everywhere(
             whole,
             [contexts[i] for i in going],
-            max_new_tokens=config.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             eos_id=tokenizer.eos_id,
-            temperature=config.temperature,
-            seed=config.seed,
+            temperature=temperature,
+            seed=seed,
             round_index=turn,
             prompt_ids=going,
             sample_ids=[0] * len(going),
-            batch_size=config.generation_batch,
+            batch_size=batch_size,
             called="the chat model",
         )
     answers = dict(zip(going, drawn, strict=True))

@@ -41,7 +41,7 @@ def show(found: Found) -> None:
         show_wins(found["wins"], names, names[found["against"]])
     if "violations" in found:
         rows = [(names[m], *cells(each)) for m, each in found["violations"]["by"].items()]
-        title = f"Violations (sigmoid of the safety score below {found['violations']['threshold']})"
+        title = f"Violations (unsafe: below {found['violations']['threshold']})"
         say_table(rows, ("model", "unsafe", "95% interval", "answers"), title)
     if "refusals" in found:
         show_refusals(found["refusals"], names)
@@ -57,21 +57,22 @@ def show_wins(wins: Found, names: Mapping[str, str], against: str) -> None:
         for model, each in wins.items()
         for judge, result in each["by"].items()
     ]
-    header = ("model", "judge", "win rate", "95% interval", "prompts", "wins", "ties", "same text")
-    say_table(rows, header, f"Against {against} (a tie counts one half)")
+    header = ("model", "judge", "win rate", "95% interval", "wins", "ties")
+    count = next(r["win_rate"]["pairs"] for each in wins.values() for r in each["by"].values())
+    say_table(rows, header, f"Against {against} on {count:,} prompts (a tie counts one half)")
     agree = [
         (names[model], spoken(pair), *cells(share))
         for model, each in wins.items()
         for pair, share in each["agreement"].items()
     ]
     if agree:
-        columns = ("model", "judges", "say the same", "95% interval", "pairs")
-        say_table(agree, columns, "Agreement of judges")
+        columns = ("model", "judges", "agree", "95% interval", "pairs")
+        say_table(agree, columns, "How often two judges prefer the same, where neither sees a tie")
 
 
 def win_cells(result: Found) -> list[str]:
-    shares = (f"{result[name]:.3f}" for name in ("wins", "ties", "same_text"))
-    return [*cells(result["win_rate"]), *shares]
+    share, interval, _ = cells(result["win_rate"])
+    return [share, interval, f"{result['wins']:.3f}", f"{result['ties']:.3f}"]
 
 
 def show_refusals(refusals: Found, names: Mapping[str, str]) -> None:
@@ -113,8 +114,8 @@ def show_curves(curves: Sequence[Found], names: Mapping[str, str]) -> None:
         for row in curves
     ]
     count = max((row["by_k"][-1]["k"] for row in curves if "by_k" in row), default=0)
-    header = ("model", "prompts", "temperature", "Self-BLEU", "score", f"best of {count or 'K'}")
-    say_table(rows, (*header, "unfinished"), "By temperature")
+    header = ("model", "prompts", "T", "Self-BLEU", "score", f"best of {count or 'K'}")
+    say_table(rows, (*header, "cut off"), "By temperature T")
 
 
 def cells(share: Found) -> tuple[str, str, str]:

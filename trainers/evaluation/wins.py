@@ -127,7 +127,11 @@ def result(found: Match, differences: Tensor) -> dict[str, Any]:
     }
 
 
-def agreement(found: Match, one: Tensor, other: Tensor) -> dict[str, Any]:
-    """How often two judges say the same (win, tie or loss) of the pairs whose texts differ."""
-    same = (one.sign() == other.sign()).double()[found.asked]
-    return clustered(same, [opening(found.ours[i]["messages"]) for i in found.asked])._asdict()
+def agreement(found: Match, one: Tensor, other: Tensor) -> dict[str, Any] | None:
+    """How often two judges prefer the same answer, of the pairs for which neither sees a tie; None
+    where there is no such pair."""
+    both = ((one != 0) & (other != 0)).nonzero()[:, 0].tolist()
+    if not both:
+        return None
+    same = (one.sign() == other.sign()).double()[both]
+    return clustered(same, [opening(found.ours[i]["messages"]) for i in both])._asdict()
