@@ -28,9 +28,11 @@ from puna.trainers.data.readers import (
     read_prompts,
     read_texts,
 )
+from puna.trainers.evaluation import dialogues, wins
 from puna.trainers.rl.best_of import read_samples, write_samples
 from puna.trainers.rl.comparisons import read_pairs
 from puna.trainers.rl.early_stopping import history
+from puna.trainers.rl.rewards import Answer
 from puna.trainers.rl.rounds import record
 from puna.trainers.train.arguments import several_valued
 from puna.trainers.train.config import parse
@@ -46,6 +48,8 @@ PAIR = {"messages": [USER], "is_safety": False, "a": "x", "b": "y", "a_ids": [3]
 
 # Every reader of JSON lines, with a row that it takes.
 ASKED = gatt.GhostDialogue("a", "a", [f"b{LINE}\x85"] * 2)
+MATCH = wins.Match([{"answer": "a"}], [{"answer": "b"}], [False], [0])
+REPLY = Answer([USER], "red")
 READERS = {
     "texts": (read_texts, {"text": "red"}),
     "dialogues": (read_dialogues, {"messages": [USER, ANSWER]}),
@@ -58,6 +62,15 @@ READERS = {
     ),
     "samples": (lambda path: (read_samples(path), None), SAMPLE),
     "pairs": (lambda path: (read_pairs(path), None), PAIR),
+    "winners": (
+        lambda path: (wins.by_judgements(path, [MATCH]) and None, None),
+        {"pair": 0, "winner": "a"},
+    ),
+    "kept": (
+        lambda path: (dialogues.by_judgements(path, [[REPLY]]) and None, None),
+        {"answer": 0, "kept": True},
+    ),
+    "said": (lambda path: (dialogues.read_said(path, [ASKED]), None), {"answers": [[3, 2]]}),
     "metrics": (lambda path: (history(path), None), {"step": 1}),
     "rounds": (lambda path: (record(path, 9, path, {}, {}, {}), None), {"version": 1}),
     "turns": (

@@ -121,9 +121,11 @@ def read_said(path: Path, dialogues: Sequence[GhostDialogue]) -> Said:
     written.check(path.parent, path.name)
     said: Said = []
     for where, row in json_rows(path):
-        answers = field(row, "answers", list)
-        if len(answers) != len(dialogues) or not all(
-            isinstance(ids, list) and are_ids(ids) for ids in answers
+        answers = row.get("answers")
+        if (
+            not isinstance(answers, list)
+            or len(answers) != len(dialogues)
+            or not all(isinstance(ids, list) and are_ids(ids) for ids in answers)
         ):
             raise ValueError(
                 f"{where}: {shortened(answers)} are no answers to {len(dialogues)} dialogues; "
@@ -195,23 +197,25 @@ def write_answers(path: Path, models: Sequence[Sequence[Answer]]) -> None:
 
 
 def by_judgements(path: Path, models: Sequence[Sequence[Answer]]) -> list[list[bool]]:
-    """As `by_judge` for each model, of a file's rows of `answer` and `kept`. ValueError as
-    `file:line: ...` for another row, and where an answer is not judged."""
+    """As `by_judge` for each model, of a file's rows of `answer` and `kept`.
+
+    Where an answer is judged several times, it keeps the instruction if more of them say so than
+    not. ValueError as `file:line: ...` for another row, and where an answer is judged by nobody.
+    """
     count = sum(bool(answer.text) for answers in models for answer in answers)
-    said: dict[int, bool] = {}
+    votes: list[list[bool]] = [[] for _ in range(count)]
     for where, row in json_rows(path):
         try:
             number, kept = field(row, "answer", int), field(row, "kept", bool)
         except ValueError as error:
             raise ValueError(f"{where}: not a judgement: {error}") from error
-        if not 0 <= number < count or number in said:
-            raise ValueError(f"{where}: answer {number}; expected each from 0 to {count - 1} once")
-        said[number] = kept
-    if len(said) < count:
-        first = next(number for number in range(count) if number not in said)
+        if not 0 <= number < count:
+            raise ValueError(f"{where}: answer {number}; expected one from 0 to {count - 1}")
+        votes[number].append(kept)
+    if missing := [number for number, said in enumerate(votes) if not said]:
         raise ValueError(
-            f"{path}: {count - len(said)} of {count} answers have no judgement, the first is "
-            f"answer {first}; judge all of them"
+            f"{path}: {len(missing)} of {count} answers have no judgement, the first is answer "
+            f"{missing[0]}; judge all of them"
         )
-    given = (said[number] for number in range(count))
+    given = (2 * sum(said) > len(said) for said in votes)
     return [[bool(answer.text) and next(given) for answer in answers] for answers in models]

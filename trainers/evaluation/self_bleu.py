@@ -19,7 +19,8 @@ Grams = list[Counter[tuple[str, ...]]]
 
 
 def self_bleu(texts: Sequence[str]) -> float:
-    """From 0 (nothing in common) to 100 (all the same), of two or more texts."""
+    """From 0 (nothing in common) to 100 (all the same), of two or more texts. Texts of less than
+    four words stay below 100: they have no n-gram of the higher orders to share."""
     split = [words(text) for text in texts]
     grams = [grams_of(each) for each in split]
     lengths = [len(each) for each in split]
