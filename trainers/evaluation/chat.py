@@ -85,6 +85,7 @@ def run(
             write_text(config.out / "evaluation.json", json.dumps(found, indent=2) + "\n")
             report.show(found)
             report.plot(config.out, found)
+        parallel.barrier()  # no rank ends, waiting, before all is written
     if waiting:
         raise Waiting("; ".join(waiting))
     return found

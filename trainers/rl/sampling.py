@@ -65,7 +65,7 @@ def sample_all(
         for start in starts[done:]:
             if parallel.all_max(int(stop())):
                 raise SystemExit(
-                    f"stopped after {start} prompts; the same command continues {path.parent}"
+                    f"stopped after {start} prompts; the same command continues {path}"
                 )
             numbers = range(start, min(start + drawing.chunk, len(prompts)))
             mine = numbers[parallel.rank() :: parallel.world_size()]
