@@ -3,6 +3,9 @@ Run: python -m pytest tests/test_evaluate_chat.py -q"""
 
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -19,6 +22,7 @@ from puna.trainers.evaluation.self_bleu import self_bleu
 from puna.trainers.rl.best_of import read_drawn, reward_curve
 from puna.trainers.rl.comparisons import Verdict
 from puna.trainers.rl.rounds import Waiting
+from puna.trainers.train.config import to_toml
 
 
 def configured(tiny, out, **options) -> EvaluateChatConfig:
@@ -314,6 +318,31 @@ def test_it_goes_on_where_a_kill_left_it(tiny, matched, tmp_path):
     chat.run(config)
     assert answers.read_bytes() == whole
     assert (config.out / "evaluation.json").read_bytes() == found
+
+
+def test_two_ranks_find_what_one_finds(tiny, tmp_path):
+    """Answers, figures and plots to the byte; people's files wait in both."""
+    config = configured(
+        tiny, tmp_path / "one", against=tiny / "lm", prompts=[tiny / "prompts.jsonl"],
+        judge=tiny / "helpfulness", safety=tiny / "safety", dialogues=[tiny / "ghosts.jsonl"],
+        kept=tmp_path / "kept.jsonl", judgements=tmp_path / "judged.jsonl", samples=2,
+        curves=[tiny / "prompts.jsonl"], temperatures=[1.0],
+    )  # fmt: skip
+    with pytest.raises(Waiting, match=r"pairs.jsonl waits .*; .*dialogues.jsonl waits"):
+        chat.run(config)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(to_toml(replace(config, out=tmp_path / "two")))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launch, "-m", "puna.trainers.evaluation.chat", str(recipe)]
+    result = subprocess.run(
+        command, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True
+    )
+    assert result.returncode == 1 and b"waits to be judged" in result.stderr
+    names = [path.relative_to(config.out) for path in config.out.rglob("*")]
+    compared = [name for name in names if name.suffix in (".jsonl", ".svg")]
+    assert len(compared) == 9
+    for name in [*compared, "evaluation.json"]:
+        assert (tmp_path / "two" / name).read_bytes() == (config.out / name).read_bytes(), name
 
 
 def test_a_judge_of_another_family_reads_the_text(tiny):
