@@ -385,6 +385,10 @@ MISTAKES = {
         "ordinary": ["prompts.jsonl"], "refusals": "safety",
     },
     "dialogues and kept go together": {"dialogues": ["ghosts.jsonl"]},
+    "instructions are drawn for dialogues": {
+        "instructions": ["ghosts.jsonl"], "prompts": ["prompts.jsonl"], "judge": "safety",
+    },
+    "temperatures is empty": {"curves": ["prompts.jsonl"], "temperatures": []},
     "no prompt is tagged": {"prompts": ["ordinary.jsonl"], "safety": "safety"},
     "no prompt to answer: skipped 1 row: too long": {
         "prompts": ["long.jsonl"], "judge": "safety", "max_new_tokens": 250,

@@ -113,6 +113,10 @@ def check_chat(
          "refusals and refusal_pairs go together: the pairs set the classifier's threshold"),
         (bool(config.dialogues) != bool(config.kept or keeps),
          "dialogues and kept go together: kept is the file of judgements, which may come later"),
+        (config.instructions and not config.dialogues,
+         "instructions are drawn for dialogues; name some"),
+        (config.curves and not config.temperatures,
+         "temperatures is empty; name at least one for the curves"),
         *both_ways(config, annotator, refuses, keeps),
     ):  # fmt: skip
         if problem:
