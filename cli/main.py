@@ -30,6 +30,7 @@ VERBS = {
     "pretrain": Verb("puna.trainers.pretrain", "PretrainConfig", "next-token training on text"),
     "sft": Verb("puna.trainers.sft", "SFTConfig", "supervised fine-tuning on dialogues"),
     "reward": Verb("puna.trainers.reward", "RewardConfig", "train a reward model on comparisons"),
+    "sample": Verb("puna.trainers.sample", "SampleConfig", "K answers a prompt, the best kept"),
     "rejection": Verb(
         "puna.trainers.rejection", "RejectionConfig", "sample K answers, train on the best"
     ),
@@ -39,6 +40,12 @@ VERBS = {
     "evaluate": Verb(
         "puna.trainers.evaluate", "EvaluateConfig", "accuracy and calibration of a reward model"
     ),
+    "evaluate chat": Verb(
+        "puna.trainers.evaluation.chat",
+        "EvaluateChatConfig",
+        "win rate, violations, refusals, instructions kept, diversity of chat models",
+    ),
+    "score": Verb("puna.trainers.score", "ScoreConfig", "the reward of texts"),
     "generate": Verb("puna.cli.generate", "GenerateConfig", "continue a prompt"),
     "chat": Verb("puna.cli.chat", "ChatConfig", "talk to a model"),
     "convert": Verb("puna.cli.convert", "ConvertConfig", "between checkpoint formats"),

@@ -16,7 +16,8 @@ from puna.core.tokenizer import Tokenizer
 from puna.demo.kept import kept
 from puna.demo.village import oracle
 from puna.demo.village.world import MEASURED_TURNS, PersonaDialogue
-from puna.trainers.gatt import encode_turn
+from puna.trainers.data.ghost import GhostDialogue
+from puna.trainers.evaluation.dialogues import Said, next_turn
 
 MODES = {"t1": 1.0, "greedy": 0.0}
 ANSWER_TOKENS = 48  # longest answer that is drawn; the world's are of 6 to 14 words
@@ -109,33 +110,23 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, list[float]]:
 def dialogues_with(
     path: Path, dialogues: Sequence[PersonaDialogue], temperature: float, seed: int
 ) -> list[list[str]]:
-    """The model's side of each persona dialogue, the instruction in the first message only."""
+    """The model's side of each persona dialogue, the instruction in the first message only; empty
+    where a dialogue has filled the context."""
     model, tokenizer = load_model(path), Tokenizer(tokenizer_path(path))
-    contexts: list[list[int]] = [[] for _ in dialogues]
-    said: list[list[str]] = [[] for _ in dialogues]
-    for turn in range(max(len(d.questions) for d in dialogues)):
-        for context, dialogue in zip(contexts, dialogues, strict=True):
-            told = dialogue.system if turn == 0 else ""
-            context += encode_turn(tokenizer, dialogue.questions[turn], told)
-        # A model that never stops fills its context: such a dialogue ends, with empty answers.
-        open_ones = [i for i, c in enumerate(contexts) if len(c) < model.config.context]
-        completions = generate(
+    ghosts = [GhostDialogue(d.system, d.system, list(d.questions)) for d in dialogues]
+    said: Said = []
+    for _ in range(max(len(ghost.turns) for ghost in ghosts)):
+        row = next_turn(
             model,
-            [contexts[i] for i in open_ones],
-            max_new_tokens=ANSWER_TOKENS,
-            eos_id=tokenizer.eos_id,
+            tokenizer,
+            ghosts,
+            said,
             temperature=temperature,
+            max_new_tokens=ANSWER_TOKENS,
             seed=seed,
-            round_index=turn,
-            prompt_ids=open_ones,
         )
-        for texts in said:
-            texts.append("")
-        for i, completion in zip(open_ones, completions, strict=True):
-            ending = [] if completion.finished else [tokenizer.eos_id]
-            contexts[i] = contexts[i] + completion.tokens + ending
-            said[i][turn] = decode_answer(tokenizer, completion.tokens)
-    return said
+        said.append(row)
+    return [[decode_answer(tokenizer, row[i]) for row in said] for i in range(len(ghosts))]
 
 
 def kept_by_turn(

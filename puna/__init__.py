@@ -2,7 +2,9 @@
 
     load, Llama                        a model with its tokenizer: generate, stream, logprobs, score
     pretrain, sft, reward, rejection,
-    ppo, gatt, rlhf, evaluate          the stages; each takes its configuration, SFTConfig and so on
+    ppo, gatt, rlhf                    the stages; each takes its configuration, SFTConfig and so on
+    sample, score                      answers and their rewards, in the same way
+    evaluate, evaluate_chat            measures of reward models and of chat models
     Tokenizer, train_tokenizer, convert, Message, Answer, next_token_loss
 
 Each is imported when it is asked for: `import puna` alone does not import PyTorch.
@@ -31,6 +33,8 @@ if TYPE_CHECKING:  # the same as PLACES, for type checkers and editors
     from puna.core.tokenizer import Tokenizer, train_tokenizer
     from puna.trainers.evaluate import EvaluateConfig
     from puna.trainers.evaluate import run as evaluate
+    from puna.trainers.evaluation.chat import run as evaluate_chat
+    from puna.trainers.evaluation.config import EvaluateChatConfig
     from puna.trainers.gatt import GAttConfig
     from puna.trainers.gatt import run as gatt
     from puna.trainers.ppo import PPOConfig
@@ -44,6 +48,10 @@ if TYPE_CHECKING:  # the same as PLACES, for type checkers and editors
     from puna.trainers.rl.rewards import Answer
     from puna.trainers.rlhf import RLHFConfig
     from puna.trainers.rlhf import run as rlhf
+    from puna.trainers.sample import SampleConfig
+    from puna.trainers.sample import run as sample
+    from puna.trainers.score import ScoreConfig
+    from puna.trainers.score import run as score
     from puna.trainers.sft import SFTConfig
     from puna.trainers.sft import run as sft
     from puna.trainers.train.next_token import next_token_loss
@@ -51,10 +59,11 @@ if TYPE_CHECKING:  # the same as PLACES, for type checkers and editors
     __version__: str
 
 __all__ = [
-    "Answer", "EvaluateConfig", "GAttConfig", "Llama", "Message", "PPOConfig", "PretrainConfig",
-    "RLHFConfig", "RejectionConfig", "RewardConfig", "SFTConfig", "Tokenizer", "__version__",
-    "convert", "evaluate", "gatt", "load", "next_token_loss", "ppo", "pretrain", "rejection",
-    "reward", "rlhf", "sft", "train_tokenizer",
+    "Answer", "EvaluateChatConfig", "EvaluateConfig", "GAttConfig", "Llama", "Message", "PPOConfig",
+    "PretrainConfig", "RLHFConfig", "RejectionConfig", "RewardConfig", "SFTConfig", "SampleConfig",
+    "ScoreConfig", "Tokenizer", "__version__", "convert", "evaluate", "evaluate_chat", "gatt",
+    "load", "next_token_loss", "ppo", "pretrain", "rejection", "reward", "rlhf", "sample", "score",
+    "sft", "train_tokenizer",
 ]  # fmt: skip
 
 STAGES = {
@@ -66,6 +75,8 @@ STAGES = {
     "gatt": "GAttConfig",
     "rlhf": "RLHFConfig",
     "evaluate": "EvaluateConfig",
+    "sample": "SampleConfig",
+    "score": "ScoreConfig",
 }
 
 PLACES = {  # name -> module, and what it is called there
@@ -78,6 +89,8 @@ PLACES = {  # name -> module, and what it is called there
     "Tokenizer": ("puna.core.tokenizer", "Tokenizer"),
     "train_tokenizer": ("puna.core.tokenizer", "train_tokenizer"),
     "Answer": ("puna.trainers.rl.rewards", "Answer"),
+    "evaluate_chat": ("puna.trainers.evaluation.chat", "run"),
+    "EvaluateChatConfig": ("puna.trainers.evaluation.config", "EvaluateChatConfig"),
     "next_token_loss": ("puna.trainers.train.next_token", "next_token_loss"),
 }
 

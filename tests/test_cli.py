@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -121,7 +122,12 @@ MISTAKES = {
     "sft --model {1}/lm --data {1}/dialogues.jsonl --batch 0 --out {0}/o": "batch is 0",
     "reward --model {1}/lm --data {1}/dialogues.jsonl --out {0}/o": "dialogues.jsonl:1: ",
     "gatt --model {1}/chat --dialogues {0}/bad.jsonl --out {0}/o": "bad.jsonl:2: not JSON",
-    "evaluate --model {1}/chat --data {1}/preferences.jsonl": "is a language model",
+    "evaluate --model {1}/chat --data {1}/preferences.jsonl": "puna evaluate chat measures chat",
+    "evaluate chat --model {1}/chat --out {0}/o": "there is nothing to measure; name prompts, ",
+    "score --model {1}/chat --prompt x --answer y": "chat is a language model; a reward model is",
+    "score --model {1}/safety --prompt x": "message is empty",
+    "score --model {1}/safety": "score either --data, or one --prompt and its --answer",
+    "score --model {1}/safety --data {0}/full.jsonl": "no answer to score: skipped 1 row: longer",
     "rlhf demo/rlhf.toml --out {0}/o --model {1}/chat --prompts {1}/prompts.jsonl --versions 0 "
     "--helpfulness-prompts {1}/prompts.jsonl --safety-prompts {1}/prompts.jsonl": "versions is 0; ",
 }
@@ -132,7 +138,7 @@ def test_a_mistake_is_one_sentence_on_stderr(tiny, broken, capsys, command):
     arguments = [part.format(broken, tiny) for part in command.split()]
     assert main(arguments) == 1
     shown = capsys.readouterr().err
-    assert shown.startswith(f"puna {arguments[0]}: ") and MISTAKES[command] in shown
+    assert re.match(f"puna {arguments[0]}( chat)?: ", shown) and MISTAKES[command] in shown
     assert shown.count("\n") == 1 and "Traceback" not in shown
 
 

@@ -20,6 +20,7 @@ from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer, train_tokenizer
 from puna.trainers import rejection
 from puna.trainers.rejection import RejectionConfig
+from puna.trainers.rl import sampling
 from puna.trainers.rl.best_of import best_few, prompt_key, read_samples, write_samples
 from puna.trainers.train.config import to_toml
 from puna.trainers.train.next_token import next_token_loss
@@ -189,7 +190,7 @@ def test_earlier_rounds_stay_in_the_pool_and_are_scored_again(world, whole, tmp_
     assert set(report["kept_by_round"]) == {"1", "2"}
 
 
-def test_sampling_goes_on_where_a_kill_left_it(world, whole, tmp_path):
+def test_sampling_goes_on_where_a_kill_left_it(world, whole, tmp_path, monkeypatch):
     """Two whole chunks, a part of a third and half a line: the same samples in the end."""
     config = configured(world, tmp_path / "run")
     config.out.mkdir()
@@ -198,17 +199,14 @@ def test_sampling_goes_on_where_a_kill_left_it(world, whole, tmp_path):
     lines = (whole / "samples.jsonl").read_text().splitlines(keepends=True)
     (config.out / "samples.jsonl").write_text("".join(lines[: 2 * 16 + 5]) + lines[40][:30])
     watched = []
-    sample_chunk = rejection.sample_chunk
+    sample_chunk = sampling.sample_chunk
 
     def watch(*arguments):
-        watched.append(list(arguments[-1]))
+        watched.append(list(arguments[4]))
         return sample_chunk(*arguments)
 
-    rejection.sample_chunk = watch
-    try:
-        rejection.run(config)
-    finally:
-        rejection.sample_chunk = sample_chunk
+    monkeypatch.setattr(sampling, "sample_chunk", watch)
+    rejection.run(config)
     assert watched[0] == [8, 9, 10, 11] and len(watched) == 4
     assert (config.out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
     assert losses(config.out) == losses(whole)

@@ -21,10 +21,18 @@ from puna.trainers.data.formats import Columns, Malformed, parse_dialogue
 from puna.trainers.data.ghost import read_ghost_dialogues
 from puna.trainers.data.packing import Pair, encode_pairs, unlabelled
 from puna.trainers.data.prompts import load_prompts
-from puna.trainers.data.readers import read_dialogues, read_preferences, read_prompts, read_texts
+from puna.trainers.data.readers import (
+    read_answered,
+    read_dialogues,
+    read_preferences,
+    read_prompts,
+    read_texts,
+)
+from puna.trainers.evaluation import dialogues, wins
 from puna.trainers.rl.best_of import read_samples, write_samples
 from puna.trainers.rl.comparisons import read_pairs
 from puna.trainers.rl.early_stopping import history
+from puna.trainers.rl.rewards import Answer
 from puna.trainers.rl.rounds import record
 from puna.trainers.train.arguments import several_valued
 from puna.trainers.train.config import parse
@@ -40,17 +48,29 @@ PAIR = {"messages": [USER], "is_safety": False, "a": "x", "b": "y", "a_ids": [3]
 
 # Every reader of JSON lines, with a row that it takes.
 ASKED = gatt.GhostDialogue("a", "a", [f"b{LINE}\x85"] * 2)
+MATCH = wins.Match([{"answer": "a"}], [{"answer": "b"}], [False], [0])
+REPLY = Answer([USER], "red")
 READERS = {
     "texts": (read_texts, {"text": "red"}),
     "dialogues": (read_dialogues, {"messages": [USER, ANSWER]}),
     "preferences": (read_preferences, {"prompt": "q", "chosen": "a", "rejected": "b"}),
     "prompts": (read_prompts, {"prompt": "q"}),
+    "answered": (read_answered, {"prompt": "q", "response": "a", "safety": True}),
     "ghosts": (
         lambda path: read_ghost_dialogues([path], [], 0),
         {"turns": ["a"], "instruction": "b"},
     ),
     "samples": (lambda path: (read_samples(path), None), SAMPLE),
     "pairs": (lambda path: (read_pairs(path), None), PAIR),
+    "winners": (
+        lambda path: (wins.by_judgements(path, [MATCH]) and None, None),
+        {"pair": 0, "winner": "a"},
+    ),
+    "kept": (
+        lambda path: (dialogues.by_judgements(path, [[REPLY]]) and None, None),
+        {"answer": 0, "kept": True},
+    ),
+    "said": (lambda path: (dialogues.read_said(path, [ASKED]), None), {"answers": [[3, 2]]}),
     "metrics": (lambda path: (history(path), None), {"step": 1}),
     "rounds": (lambda path: (record(path, 9, path, {}, {}, {}), None), {"version": 1}),
     "turns": (
@@ -358,9 +378,10 @@ def test_there_is_one_reader_of_json() -> None:
     `splitlines`, which takes U+2028 for an end of one."""
     root = Path(__file__).parents[1]
     own = {  # what a kill may have cut short, or what never was in a file
-        "core/documents.py", "core/ranks.py", "core/checkpoint/hashes.py", "trainers/rejection.py",
-        "trainers/train/run.py", "trainers/train/claim.py", "trainers/train/lock.py",
-        "trainers/train/command.py", "trainers/train/written.py", "demo/report/results.py",
+        "core/documents.py", "core/ranks.py", "core/checkpoint/hashes.py",
+        "trainers/rl/sampling.py", "trainers/train/run.py", "trainers/train/claim.py",
+        "trainers/train/lock.py", "trainers/train/command.py", "trainers/train/written.py",
+        "demo/report/results.py",
     }  # fmt: skip
     rooms = ("core", "trainers", "demo", "cli", "puna")
     files = [path for room in rooms for path in (root / room).rglob("*.py")]

@@ -48,7 +48,10 @@ class EvaluateConfig(Options):
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Print the figures, write them to `config.out`, and return what was written."""
     if open_source(config.model).head != "score":
-        raise ValueError(f"{config.model} is a language model; evaluate needs a reward model")
+        raise ValueError(
+            f"{config.model} is a language model; evaluate needs a reward model: puna evaluate "
+            "chat measures chat models"
+        )
     model = load_model(config.model, device=device_of_name(config.device))
     pairs, skipped = load_pairs(config, model.config.context)
     next_token.say(skipped)

@@ -12,7 +12,7 @@ answers that obey become targets (rejection sampling by that judge).
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -29,7 +29,8 @@ from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.formats import Columns
 from puna.trainers.data.ghost import GhostDialogue, read_ghost_dialogues
 from puna.trainers.data.packing import PackedRows
-from puna.trainers.rl.rewards import Answer, one_each
+from puna.trainers.rl.judges import Judge, judged
+from puna.trainers.rl.rewards import Answer
 from puna.trainers.rl.rollout import sample_everywhere
 from puna.trainers.sft import load_dialogues
 from puna.trainers.train import loop, next_token, written
@@ -39,9 +40,6 @@ from puna.trainers.train.plan import of_epochs
 from puna.trainers.train.progress import meter
 from puna.trainers.train.ranges import Batch, Count, CountOrZero, Share, Temperature
 from puna.trainers.train.run import Run, open_run, open_start
-
-Judge = Callable[[Sequence[Answer]], Sequence[bool]]
-"""Answers -> whether each obeys; `messages` is the dialogue so far, its instruction first."""
 
 
 @dataclass(kw_only=True)
@@ -245,7 +243,7 @@ def _choose(
 ) -> Exchange:
     """The first candidate that ends and obeys; where none does, the first, which is no target."""
     user = dialogue.turns[len(history)]
-    messages = _messages(tokenizer, dialogue, history)
+    messages = dialogue_so_far(tokenizer, dialogue, history)
     answers = [
         Answer(messages, decode_answer(tokenizer, ids), prompt_ids, ids)
         for ids in candidates
@@ -254,10 +252,7 @@ def _choose(
     answers = [answer for answer in answers if answer.text]
     obeys = [True] * len(answers)
     if judge and answers:
-        obeys = [
-            _is_yes(verdict)
-            for verdict in one_each("the judge", judge(answers), len(answers), "verdict", "answer")
-        ]
+        obeys = judged(judge, answers)
     for answer, obeyed in zip(answers, obeys, strict=True):
         if obeyed:
             return Exchange(user, answer.ids, True)
@@ -267,15 +262,7 @@ def _choose(
     return Exchange(user, first, False)
 
 
-def _is_yes(verdict: Any) -> bool:
-    """A judge's yes or no, numpy's and torch's too: "no" and NaN would count as a yes."""
-    plain = verdict.item() if getattr(verdict, "shape", None) == () else verdict
-    if not isinstance(plain, int) or plain not in (0, 1):
-        raise ValueError(f"the judge gave {verdict!r}; it must return True or False for an answer")
-    return bool(plain)
-
-
-def _messages(
+def dialogue_so_far(
     tokenizer: Tokenizer, dialogue: GhostDialogue, history: Sequence[Exchange]
 ) -> list[Message]:
     """The dialogue up to the turn that is being answered, for a judge to read."""

@@ -12,58 +12,48 @@ The paper does not say K, the number of prompts, the fine-tuning's learning rate
 are SFT's. Answers are trained on as the ids that were drawn, never tokenised again.
 """
 
-import json
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
-
-import torch
 
 from puna.core import parallel
 from puna.core.chat import decode_answer, encode_dialogue, encode_prompt
-from puna.core.checkpoint.atomic import atomic_file, write_text
-from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.formats import Columns, Dialogue
 from puna.trainers.data.packing import PackedRows
-from puna.trainers.data.prompts import EncodedPrompt, common_tokenizer, load_prompts
+from puna.trainers.data.prompts import common_tokenizer, load_prompts
 from puna.trainers.data.readers import Skipped
 from puna.trainers.rl.best_of import (
+    POOL,
+    SAMPLES,
+    SELECTED,
+    Drawn,
     Sample,
-    best_few,
-    best_of,
-    is_usable,
+    keep_best,
+    read_drawn,
     read_samples,
-    reward_curve,
-    why_none,
-    write_samples,
 )
 from puna.trainers.rl.config import (
-    SamplingConfig,
+    BestOfConfig,
     check_reward,
     frozen,
     open_reward_models,
     prompt_room,
     reward_paths,
 )
-from puna.trainers.rl.rewards import Answer, Reward, RewardModels, Scores, score_answers
-from puna.trainers.rl.rollout import as_answers, collect
+from puna.trainers.rl.rewards import Answer, Reward, RewardModels, score_answers
+from puna.trainers.rl.sampling import drawing_of, sample_all, with_scores
 from puna.trainers.sft import load_dialogues
 from puna.trainers.train import loop, next_token, written
 from puna.trainers.train.command import command
-from puna.trainers.train.interrupts import stop_requests
-from puna.trainers.train.kinds import FIXED
 from puna.trainers.train.plan import of_epochs
-from puna.trainers.train.progress import meter
-from puna.trainers.train.ranges import Batch, Count, CountOrZero, Temperature
+from puna.trainers.train.ranges import Count, CountOrZero
 from puna.trainers.train.run import Run, open_run, open_start
 
 
 @dataclass(kw_only=True)
-class RejectionConfig(SamplingConfig, loop.RowsConfig):
+class RejectionConfig(BestOfConfig, loop.RowsConfig):
     """Rejection-sampling fine-tuning (paper section 3.2.3)."""
 
     policy: Path
@@ -77,21 +67,9 @@ class RejectionConfig(SamplingConfig, loop.RowsConfig):
     others), or the base or SFT model to start a version anew; left out: the policy itself"""
     pools: list[Path] = field(default_factory=list)
     """pool.jsonl of earlier rounds (paper: of all of them, from V4 on)"""
-    pool_samples: Annotated[Count, FIXED] = 4
-    """best answers to a prompt that are handed on in pool.jsonl: later reward models may prefer
-    another than today's"""
     mix: list[Path] = field(default_factory=list)
     """demonstrations to train on besides: of skills that the reward models cannot judge and that
     a version would otherwise forget"""
-    round: Count = 1
-    """number of this RLHF version; part of the random numbers"""
-    samples: Annotated[Batch, FIXED] = 20
-    """K, answers to each prompt (paper: not said; its Fig. 26 uses 20)"""
-    temperature: Temperature = 1.2
-    """of the answers (paper: 1.2 to 1.3 is best for its RLHF model; tune it for every version)"""
-    chunk: Annotated[Batch, FIXED] = 64
-    """prompts sampled and scored at a time, all processes together; an interruption loses at most
-    one chunk"""
     epochs: Count = 2
     """passes over the selected answers"""
     lr: float = 2e-5
@@ -132,18 +110,18 @@ def fit(
     reward: Reward | None,
 ) -> Path:
     """What there is still to do in an open run."""
-    selected = config.selected or folder.path / "selected.jsonl"
+    selected = config.selected or folder.path / SELECTED
     if config.selected is None:
-        parallel.on_main(lambda: written.check(folder.path, "selected.jsonl", "pool.jsonl"))
+        parallel.on_main(lambda: written.check(folder.path, SELECTED, POOL))
     if parallel.broadcast(selected.exists()):
         folder.say_idle(OF_SAMPLING, "the answers are drawn and selected; selected.jsonl has them")
     else:
         reward = open_reward_models(config) if reward is None else reward
-        select(config, folder, tokenizer, selected, reward)
+        select(config, folder, tokenizer, reward)
     source = open_start(folder, student, head="lm")
     row_tokens = next_token.row_length(config.row_tokens, source.config.context)
     mixed, skipped = load_dialogues(config.mix, Columns())
-    rows = pack(tokenizer, read_pool(selected, tokenizer), row_tokens, mixed)
+    rows = pack(tokenizer, read_pool(selected, tokenizer, read_samples), row_tokens, mixed)
     skipped.merge(rows.skipped)
     next_token.say(skipped)
     plan = of_epochs(len(rows), config.epochs, config.batch)
@@ -153,7 +131,7 @@ def fit(
 
 def pack(
     tokenizer: Tokenizer,
-    selected: Sequence[Sample],
+    selected: Sequence[Drawn],
     row_tokens: int,
     mixed: Sequence[Dialogue] = (),
 ) -> PackedRows:
@@ -168,157 +146,25 @@ def pack(
     return PackedRows(sequences, row_tokens, vocab_size=tokenizer.vocab_size, where=where)
 
 
-def select(
-    config: RejectionConfig, folder: Run, tokenizer: Tokenizer, selected: Path, reward: Reward
-) -> None:
-    """Stages 1 and 2: sample what is missing, score the pools again, write `selected`."""
+def select(config: RejectionConfig, folder: Run, tokenizer: Tokenizer, reward: Reward) -> None:
+    """Stages 1 and 2: sample what is missing, score the pools again, write selected.jsonl."""
     policy = frozen(config.policy, "lm", config)
     context = policy.config.context
     if isinstance(reward, RewardModels):
         context = min(context, reward.context)
     prompts, skipped = load_prompts(config.prompts, tokenizer, prompt_room(config, context))
-    sample_all(config, folder, tokenizer, policy, reward, prompts)
+    sample_all(folder.path / SAMPLES, drawing_of(config), tokenizer, policy, prompts, reward)
     pool = score_pool(config, tokenizer, reward, context, skipped)
     next_token.say(skipped)
-    parallel.on_main(lambda: keep_best(config, folder, pool, selected))
+    parallel.on_main(lambda: keep_best(folder.path, config, pool))
 
 
-def keep_best(config: RejectionConfig, folder: Run, pool: list[Sample], selected: Path) -> None:
-    """Write `selected` and the pool. ValueError where no sample can be kept: they are removed, so
-    that others can be drawn under other options."""
-    sampled = folder.path / "samples.jsonl"
-    fresh = read_samples(sampled)
-    kept = best_of([*fresh, *pool])
-    if not kept:
-        sampled.unlink()
-        written.forget(folder.path, sampled.name)
-        raise ValueError(why_none(fresh))
-    found = json.dumps(summary(fresh, kept, config.samples), indent=2) + "\n"
-    write_text(folder.path / "selection.json", found)
-    for path, rows in (
-        (folder.path / "pool.jsonl", best_few(fresh, config.pool_samples)),
-        (selected, kept),  # last: where it stands, all of this is done
-    ):
-        with atomic_file(path) as partial:
-            write_samples(partial, rows, mode="w")
-        written.note(folder.path, path.name)
-
-
-def sample_all(
-    config: RejectionConfig,
-    folder: Run,
-    tokenizer: Tokenizer,
-    policy: Transformer,
-    reward: Reward,
-    prompts: list[EncodedPrompt],
-) -> None:
-    """Append K scored answers a prompt to samples.jsonl, chunk after chunk, from where it ends."""
-    path = folder.path / "samples.jsonl"
-    done = parallel.on_main(lambda: whole_chunks(path, config, prompts))
-    starts = range(0, len(prompts), config.chunk)
-    bar = meter("sampling", len(starts), start=done, unit="answers", show=parallel.is_main())
-    with bar as progress, stop_requests() as stop:
-        for start in starts[done:]:
-            if parallel.all_max(int(stop())):
-                raise SystemExit(
-                    f"stopped after {start} prompts; the same command continues {folder.path}"
-                )
-            numbers = range(start, min(start + config.chunk, len(prompts)))
-            mine = numbers[parallel.rank() :: parallel.world_size()]
-            samples = sample_chunk(config, tokenizer, policy, reward, prompts, mine)
-            append_chunk(path, samples)
-            progress.advance(len(numbers) * config.samples)
-
-
-def whole_chunks(path: Path, config: RejectionConfig, prompts: Sequence[EncodedPrompt]) -> int:
-    """How many chunks samples.jsonl holds; what a kill left of a further one is cut off. ValueError
-    where they answer other prompts.
-
-    Chunks are repeated whole, so that they meet the same batches as in an uninterrupted run.
-    """
-    if not path.exists():
-        return 0
-    written.check(path.parent, path.name, grows=True)
-    lines = path.read_bytes().splitlines(keepends=True)
-    complete = [line for line in lines if line.endswith(b"\n")]
-    chunks = len(complete) // (config.chunk * config.samples)
-    for number, line in enumerate(complete[: chunks * config.chunk * config.samples]):
-        asked = number // config.samples
-        sample = json.loads(line)
-        if asked >= len(prompts) or sample["messages"] != prompts[asked].messages:
-            raise ValueError(
-                f"{path}:{number + 1}: an answer to another prompt than prompt {asked + 1} "
-                "of those given now; give the former ones, or remove the file to draw anew"
-            )
-    with atomic_file(path) as partial:
-        partial.write_bytes(b"".join(complete[: chunks * config.chunk * config.samples]))
-    return chunks
-
-
-def sample_chunk(
-    config: RejectionConfig,
-    tokenizer: Tokenizer,
-    policy: Transformer,
-    reward: Reward,
-    prompts: list[EncodedPrompt],
-    numbers: Sequence[int],
-) -> list[Sample]:
-    """K answers to each of the prompts with these numbers, scored."""
-    rows = [(number, k) for number in numbers for k in range(config.samples)]
-    rollout = collect(
-        policy,
-        [prompts[number].ids for number, _ in rows],
-        prompt_ids=[number for number, _ in rows],
-        sample_ids=[k for _, k in rows],
-        max_new_tokens=config.max_new_tokens,
-        eos_id=tokenizer.eos_id,
-        temperature=config.temperature,
-        seed=config.seed,
-        round_index=config.round,
-        batch_size=config.generation_batch,
-    )
-    answers = as_answers(rollout, [prompts[number] for number, _ in rows], tokenizer)
-    scored = scored_rows(score_answers(reward, answers, rollout.lengths.device))
-    return [
-        Sample(
-            messages=answer.messages,
-            is_safety=answer.is_safety,
-            answer=answer.text,
-            tokens=answer.ids,
-            finished=answer.finished,
-            round=config.round,
-            prompt=number,
-            sample=k,
-            score=score,
-            scores=parts,
-        )
-        for answer, (score, parts), (number, k) in zip(answers, scored, rows, strict=True)
-    ]
-
-
-def scored_rows(scores: Scores) -> list[tuple[float, dict[str, float]]]:
-    """Scores as rows: (score, its parts by name)."""
-    parts = {name: part.tolist() for name, part in scores.parts.items()}
-    return [
-        (score, {name: values[row] for name, values in parts.items()})
-        for row, score in enumerate(scores.raw.tolist())
-    ]
-
-
-def append_chunk(path: Path, samples: list[Sample]) -> None:
-    """All ranks' samples of a chunk at the end of `path`, in the order of the prompts."""
-    merged = [sample for part in parallel.gather(samples) for sample in part]
-    if parallel.is_main():
-        merged.sort(key=lambda sample: (sample["prompt"], sample["sample"]))
-        write_samples(path, merged, mode="a")
-        written.note(path.parent, path.name)
-    parallel.barrier()
-
-
-def read_pool(path: Path, tokenizer: Tokenizer) -> list[Sample]:
+def read_pool(
+    path: Path, tokenizer: Tokenizer, read: Callable[[Path], Sequence[Drawn]]
+) -> Sequence[Drawn]:
     """The samples of a pool; ValueError where it has none, or was made with another
     tokenizer."""
-    samples = read_samples(path)
+    samples = read(path)
     if not samples:
         raise ValueError(f"{path}: there is no sample in it; leave it out")
     for number, sample in enumerate(samples, 1):
@@ -340,10 +186,10 @@ def score_pool(
     skipped: Skipped,
 ) -> list[Sample]:
     """The samples of earlier rounds under today's reward: only then do scores compare."""
-    kept: list[Sample] = []
+    kept: list[Drawn] = []
     answers: list[Answer] = []
     for path in config.pools:
-        for number, sample in enumerate(read_pool(path, tokenizer), 1):
+        for number, sample in enumerate(read_pool(path, tokenizer, read_drawn), 1):
             prompt = encode_prompt(tokenizer, sample["messages"])
             if len(prompt) + len(sample["tokens"]) > context:
                 skipped.add(f"longer than the context of {context} tokens", f"{path}:{number}")
@@ -360,26 +206,8 @@ def score_pool(
                     )
                 )
     if not kept:
-        return kept
-    scores = score_answers(reward, answers, loop.device_of(config))
-    for sample, (score, parts) in zip(kept, scored_rows(scores), strict=True):
-        sample["score"], sample["scores"] = score, parts
-    return kept
-
-
-def summary(fresh: list[Sample], kept: list[Sample], samples: int) -> dict[str, Any]:
-    """What selection.json says: Fig. 7's curve and where the kept answers come from."""
-    rows = torch.tensor([sample["score"] for sample in fresh]).view(-1, samples)
-    usable = torch.tensor([is_usable(sample) for sample in fresh]).view(-1, samples)
-    return {
-        "prompts": len(rows),
-        "kept": len(kept),
-        "kept_by_round": dict(sorted(Counter(str(s["round"]) for s in kept).items())),
-        "unfinished": sum(not s["finished"] for s in fresh) / len(fresh),
-        "score_sampled": float(rows.mean()),
-        "score_kept": sum(s["score"] for s in kept) / len(kept),
-        "by_k": reward_curve(rows, usable),
-    }
+        return []
+    return with_scores(kept, score_answers(reward, answers, loop.device_of(config)))
 
 
 def main() -> int:

@@ -43,6 +43,12 @@ RUNS = {
     "--safety-prompts {0}/prompts.jsonl --versions 1 --helpfulness-pairs 4 --safety-pairs 4 "
     "--max-new-tokens 8 --device cpu",
     "evaluate": "--model {0}/helpfulness --data {0}/preferences.jsonl --device cpu",
+    "evaluate chat": "--model {0}/chat --against {0}/lm --prompts {0}/prompts.jsonl "
+    "--judge {0}/helpfulness --safety {0}/safety --curves {0}/prompts.jsonl --temperatures 1.0 "
+    "--samples 2 --max-new-tokens 8 --device cpu",
+    "score": "--model {0}/helpfulness --safety {0}/safety --data {0}/dialogues.jsonl --device cpu",
+    "sample": "--policy {0}/chat --helpfulness {0}/helpfulness --safety {0}/safety "
+    "--prompts {0}/prompts.jsonl --samples 2 --max-new-tokens 12 --device cpu",
     "generate": "--model {0}/chat --prompt red --max-new-tokens 4 --device cpu",
     "chat": "--model {0}/chat --device cpu",
     "convert": "--source {0}/lm --target {1}/converted",
@@ -50,7 +56,9 @@ RUNS = {
     "tokenizer encode": "--tokenizer {0}/tokenizer.model --text red",
     "tokenizer inspect": "--tokenizer {0}/tokenizer.model",
 }
-WITH_OUT = ("pretrain", "sft", "reward", "gatt", "rejection", "ppo", "rlhf")
+WITH_OUT = (
+    "pretrain", "sft", "reward", "gatt", "rejection", "ppo", "rlhf", "sample", "evaluate chat",
+)  # fmt: skip
 
 NUMBERS = (
     "nan",

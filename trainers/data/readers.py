@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from puna.core.documents import json_rows, listed, regular_file
+from puna.trainers.data.answered import Answered, parse_answered
 from puna.trainers.data.formats import (
     Columns,
     Dialogue,
@@ -132,6 +133,13 @@ def parse_dialogues(
 
 def _object(row: Any, columns: Columns) -> Any:
     return {columns.messages: list(row)} if isinstance(row, (list, tuple)) else row
+
+
+def read_answered(
+    path: str | Path, columns: Columns | None = None
+) -> tuple[list[Answered], Skipped]:
+    """Answers to be judged: dialogues as above with perhaps `safety`, or rows of samples.jsonl."""
+    return _read(path, lambda row: parse_answered(row, columns or Columns()))
 
 
 def read_preferences(

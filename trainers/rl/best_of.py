@@ -1,11 +1,12 @@
 """Which of many samples to keep, and what drawing more of them buys (paper section 3.2.3, Fig. 7).
 
 A sample is one answer with its scores: a row of `samples.jsonl`, or of the `pool.jsonl` that later
-rounds choose from again. The sampling itself is in `rejection`.
+rounds choose from again. The sampling itself is in `sampling`.
 """
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
@@ -14,23 +15,33 @@ import torch
 from torch import Tensor
 
 from puna.core.chat import Message
+from puna.core.checkpoint.atomic import atomic_file, write_text
 from puna.core.documents import append_rows, are_ids, field, json_rows, shortened
 from puna.trainers.data.formats import Columns, parse_prompt
+from puna.trainers.rl.config import BestOfConfig
+from puna.trainers.train import written
+
+SAMPLES, SELECTED, POOL = "samples.jsonl", "selected.jsonl", "pool.jsonl"
 
 
-class Sample(TypedDict):
-    """One scored answer."""
+class Drawn(TypedDict):
+    """One answer."""
 
     messages: list[Message]  # up to the last user message
     is_safety: bool  # the prompt carries the safety tag
     answer: str  # the text
     tokens: list[int]  # the ids as they were drawn, EOS included
     finished: bool
-    score: float  # the raw score of the reward that judged last
-    scores: dict[str, float]  # its parts: helpfulness and safety, where it is Eq. 4
     round: int  # the RLHF version whose model drew it
     prompt: int  # number of the prompt in that round
     sample: int  # 0 .. K-1
+
+
+class Sample(Drawn):
+    """One scored answer."""
+
+    score: float  # the raw score of the reward that judged last
+    scores: dict[str, float]  # its parts: helpfulness and safety, where it is Eq. 4
 
 
 TYPES = {
@@ -47,34 +58,45 @@ TYPES = {
 }
 
 
-def write_samples(path: Path, samples: Iterable[Sample], mode: Literal["w", "a"]) -> None:
+def write_samples(path: Path, samples: Iterable[Drawn], mode: Literal["w", "a"]) -> None:
     """Write or append one line a sample, on to the disk. Raises OSError naming the file."""
     append_rows(path, samples, mode)
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """The samples of a file; ValueError as `file:line: ...` for a row that is none."""
+    """The scored samples of a file; ValueError as `file:line: ...` for a row that is none."""
+    return cast(list[Sample], rows_with(path, Sample.__required_keys__))
+
+
+def read_drawn(path: Path) -> list[Drawn]:
+    """The samples of a file, scored or not; ValueError as `file:line: ...` for a row that is
+    none."""
+    return cast(list[Drawn], rows_with(path, Drawn.__required_keys__))
+
+
+def rows_with(path: Path, names: frozenset[str]) -> list[dict[str, Any]]:
     if not path.exists():
         raise ValueError(f"{path}: no such file; a pool is the pool.jsonl of a rejection run")
-    samples: list[Sample] = []
+    rows = []
     for where, row in json_rows(path):
         try:
-            check_sample(row)
+            check_sample(row, names)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        samples.append(cast(Sample, row))
-    return samples
+        rows.append(row)
+    return rows
 
 
-def check_sample(row: dict[str, Any]) -> None:
-    """ValueError where `row` is no `Sample`: a file may have been edited, or be another kind."""
-    if missing := sorted(Sample.__required_keys__ - row.keys()):
+def check_sample(row: dict[str, Any], names: frozenset[str] = Sample.__required_keys__) -> None:
+    """ValueError where `row` is no sample with these columns: a file may have been edited, or be
+    another kind."""
+    if missing := sorted(names - row.keys()):
         raise ValueError(f"the sample lacks {', '.join(missing)}")
-    for name, kind in TYPES.items():
-        field(row, name, kind)
+    for name in names & row.keys():
+        field(row, name, TYPES[name])
     if not row["tokens"] or not are_ids(row["tokens"]):
         raise ValueError(f"tokens is {shortened(row['tokens'])}, expected ids")
-    for name in row["scores"]:
+    for name in row["scores"] if "scores" in names else ():
         field(row["scores"], name, float)
     parse_prompt({"messages": row["messages"]}, Columns())
 
@@ -84,7 +106,7 @@ def prompt_key(messages: Sequence[Message]) -> str:
     return json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False)
 
 
-def is_usable(sample: Sample) -> bool:
+def is_usable(sample: Drawn) -> bool:
     """Whether an answer may be kept: one without EOS would teach the model not to stop."""
     return bool(sample["finished"] and sample["answer"])
 
@@ -166,3 +188,42 @@ def reward_curve(scores: Tensor, usable: Tensor) -> list[dict[str, float]]:
             }
         )
     return rows
+
+
+def keep_best(folder: Path, config: BestOfConfig, pool: Sequence[Sample] = ()) -> dict[str, Any]:
+    """Write selection.json, POOL and SELECTED beside SAMPLES; returns what the first says.
+
+    ValueError where no sample can be kept: they are removed, so that others can be drawn under
+    other options.
+    """
+    fresh = read_samples(folder / SAMPLES)
+    kept = best_of([*fresh, *pool])
+    if not kept:
+        (folder / SAMPLES).unlink()
+        written.forget(folder, SAMPLES)
+        raise ValueError(why_none(fresh))
+    found = summary(fresh, kept, config.samples)
+    write_text(folder / "selection.json", json.dumps(found, indent=2) + "\n")
+    for name, rows in (
+        (POOL, best_few(fresh, config.pool_samples)),
+        (SELECTED, kept),  # last: where it stands, all of this is done
+    ):
+        with atomic_file(folder / name) as partial:
+            write_samples(partial, rows, mode="w")
+        written.note(folder, name)
+    return found
+
+
+def summary(fresh: list[Sample], kept: list[Sample], samples: int) -> dict[str, Any]:
+    """What selection.json says: Fig. 7's curve and where the kept answers come from."""
+    rows = torch.tensor([sample["score"] for sample in fresh]).view(-1, samples)
+    usable = torch.tensor([is_usable(sample) for sample in fresh]).view(-1, samples)
+    return {
+        "prompts": len(rows),
+        "kept": len(kept),
+        "kept_by_round": dict(sorted(Counter(str(s["round"]) for s in kept).items())),
+        "unfinished": sum(not s["finished"] for s in fresh) / len(fresh),
+        "score_sampled": float(rows.mean()),
+        "score_kept": sum(s["score"] for s in kept) / len(kept),
+        "by_k": reward_curve(rows, usable),
+    }

@@ -25,7 +25,7 @@ from puna.trainers.train.ranges import (
 
 
 @dataclass(kw_only=True)
-class SamplingConfig(loop.TrainConfig):
+class SamplingConfig(loop.FolderConfig):
     """Options of a stage that samples answers and has them scored."""
 
     policy: Path
@@ -51,7 +51,25 @@ class SamplingConfig(loop.TrainConfig):
 
 
 @dataclass(kw_only=True)
-class PPOConfig(SamplingConfig):
+class BestOfConfig(SamplingConfig):
+    """Options of a stage that samples K answers to each prompt and keeps the best."""
+
+    pool_samples: Annotated[Count, FIXED] = 4
+    """best answers to a prompt that are handed on in pool.jsonl: later reward models may prefer
+    another than today's"""
+    round: Count = 1
+    """number of this RLHF version; part of the random numbers"""
+    samples: Annotated[Batch, FIXED] = 20
+    """K, answers to each prompt (paper: not said; its Fig. 26 uses 20)"""
+    temperature: Temperature = 1.2
+    """of the answers (paper: 1.2 to 1.3 is best for its RLHF model; tune it for every version)"""
+    chunk: Annotated[Batch, FIXED] = 64
+    """prompts sampled and scored at a time, all processes together; an interruption loses at most
+    one chunk"""
+
+
+@dataclass(kw_only=True)
+class PPOConfig(SamplingConfig, loop.TrainConfig):
     """Proximal policy optimisation (paper section 3.2.3; its values are the defaults)."""
 
     policy: Path
@@ -225,7 +243,7 @@ class RLHFConfig(Options):
             )
 
 
-def frozen(path: Path, head: str, config: loop.TrainConfig) -> Transformer:
+def frozen(path: Path, head: str, config: loop.FolderConfig) -> Transformer:
     """A model to look with, not to train."""
     return loop.load(open_model(path, head=head), config).requires_grad_(False)
 

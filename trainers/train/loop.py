@@ -44,13 +44,25 @@ DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 
 
 @dataclass(kw_only=True)
-class TrainConfig(Options):
-    """Options that every stage shares; optimizer defaults are the paper's (section 2.2)."""
+class FolderConfig(Options):
+    """Options of whatever runs models and writes into a folder of its own."""
 
     out: Path
     """the run folder; an interrupted run in it is continued"""
     seed: Annotated[Seed, FIXED] = 0
     """seed of everything random: order of the data, fresh weights, sampled tokens"""
+    device: Annotated[str, FREE] = "auto"
+    """auto takes a GPU where there is one"""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """of the matrix products; all else, parameters and optimizer, is fp32"""
+    compile: Annotated[bool, FREE] = False
+    """torch.compile each block"""
+
+
+@dataclass(kw_only=True)
+class TrainConfig(FolderConfig):
+    """Options that every stage shares; optimizer defaults are the paper's (section 2.2)."""
+
     lr: Rate = 3e-4
     """peak learning rate"""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -78,14 +90,8 @@ class TrainConfig(Options):
     """previous: where the newest checkpoint is damaged, set it aside and take the one before it"""
     log: Annotated[Literal["none", "tensorboard", "trackio"], FREE] = "none"
     """where else to show the metrics, by a package of its own: pip install "puna[tensorboard]" """
-    device: Annotated[str, FREE] = "auto"
-    """auto takes a GPU where there is one"""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """of the matrix products; parameters and optimizer are fp32"""
     activation_checkpointing: Annotated[bool, FREE] = False
     """recompute each block in the backward pass: less memory, a third more work"""
-    compile: Annotated[bool, FREE] = False
-    """torch.compile each block"""
 
 
 @dataclass(kw_only=True)
@@ -109,14 +115,14 @@ class Objective(NamedTuple):
     """batch -> tokens of the rows that count, for the rate"""
 
 
-def device_of(config: TrainConfig) -> torch.device:
+def device_of(config: FolderConfig) -> torch.device:
     """The device asked for; ValueError where it is not there."""
     return device_of_name(config.device)
 
 
-def load(source: Source, config: TrainConfig) -> Transformer:
-    """The model on the device asked for; checkpointing, compilation and sharding as configured,
-    applied from outside."""
+def load(source: Source, config: FolderConfig) -> Transformer:
+    """The model on the device asked for; checkpointing (where it is to be trained), compilation and
+    sharding as configured, applied from outside."""
     device = device_of(config)
     if device.type == "cpu":
         keep_freed_memory()
@@ -124,7 +130,8 @@ def load(source: Source, config: TrainConfig) -> Transformer:
         source,
         device,
         compute_dtype=DTYPES[config.dtype],
-        activation_checkpointing=config.activation_checkpointing,
+        activation_checkpointing=isinstance(config, TrainConfig)
+        and config.activation_checkpointing,
         compile=config.compile,
     )
 

@@ -1,0 +1,1 @@
+"""How good chat models are: wins, violations, refusals, instructions kept, diversity."""

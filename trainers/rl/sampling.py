@@ -1,0 +1,162 @@
+"""K answers to each prompt, drawn chunk by chunk into a file that an interrupted run goes on with.
+
+Scored by a reward as they are drawn, or not at all: which of them to keep says `best_of`.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from puna.core import parallel
+from puna.core.checkpoint.atomic import atomic_file
+from puna.core.model import Transformer
+from puna.core.tokenizer import Tokenizer
+from puna.trainers.data.prompts import EncodedPrompt
+from puna.trainers.rl.best_of import Drawn, Sample, write_samples
+from puna.trainers.rl.config import BestOfConfig
+from puna.trainers.rl.rewards import Reward, Scores, score_answers
+from puna.trainers.rl.rollout import as_answers, collect
+from puna.trainers.train import written
+from puna.trainers.train.interrupts import stop_requests
+from puna.trainers.train.progress import meter
+
+
+class Drawing(NamedTuple):
+    """How answers are drawn."""
+
+    samples: int  # K, answers to each prompt
+    temperature: float
+    max_new_tokens: int
+    chunk: int  # prompts at a time, all ranks together
+    batch: int  # answers side by side
+    seed: int
+    round: int  # part of the random numbers
+    title: str = "sampling"  # beside the progress
+
+
+def drawing_of(config: BestOfConfig) -> Drawing:
+    """As the options say."""
+    return Drawing(
+        samples=config.samples,
+        temperature=config.temperature,
+        max_new_tokens=config.max_new_tokens,
+        chunk=config.chunk,
+        batch=config.generation_batch,
+        seed=config.seed,
+        round=config.round,
+    )
+
+
+def sample_all(
+    path: Path,
+    drawing: Drawing,
+    tokenizer: Tokenizer,
+    policy: Transformer,
+    prompts: Sequence[EncodedPrompt],
+    reward: Reward | None,
+) -> None:
+    """Append K answers a prompt to `path`, chunk after chunk, from where it ends; scored where
+    there is a reward. All ranks take part and rank 0 writes."""
+    done = parallel.on_main(lambda: whole_chunks(path, drawing, prompts))
+    starts = range(0, len(prompts), drawing.chunk)
+    bar = meter(drawing.title, len(starts), start=done, unit="answers", show=parallel.is_main())
+    with bar as progress, stop_requests() as stop:
+        for start in starts[done:]:
+            if parallel.all_max(int(stop())):
+                raise SystemExit(
+                    f"stopped after {start} prompts; the same command continues {path}"
+                )
+            numbers = range(start, min(start + drawing.chunk, len(prompts)))
+            mine = numbers[parallel.rank() :: parallel.world_size()]
+            append_chunk(path, sample_chunk(drawing, tokenizer, policy, prompts, mine, reward))
+            progress.advance(len(numbers) * drawing.samples)
+
+
+def whole_chunks(path: Path, drawing: Drawing, prompts: Sequence[EncodedPrompt]) -> int:
+    """How many chunks `path` holds; what a kill left of a further one is cut off. ValueError where
+    they answer other prompts.
+
+    Chunks are repeated whole, so that they meet the same batches as in an uninterrupted run.
+    """
+    if not path.exists():
+        return 0
+    written.check(path.parent, path.name, grows=True)
+    lines = path.read_bytes().splitlines(keepends=True)
+    complete = [line for line in lines if line.endswith(b"\n")]
+    size = drawing.chunk * drawing.samples
+    whole = len(complete) == len(prompts) * drawing.samples  # the last chunk may be shorter
+    chunks = -(-len(complete) // size) if whole else len(complete) // size
+    for number, line in enumerate(complete[: chunks * size]):
+        asked = number // drawing.samples
+        sample = json.loads(line)
+        if asked >= len(prompts) or sample["messages"] != prompts[asked].messages:
+            raise ValueError(
+                f"{path}:{number + 1}: an answer to another prompt than prompt {asked + 1} "
+                "of those given now; give the former ones, or remove the file to draw anew"
+            )
+    if len(lines) > min(len(complete), chunks * size):
+        with atomic_file(path) as partial:
+            partial.write_bytes(b"".join(complete[: chunks * size]))
+    return chunks
+
+
+def sample_chunk(
+    drawing: Drawing,
+    tokenizer: Tokenizer,
+    policy: Transformer,
+    prompts: Sequence[EncodedPrompt],
+    numbers: Sequence[int],
+    reward: Reward | None,
+) -> Sequence[Drawn]:
+    """K answers to each of the prompts with these numbers, scored where there is a reward."""
+    rows = [(number, k) for number in numbers for k in range(drawing.samples)]
+    rollout = collect(
+        policy,
+        [prompts[number].ids for number, _ in rows],
+        prompt_ids=[number for number, _ in rows],
+        sample_ids=[k for _, k in rows],
+        max_new_tokens=drawing.max_new_tokens,
+        eos_id=tokenizer.eos_id,
+        temperature=drawing.temperature,
+        seed=drawing.seed,
+        round_index=drawing.round,
+        batch_size=drawing.batch,
+    )
+    answers = as_answers(rollout, [prompts[number] for number, _ in rows], tokenizer)
+    drawn = [
+        Drawn(
+            messages=answer.messages,
+            is_safety=answer.is_safety,
+            answer=answer.text,
+            tokens=answer.ids,
+            finished=answer.finished,
+            round=drawing.round,
+            prompt=number,
+            sample=k,
+        )
+        for answer, (number, k) in zip(answers, rows, strict=True)
+    ]
+    if reward is None:
+        return drawn
+    return with_scores(drawn, score_answers(reward, answers, rollout.lengths.device))
+
+
+def with_scores(drawn: Sequence[Drawn], scores: Scores) -> list[Sample]:
+    """Answers and their scores, in the same order."""
+    parts = {name: part.tolist() for name, part in scores.parts.items()}
+    rows = []
+    for number, (one, score) in enumerate(zip(drawn, scores.raw.tolist(), strict=True)):
+        named = {name: values[number] for name, values in parts.items()}
+        rows.append(Sample(**{**one, "score": score, "scores": named}))
+    return rows
+
+
+def append_chunk(path: Path, samples: Sequence[Drawn]) -> None:
+    """All ranks' samples of a chunk at the end of `path`, in the order of the prompts."""
+    merged = [sample for part in parallel.gather(samples) for sample in part]
+    if parallel.is_main():
+        merged.sort(key=lambda sample: (sample["prompt"], sample["sample"]))
+        write_samples(path, merged, mode="a")
+        written.note(path.parent, path.name)
+    parallel.barrier()
