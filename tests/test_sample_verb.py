@@ -133,7 +133,40 @@ def test_a_function_can_score(tiny, tmp_path):
 
 
 def test_what_cannot_be_is_refused(tiny, plain, tmp_path):
-    with pytest.raises(ValueError, match="pool_samples are of scored answers"):
+    with pytest.raises(ValueError, match="pool_samples and temperatures are of scored"):
         sample.run(configured(tiny, tmp_path / "run", scored=False, pool_samples=2))
     with pytest.raises(ValueError, match="temperature 0.5 where it was 1.0.*another --out"):
         sample.run(configured(tiny, plain, scored=False, temperature=0.5))
+
+
+def test_the_temperature_is_the_one_whose_best_answers_score_highest(tiny, tmp_path, capsys):
+    def colder(answers):  # short answers are better: what a temperature near zero draws
+        return [float(-len(answer.ids)) for answer in answers]
+
+    tried = (1.4, 0.5, 1.0)
+    out = tmp_path / "chosen"
+    options = {"temperatures": list(tried), "chunk": 4}
+    sample.run(configured(tiny, out, scored=False, **options), colder)
+    found = json.loads((out / "temperatures.json").read_text())
+    by_hand = {}
+    for temperature in tried:
+        alone = tmp_path / str(temperature)
+        sample.run(configured(tiny, alone, scored=False, temperature=temperature, chunk=4), colder)
+        best = {}
+        for row in map(json.loads, (alone / "samples.jsonl").open()):
+            usable = row["finished"] and row["answer"]
+            best.setdefault(row["prompt"], []).append((bool(usable), row["score"]))
+        rows = [best[number] for number in range(4)]
+        by_hand[str(temperature)] = sum(
+            max((s for ok, s in row if ok), default=min(s for _, s in row)) for row in rows
+        ) / len(rows)
+    assert found == pytest.approx(by_hand)
+    chosen = max(by_hand, key=by_hand.get)
+    same = (tmp_path / chosen / "samples.jsonl").read_text()
+    assert (out / "samples.jsonl").read_text() == same
+    assert f"temperature {chosen}" in capsys.readouterr().out
+
+
+def test_temperatures_without_a_score_are_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match="temperatures"):
+        sample.run(configured(tiny, tmp_path / "o", scored=False, temperatures=[0.5, 1.0]))

@@ -43,7 +43,7 @@ from puna.trainers.rl.config import (
     reward_paths,
 )
 from puna.trainers.rl.rewards import Answer, Reward, RewardModels, score_answers
-from puna.trainers.rl.sampling import drawing_of, sample_all, with_scores
+from puna.trainers.rl.sampling import drawing_at_best, sample_all, with_scores
 from puna.trainers.sft import load_dialogues
 from puna.trainers.train import loop, next_token, written
 from puna.trainers.train.command import command
@@ -98,7 +98,7 @@ def run(config: RejectionConfig, reward: Reward | None = None) -> Path:
 # Options that decide which answers are selected, and nothing afterwards.
 OF_SAMPLING = (
     "prompts", "pools", "helpfulness", "safety", "combine", "safety_threshold", "round",
-    "temperature", "max_new_tokens",
+    "temperature", "temperatures", "max_new_tokens",
 )  # fmt: skip
 
 
@@ -153,7 +153,8 @@ def select(config: RejectionConfig, folder: Run, tokenizer: Tokenizer, reward: R
     if isinstance(reward, RewardModels):
         context = min(context, reward.context)
     prompts, skipped = load_prompts(config.prompts, tokenizer, prompt_room(config, context))
-    sample_all(folder.path / SAMPLES, drawing_of(config), tokenizer, policy, prompts, reward)
+    drawing = drawing_at_best(folder.path, config, tokenizer, policy, prompts, reward)
+    sample_all(folder.path / SAMPLES, drawing, tokenizer, policy, prompts, reward)
     pool = score_pool(config, tokenizer, reward, context, skipped)
     next_token.say(skipped)
     parallel.on_main(lambda: keep_best(folder.path, config, pool))

@@ -24,7 +24,7 @@ from puna.trainers.rl.config import (
     reward_paths,
 )
 from puna.trainers.rl.rewards import Reward, RewardModels
-from puna.trainers.rl.sampling import drawing_of, sample_all
+from puna.trainers.rl.sampling import drawing_at_best, drawing_of, sample_all
 from puna.trainers.train import next_token, written
 from puna.trainers.train.claim import owned
 from puna.trainers.train.command import command
@@ -46,10 +46,12 @@ def run(config: SampleConfig, reward: Reward | None = None) -> Path:
     scored = reward is not None or bool(reward_paths(config))
     if scored:
         check_reward(config, reward)
-    elif (config.combine, config.safety_threshold, config.pool_samples) != ("switch", 0.15, 4):
+    elif (config.combine, config.safety_threshold, config.pool_samples, config.temperatures) != (
+        ("switch", 0.15, 4, [])
+    ):
         raise ValueError(
-            "combine, safety_threshold and pool_samples are of scored answers: name reward models "
-            "(helpfulness, safety) or leave them out"
+            "combine, safety_threshold, pool_samples and temperatures are of scored answers: name "
+            "reward models (helpfulness, safety) or leave them out"
         )
     tokenizer = Tokenizer(common_tokenizer(config.policy, *reward_paths(config)))
     with owned(config, given={"reward": reward}):
@@ -78,7 +80,10 @@ def draw(config: SampleConfig, tokenizer: Tokenizer, reward: Reward | None) -> N
         context = min(context, reward.context)
     prompts, skipped = load_prompts(config.prompts, tokenizer, prompt_room(config, context))
     next_token.say(skipped)
-    sample_all(config.out / SAMPLES, drawing_of(config), tokenizer, policy, prompts, reward)
+    drawing = drawing_of(config)
+    if reward is not None:
+        drawing = drawing_at_best(config.out, config, tokenizer, policy, prompts, reward)
+    sample_all(config.out / SAMPLES, drawing, tokenizer, policy, prompts, reward)
 
 
 def main() -> int:

@@ -62,7 +62,10 @@ class BestOfConfig(SamplingConfig):
     samples: Annotated[Batch, FIXED] = 20
     """K, answers to each prompt (paper: not said; its Fig. 26 uses 20)"""
     temperature: Temperature = 1.2
-    """of the answers (paper: 1.2 to 1.3 is best for its RLHF model; tune it for every version)"""
+    """of the answers (paper: 1.2 to 1.3 is best for its RLHF model)"""
+    temperatures: list[Temperature] = field(default_factory=list)
+    """tried first, each on one chunk of prompts: the one whose best answers score highest takes the
+    place of `temperature` (paper: chosen anew for every version; Fig. 8)"""
     chunk: Annotated[Batch, FIXED] = 64
     """prompts sampled and scored at a time, all processes together; an interruption loses at most
     one chunk"""

@@ -6,19 +6,21 @@ Scored by a reward as they are drawn, or not at all: which of them to keep says 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from puna.core import parallel
-from puna.core.checkpoint.atomic import atomic_file
+from puna.core.checkpoint.atomic import atomic_file, write_text
+from puna.core.documents import field, read_object
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.prompts import EncodedPrompt
-from puna.trainers.rl.best_of import Drawn, Sample, write_samples
+from puna.trainers.rl.best_of import Drawn, Sample, is_usable, write_samples
 from puna.trainers.rl.config import BestOfConfig
 from puna.trainers.rl.rewards import Reward, Scores, score_answers
 from puna.trainers.rl.rollout import as_answers, collect
 from puna.trainers.train import written
 from puna.trainers.train.interrupts import stop_requests
+from puna.trainers.train.notice import notice
 from puna.trainers.train.progress import meter
 
 
@@ -46,6 +48,58 @@ def drawing_of(config: BestOfConfig) -> Drawing:
         seed=config.seed,
         round=config.round,
     )
+
+
+TRIED = "temperatures.json"  # in the run's folder: what the best answers score at each
+
+
+def drawing_at_best(
+    folder: Path,
+    config: BestOfConfig,
+    tokenizer: Tokenizer,
+    policy: Transformer,
+    prompts: Sequence[EncodedPrompt],
+    reward: Reward,
+) -> Drawing:
+    """As the options say; where several temperatures are given, at the one whose best of K answers
+    score highest for this policy under this reward, on the first chunk of prompts (paper section
+    3.2.3, Fig. 8). What was found stays in TRIED."""
+    drawing = drawing_of(config)
+    if not config.temperatures:
+        return drawing
+    path = folder / TRIED
+    if not parallel.broadcast(path.exists()):
+        numbers = range(min(drawing.chunk, len(prompts)))
+        mine = numbers[parallel.rank() :: parallel.world_size()]
+        found = {}
+        for temperature in dict.fromkeys(config.temperatures):
+            tried = drawing._replace(temperature=temperature)
+            drawn = sample_chunk(tried, tokenizer, policy, prompts, mine, reward)
+            best = [score for part in parallel.gather(best_scores(drawn)) for score in part]
+            found[str(temperature)] = sum(best) / len(best)
+        if parallel.is_main():
+            write_text(path, json.dumps(found, indent=2) + "\n")
+        parallel.barrier()
+    row = read_object(path, "remove it")
+    scores = {float(name): field(row, name, float) for name in row}
+    chosen = max(scores, key=lambda temperature: scores[temperature])
+    listed = ", ".join(f"{score:.3f} at {name}" for name, score in scores.items())
+    notice(f"sampling at temperature {chosen}: the best of {drawing.samples} score {listed}")
+    return drawing._replace(temperature=chosen)
+
+
+def best_scores(drawn: Sequence[Any]) -> list[float]:
+    """Of each prompt the best score of the answers that may be kept, else the worst of all."""
+    by_prompt: dict[int, list[Sample]] = {}
+    for sample in drawn:
+        by_prompt.setdefault(sample["prompt"], []).append(sample)
+    return [
+        max(
+            (sample["score"] for sample in samples if is_usable(sample)),
+            default=min(sample["score"] for sample in samples),
+        )
+        for samples in by_prompt.values()
+    ]
 
 
 def sample_all(
