@@ -25,6 +25,7 @@ from puna.trainers.data.packing import (
     PairBatch,
     encode_held_out,
     encode_pairs,
+    levels,
     pair_batch,
     step_rows,
     unlabelled,
@@ -240,6 +241,30 @@ def objective(safety_weight: float, center_weight: float = 0.0) -> loop.Objectiv
 
 
 @torch.no_grad()
+def scores_of(
+    model: Transformer,
+    pairs: Sequence[Pair],
+    micro_batch: int,
+    device: torch.device,
+    called: str = "the reward model",
+    advance: Callable[[int], None] = lambda count: None,
+) -> Tensor:
+    """(P, 2) on the CPU: the raw scores of the chosen and the rejected answer, for `pairs` in
+    order. `advance` is told of every forward pass, and of how many pairs it was.
+
+    Raises RuntimeError, of the model as `called`, where a score is not finite.
+    """
+    found = [torch.empty(0, 2)]
+    for start in range(0, len(pairs), micro_batch):
+        piece = pairs[start : start + micro_batch]
+        batch = pairs_on(device, piece, MARGINS["none"], len(piece))
+        found.append(torch.stack(pair_scores(model, batch), 1).cpu())
+        advance(len(piece))
+    scores = torch.cat(found)
+    check_finite(called, scores, "pairs")
+    return scores
+
+
 def margins_of(
     model: Transformer,
     pairs: Sequence[Pair],
@@ -249,18 +274,10 @@ def margins_of(
 ) -> tuple[Tensor, Tensor]:
     """(r_chosen - r_rejected, rating index), both (P,) on the CPU, for `pairs` in order.
 
-    Raises RuntimeError, of the model as `called`, where a difference is not finite.
+    Raises RuntimeError as `scores_of` does.
     """
-    differences, ratings = [], []
-    for start in range(0, len(pairs), micro_batch):
-        piece = pairs[start : start + micro_batch]
-        batch = pairs_on(device, piece, MARGINS["none"], len(piece))
-        chosen, rejected = pair_scores(model, batch)
-        differences.append((chosen - rejected).cpu())
-        ratings.append(batch.ratings.cpu())
-    found = torch.cat(differences)
-    check_finite(called, found, "pairs")
-    return found, torch.cat(ratings)
+    scores = scores_of(model, pairs, micro_batch, device, called)
+    return scores[:, 0] - scores[:, 1], levels(pairs)
 
 
 def evaluation(

@@ -58,6 +58,7 @@ class Pair(NamedTuple):
     rating: str | None = None
     safety: str | None = None
     prompt: str = ""  # how its dialogue begins: pairs that share it are no independent trials
+    batch: int | None = None  # the week or round in which it was collected
 
 
 class PairBatch(NamedTuple):
@@ -321,7 +322,7 @@ def _encode_pairs(
             )
         else:
             opened = opening(row.messages)
-            pairs.append(Pair(chosen, rejected, row.rating, row.safety, opened))
+            pairs.append(Pair(chosen, rejected, row.rating, row.safety, opened, row.batch))
     return pairs, skipped
 
 
@@ -343,13 +344,18 @@ def unlabelled(pairs: Sequence[Pair], margin: str, safety_weight: float) -> list
     return notes
 
 
+def levels(pairs: Sequence[Pair]) -> Tensor:
+    """(P,) int64: each pair's rating as an index into RATINGS, -1 where it has none."""
+    found = [-1 if pair.rating is None else RATINGS.index(pair.rating) for pair in pairs]
+    return torch.tensor(found, dtype=torch.int64)
+
+
 def pair_batch(pairs: Sequence[Pair], margins: dict[str, float]) -> PairBatch:
     """Pairs as one batch; `margins` is m(r) for each rating, a table of `losses.MARGINS`."""
     tokens, positions, cu_seqlens = flat_sequences(
         [side for pair in pairs for side in (pair.chosen, pair.rejected)]
     )
     labels = [UNKNOWN if pair.safety is None else SAFE_LABELS[pair.safety] for pair in pairs]
-    levels = [-1 if pair.rating is None else RATINGS.index(pair.rating) for pair in pairs]
     return PairBatch(
         tokens,
         positions,
@@ -357,7 +363,7 @@ def pair_batch(pairs: Sequence[Pair], margins: dict[str, float]) -> PairBatch:
         margins=torch.tensor(
             [0.0 if pair.rating is None else margins[pair.rating] for pair in pairs]
         ),
-        ratings=torch.tensor(levels, dtype=torch.int64),
+        ratings=levels(pairs),
         safe=torch.tensor(labels, dtype=torch.float32).flatten(),
         weights=torch.ones(len(pairs)),
         safety_weights=torch.ones(2 * len(pairs)),
