@@ -165,6 +165,10 @@ def check_files(config: RLHFConfig) -> None:
             read_prompts(path)
     for path in [*config.helpfulness_data, *config.safety_data]:
         read_preferences(path)
+    for kind in KINDS:
+        stage = reward_config(config, 1, kind, config.model, None)
+        for path in stage.mix:
+            read_preferences(path, stage.columns, stage.ratings)
 
 
 def play_round(
