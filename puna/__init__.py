@@ -2,7 +2,7 @@
 
     load, Llama                        a model with its tokenizer: generate, stream, logprobs, score
     pretrain, sft, reward, rejection,
-    ppo, gatt, rlhf, evaluate          the stages; each takes its configuration, SFTConfig and so on
+    ppo, gatt, distill, rlhf, evaluate the stages; each takes its configuration, SFTConfig and so on
     Tokenizer, train_tokenizer, convert, Message, Answer, next_token_loss
 
 Each is imported when it is asked for: `import puna` alone does not import PyTorch.
@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # the same as PLACES, for type checkers and editors
     from puna.core.checkpoint.convert import convert
     from puna.core.llama import Llama, load
     from puna.core.tokenizer import Tokenizer, train_tokenizer
+    from puna.trainers.distill import DistillConfig
+    from puna.trainers.distill import run as distill
     from puna.trainers.evaluate import EvaluateConfig
     from puna.trainers.evaluate import run as evaluate
     from puna.trainers.gatt import GAttConfig
@@ -51,10 +53,10 @@ if TYPE_CHECKING:  # the same as PLACES, for type checkers and editors
     __version__: str
 
 __all__ = [
-    "Answer", "EvaluateConfig", "GAttConfig", "Llama", "Message", "PPOConfig", "PretrainConfig",
-    "RLHFConfig", "RejectionConfig", "RewardConfig", "SFTConfig", "Tokenizer", "__version__",
-    "convert", "evaluate", "gatt", "load", "next_token_loss", "ppo", "pretrain", "rejection",
-    "reward", "rlhf", "sft", "train_tokenizer",
+    "Answer", "DistillConfig", "EvaluateConfig", "GAttConfig", "Llama", "Message", "PPOConfig",
+    "PretrainConfig", "RLHFConfig", "RejectionConfig", "RewardConfig", "SFTConfig", "Tokenizer",
+    "__version__", "convert", "distill", "evaluate", "gatt", "load", "next_token_loss", "ppo",
+    "pretrain", "rejection", "reward", "rlhf", "sft", "train_tokenizer",
 ]  # fmt: skip
 
 STAGES = {
@@ -64,6 +66,7 @@ STAGES = {
     "rejection": "RejectionConfig",
     "ppo": "PPOConfig",
     "gatt": "GAttConfig",
+    "distill": "DistillConfig",
     "rlhf": "RLHFConfig",
     "evaluate": "EvaluateConfig",
 }

@@ -21,7 +21,13 @@ from puna.trainers.data.formats import Columns, Malformed, parse_dialogue
 from puna.trainers.data.ghost import read_ghost_dialogues
 from puna.trainers.data.packing import Pair, encode_pairs, unlabelled
 from puna.trainers.data.prompts import load_prompts
-from puna.trainers.data.readers import read_dialogues, read_preferences, read_prompts, read_texts
+from puna.trainers.data.readers import (
+    read_dialogues,
+    read_preferences,
+    read_preprompts,
+    read_prompts,
+    read_texts,
+)
 from puna.trainers.rl.best_of import read_samples, write_samples
 from puna.trainers.rl.comparisons import read_pairs
 from puna.trainers.rl.early_stopping import history
@@ -45,6 +51,7 @@ READERS = {
     "dialogues": (read_dialogues, {"messages": [USER, ANSWER]}),
     "preferences": (read_preferences, {"prompt": "q", "chosen": "a", "rejected": "b"}),
     "prompts": (read_prompts, {"prompt": "q"}),
+    "preprompts": (read_preprompts, {"preprompt": "q", "category": "c"}),
     "ghosts": (
         lambda path: read_ghost_dialogues([path], [], 0),
         {"turns": ["a"], "instruction": "b"},
@@ -358,7 +365,7 @@ def test_there_is_one_reader_of_json() -> None:
     `splitlines`, which takes U+2028 for an end of one."""
     root = Path(__file__).parents[1]
     own = {  # what a kill may have cut short, or what never was in a file
-        "core/documents.py", "core/ranks.py", "core/checkpoint/hashes.py", "trainers/rejection.py",
+        "core/documents.py", "core/ranks.py", "core/checkpoint/hashes.py", "trainers/rl/chunks.py",
         "trainers/train/run.py", "trainers/train/claim.py", "trainers/train/lock.py",
         "trainers/train/command.py", "trainers/train/written.py", "demo/report/results.py",
     }  # fmt: skip

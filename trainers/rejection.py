@@ -41,7 +41,9 @@ from puna.trainers.rl.best_of import (
     why_none,
     write_samples,
 )
+from puna.trainers.rl.chunks import append_chunks
 from puna.trainers.rl.config import (
+    ImitationConfig,
     SamplingConfig,
     check_reward,
     frozen,
@@ -54,16 +56,14 @@ from puna.trainers.rl.rollout import as_answers, collect
 from puna.trainers.sft import load_dialogues
 from puna.trainers.train import loop, next_token, written
 from puna.trainers.train.command import command
-from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.kinds import FIXED
 from puna.trainers.train.plan import of_epochs
-from puna.trainers.train.progress import meter
-from puna.trainers.train.ranges import Batch, Count, CountOrZero, Temperature
+from puna.trainers.train.ranges import Batch, Count, Temperature
 from puna.trainers.train.run import Run, open_run, open_start
 
 
 @dataclass(kw_only=True)
-class RejectionConfig(SamplingConfig, loop.RowsConfig):
+class RejectionConfig(SamplingConfig, ImitationConfig):
     """Rejection-sampling fine-tuning (paper section 3.2.3)."""
 
     policy: Path
@@ -80,9 +80,6 @@ class RejectionConfig(SamplingConfig, loop.RowsConfig):
     pool_samples: Annotated[Count, FIXED] = 4
     """best answers to a prompt that are handed on in pool.jsonl: later reward models may prefer
     another than today's"""
-    mix: list[Path] = field(default_factory=list)
-    """demonstrations to train on besides: of skills that the reward models cannot judge and that
-    a version would otherwise forget"""
     round: Count = 1
     """number of this RLHF version; part of the random numbers"""
     samples: Annotated[Batch, FIXED] = 20
@@ -92,12 +89,6 @@ class RejectionConfig(SamplingConfig, loop.RowsConfig):
     chunk: Annotated[Batch, FIXED] = 64
     """prompts sampled and scored at a time, all processes together; an interruption loses at most
     one chunk"""
-    epochs: Count = 2
-    """passes over the selected answers"""
-    lr: float = 2e-5
-    """peak (the paper does not say; this is SFT's)"""
-    row_tokens: CountOrZero = 0
-    """tokens in a row; 0 takes the model's context"""
 
 
 def run(config: RejectionConfig, reward: Reward | None = None) -> Path:
@@ -140,7 +131,19 @@ def fit(
     else:
         reward = open_reward_models(config) if reward is None else reward
         select(config, folder, tokenizer, selected, reward)
-    source = open_start(folder, student, head="lm")
+    return imitate("rejection", config, folder, tokenizer, student, selected)
+
+
+def imitate(
+    title: str,
+    config: ImitationConfig,
+    folder: Run,
+    tokenizer: Tokenizer,
+    start: Path,
+    selected: Path,
+) -> Path:
+    """Stage 3: fine-tune `start` on the samples in `selected`, with `config.mix` dialogues."""
+    source = open_start(folder, start, head="lm")
     row_tokens = next_token.row_length(config.row_tokens, source.config.context)
     mixed, skipped = load_dialogues(config.mix, Columns())
     rows = pack(tokenizer, read_pool(selected, tokenizer), row_tokens, mixed)
@@ -148,7 +151,7 @@ def fit(
     next_token.say(skipped)
     plan = of_epochs(len(rows), config.epochs, config.batch)
     what = rows.described("answers")
-    return next_token.train("rejection", folder, source, rows, config, plan=plan, what=what)
+    return next_token.train(title, folder, source, rows, config, plan=plan, what=what)
 
 
 def pack(
@@ -212,47 +215,13 @@ def sample_all(
     reward: Reward,
     prompts: list[EncodedPrompt],
 ) -> None:
-    """Append K scored answers a prompt to samples.jsonl, chunk after chunk, from where it ends."""
-    path = folder.path / "samples.jsonl"
-    done = parallel.on_main(lambda: whole_chunks(path, config, prompts))
-    starts = range(0, len(prompts), config.chunk)
-    bar = meter("sampling", len(starts), start=done, unit="answers", show=parallel.is_main())
-    with bar as progress, stop_requests() as stop:
-        for start in starts[done:]:
-            if parallel.all_max(int(stop())):
-                raise SystemExit(
-                    f"stopped after {start} prompts; the same command continues {folder.path}"
-                )
-            numbers = range(start, min(start + config.chunk, len(prompts)))
-            mine = numbers[parallel.rank() :: parallel.world_size()]
-            samples = sample_chunk(config, tokenizer, policy, reward, prompts, mine)
-            append_chunk(path, samples)
-            progress.advance(len(numbers) * config.samples)
+    """K scored answers a prompt in samples.jsonl."""
 
+    def draw(numbers: Sequence[int]) -> list[Sample]:
+        return sample_chunk(config, tokenizer, policy, reward, prompts, numbers)
 
-def whole_chunks(path: Path, config: RejectionConfig, prompts: Sequence[EncodedPrompt]) -> int:
-    """How many chunks samples.jsonl holds; what a kill left of a further one is cut off. ValueError
-    where they answer other prompts.
-
-    Chunks are repeated whole, so that they meet the same batches as in an uninterrupted run.
-    """
-    if not path.exists():
-        return 0
-    written.check(path.parent, path.name, grows=True)
-    lines = path.read_bytes().splitlines(keepends=True)
-    complete = [line for line in lines if line.endswith(b"\n")]
-    chunks = len(complete) // (config.chunk * config.samples)
-    for number, line in enumerate(complete[: chunks * config.chunk * config.samples]):
-        asked = number // config.samples
-        sample = json.loads(line)
-        if asked >= len(prompts) or sample["messages"] != prompts[asked].messages:
-            raise ValueError(
-                f"{path}:{number + 1}: an answer to another prompt than prompt {asked + 1} "
-                "of those given now; give the former ones, or remove the file to draw anew"
-            )
-    with atomic_file(path) as partial:
-        partial.write_bytes(b"".join(complete[: chunks * config.chunk * config.samples]))
-    return chunks
+    asked = [prompt.messages for prompt in prompts]
+    append_chunks("sampling", folder.path, asked, config.chunk, config.samples, draw)
 
 
 def sample_chunk(
@@ -303,16 +272,6 @@ def scored_rows(scores: Scores) -> list[tuple[float, dict[str, float]]]:
         (score, {name: values[row] for name, values in parts.items()})
         for row, score in enumerate(scores.raw.tolist())
     ]
-
-
-def append_chunk(path: Path, samples: list[Sample]) -> None:
-    """All ranks' samples of a chunk at the end of `path`, in the order of the prompts."""
-    merged = [sample for part in parallel.gather(samples) for sample in part]
-    if parallel.is_main():
-        merged.sort(key=lambda sample: (sample["prompt"], sample["sample"]))
-        write_samples(path, merged, mode="a")
-        written.note(path.parent, path.name)
-    parallel.barrier()
 
 
 def read_pool(path: Path, tokenizer: Tokenizer) -> list[Sample]:
