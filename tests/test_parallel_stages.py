@@ -57,7 +57,7 @@ STAGES: dict[str, list[str]] = {
     "distill": (
         "--policy {0}/lm --safety {0}/safety --prompts {0}/prompts.jsonl --max-new-tokens 6 "
         "--preprompts {0}/preprompts.jsonl --mix {0}/mix.jsonl --chunk 3 --batch 2 "
-        "--micro-batch 1 --epochs 3 --row-tokens 40"
+        "--micro-batch 1 --epochs 6 --row-tokens 80"
     ).split(),
     "gatt": (
         "--model {0}/lm --dialogues {0}/ghosts.jsonl --mix {0}/mix.jsonl --samples 2 "
