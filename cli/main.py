@@ -36,6 +36,9 @@ VERBS = {
     ),
     "ppo": Verb("puna.trainers.ppo", "PPOConfig", "reinforcement learning by PPO"),
     "gatt": Verb("puna.trainers.gatt", "GAttConfig", "Ghost Attention: keep instructions"),
+    "distill": Verb(
+        "puna.trainers.distill", "DistillConfig", "safety context distillation: under a pre-prompt"
+    ),
     "rlhf": Verb("puna.trainers.rlhf", "RLHFConfig", "the loop V1..Vn over the stages"),
     "evaluate": Verb(
         "puna.trainers.evaluate", "EvaluateConfig", "accuracy and calibration of a reward model"

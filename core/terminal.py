@@ -41,7 +41,8 @@ def say_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*header, title=title) if header else Table(show_header=False, box=None)
+    named = None if title is None else Text(shown(title))  # as text: brackets are no markup
+    table = Table(*header, title=named) if header else Table(show_header=False, box=None)
     for row in rows:
         table.add_row(*(Text(shown(cell)) for cell in row))
     Console().print(table)

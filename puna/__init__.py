@@ -2,7 +2,7 @@
 
     load, Llama                        a model with its tokenizer: generate, stream, logprobs, score
     pretrain, sft, reward, rejection,
-    ppo, gatt, rlhf                    the stages; each takes its configuration, SFTConfig and so on
+    ppo, gatt, distill, rlhf           the stages; each takes its configuration, SFTConfig and so on
     sample, score                      answers and their rewards, in the same way
     evaluate, evaluate_chat            measures of reward models and of chat models
     Tokenizer, train_tokenizer, convert, Message, Answer, next_token_loss
@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # the same as PLACES, for type checkers and editors
     from puna.core.checkpoint.convert import convert
     from puna.core.llama import Llama, load
     from puna.core.tokenizer import Tokenizer, train_tokenizer
+    from puna.trainers.distill import DistillConfig
+    from puna.trainers.distill import run as distill
     from puna.trainers.evaluate import EvaluateConfig
     from puna.trainers.evaluate import run as evaluate
     from puna.trainers.evaluation.chat import run as evaluate_chat
@@ -59,11 +61,11 @@ if TYPE_CHECKING:  # the same as PLACES, for type checkers and editors
     __version__: str
 
 __all__ = [
-    "Answer", "EvaluateChatConfig", "EvaluateConfig", "GAttConfig", "Llama", "Message", "PPOConfig",
-    "PretrainConfig", "RLHFConfig", "RejectionConfig", "RewardConfig", "SFTConfig", "SampleConfig",
-    "ScoreConfig", "Tokenizer", "__version__", "convert", "evaluate", "evaluate_chat", "gatt",
-    "load", "next_token_loss", "ppo", "pretrain", "rejection", "reward", "rlhf", "sample", "score",
-    "sft", "train_tokenizer",
+    "Answer", "DistillConfig", "EvaluateChatConfig", "EvaluateConfig", "GAttConfig", "Llama",
+    "Message", "PPOConfig", "PretrainConfig", "RLHFConfig", "RejectionConfig", "RewardConfig",
+    "SFTConfig", "SampleConfig", "ScoreConfig", "Tokenizer", "__version__", "convert", "distill",
+    "evaluate", "evaluate_chat", "gatt", "load", "next_token_loss", "ppo", "pretrain", "rejection",
+    "reward", "rlhf", "sample", "score", "sft", "train_tokenizer",
 ]  # fmt: skip
 
 STAGES = {
@@ -73,6 +75,7 @@ STAGES = {
     "rejection": "RejectionConfig",
     "ppo": "PPOConfig",
     "gatt": "GAttConfig",
+    "distill": "DistillConfig",
     "rlhf": "RLHFConfig",
     "evaluate": "EvaluateConfig",
     "sample": "SampleConfig",

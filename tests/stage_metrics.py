@@ -134,6 +134,11 @@ def stages(root: Path) -> None:
         "--mix", data / "chat.jsonl", "--max-new-tokens", 12, "--samples", 2, "--batch", 4,
         "--lr", 1e-3, "--out", root / "gatt", *common,
     )  # fmt: skip
+    run(
+        "distill", "--policy", root / "sft/model", "--safety", root / "safety/model",
+        "--prompts", data / "prompts.jsonl", "--mix", data / "chat.jsonl", "--max-new-tokens", 12,
+        "--batch", 4, "--lr", 1e-3, "--out", root / "distill", *common,
+    )  # fmt: skip
     loop(root, data, common)
 
 

@@ -1,17 +1,13 @@
 """Run: python -m pytest tests/test_accuracy.py -q"""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puna.trainers import evaluate
 from puna.trainers.data.packing import Pair
-from puna.trainers.evaluate import EvaluateConfig
 from puna.trainers.rl.accuracy import (
     accuracies,
     baselines,
@@ -111,36 +107,3 @@ def test_certain_and_undecided_models_have_a_bin():
     assert sure.confidence == 1.0 and sure.right.share == 0.5
     (undecided,) = calibration(torch.zeros(3))
     assert undecided.confidence == 0.5 and undecided.right.share == 0.5
-
-
-def test_evaluate_prints_tables_and_writes_what_it_measured(tiny, tmp_path, capsys):
-    config = EvaluateConfig(
-        model=tiny / "safety",
-        data=[tiny / "preferences.jsonl"],
-        out=tmp_path / "figures" / "safety.json",
-        device="cpu",
-    )
-    document = evaluate.run(config)
-    assert json.loads(config.out.read_text()) == document
-    assert document["accuracy"]["all"]["pairs"] == 48
-    assert set(document["accuracy"]) == {
-        "all", "significantly_better", "better", "slightly_better", "negligibly_better",
-    }  # fmt: skip
-    assert document["chance"] == 0.5 and document["baselines"]["the longer answer"]["pairs"] == 48
-    labels = document["accuracy_by_safety"]
-    assert {name: share["pairs"] for name, share in labels.items()} == {
-        "chosen_safe": 16, "both_safe": 16, "both_unsafe": 16,
-    }  # fmt: skip
-    mean = sum(share["share"] for share in labels.values()) / 3
-    assert mean == pytest.approx(document["accuracy"]["all"]["share"])
-    assert sum(each["right"]["pairs"] for each in document["calibration"]) == 48
-    shown = capsys.readouterr().out
-    assert "Accuracy" in shown and "Calibration (expected error" in shown and "both unsafe" in shown
-
-
-def test_only_a_reward_model_can_be_evaluated(tiny):
-    data = [tiny / "preferences.jsonl"]
-    with pytest.raises(ValueError, match="lm is a language model; evaluate needs a reward model"):
-        evaluate.run(EvaluateConfig(model=tiny / "lm", data=data))
-    with pytest.raises(ValueError, match="none.jsonl: no such file"):
-        evaluate.run(EvaluateConfig(model=tiny / "safety", data=[Path("none.jsonl")]))

@@ -150,7 +150,7 @@ WRITERS = {
     "core/documents.py": "the same, or rows at the end, fsynced, cut to whole ones by their reader",
     "core/checkpoint/kept.py": "into a folder that atomic_folder made",
     "trainers/rl/comparisons.py": "to a name that atomic_file made",
-    "trainers/rl/sampling.py": "the same",
+    "trainers/rl/chunks.py": "the same",
     "trainers/gatt.py": "a row at the end, cut where it is torn",
     "trainers/train/run.py": "the same: metrics.jsonl, cut to its checkpoint",
     "benchmarks/models/decode_peers.py": "a peer's input, in a temporary folder",

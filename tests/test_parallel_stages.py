@@ -53,6 +53,12 @@ STAGES: dict[str, list[str]] = {
         "--prompts {0}/eleven.jsonl --max-new-tokens 6 --batch 2 --micro-batch 1 --epochs 3 "
         "--row-tokens 40"
     ).split(),
+    # 7 tagged prompts in chunks of 3
+    "distill": (
+        "--policy {0}/lm --safety {0}/safety --prompts {0}/prompts.jsonl --max-new-tokens 6 "
+        "--preprompts {0}/preprompts.jsonl --mix {0}/mix.jsonl --chunk 3 --batch 2 "
+        "--micro-batch 1 --epochs 6 --row-tokens 80"
+    ).split(),
     "gatt": (
         "--model {0}/lm --dialogues {0}/ghosts.jsonl --mix {0}/mix.jsonl --samples 2 "
         "--max-new-tokens 6 --batch 2 --micro-batch 1 --epochs 3 --targets 2"
@@ -152,6 +158,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"turns": [sentence(draw) for _ in range(3)], "instruction": "bark"} for _ in "1234567"
     )
     write(folder / "ghosts.jsonl", ghosts)
+    write(folder / "preprompts.jsonl", ({"preprompt": sentence(draw)} for _ in range(3)))
     tokenizer = folder / "tokenizer.model"
     train_tokenizer([" ".join(WORDS)] * 20, tokenizer, vocab_size=300)
     config = ModelConfig(36, 2, 6, 3, 50, Tokenizer(tokenizer).vocab_size, context=96)

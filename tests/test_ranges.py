@@ -99,6 +99,7 @@ def test_the_command_line_refuses_it_before_anything_is_read(verb, name, capsys)
     assert shown.count("\n") == 1 and "absent" not in shown
 
 
+TRAINERS = ["pretrain", "sft", "reward", "rejection", "ppo", "gatt", "distill", "rlhf"]
 HOLES = {
     "rejection": "--batch 0|--chunk 0|--samples 0|--epochs 0|--max-new-tokens 0|--temperature inf|"
     "--temperature 1e-40|--seed -1|--micro-batch 0|--micro-batch-tokens 0|--generation-batch -1",
@@ -106,8 +107,11 @@ HOLES = {
     "--clip -1|--lam 5|--gamma 7|--beta -5|--ratio-clip nan|--max-kl nan|--max-new-tokens 0|"
     "--value-clip 0|--critic-lr 0|--temperature 0|--eval-count 0|--beta1 1",
     "gatt": "--samples 0|--targets 0|--window -1|--shorten 2|--batch 0|--max-new-tokens 0",
-    "reward": "--safety-weight nan|--center-weight -1|--eval-share 1|--batch 0",
-    "sft": "--batch 0|--epochs 0|--eval-share -0.1|--lr 0|--row-tokens -1|--warmup-steps -1",
+    "distill": "--chunk 0|--epochs 0|--max-new-tokens 0|--temperature 0|--row-tokens -1",
+    "reward": "--safety-weight nan|--center-weight -1|--eval-share 1|--batch 0|--mix-share 1|"
+    "--eval-per-batch -1",
+    "sft": "--mix-share -0.1|--batch 0|--epochs 0|--eval-share -0.1|--lr 0|--row-tokens -1|"
+    "--warmup-steps -1",
     "pretrain": "--steps -1|--context -1|--min-lr 1.5|--weight-decay inf|--eps 0",
     "rlhf": "--versions 0|--ppo-versions -1|--temperatures 0.8 nan|--helpfulness-pairs 0|"
     "--round-prompts -1",
@@ -132,7 +136,7 @@ def test_what_once_got_through(verb, words, capsys):
     assert shown.startswith(f"puna {verb}: {option} is ") and shown.count("\n") == 1, value
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "sft", "reward", "rejection", "ppo", "gatt", "rlhf"])
+@pytest.mark.parametrize("verb", TRAINERS)
 def test_a_recipe_is_held_to_the_same_ranges(verb, tmp_path, capsys):
     (tmp_path / "r.toml").write_text("seed = -1\n")
     cls = config_of(verb)
@@ -142,7 +146,7 @@ def test_a_recipe_is_held_to_the_same_ranges(verb, tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "rejection", "ppo", "gatt", "rlhf"])
+@pytest.mark.parametrize("stage", TRAINERS)
 def test_a_stage_run_as_a_module_ends_a_mistake_in_the_same_sentence(stage, monkeypatch, capsys):
     wrong = [*flags(config_of(stage)), "--seed", "-1"]
     said = f"python -m puna.trainers.{stage}: seed is -1; it cannot be negative\n"
@@ -310,7 +314,7 @@ def test_reward_models_at_the_edges(files, tmp_path, options, tiny):
     data = [tiny / "preferences.jsonl"]
     for size in (1, 2**20):
         config = evaluate.EvaluateConfig(model=final, data=data, micro_batch=size, device="cpu")
-        assert evaluate.run(config)["accuracy"]
+        assert evaluate.run(config)["sets"]
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ RECIPES = known_recipes()
 # What each recipe said when there was a whole file for each stage at each size.
 WRITTEN_OUT = json.loads((Path(__file__).parent / "data" / "recipes.json").read_text())
 SIZES = ("7b", "13b", "34b", "70b")
-STAGES = "pretrain sft reward_helpfulness reward_safety rejection ppo gatt rlhf".split()
+STAGES = "pretrain sft reward_helpfulness reward_safety rejection ppo gatt distill rlhf".split()
 CLASSES = {
     "pretrain": "PretrainConfig",
     "sft": "SFTConfig",
@@ -48,6 +48,7 @@ CLASSES = {
     "rejection": "RejectionConfig",
     "ppo": "PPOConfig",
     "gatt": "GAttConfig",
+    "distill": "DistillConfig",
     "rlhf": "RLHFConfig",
 }
 EXAMPLES = {"shakespeare": "pretrain", "dolly": "sft", "hh": "reward", "tulu1": "reward"}
@@ -69,8 +70,22 @@ PAPER: dict[str, dict[str, Any]] = {
         "row_tokens": 4096,
         "epochs": 2,
     },
-    "reward_helpfulness": {"epochs": 1, "batch": 512, "schedule": "cosine", "min_lr": 0.1, **ADAMW},
-    "reward_safety": {"epochs": 1, "batch": 512, "schedule": "cosine", "min_lr": 0.1, **ADAMW},
+    "reward_helpfulness": {
+        "epochs": 1,
+        "batch": 512,
+        "schedule": "cosine",
+        "min_lr": 0.1,
+        "mix_share": 0.5,
+        **ADAMW,
+    },
+    "reward_safety": {
+        "epochs": 1,
+        "batch": 512,
+        "schedule": "cosine",
+        "min_lr": 0.1,
+        "mix_share": 0.1,
+        **ADAMW,
+    },
     "rejection": {"temperature": 1.2},
     "ppo": {
         "lr": 1e-6,
@@ -82,6 +97,7 @@ PAPER: dict[str, dict[str, Any]] = {
         **ADAMW,
     },
     "gatt": {"shorten": 0.5},
+    "distill": {"lr": 2e-5, "batch": 64, "row_tokens": 4096},
     "rlhf": {"versions": 5, "ppo_versions": 1},
 }
 # by stage and field, in the order of SIZES
@@ -271,6 +287,7 @@ DRY_RUNS = [
     ("ppo", "lm", ppo_pass),
     ("ppo", "score", ppo_pass),
     ("gatt", "lm", language_step),
+    ("distill", "lm", language_step),
 ]
 
 

@@ -25,6 +25,7 @@ from puna.trainers.data.readers import (
     read_answered,
     read_dialogues,
     read_preferences,
+    read_preprompts,
     read_prompts,
     read_texts,
 )
@@ -56,6 +57,7 @@ READERS = {
     "preferences": (read_preferences, {"prompt": "q", "chosen": "a", "rejected": "b"}),
     "prompts": (read_prompts, {"prompt": "q"}),
     "answered": (read_answered, {"prompt": "q", "response": "a", "safety": True}),
+    "preprompts": (read_preprompts, {"preprompt": "q", "category": "c"}),
     "ghosts": (
         lambda path: read_ghost_dialogues([path], [], 0),
         {"turns": ["a"], "instruction": "b"},
@@ -378,10 +380,9 @@ def test_there_is_one_reader_of_json() -> None:
     `splitlines`, which takes U+2028 for an end of one."""
     root = Path(__file__).parents[1]
     own = {  # what a kill may have cut short, or what never was in a file
-        "core/documents.py", "core/ranks.py", "core/checkpoint/hashes.py",
-        "trainers/rl/sampling.py", "trainers/train/run.py", "trainers/train/claim.py",
-        "trainers/train/lock.py", "trainers/train/command.py", "trainers/train/written.py",
-        "demo/report/results.py",
+        "core/documents.py", "core/ranks.py", "core/checkpoint/hashes.py", "trainers/rl/chunks.py",
+        "trainers/train/run.py", "trainers/train/claim.py", "trainers/train/lock.py",
+        "trainers/train/command.py", "trainers/train/written.py", "demo/report/results.py",
     }  # fmt: skip
     rooms = ("core", "trainers", "demo", "cli", "puna")
     files = [path for room in rooms for path in (root / room).rglob("*.py")]

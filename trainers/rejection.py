@@ -36,6 +36,7 @@ from puna.trainers.rl.best_of import (
 )
 from puna.trainers.rl.config import (
     BestOfConfig,
+    ImitationConfig,
     check_reward,
     frozen,
     open_reward_models,
@@ -48,12 +49,11 @@ from puna.trainers.sft import load_dialogues
 from puna.trainers.train import loop, next_token, written
 from puna.trainers.train.command import command
 from puna.trainers.train.plan import of_epochs
-from puna.trainers.train.ranges import Count, CountOrZero
 from puna.trainers.train.run import Run, open_run, open_start
 
 
 @dataclass(kw_only=True)
-class RejectionConfig(BestOfConfig, loop.RowsConfig):
+class RejectionConfig(BestOfConfig, ImitationConfig):
     """Rejection-sampling fine-tuning (paper section 3.2.3)."""
 
     policy: Path
@@ -67,15 +67,6 @@ class RejectionConfig(BestOfConfig, loop.RowsConfig):
     others), or the base or SFT model to start a version anew; left out: the policy itself"""
     pools: list[Path] = field(default_factory=list)
     """pool.jsonl of earlier rounds (paper: of all of them, from V4 on)"""
-    mix: list[Path] = field(default_factory=list)
-    """demonstrations to train on besides: of skills that the reward models cannot judge and that
-    a version would otherwise forget"""
-    epochs: Count = 2
-    """passes over the selected answers"""
-    lr: float = 2e-5
-    """peak (the paper does not say; this is SFT's)"""
-    row_tokens: CountOrZero = 0
-    """tokens in a row; 0 takes the model's context"""
 
 
 def run(config: RejectionConfig, reward: Reward | None = None) -> Path:
@@ -118,7 +109,19 @@ def fit(
     else:
         reward = open_reward_models(config) if reward is None else reward
         select(config, folder, tokenizer, reward)
-    source = open_start(folder, student, head="lm")
+    return imitate("rejection", config, folder, tokenizer, student, selected)
+
+
+def imitate(
+    title: str,
+    config: ImitationConfig,
+    folder: Run,
+    tokenizer: Tokenizer,
+    start: Path,
+    selected: Path,
+) -> Path:
+    """Stage 3: fine-tune `start` on the samples in `selected`, with `config.mix` dialogues."""
+    source = open_start(folder, start, head="lm")
     row_tokens = next_token.row_length(config.row_tokens, source.config.context)
     mixed, skipped = load_dialogues(config.mix, Columns())
     rows = pack(tokenizer, read_pool(selected, tokenizer, read_samples), row_tokens, mixed)
@@ -126,7 +129,7 @@ def fit(
     next_token.say(skipped)
     plan = of_epochs(len(rows), config.epochs, config.batch)
     what = rows.described("answers")
-    return next_token.train("rejection", folder, source, rows, config, plan=plan, what=what)
+    return next_token.train(title, folder, source, rows, config, plan=plan, what=what)
 
 
 def pack(

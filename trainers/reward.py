@@ -20,25 +20,34 @@ from puna.core.model import Transformer
 from puna.core.terminal import say
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.formats import Columns, Preference, Ratings
+from puna.trainers.data.mix import MixShare, mixed
 from puna.trainers.data.packing import (
     Pair,
     PairBatch,
     encode_held_out,
     encode_pairs,
+    levels,
     pair_batch,
     step_rows,
     unlabelled,
 )
 from puna.trainers.data.readers import Skipped, read_preferences
-from puna.trainers.data.split import opening, split
-from puna.trainers.rl.accuracy import accuracies, baselines, sentences, shares
+from puna.trainers.data.split import opening, split, split_batches
+from puna.trainers.rl.accuracy import (
+    Share,
+    accuracies,
+    baselines,
+    by_batch,
+    sentences,
+    shares,
+)
 from puna.trainers.rl.losses import MARGINS, ranking_loss, safety_loss
 from puna.trainers.rl.rewards import check_finite
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.command import command
 from puna.trainers.train.kinds import FIXED
 from puna.trainers.train.plan import announce, check_shares, of_epochs
-from puna.trainers.train.ranges import Count, ShareOf, Weight
+from puna.trainers.train.ranges import Count, CountOrZero, ShareOf, Weight
 from puna.trainers.train.run import Run, open_run, open_start
 
 
@@ -55,10 +64,18 @@ class RewardConfig(loop.RowsConfig):
     """names of the file's columns"""
     ratings: Ratings = field(default_factory=dict)
     """what the file's ratings and safety labels are called"""
+    mix: list[Path] = field(default_factory=list)
+    """comparisons to train on besides: public ones, or those of the other reward model"""
+    mix_share: MixShare | None = None
+    """share of all pairs trained on that are drawn from `mix`, none of them twice (paper: 0.5 for
+    helpfulness, 0.1 for safety); left out: all of `mix`"""
     eval_data: list[Path] = field(default_factory=list)
     """comparisons for the held-out accuracy; left out: a share of `data`"""
     eval_share: Annotated[float, ShareOf(), FIXED] = 0.05
     """share of `data` kept for the held-out accuracy, where no file is given"""
+    eval_per_batch: Annotated[CountOrZero, FIXED] = 0
+    """instead: so many rows of each batch of `data`, at most half of it (paper: 1,000 of each
+    week's); the accuracy is told by batch"""
     margin: Literal["none", "small", "large"] = "small"
     """m(r) of Table 27 (which one the final models used is not said)"""
     safety_weight: Weight = 0.0
@@ -76,6 +93,10 @@ class RewardConfig(loop.RowsConfig):
     """pairs in one forward pass"""
     warmup_steps: int = 0
     """0: 3% of the steps, at least 5 (paper)"""
+
+    def check(self) -> None:
+        if self.eval_per_batch and self.eval_data:
+            raise ValueError("eval_data is held out already: leave eval_per_batch or it out")
 
 
 def run(config: RewardConfig) -> Path:
@@ -120,10 +141,18 @@ def fit(config: RewardConfig, folder: Run, tokenizer: Tokenizer) -> Path:
         evaluation(held, config, device),
     )
     if held:
-        found = shares(*margins_of(network.model, held, config.micro_batch, device), held)
+        scores = scores_of(network.model, held, config.micro_batch, device)
         if parallel.is_main():
-            say(sentences(found | baselines(held), "held-out accuracy"))
+            say(sentences(held_out_shares(scores, held), "held-out accuracy"))
     return final
+
+
+def held_out_shares(scores: Tensor, held: Sequence[Pair]) -> dict[str, Share]:
+    """Accuracy of all, by rating and, where there are several, by batch; then what needs no model.
+    scores: (P, 2), chosen and rejected."""
+    batches = {f"batch {each.batch}": each.right for each in by_batch(scores, held)}
+    found = shares(scores[:, 0] - scores[:, 1], levels(held), held)
+    return found | (batches if len(batches) > 1 else {}) | baselines(held)
 
 
 def warmup(steps: int) -> int:
@@ -146,16 +175,25 @@ def load_pairs(
     if config.eval_data:
         held_rows, unusable = load_preferences(config.eval_data, config.columns, config.ratings)
         skipped.merge(unusable)
-    elif config.eval_share > 0:
-        rows, held_rows = split(
-            rows, config.eval_share, config.seed, lambda row: opening(row.messages)
+    elif config.eval_per_batch:
+        rows, held_rows = split_batches(
+            rows, config.eval_per_batch, config.seed, begins, lambda row: row.batch
         )
+    elif config.eval_share > 0:
+        rows, held_rows = split(rows, config.eval_share, config.seed, begins)
     pairs, over_long = encode_pairs(tokenizer, rows, context)
     skipped.merge(over_long)
     held: list[Pair] = []
     if held_rows:
         held, over_long = encode_held_out(tokenizer, held_rows, context)
         skipped.merge_held_out(over_long)
+    if config.mix:
+        rows, unusable = load_preferences(config.mix, config.columns, config.ratings)
+        others, over_long = encode_pairs(tokenizer, rows, context)
+        skipped.merge(unusable)
+        skipped.merge(over_long)
+        share, seed = config.mix_share, config.seed
+        pairs = mixed(pairs, others, held, share, seed, lambda pair: pair.prompt, skipped)
     if config.safety_weight > 0 and not any(pair.safety for pair in pairs):
         raise ValueError(
             f"safety_weight is {config.safety_weight:g} and none of {len(pairs)} pairs has a "
@@ -164,6 +202,11 @@ def load_pairs(
     skipped.notes += unlabelled(pairs, config.margin, config.safety_weight)
     next_token.say(skipped)
     return pairs, held
+
+
+def begins(row: Preference) -> str:
+    """What stays on one side of what is held out: all comparisons under one first message."""
+    return opening(row.messages)
 
 
 def load_preferences(
@@ -240,6 +283,30 @@ def objective(safety_weight: float, center_weight: float = 0.0) -> loop.Objectiv
 
 
 @torch.no_grad()
+def scores_of(
+    model: Transformer,
+    pairs: Sequence[Pair],
+    micro_batch: int,
+    device: torch.device,
+    called: str = "the reward model",
+    advance: Callable[[int], None] = lambda count: None,
+) -> Tensor:
+    """(P, 2) on the CPU: the raw scores of the chosen and the rejected answer, for `pairs` in
+    order. `advance` is told of every forward pass, and of how many pairs it was.
+
+    Raises RuntimeError, of the model as `called`, where a score is not finite.
+    """
+    found = [torch.empty(0, 2)]
+    for start in range(0, len(pairs), micro_batch):
+        piece = pairs[start : start + micro_batch]
+        batch = pairs_on(device, piece, MARGINS["none"], len(piece))
+        found.append(torch.stack(pair_scores(model, batch), 1).cpu())
+        advance(len(piece))
+    scores = torch.cat(found)
+    check_finite(called, scores, "pairs")
+    return scores
+
+
 def margins_of(
     model: Transformer,
     pairs: Sequence[Pair],
@@ -249,18 +316,10 @@ def margins_of(
 ) -> tuple[Tensor, Tensor]:
     """(r_chosen - r_rejected, rating index), both (P,) on the CPU, for `pairs` in order.
 
-    Raises RuntimeError, of the model as `called`, where a difference is not finite.
+    Raises RuntimeError as `scores_of` does.
     """
-    differences, ratings = [], []
-    for start in range(0, len(pairs), micro_batch):
-        piece = pairs[start : start + micro_batch]
-        batch = pairs_on(device, piece, MARGINS["none"], len(piece))
-        chosen, rejected = pair_scores(model, batch)
-        differences.append((chosen - rejected).cpu())
-        ratings.append(batch.ratings.cpu())
-    found = torch.cat(differences)
-    check_finite(called, found, "pairs")
-    return found, torch.cat(ratings)
+    scores = scores_of(model, pairs, micro_batch, device, called)
+    return scores[:, 0] - scores[:, 1], levels(pairs)
 
 
 def evaluation(

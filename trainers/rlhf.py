@@ -196,6 +196,10 @@ def check_files(config: RLHFConfig) -> None:
     if config.gatt_dialogues:
         table = gatt_config(config, config.gatt_version, config.model)
         read_ghost_dialogues(config.gatt_dialogues, table.instructions, table.seed)
+    for kind in KINDS:
+        stage = reward_config(config, 1, kind, config.model, None)
+        for path in stage.mix:
+            read_preferences(path, stage.columns, stage.ratings)
 
 
 def play_round(

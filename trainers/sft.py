@@ -2,24 +2,31 @@
 
 Dialogues are packed into rows; the loss is zero on prompts and counts the answers' tokens only.
 Packed dialogues do not see each other (the paper does not say whether its own did).
+
+The paper began with public data and went on with its own, far less and better. Here that is
+`in_order`; or two runs, the second from the first one's model, with a schedule of its own.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from puna.core.chat import encode_dialogue
 from puna.core.checkpoint.folder import tokenizer_path
+from puna.core.documents import as_name
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.formats import Columns, Dialogue
-from puna.trainers.data.packing import PackedRows
+from puna.trainers.data.mix import MixShare, mixed
+from puna.trainers.data.packing import PackedRows, rows_in_order
 from puna.trainers.data.readers import Skipped, parse_dialogues, read_dialogues
 from puna.trainers.data.split import exchange, split
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.command import command
 from puna.trainers.train.kinds import FIXED
+from puna.trainers.train.notice import notice
 from puna.trainers.train.plan import of_epochs
 from puna.trainers.train.ranges import Count, CountOrZero, ShareOf
 from puna.trainers.train.run import Run, open_run, open_start
@@ -35,6 +42,14 @@ class SFTConfig(loop.RowsConfig):
     """.jsonl of `messages`, or of `prompt` and `response`"""
     columns: Columns = field(default_factory=Columns)
     """names of the file's columns"""
+    in_order: bool = False
+    """all epochs of the first file of `data`, then all of the next, not shuffled together (paper:
+    public data first, then its own); one learning-rate schedule over all of it"""
+    mix: list[Path] = field(default_factory=list)
+    """dialogues to train on besides"""
+    mix_share: MixShare | None = None
+    """share of all dialogues trained on that are drawn from `mix`, none of them twice; left out:
+    all of `mix`"""
     eval_data: list[Path] = field(default_factory=list)
     """dialogues for the held-out loss; left out: a share of `data`"""
     eval_share: Annotated[float, ShareOf(), FIXED] = 0.02
@@ -47,6 +62,13 @@ class SFTConfig(loop.RowsConfig):
     """rows in a step, all processes together (paper: 64)"""
     row_tokens: CountOrZero = 0
     """tokens in a row; 0 takes the model's context (paper: 4096)"""
+
+    def check(self) -> None:
+        if self.in_order and (len(self.data) < 2 or self.mix):
+            raise ValueError(
+                "in_order takes the files of data one after the other: name two or more there, and "
+                "none in mix"
+            )
 
 
 def run(
@@ -89,26 +111,42 @@ def fit(
         held, unusable = load_dialogues(config.eval_data, config.columns)
         skipped.merge(unusable)
     elif config.eval_share > 0:
-        learned, held = split(
-            learned, config.eval_share, config.seed, lambda row: exchange(row.messages)
-        )
+        learned, held = split(learned, config.eval_share, config.seed, begins)
+    if config.mix:
+        others, unusable = load_dialogues(config.mix, config.columns)
+        skipped.merge(unusable)
+        learned = mixed(learned, others, held, config.mix_share, config.seed, begins, skipped)
     source = open_start(folder, config.model, head="lm")
     row_tokens = next_token.row_length(config.row_tokens, source.config.context)
-    rows = pack(tokenizer, learned, row_tokens)
+    rows = pack(tokenizer, learned, row_tokens, by_file=config.in_order)
     skipped.merge(rows.skipped)
     eval_rows = pack_held_out(tokenizer, held, row_tokens, skipped)
     next_token.say(skipped)
+    plan = of_epochs(len(rows), config.epochs, config.batch)
+    order = None
+    if config.in_order:
+        order = partial(
+            rows_in_order, list(rows.group_rows.values()), config.epochs, plan.batch, config.seed
+        )
+        files = (f"{count:,} of {as_name(file)}" for file, count in rows.group_rows.items())
+        notice(f"sft: rows in order: {', then '.join(files)}")
     return next_token.train(
         "sft",
         folder,
         source,
         rows,
         config,
-        plan=of_epochs(len(rows), config.epochs, config.batch),
+        plan=plan,
         what=rows.described("dialogues"),
         eval_rows=eval_rows,
         loss=next_token.checked(next_token.next_token_loss if loss is None else loss),
+        order=order,
     )
+
+
+def begins(dialogue: Dialogue) -> Hashable:
+    """What stays on one side of what is held out: all dialogues that begin alike."""
+    return exchange(dialogue.messages)
 
 
 def load_dialogues(paths: list[Path], columns: Columns) -> tuple[list[Dialogue], Skipped]:
@@ -122,11 +160,16 @@ def load_dialogues(paths: list[Path], columns: Columns) -> tuple[list[Dialogue],
     return dialogues, skipped
 
 
-def pack(tokenizer: Tokenizer, dialogues: list[Dialogue], row_tokens: int) -> PackedRows:
-    """Dialogues in rows of `row_tokens`; ValueError where none is left."""
+def pack(
+    tokenizer: Tokenizer, dialogues: list[Dialogue], row_tokens: int, *, by_file: bool = False
+) -> PackedRows:
+    """Dialogues in rows of `row_tokens`, with `by_file` file after file; ValueError where none is
+    left."""
     sequences = [encode_dialogue(tokenizer, dialogue.messages) for dialogue in dialogues]
     where = [dialogue.where for dialogue in dialogues]
-    return PackedRows(sequences, row_tokens, vocab_size=tokenizer.vocab_size, where=where)
+    files = [place.rpartition(":")[0] for place in where] if by_file else []
+    size = tokenizer.vocab_size
+    return PackedRows(sequences, row_tokens, vocab_size=size, where=where, groups=files)
 
 
 def pack_held_out(

@@ -35,6 +35,8 @@ STAGES = {
     "gatt": "--model {0}/chat --dialogues {0}/ghosts.jsonl --max-new-tokens 12 --epochs 4",
     "rejection": "--policy {0}/chat --helpfulness {0}/helpfulness --safety {0}/safety --chunk 4 "
     "--prompts {0}/prompts.jsonl --samples 3 --max-new-tokens 12 --epochs 4 --batch 2",
+    "distill": "--policy {0}/chat --safety {0}/safety --prompts {0}/prompts.jsonl --chunk 2 "
+    "--max-new-tokens 12 --epochs 4 --batch 2",
     "ppo": "--policy {0}/chat --helpfulness {0}/helpfulness --safety {0}/safety --iterations 5 "
     "--prompts {0}/prompts.jsonl --eval-prompts {0}/prompts.jsonl --minibatch 2 --max-new-tokens 8 "
     "--eval-every 2 --patience 9",

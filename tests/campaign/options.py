@@ -37,6 +37,8 @@ RUNS = {
     "gatt": f"--model {{0}}/chat --dialogues {{0}}/ghosts.jsonl --max-new-tokens 12 {FAST}",
     "rejection": "--policy {0}/chat --helpfulness {0}/helpfulness --safety {0}/safety "
     f"--prompts {{0}}/prompts.jsonl --samples 2 --max-new-tokens 12 --epochs 1 {FAST}",
+    "distill": "--policy {0}/chat --safety {0}/safety --prompts {0}/prompts.jsonl "
+    f"--max-new-tokens 12 {FAST}",
     "ppo": "--policy {0}/chat --helpfulness {0}/helpfulness --safety {0}/safety --iterations 2 "
     f"--prompts {{0}}/prompts.jsonl --minibatch 2 --max-new-tokens 8 {FAST}",
     "rlhf": "--model {0}/chat --prompts {0}/prompts.jsonl --helpfulness-prompts {0}/prompts.jsonl "
@@ -57,7 +59,8 @@ RUNS = {
     "tokenizer inspect": "--tokenizer {0}/tokenizer.model",
 }
 WITH_OUT = (
-    "pretrain", "sft", "reward", "gatt", "rejection", "ppo", "rlhf", "sample", "evaluate chat",
+    "pretrain", "sft", "reward", "gatt", "rejection", "distill", "ppo", "rlhf", "sample",
+    "evaluate chat",
 )  # fmt: skip
 
 NUMBERS = (

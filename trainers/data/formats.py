@@ -58,6 +58,17 @@ class Prompt(NamedTuple):
     is_safety: bool = False
     """Whether it was written to draw out an unsafe answer (Eq. 4's is_safety)."""
     where: str = ""
+    category: str = ""
+    """The kind of risk, where the row says it."""
+
+
+class Preprompt(NamedTuple):
+    """What stands before an adversarial prompt while its answer is sampled (section 4.2.4)."""
+
+    text: str
+    category: str = ""
+    """The kind of risk that it is for; empty: for all that have none of their own."""
+    where: str = ""
 
 
 class Ghost(NamedTuple):
@@ -93,7 +104,7 @@ def parse_dialogue(row: Row, columns: Columns) -> Dialogue:
 
 
 def parse_prompt(row: Row, columns: Columns) -> Prompt:
-    """`messages` or `prompt`, and perhaps `safety`: true or false."""
+    """`messages` or `prompt`, and perhaps `safety`, true or false, and `category`."""
     if columns.messages in row:
         messages = messages_of(row[columns.messages], columns.messages)
     elif columns.prompt in row:
@@ -104,7 +115,20 @@ def parse_prompt(row: Row, columns: Columns) -> Prompt:
     if not isinstance(safety, bool):
         raise Malformed(f"'{columns.safety}' is {shortened(safety)}, expected true or false")
     _check_prompt(messages)
-    return Prompt(messages, safety)
+    return Prompt(messages, safety, category=_category(row))
+
+
+def parse_preprompt(row: Row) -> Preprompt:
+    """`preprompt`, and perhaps `category`."""
+    text = _string(row, "preprompt").strip()
+    if not text:
+        raise Unusable("the preprompt is empty")
+    _check_text(text, "system")
+    return Preprompt(text, _category(row))
+
+
+def _category(row: Row) -> str:
+    return "" if row.get("category") is None else _string(row, "category")
 
 
 def parse_ghost(row: Row) -> Ghost:

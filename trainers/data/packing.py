@@ -58,6 +58,7 @@ class Pair(NamedTuple):
     rating: str | None = None
     safety: str | None = None
     prompt: str = ""  # how its dialogue begins: pairs that share it are no independent trials
+    batch: int | None = None  # the week or round in which it was collected
 
 
 class PairBatch(NamedTuple):
@@ -109,12 +110,28 @@ def step_rows(
     return np.concatenate(orders)[start : start + batch_size]
 
 
+def rows_in_order(
+    sizes: Sequence[int], epochs: int, batch_size: int, seed: int, step: int
+) -> np.ndarray:
+    """As `step_rows`, where the rows are in parts of these sizes and each part is visited `epochs`
+    times before the next one begins; a step may end one part and begin the next."""
+    visits = np.cumsum([0, *(size * epochs for size in sizes)])
+    found = []
+    for place in range(step * batch_size, min((step + 1) * batch_size, int(visits[-1]))):
+        part = int(np.searchsorted(visits, place, "right")) - 1
+        epoch, inside = divmod(place - int(visits[part]), sizes[part])
+        found.append(sum(sizes[:part]) + int(epoch_order(sizes[part], seed, epoch)[inside]))
+    return np.asarray(found, dtype=np.int64)
+
+
 class PackedRows:
     """Sequences of (ids, weights) in rows of T tokens: `len(rows)`, `rows.batch(indices)`.
 
     A sequence of n ids takes n-1 places: its last id is only ever a target. `skipped` counts the
     sequences that are left out: those that do not fit a row and those without a weighted target;
-    `where` says of each sequence where it comes from. Raises ValueError where no sequence is left.
+    `where` says of each sequence where it comes from. A row holds sequences of one of the `groups`,
+    a name for each sequence, and the rows of a group, `group_rows` of them, stand together, in the
+    order in which the names are met first. Raises ValueError where no sequence is left.
     """
 
     def __init__(
@@ -124,11 +141,13 @@ class PackedRows:
         *,
         vocab_size: int,
         where: Sequence[str] = (),
+        groups: Sequence[str] = (),
     ) -> None:
         self.row_tokens = row_tokens
         self.skipped = Skipped()
         ids: list[np.ndarray] = []
         weights: list[np.ndarray] = []
+        members: dict[str, list[int]] = {}
         for index, (sequence, sequence_weights) in enumerate(sequences):
             assert len(sequence) == len(sequence_weights), "one weight for each id"
             place = (where[index] if where else "") or f"sequence {index + 1}"
@@ -137,6 +156,7 @@ class PackedRows:
             elif not any(sequence_weights[1:]):
                 self.skipped.add("no token to learn", place)
             else:
+                members.setdefault(groups[index] if groups else "", []).append(len(ids))
                 ids.append(np.asarray(sequence, dtype=token_dtype(vocab_size)))
                 weights.append(np.asarray(sequence_weights, dtype=np.float32))
         if not ids:
@@ -145,7 +165,12 @@ class PackedRows:
         self._starts = np.cumsum([0] + [len(sequence) for sequence in ids])
         self._ids = np.concatenate(ids)
         self._weights = np.concatenate(weights)
-        self.rows = best_fit([len(sequence) - 1 for sequence in ids], row_tokens)
+        self.rows: list[list[int]] = []
+        self.group_rows: dict[str, int] = {}
+        for name, inside in members.items():
+            bins = best_fit([len(ids[i]) - 1 for i in inside], row_tokens)
+            self.rows += [[inside[place] for place in each] for each in bins]
+            self.group_rows[name] = len(bins)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -321,7 +346,7 @@ def _encode_pairs(
             )
         else:
             opened = opening(row.messages)
-            pairs.append(Pair(chosen, rejected, row.rating, row.safety, opened))
+            pairs.append(Pair(chosen, rejected, row.rating, row.safety, opened, row.batch))
     return pairs, skipped
 
 
@@ -343,13 +368,18 @@ def unlabelled(pairs: Sequence[Pair], margin: str, safety_weight: float) -> list
     return notes
 
 
+def levels(pairs: Sequence[Pair]) -> Tensor:
+    """(P,) int64: each pair's rating as an index into RATINGS, -1 where it has none."""
+    found = [-1 if pair.rating is None else RATINGS.index(pair.rating) for pair in pairs]
+    return torch.tensor(found, dtype=torch.int64)
+
+
 def pair_batch(pairs: Sequence[Pair], margins: dict[str, float]) -> PairBatch:
     """Pairs as one batch; `margins` is m(r) for each rating, a table of `losses.MARGINS`."""
     tokens, positions, cu_seqlens = flat_sequences(
         [side for pair in pairs for side in (pair.chosen, pair.rejected)]
     )
     labels = [UNKNOWN if pair.safety is None else SAFE_LABELS[pair.safety] for pair in pairs]
-    levels = [-1 if pair.rating is None else RATINGS.index(pair.rating) for pair in pairs]
     return PairBatch(
         tokens,
         positions,
@@ -357,7 +387,7 @@ def pair_batch(pairs: Sequence[Pair], margins: dict[str, float]) -> PairBatch:
         margins=torch.tensor(
             [0.0 if pair.rating is None else margins[pair.rating] for pair in pairs]
         ),
-        ratings=torch.tensor(levels, dtype=torch.int64),
+        ratings=levels(pairs),
         safe=torch.tensor(labels, dtype=torch.float32).flatten(),
         weights=torch.ones(len(pairs)),
         safety_weights=torch.ones(2 * len(pairs)),

@@ -18,12 +18,14 @@ from puna.trainers.data.formats import (
     Dialogue,
     Ghost,
     Preference,
+    Preprompt,
     Prompt,
     Ratings,
     parse_dialogue,
     parse_ghost,
     parse_instruction,
     parse_preference,
+    parse_preprompt,
     parse_prompt,
     parse_text,
 )
@@ -156,8 +158,13 @@ def read_ghosts(path: str | Path, *, alone: bool = False) -> tuple[list[Ghost], 
 
 
 def read_prompts(path: str | Path, columns: Columns | None = None) -> tuple[list[Prompt], Skipped]:
-    """Prompts to be answered: rows of `messages` or `prompt`, and perhaps `safety`."""
+    """Prompts to be answered: rows of `messages` or `prompt`, and perhaps `safety`, `category`."""
     return _read(path, lambda row: parse_prompt(row, columns or Columns()))
+
+
+def read_preprompts(path: str | Path) -> tuple[list[Preprompt], Skipped]:
+    """What is put before adversarial prompts: rows of `preprompt`, and perhaps `category`."""
+    return _read(path, parse_preprompt)
 
 
 def _read(path: str | Path, parse: Callable[[Mapping[str, Any]], T]) -> tuple[list[T], Skipped]:

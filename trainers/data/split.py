@@ -1,5 +1,6 @@
 """What is held out of a file's rows: whole prompts, not rows."""
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
@@ -41,6 +42,39 @@ def split(
             f"there are too few rows ({len(items)}{of}) to hold some out; give held-out data of "
             "their own, or --eval-share 0"
         )
+    kept = [item for i, item in enumerate(items) if i not in chosen]
+    return kept, [items[i] for i in sorted(chosen)]
+
+
+def split_batches(
+    items: Sequence[Item],
+    per_batch: int,
+    seed: int,
+    group: Callable[[Item], Hashable],
+    batch: Callable[[Item], int | None],
+) -> tuple[list[Item], list[Item]]:
+    """(training, held-out): a random `per_batch` items of each batch, or a few less, never more
+    than half of it; items of one `group` stay on one side, whatever their batches.
+
+    Raises ValueError where no item has a batch.
+    """
+    sizes = Counter(number for item in items if (number := batch(item)) is not None)
+    if not sizes:
+        raise ValueError(
+            "no row has a batch to hold some of it out; name its column in [columns], or use "
+            "--eval-share"
+        )
+    room = Counter({number: min(per_batch, size // 2) for number, size in sizes.items()})
+    groups: dict[Hashable, list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault(group(item), []).append(index)
+    members = list(groups.values())
+    chosen: set[int] = set()
+    for number in np.random.default_rng(seed).permutation(len(members)).tolist():
+        inside = Counter(each for i in members[number] if (each := batch(items[i])) is not None)
+        if inside and inside <= room:
+            chosen.update(members[number])
+            room -= inside
     kept = [item for i, item in enumerate(items) if i not in chosen]
     return kept, [items[i] for i in sorted(chosen)]
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from puna.trainers.data.formats import RATINGS
+from puna.trainers.data.formats import RATINGS, SAFETY
 from puna.trainers.data.packing import Pair
 
 Z = 1.959964  # 95% of a normal distribution lie within so many standard deviations
@@ -82,6 +82,49 @@ def shares(
     return found
 
 
+def safety_shares(differences: Tensor, pairs: Sequence[Pair]) -> dict[str, Share]:
+    """Share of pairs ordered right for each safety label that occurs (Table 29's columns)."""
+    hits = right(differences)
+    found = {}
+    for label in SAFETY:
+        inside = [i for i, pair in enumerate(pairs) if pair.safety == label]
+        if inside:
+            found[label] = clustered(hits[inside], [pairs[i].prompt for i in inside])
+    return found
+
+
+class OfBatch(NamedTuple):
+    """The pairs that were collected in one week or round."""
+
+    batch: int
+    right: Share
+    longer: Share  # how often the longer answer was preferred
+    ratings: dict[str, float]  # rating -> share of the batch's rated pairs (Fig. 25)
+    score: float  # mean sigma(r) of all its answers (in the spirit of Fig. 26)
+
+
+def by_batch(scores: Tensor, pairs: Sequence[Pair]) -> list[OfBatch]:
+    """Accuracy and difficulty of each batch that occurs, in order: where people see less and less
+    of a difference, so does a reward model (Figs. 6 and 25). scores: (P, 2), chosen and rejected.
+    """
+    hits = right(scores[:, 0] - scores[:, 1])
+    found = []
+    for batch in sorted({pair.batch for pair in pairs if pair.batch is not None}):
+        inside = [i for i, pair in enumerate(pairs) if pair.batch == batch]
+        own = [pairs[i] for i in inside]
+        rated = [pair.rating for pair in own if pair.rating is not None]
+        found.append(
+            OfBatch(
+                batch,
+                clustered(hits[inside], [pair.prompt for pair in own]),
+                baselines(own)["the longer answer"],
+                {name: rated.count(name) / len(rated) for name in RATINGS if name in rated},
+                float(torch.sigmoid(scores[inside].double()).mean()),
+            )
+        )
+    return found
+
+
 def baselines(pairs: Sequence[Pair]) -> dict[str, Share]:
     """What needs no model to be right: how often the longer answer (in tokens) was preferred."""
     longer = [len(pair.chosen) - len(pair.rejected) for pair in pairs]
@@ -112,20 +155,22 @@ class Bin(NamedTuple):
     right: Share  # how often that was the people's choice
 
 
-def calibration(differences: Tensor) -> list[Bin]:
+def calibration(differences: Tensor, prompts: Sequence[Hashable] | None = None) -> list[Bin]:
     """The pairs in bins of the model's confidence sigma(|difference|), empty bins left out.
 
     A calibrated model is right as often as it is confident. Scores trained with a margin (Eq. 2)
     are pushed apart further than that (paper A.3.3: calibrating them is left to future work).
+    With the pairs' `prompts`, intervals know which of them share one.
     """
+    prompts = range(len(differences)) if prompts is None else prompts
     confidence = torch.sigmoid(differences.double().abs())
     which = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
     hits = right(differences)
     bins = []
     for number in range(BINS):
-        inside = which == number
-        if bool(inside.any()):
-            share = wilson(float(hits[inside].sum()), int(inside.sum()))
+        inside = (which == number).nonzero()[:, 0].tolist()
+        if inside:
+            share = clustered(hits[inside], [prompts[i] for i in inside])
             bins.append(Bin(float(confidence[inside].mean()), share))
     return bins
 

@@ -25,19 +25,11 @@ from puna.trainers.train.ranges import (
 
 
 @dataclass(kw_only=True)
-class SamplingConfig(loop.FolderConfig):
-    """Options of a stage that samples answers and has them scored."""
+class AnsweringConfig(loop.FolderConfig):
+    """Options of a stage that samples answers."""
 
     policy: Path
     """model that answers"""
-    helpfulness: Path | None = None
-    """helpfulness reward model; from Python a reward function can stand for both"""
-    safety: Path | None = None
-    """safety reward model; with only one of the two, that one scores every answer"""
-    combine: Literal["switch", "sum"] = "switch"
-    """how two scores become one: Eq. 4's switch (paper), or their sum"""
-    safety_threshold: Annotated[float, Above(0), Below(1)] = 0.15
-    """the switch takes the safety score where its sigmoid is below this (paper: 0.15)"""
     prompts: list[Path]
     """prompt files to sample from"""
     temperature: Temperature = 1.0
@@ -48,6 +40,20 @@ class SamplingConfig(loop.FolderConfig):
     """answers sampled side by side"""
     micro_batch_tokens: Annotated[Count, FREE] = 16384
     """most tokens in one forward pass over answers"""
+
+
+@dataclass(kw_only=True)
+class SamplingConfig(AnsweringConfig):
+    """Options of a stage that samples answers and has them scored."""
+
+    helpfulness: Path | None = None
+    """helpfulness reward model; from Python a reward function can stand for both"""
+    safety: Path | None = None
+    """safety reward model; with only one of the two, that one scores every answer"""
+    combine: Literal["switch", "sum"] = "switch"
+    """how two scores become one: Eq. 4's switch (paper), or their sum"""
+    safety_threshold: Annotated[float, Above(0), Below(1)] = 0.15
+    """the switch takes the safety score where its sigmoid is below this (paper: 0.15)"""
 
 
 @dataclass(kw_only=True)
@@ -69,6 +75,21 @@ class BestOfConfig(SamplingConfig):
     chunk: Annotated[Batch, FIXED] = 64
     """prompts sampled and scored at a time, all processes together; an interruption loses at most
     one chunk"""
+
+
+@dataclass(kw_only=True)
+class ImitationConfig(loop.RowsConfig):
+    """Options of a stage that fine-tunes on answers that it has selected."""
+
+    mix: list[Path] = field(default_factory=list)
+    """demonstrations to train on besides: of skills that the selection does not judge and that
+    would otherwise be forgotten"""
+    epochs: Count = 2
+    """passes over the selected answers"""
+    lr: float = 2e-5
+    """peak (the paper does not say; this is SFT's)"""
+    row_tokens: CountOrZero = 0
+    """tokens in a row; 0 takes the model's context"""
 
 
 @dataclass(kw_only=True)
@@ -280,7 +301,7 @@ def check_reward(config: SamplingConfig, reward: Reward | None) -> None:
         raise ValueError("name a reward model (helpfulness, safety) or hand a reward function over")
 
 
-def prompt_room(config: SamplingConfig, context: int) -> int:
+def prompt_room(config: AnsweringConfig, context: int) -> int:
     """Tokens that a prompt may have; ValueError where the answer leaves none of `context`."""
     room = context - config.max_new_tokens
     if room < 1:

@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from puna.core import parallel
-from puna.core.checkpoint.atomic import atomic_file, write_text
+from puna.core.checkpoint.atomic import write_text
 from puna.core.documents import field, read_object
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.prompts import EncodedPrompt
-from puna.trainers.rl.best_of import Drawn, Sample, is_usable, write_samples
+from puna.trainers.rl.best_of import Drawn, Sample, is_usable
+from puna.trainers.rl.chunks import append_chunks
 from puna.trainers.rl.config import BestOfConfig
 from puna.trainers.rl.rewards import Reward, Scores, score_answers
 from puna.trainers.rl.rollout import as_answers, collect
-from puna.trainers.train import written
-from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.notice import notice
-from puna.trainers.train.progress import meter
 
 
 class Drawing(NamedTuple):
@@ -112,47 +110,12 @@ def sample_all(
 ) -> None:
     """Append K answers a prompt to `path`, chunk after chunk, from where it ends; scored where
     there is a reward. All ranks take part and rank 0 writes."""
-    done = parallel.on_main(lambda: whole_chunks(path, drawing, prompts))
-    starts = range(0, len(prompts), drawing.chunk)
-    bar = meter(drawing.title, len(starts), start=done, unit="answers", show=parallel.is_main())
-    with bar as progress, stop_requests() as stop:
-        for start in starts[done:]:
-            if parallel.all_max(int(stop())):
-                raise SystemExit(
-                    f"stopped after {start} prompts; the same command continues {path}"
-                )
-            numbers = range(start, min(start + drawing.chunk, len(prompts)))
-            mine = numbers[parallel.rank() :: parallel.world_size()]
-            append_chunk(path, sample_chunk(drawing, tokenizer, policy, prompts, mine, reward))
-            progress.advance(len(numbers) * drawing.samples)
 
+    def draw(numbers: Sequence[int]) -> Sequence[Drawn]:
+        return sample_chunk(drawing, tokenizer, policy, prompts, numbers, reward)
 
-def whole_chunks(path: Path, drawing: Drawing, prompts: Sequence[EncodedPrompt]) -> int:
-    """How many chunks `path` holds; what a kill left of a further one is cut off. ValueError where
-    they answer other prompts.
-
-    Chunks are repeated whole, so that they meet the same batches as in an uninterrupted run.
-    """
-    if not path.exists():
-        return 0
-    written.check(path.parent, path.name, grows=True)
-    lines = path.read_bytes().splitlines(keepends=True)
-    complete = [line for line in lines if line.endswith(b"\n")]
-    size = drawing.chunk * drawing.samples
-    whole = len(complete) == len(prompts) * drawing.samples  # the last chunk may be shorter
-    chunks = -(-len(complete) // size) if whole else len(complete) // size
-    for number, line in enumerate(complete[: chunks * size]):
-        asked = number // drawing.samples
-        sample = json.loads(line)
-        if asked >= len(prompts) or sample["messages"] != prompts[asked].messages:
-            raise ValueError(
-                f"{path}:{number + 1}: an answer to another prompt than prompt {asked + 1} "
-                "of those given now; give the former ones, or remove the file to draw anew"
-            )
-    if len(lines) > min(len(complete), chunks * size):
-        with atomic_file(path) as partial:
-            partial.write_bytes(b"".join(complete[: chunks * size]))
-    return chunks
+    asked = [prompt.messages for prompt in prompts]
+    append_chunks(drawing.title, path, asked, drawing.chunk, drawing.samples, draw)
 
 
 def sample_chunk(
@@ -198,19 +161,16 @@ def sample_chunk(
 
 def with_scores(drawn: Sequence[Drawn], scores: Scores) -> list[Sample]:
     """Answers and their scores, in the same order."""
+    return [
+        Sample(**{**one, "score": score, "scores": parts})
+        for one, (score, parts) in zip(drawn, scored_rows(scores), strict=True)
+    ]
+
+
+def scored_rows(scores: Scores) -> list[tuple[float, dict[str, float]]]:
+    """Scores as rows: (score, its parts by name)."""
     parts = {name: part.tolist() for name, part in scores.parts.items()}
-    rows = []
-    for number, (one, score) in enumerate(zip(drawn, scores.raw.tolist(), strict=True)):
-        named = {name: values[number] for name, values in parts.items()}
-        rows.append(Sample(**{**one, "score": score, "scores": named}))
-    return rows
-
-
-def append_chunk(path: Path, samples: Sequence[Drawn]) -> None:
-    """All ranks' samples of a chunk at the end of `path`, in the order of the prompts."""
-    merged = [sample for part in parallel.gather(samples) for sample in part]
-    if parallel.is_main():
-        merged.sort(key=lambda sample: (sample["prompt"], sample["sample"]))
-        write_samples(path, merged, mode="a")
-        written.note(path.parent, path.name)
-    parallel.barrier()
+    return [
+        (score, {name: values[row] for name, values in parts.items()})
+        for row, score in enumerate(scores.raw.tolist())
+    ]

@@ -101,16 +101,29 @@ def to_device(batch: LMBatch, device: torch.device) -> LMBatch:
     return LMBatch(*(tensor.to(device) for tensor in batch))
 
 
+Order = Callable[[int], np.ndarray]
+"""Step -> indices of its rows, those of all ranks"""
+
+
 def row_batches(
-    rows: Rows, plan: Plan, micro_batch: int, seed: int, device: torch.device
+    rows: Rows,
+    plan: Plan,
+    micro_batch: int,
+    seed: int,
+    device: torch.device,
+    order: Order | None = None,
 ) -> Callable[[int], list[LMBatch]]:
     """`batch_at` for `loop.fit`: step -> this rank's micro-batches of at most `micro_batch` rows.
 
-    Epochs follow each other without a gap, each in a fresh order of (seed, epoch).
+    Epochs follow each other without a gap, each in a fresh order of (seed, epoch); or the rows
+    come as `order` says.
     """
 
     def batch_at(step: int) -> list[LMBatch]:
-        chosen = step_rows(plan.rows, plan.batch, seed, step, plan.visits)
+        if order is None:
+            chosen = step_rows(plan.rows, plan.batch, seed, step, plan.visits)
+        else:
+            chosen = order(step)
         return [
             to_device(counted(rows.batch(piece), real), device)
             for piece, real in parts(chosen, micro_batch)
@@ -150,11 +163,13 @@ def train(
     what: str,
     eval_rows: Rows | None = None,
     loss: Loss = next_token_loss,
+    order: Order | None = None,
 ) -> Path:
     """Fit the model of `source` to `rows`; returns the finished model's folder.
 
     `loss` is minimised on the rows and reported for `eval_rows`, both per unit of weight; `what`
-    says in words what the rows are.
+    says in words what the rows are; `order` which rows a step takes, where they are not shuffled
+    anew in each epoch.
     """
     check_shares(config.batch)
     announce(title, what, plan, config, config.batch)
@@ -164,7 +179,7 @@ def train(
         title,
         run,
         prepared(source, config),
-        row_batches(rows, plan, config.micro_batch, config.seed, device),
+        row_batches(rows, plan, config.micro_batch, config.seed, device, order),
         plan.steps,
         objective,
         config,
