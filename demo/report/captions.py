@@ -19,7 +19,6 @@ from puna.demo.report.results import (
     rlhf_versions,
     series,
     title,
-    version_names,
 )
 
 
@@ -212,5 +211,5 @@ def headline(evaluation: Evaluation, took: str | None) -> str:
         return f"The pipeline ran on {size}; this run measured too little for a result."
     learned = f"In {took} on this machine, {size} went" if took else f"{size.capitalize()} went"
     listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])}, and {parts[-1]}"
-    through = f"{len([v for v in version_names(evaluation) if v.startswith('rlhf')])}"
+    through = f"{len(rlhf_versions(evaluation))}"
     return f"{learned} from raw text through SFT and {through} rounds of RLHF: {listed}."

@@ -34,6 +34,7 @@ from puna.demo.report.results import (
     series,
     settings,
     title,
+    version_names,
 )
 from puna.trainers.rl.losses import MARGINS
 
@@ -111,8 +112,7 @@ optimised, so another judge is needed.
 
 **This run.** $ppo_run Wins over SFT by the oracle at temperature 1: $wins; greedy: $wins_greedy.
 $ppo_gain What greedy decoding does not gain is a sharper distribution rather than better best
-answers. The last version differs from the one before it by a round of rejection sampling *and* PPO,
-and the model between the two was not judged; the curves below begin after that round.
+answers.
 
 $figure_ppo
 
@@ -237,7 +237,9 @@ def _switch(evaluation: Evaluation) -> dict[str, str]:
 
 def _wins(evaluation: Evaluation) -> dict[str, str]:
     def listed(decoding: str) -> str:
-        rows = [(title(v), measured(evaluation, v, decoding)) for v in rlhf_versions(evaluation)]
+        rows = [
+            (title(v), measured(evaluation, v, decoding)) for v in version_names(evaluation)[1:]
+        ]
         shown = [f"{name} {_with_interval(row)}" for name, row in rows if row]
         return ", ".join(shown) or "not measured"
 
@@ -249,18 +251,21 @@ def _wins(evaluation: Evaluation) -> dict[str, str]:
 
 
 def _ppo_gain(evaluation: Evaluation) -> str:
-    """Whether the last version, the one with PPO, is above the one before it by their intervals."""
-    versions = rlhf_versions(evaluation)[-2:]
-    rows = [measured(evaluation, version) for version in versions]
-    if len(rows) < 2 or not all(row.get("win_rate_ci95") for row in rows):
-        return ""
-    (_, before), (after, _) = (row["win_rate_ci95"] for row in rows)
-    names = [title(version) for version in versions]
-    if after > before:
-        return f"{names[1]}'s interval lies above that of {names[0]}."
+    """The last version's answers against those of the model that PPO began with."""
+    found = evaluation.get("ppo", {})
+    if not {"t1", "greedy"} <= found.keys():
+        return "Its answers were not compared with those of the model before it."
+    low, high = found["t1"]["ci95"]
+    verdict = "PPO helped" if low > 0.5 else "it hurt" if high < 0.5 else "a gain does not show"
+    shown = []
+    for decoding, how in (("t1", "at temperature 1"), ("greedy", "greedily")):
+        low, high = found[decoding]["ci95"]
+        ends = f"{100 * low:.1f} to {100 * high:.1f}%"
+        shown.append(f"{percent(found[decoding]['wins'], 1)} ({ends}) {how}")
     return (
-        f"{names[1]}'s interval does not lie above that of {names[0]}: what PPO added, this run "
-        "does not show."
+        "Against the very model that PPO began with, on the same "
+        f"{found['t1']['prompts']} prompts, its answers win {' and '.join(shown)}, ties counted "
+        f"half: {verdict}."
     )
 
 
