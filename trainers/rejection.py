@@ -63,7 +63,7 @@ from puna.trainers.train.run import Run, open_run, open_start
 
 
 @dataclass(kw_only=True)
-class RejectionConfig(SamplingConfig, ImitationConfig):
+class RejectionConfig(ImitationConfig, SamplingConfig):
     """Rejection-sampling fine-tuning (paper section 3.2.3)."""
 
     policy: Path
