@@ -23,6 +23,7 @@ from puna.trainers.data.preprompts import (
 )
 from puna.trainers.data.readers import Skipped
 from puna.trainers.distill import DistillConfig
+from puna.trainers.rejection import RejectionConfig
 from puna.trainers.rl.best_of import read_samples
 
 
@@ -248,3 +249,11 @@ def test_a_judge_must_be_named_and_only_one(tiny, files, tmp_path):
             distill.run(given, reward)
     with pytest.raises(ValueError, match="holds a lm head|holds an lm head"):
         distill.run(replace(config, safety=tiny / "lm"))
+
+
+@pytest.mark.parametrize("cls", [DistillConfig, RejectionConfig])
+def test_the_fine_tuning_is_sfts_whatever_the_other_base_brings(cls):
+    """Two bases have a learning rate: pretraining's once won."""
+    found = cls(policy=Path("p"), out=Path("o"))
+    assert (found.lr, found.batch, found.max_new_tokens) == (2e-5, 64, 512)
+    assert found.epochs == (1 if cls is DistillConfig else 2)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puna.core.tokenizer import Tokenizer
-from puna.trainers import reward, sft
+from puna.trainers import reward, rlhf, sft
 from puna.trainers.data.mix import draw_share, mixed
 from puna.trainers.data.packing import epoch_order, rows_in_order
 from puna.trainers.data.readers import Skipped
@@ -248,3 +248,16 @@ def test_accuracy_is_told_by_batch(tiny, tmp_path, capsys):
         )
     with pytest.raises(ValueError, match="eval_data is held out already"):
         RewardConfig(out=tmp_path / "p", **options, eval_data=[data])
+
+
+def test_the_loop_reads_the_files_of_a_mix_before_it_begins(tiny, tmp_path):
+    """Not when the annotators are done, days later."""
+    prompts = [tiny / "prompts.jsonl"]
+    config = rlhf.RLHFConfig(
+        out=tmp_path / "o", model=tiny / "chat", prompts=prompts, helpfulness_prompts=prompts,
+        safety_prompts=prompts, ppo_versions=0, device="cpu",
+        helpfulness={"mix": [str(tmp_path / "none.jsonl")], "mix_share": 0.5},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="none.jsonl: no such file"):
+        rlhf.run(config)
+    assert not (tmp_path / "o").exists()

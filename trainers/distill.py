@@ -42,7 +42,7 @@ from puna.trainers.train.run import Run, open_run
 
 
 @dataclass(kw_only=True)
-class DistillConfig(AnsweringConfig, ImitationConfig):
+class DistillConfig(ImitationConfig, AnsweringConfig):
     """Safety context distillation (paper section 4.2.4)."""
 
     policy: Path

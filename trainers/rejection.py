@@ -53,7 +53,7 @@ from puna.trainers.train.run import Run, open_run, open_start
 
 
 @dataclass(kw_only=True)
-class RejectionConfig(BestOfConfig, ImitationConfig):
+class RejectionConfig(ImitationConfig, BestOfConfig):
     """Rejection-sampling fine-tuning (paper section 3.2.3)."""
 
     policy: Path

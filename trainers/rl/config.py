@@ -79,7 +79,8 @@ class BestOfConfig(SamplingConfig):
 
 @dataclass(kw_only=True)
 class ImitationConfig(loop.RowsConfig):
-    """Options of a stage that fine-tunes on answers that it has selected."""
+    """Options of a stage that fine-tunes on answers that it has selected: the first of its bases,
+    so that its learning rate wins over `TrainConfig`'s, which the others bring."""
 
     mix: list[Path] = field(default_factory=list)
     """demonstrations to train on besides: of skills that the selection does not judge and that
