@@ -31,7 +31,7 @@ from puna.trainers.rl.best_of import read_samples
 from puna.trainers.rl.comparisons import Variant, annotate, sample_pairs
 from puna.trainers.train.environment import environment
 
-HELD_OUT_PROMPTS = 500  # of each kind
+HELD_OUT_PROMPTS = 500  # of each kind; of those to win, where differences are small, twice as many
 HELD_OUT_PAIRS = 4_000  # comparisons of each kind, all rounds, before pairs of equal answers go
 PERSONA_DIALOGUES = {"value": 200, "seen": 60, "phrasing": 60, "kind": 60}  # of 20 exchanges
 BARRED = "value"  # the set that the bars are about
@@ -74,8 +74,8 @@ def write_evaluation(out: Path, versions: dict[str, Path], config: Any) -> Path:
 
 def held_out(seed: int, count: int) -> HeldOut:
     """Held-out prompts, disjoint from everything the stages saw."""
-    mixes = ("all", "helpful", "unsafe", "borderline")
-    drawn = [world.prompts(seed, count, mix, held_out=True) for mix in mixes]
+    mixes = (("all", 2 * count), ("helpful", count), ("unsafe", count), ("borderline", count))
+    drawn = [world.prompts(seed, number, mix, held_out=True) for mix, number in mixes]
     return HeldOut(*([row["messages"] for row in rows] for rows in drawn))
 
 

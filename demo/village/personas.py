@@ -46,7 +46,9 @@ SHORT = {
     "drink": ("Drink: {}.", "Your cup: {}.", "Your drink: {}."),
 }
 KINDS = tuple(FULL)
-GHOST_KINDS = ("hobby", "language", "figure")  # Ghost Attention is never trained on the others
+# Ghost Attention is never trained on the others, nor asks about them: answers that drink water under
+# another instruction taught that whatever was told (a drink kept in 45% of first answers, then 0%).
+GHOST_KINDS = ("hobby", "language", "figure")
 
 
 def is_held_out(key: str, one_in: int = 4) -> bool:
@@ -108,7 +110,7 @@ SELF_ANSWERS = {
 ATTRIBUTES = tuple(SELF_QUESTIONS)
 ASKED_OF = {
     "hobby": ("hobby",),
-    "language": ATTRIBUTES,
+    "language": ("name", "home", "work", "pet", "hobby"),  # not a drink: see GHOST_KINDS
     "figure": ("name", "home", "work", "pet"),
     "drink": ("drink",),
 }
