@@ -46,8 +46,8 @@ SHORT = {
     "drink": ("Drink: {}.", "Your cup: {}.", "Your drink: {}."),
 }
 KINDS = tuple(FULL)
-# Ghost Attention is never trained on the others, nor asks about them: answers that drink water under
-# another instruction taught that whatever was told (a drink kept in 45% of first answers, then 0%).
+# Ghost Attention is never trained on the others, nor asks about them: when it asked, answers that
+# drink water under another instruction taught that for good (a drink was then kept in none).
 GHOST_KINDS = ("hobby", "language", "figure")
 
 
