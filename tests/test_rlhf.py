@@ -361,7 +361,7 @@ def test_ghost_attention_follows_on_its_version_and_later_ones_start_from_it(tin
 )
 def test_half_of_ghost_attention_is_refused(tiny, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        configured(tiny, tmp_path, **options)
+        rlhf.check(configured(tiny, tmp_path, **options))
 
 
 def test_a_judge_that_nobody_would_ask_is_refused(tiny, tmp_path):

@@ -74,7 +74,10 @@ READERS = {
     ),
     "said": (lambda path: (dialogues.read_said(path, [ASKED]), None), {"answers": [[3, 2]]}),
     "metrics": (lambda path: (history(path), None), {"step": 1}),
-    "rounds": (lambda path: (record(path, 9, path, {}, {}, {}), None), {"version": 1}),
+    "rounds": (
+        lambda path: (record(path, 9, {"rejection": path}, {}, {}, {}), None),
+        {"version": 1},
+    ),
     "turns": (
         lambda path: (gatt._load_turns(path, [ASKED], 9)[0], None),
         {"of": 1, "0": [f"b{LINE}\x85", [3, 2], True, "a"]},

@@ -153,6 +153,10 @@ def check(config: RLHFConfig, reward: Reward | None = None) -> None:
     # Whole configurations, too: what does not fit together must not wait for the annotators.
     judges = {} if reward is not None else {kind: config.model for kind in KINDS}
     rejection_config(config, 1, config.prompts, config.model, None, judges)
+    if bool(config.gatt_version) != bool(config.gatt_dialogues):
+        raise ValueError(
+            "Ghost Attention needs both gatt_version and gatt_dialogues; give both or neither"
+        )
     if config.gatt_version:
         gatt_config(config, config.gatt_version, config.model)
     if config.ppo_versions:

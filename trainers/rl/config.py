@@ -252,10 +252,6 @@ class RLHFConfig(Options):
                 f"gatt_version is {self.gatt_version} and there are {self.versions} versions; "
                 "name one of them, or 0"
             )
-        if bool(self.gatt_version) != bool(self.gatt_dialogues):
-            raise ValueError(
-                "Ghost Attention needs both gatt_version and gatt_dialogues; give both or neither"
-            )
         if not self.gatt_version and (self.gatt or self.gatt_answers):
             raise ValueError(
                 "gatt and gatt_answers are of Ghost Attention; set gatt_version or leave them out"
