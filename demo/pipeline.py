@@ -160,10 +160,14 @@ class Demo:
 
     def rlhf(self) -> None:
         """V1..Vn, compared by the oracle."""
+        rlhf.run(self.rlhf_config(), annotators(self.config.seed), judge=oracle.judge)
+
+    def rlhf_config(self) -> rlhf.RLHFConfig:
+        """The demo's loop in this run's folder."""
         recipe = load_recipe(rlhf.RLHFConfig, find_recipe("demo/rlhf.toml"))
         ppo = {**recipe["ppo"], "iterations": self.scaled(recipe["ppo"]["iterations"], 4)}
         ppo["critic_warmup"] = min(ppo["critic_warmup"], ppo["iterations"] // 2)
-        config = self.settings(
+        return self.settings(
             rlhf.RLHFConfig,
             "rlhf",
             out=str(self.out / "rlhf"),
@@ -179,7 +183,6 @@ class Demo:
             gatt={**recipe["gatt"], "mix": [str(self.data / "gatt-personas.jsonl")]},
             ppo=ppo,
         )
-        rlhf.run(config, annotators(self.config.seed), judge=oracle.judge)
 
     def versions(self) -> dict[str, Path]:
         """Model folders by the names of the summary, in the order in which they were made: of a
