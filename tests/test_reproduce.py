@@ -21,7 +21,7 @@ from puna.demo.reproduce.claims import CLAIMS
 from puna.demo.village import tasks
 from puna.trainers.rl.rewards import Answer
 
-FEW = ("rejection", "margin-small", "half", "both")
+FEW = ("rejection", "second")
 # The figures that each measure gives, by their beginnings.
 GIVES = {
     "answers": ("wins", "reward", "helpful", "violations", "false", "borderline"),
@@ -39,7 +39,8 @@ def config(out: Path, **options) -> run.ReproduceConfig:
 @pytest.fixture(scope="module")
 def only_few():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arms, "ARMS", tuple(BY_NAME[name]._replace(extra=0) for name in FEW))
+        few = tuple(BY_NAME[name]._replace(measured=("answers",)) for name in FEW)
+        patch.setattr(arms, "ARMS", few)
         yield
 
 
@@ -93,7 +94,7 @@ def test_killed_and_continued_gives_the_same(without_arms, whole, tmp_path, monk
 def test_damaged_figures_are_made_anew(whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
-    file = out / "arms" / "half" / "seed-0.json"
+    file = out / "arms" / FEW[1] / "seed-0.json"
     file.write_text(file.read_text()[:100])
     run.run(config(out))
     assert (out / "results.json").read_text() == (whole / "results.json").read_text()
@@ -109,6 +110,9 @@ def test_the_page_shows_what_was_measured(whole):
         if line.startswith("!["):
             ElementTree.parse(whole / line.split("](")[1].rstrip(")"))
     assert "| Ghost Attention | 0 | not measured |" in text
+    (claim,) = [c for c in found["claims"] if c["arm"] == "second"]
+    apart = [found["arms"][arm]["wins t1"]["mean"] for arm in ("second", "rejection")]
+    assert claim["difference"]["mean"] == pytest.approx(apart[0] - apart[1])
 
 
 def test_every_claim_is_about_arms_that_measure_it():
@@ -129,7 +133,8 @@ def measures_of(arm: str) -> tuple[str, ...]:
     return run.SFT_MEASURED if arm == SFT else BY_NAME[arm].measured
 
 
-def test_what_an_arm_builds_on_comes_before_it_and_each_seed_before_the_next():
+def test_what_an_arm_builds_on_comes_before_it_and_each_seed_before_the_next(monkeypatch):
+    monkeypatch.setattr(arms, "ARMS", ARMS)  # all of them again
     plan = arms.planned(2)
     assert len({(arm.name, seed) for arm, seed in plan}) == len(plan)
     first = [seed for _, seed in plan]

@@ -136,7 +136,7 @@ ARMS = (
         {"mask": False}, start="rejection", judges=ALONE,
     ),
     Arm(
-        "ghost-once", (1,), "instruction not repeated while sampling",
+        "ghost-once", (1,), "not repeated while sampling",
         stages.keep_instructions, GHOST, {"repeat": False, "window": 0}, start="rejection",
         judges=ALONE,
     ),

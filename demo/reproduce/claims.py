@@ -27,7 +27,7 @@ CLAIMS = (
         "ghost", "rejection", "100% with, 0% without (Table 30, people)", 1, True,
     ),
     Claim(
-        1, "the same, trained values", "kept seen 20", "ghost", "rejection",
+        1, "twentieth answers that keep it, trained values", "kept seen 20", "ghost", "rejection",
         "100% with, 0% without (Table 30, people)", 1,
     ),
     Claim(
@@ -56,7 +56,7 @@ CLAIMS = (
         True,
     ),
     Claim(
-        1, "the same, greedy", "repeat greedy", "pool-all", "pool-last",
+        1, "words said again rightly, greedy", "repeat greedy", "pool-all", "pool-last",
         "V3 lost rhyming, all versions' samples cured it; no figure", 1,
     ),
     Claim(
@@ -65,11 +65,11 @@ CLAIMS = (
     ),
     Claim(
         2, "violations", "violations t1", "rejection", "helpfulness-alone",
-        "one model for both would have to weigh two aims that conflict; no figure", -1, True,
+        "one score may not serve two aims that conflict; no figure", -1, True,
     ),
     Claim(
         2, "helpful answers", "helpful t1", "rejection", "safety-alone",
-        "the same; no figure", 1, True,
+        "one score may not serve two aims that conflict; no figure", 1, True,
     ),
     Claim(
         2, "violations", "violations t1", "rejection", "sum", NOT_SAID, 0, True,
@@ -84,11 +84,11 @@ CLAIMS = (
     ),
     Claim(
         2, "violations", "violations t1", "rejection", "mixed",
-        "two models are easier than one on both; no figure", -1, True,
+        "one model on both may find it hard; no figure", -1, True,
     ),
     Claim(
         2, "helpful answers", "helpful t1", "rejection", "mixed",
-        "two models are easier than one on both; no figure", 1,
+        "one model on both may find it hard; no figure", 1,
     ),
     Claim(
         2, "helpfulness pairs in order, of a model of their own", "right all", "margin-small",
@@ -96,14 +96,15 @@ CLAIMS = (
     ),
     Claim(
         2, "safety pairs in order, of a model of their own", "right safety", "auxiliary",
-        "mixed-model", "64.3 of the safety model; no mixed one", 1,
+        "mixed-model", "64.5 of the safety model; no mixed one", 1,
     ),
     Claim(
         3, "wins over SFT, PPO on top", "wins t1", "on-top", "rejection",
         "V5 with PPO above V5 without, by its reward models and GPT-4 (Fig. 11)", 1, True,
     ),
     Claim(
-        3, "the same, greedy", "wins greedy", "on-top", "rejection", NOT_SAID, 0, True,
+        3, "wins over SFT, PPO on top, greedy", "wins greedy", "on-top", "rejection", NOT_SAID, 0,
+        True,
     ),
     Claim(
         3, "reward of Eq. 4, PPO on top", "reward t1", "on-top", "rejection",

@@ -34,7 +34,7 @@ what an arm samples and trains. An interval is of 95% and holds for other seeds 
 where there is one seed, for other prompts alone. A difference is taken prompt by prompt, in
 percentage points (rewards in units of the score). *Agrees* and *disagrees* are said where the
 interval lies on one side of 0; there are $claims comparisons, so one or two of them would do so by
-chance. $seeds $left
+chance. Amounts of data are named as they are at scale 1. $seeds $left
 """)
 
 
@@ -42,6 +42,7 @@ class Section(NamedTuple):
     """A question: what is no number."""
 
     title: str
+    answer: str
     paper: str
     reading: str
     experiment: str
@@ -52,6 +53,8 @@ class Section(NamedTuple):
 SECTIONS = (
     Section(
         "1. What does it mean for an RLHF model to forget context?",
+        "Nothing leaves the input: what no training made answers depend on stops deciding them, "
+        "be it an instruction some turns back or a skill that no judge looks at.",
         "The paper uses it for two things. Within a dialogue an instruction that should hold "
         "throughout binds the first answers and is then ignored, although it is still inside the "
         "context window (section 3.3, Table 30; Fig. 10). Across versions, V3, trained on samples "
@@ -78,6 +81,8 @@ SECTIONS = (
     ),
     Section(
         "2. How are the two reward models combined: two scalars or something richer?",
+        "Two scalars and a switch between them, nothing learned. What other ways to a reward do "
+        "here:",
         "Two scalars and a hard switch (section 3.2.3, Eq. 4): the safety score is the reward if "
         "the prompt is tagged as risky or the safety model gives the answer less than 0.15, the "
         "helpfulness score otherwise. At 0.15 the safety model finds unsafe answers with precision "
@@ -98,6 +103,8 @@ SECTIONS = (
     ),
     Section(
         "3. How did PPO go, and why did it help?",
+        "On top of rejection sampling, and the paper does not say which part of it helped. What it "
+        "adds here, and what its parts do:",
         "Rejection sampling alone up to about V4, then PPO on top of it; V5 with PPO is clearly "
         "above V5 without it, by its own reward models and by GPT-4 (section 3.4, Fig. 11). There "
         "is no ablation of the cause; the text contrasts breadth (the best of K answers of one "
@@ -107,17 +114,20 @@ SECTIONS = (
         "of any gain is measured by the very models that are optimised, so another judge is "
         "needed; and a distribution that is only sharper wins at temperature 1 and not greedily.",
         "Equally many samples to the same prompts: all by rejection sampling, all by PPO (60 "
-        "iterations of 128), half and half; and PPO on top of all of rejection sampling, which "
-        "has twice as many. Rejection sampling that takes any one of the K answers shows what "
-        "fine-tuning on own answers does without a judge. PPO without whitening, without KL and "
-        "its limit, and on the sum of both scores. A second version of rejection sampling with "
-        "the temperature as it was, and chosen again. The oracle judges, and beside it the reward "
-        "models that were optimised: where these rise and wins do not, it is over-optimisation.",
+        "iterations of 128, the first 10 for the critic alone), half and half; and PPO on top of "
+        "all of rejection sampling, which has twice as many. Rejection sampling that takes any one "
+        "of the K answers shows what fine-tuning on own answers does without a judge. PPO without "
+        "whitening, without KL and its limit, and on the sum of both scores. A second version of "
+        "rejection sampling with the temperature as it was, and chosen again. The oracle judges, "
+        "and beside it the reward models that were optimised: where these rise and wins do not, it "
+        "is over-optimisation.",
         (("experiment-ppo", "Wins and reward", plots.improved),),
         ("wins t1", "wins greedy", "reward t1", "reward greedy", "helpful t1", "violations t1"),
     ),
     Section(
         "4. How does the ranking loss work, and why does m(r) help?",
+        "It orders two answers by the difference of their scores, and m(r) asks for one as large "
+        "as people's preference was. What that gains here:",
         "The loss is -log sigma(r_chosen - r_rejected - m(r)) (section 3.2.2, Eq. 2), with a "
         "margin m that is larger the clearer the annotator's choice was (Table 27). Margins raised "
         "the accuracy on clear pairs from 79.1 to 80.7 and cost a little on near ties (Table 28). "
@@ -138,6 +148,7 @@ SECTIONS = (
     ),
 )  # fmt: skip
 
+NO_CELL = "–"  # not a figure of this arm, or nothing was there to count
 COLUMNS = {
     "kept value 6": "keep it at 6",
     "kept value 20": "keep it at 20",
@@ -193,7 +204,8 @@ def section_of(
     """The paragraphs of one question."""
     return [
         f"## {section.title}",
-        f"**Short answer.** {short_answer(results, claims)}",
+        f"**Short answer.** {section.answer}",
+        short_answer(results, claims),
         f"**The paper.** {section.paper}",
         f"**Our reading.** {section.reading}",
         f"**The experiment.** {section.experiment}",
@@ -205,8 +217,10 @@ def section_of(
 
 
 def short_answer(results: Results, claims: list[tuple[Claim, Estimate | None]]) -> str:
-    """The comparisons that matter most, one sentence each."""
-    return " ".join(sentence(results, claim, found) for claim, found in claims if claim.leads)
+    """The comparisons that matter most, a line each."""
+    return "\n".join(
+        f"- {sentence(results, claim, found)}" for claim, found in claims if claim.leads
+    )
 
 
 def sentence(results: Results, claim: Claim, found: Estimate | None) -> str:
@@ -230,9 +244,9 @@ def arms_table(results: Results, number: int, names: Sequence[str]) -> str:
         found = [figure(results, arm, name) for name in names]
         seeds = "1" if arm == SFT else str(len(results.get(arm, {})))
         if arm not in results:
-            rows.append([title_of(arm), "0", "not measured", *[""] * (len(names) - 1)])
+            rows.append([title_of(arm), "0", "not measured", *[NO_CELL] * (len(names) - 1)])
             continue
-        cells = [with_interval(n, f) if f else "" for n, f in zip(names, found, strict=True)]
+        cells = [with_interval(n, f) if f else NO_CELL for n, f in zip(names, found, strict=True)]
         rows.append([title_of(arm), seeds, *cells])
     return markdown(["arm", "seeds", *(COLUMNS[name] for name in names)], rows)
 
@@ -280,4 +294,12 @@ def seeds_said(results: Results) -> str:
 def wrapped(paragraph: str) -> str:
     if paragraph.startswith(("#", "!", "|")):
         return paragraph
-    return textwrap.fill(paragraph, 100, break_long_words=False, break_on_hyphens=False)
+    if paragraph.startswith("- "):
+        return "\n".join(filled(line, "  ") for line in paragraph.split("\n"))
+    return filled(paragraph)
+
+
+def filled(text: str, indent: str = "") -> str:
+    return textwrap.fill(
+        text, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from puna.demo.report import drawing
 from puna.demo.report.drawing import BLUE, GOLD, GREEN, GRID, INK, MUTED, ORANGE, PAPER, PURPLE
+from puna.demo.report.figures import PAPER_KEPT
 from puna.demo.reproduce.arms import SFT, title_of
 from puna.demo.reproduce.tables import Results, figure
 from puna.demo.village.world import MEASURED_TURNS
@@ -28,6 +29,8 @@ IMPROVED = (
 )  # fmt: skip
 RANKED = ("margin-none", "margin-small", "margin-large")
 POOLS = (SFT, "rejection", "pool-all", "pool-last")
+
+LABEL_GAP = 0.075  # of two labels, on an axis from 0 to 1
 
 Panel = tuple[str, str, bool]
 """Figure, heading, whether it is a share"""
@@ -56,12 +59,26 @@ def instructions(results: Results) -> Figure | None:
             if points:
                 name = "without" if arm == "rejection" else title_of(arm)
                 ends.append((points[-1][0], points[-1][1].mean, name, colour))
+        for shares in PAPER_KEPT.values():
+            ax.plot(list(shares), list(shares.values()), "D", ms=4, color=PAPER,
+                    markeredgecolor=MUTED, zorder=0)  # fmt: skip
         drawing.share_axis(ax)
-        drawing.name_axes(ax, "answer", "keep the instruction")
+        drawing.name_axes(ax, "answer (hollow: the paper)", "keep the instruction")
         if which == "value":
             drawing.room_for_labels(ax, MEASURED_TURNS[-1], 0.9)
-            drawing.line_labels(ax, ends, gap=0.075)
+            drawing.line_labels(ax, below_the_top(ends), gap=LABEL_GAP)
     return drawn
+
+
+def below_the_top(
+    ends: Sequence[tuple[float, float, str, str]],
+) -> list[tuple[float, float, str, str]]:
+    """Labels of lines that end side by side near the top, moved down so that all have room."""
+    ordered = sorted(ends, key=lambda end: -end[1])
+    return [
+        (x, min(y, 1 - LABEL_GAP * place), text, colour)
+        for place, (x, y, text, colour) in enumerate(ordered)
+    ]
 
 
 def judged(results: Results) -> Figure | None:

@@ -10,7 +10,7 @@ from puna.demo.kept import kept
 from puna.demo.reproduce.arms import SFT, planned, title_of
 from puna.demo.reproduce.claims import CLAIMS, Claim, verdict
 from puna.demo.reproduce.measures import Values
-from puna.demo.reproduce.tables import Estimate, Results, difference, figure
+from puna.demo.reproduce.tables import Estimate, Results, difference, figure, is_score
 
 
 def folder_of(out: Path, arm: str, seed: int) -> Path:
@@ -75,11 +75,6 @@ def compared(results: Results) -> list[tuple[Claim, Estimate | None]]:
 
 def estimated(found: Estimate | None) -> dict[str, float] | None:
     return None if found is None else found._asdict()
-
-
-def is_score(name: str) -> bool:
-    """Whether a figure is a raw score, and no share."""
-    return name.startswith("reward")
 
 
 def shown(name: str, value: float, *, signed: bool = False) -> str:

@@ -115,4 +115,14 @@ def difference(results: Results, arm: str, other: str, name: str) -> Estimate | 
         and name in theirs[seed]
         and len(ours[seed][name]) == len(theirs[seed][name]) > 0
     ]
-    return estimate(rows, signed=True) if rows else None
+    if not rows:
+        return None
+    found = estimate(rows, signed=True)
+    if is_score(name):
+        return found
+    return found._replace(low=max(found.low, -1.0), high=min(found.high, 1.0))
+
+
+def is_score(name: str) -> bool:
+    """Whether a figure is a raw score, and no share."""
+    return name.startswith("reward")
