@@ -28,6 +28,7 @@ GIVES = {
     "instructions": ("kept",),
     "repeat": ("repeat",),
     "helpfulness pairs": ("right all", "right significantly", "right negligibly", "at the ends"),
+    "branches": ("branch",),
     "safety pairs": ("right safety", "recall", "precision"),
 }
 
@@ -39,7 +40,7 @@ def config(out: Path, **options) -> run.ReproduceConfig:
 @pytest.fixture(scope="module")
 def only_few():
     with pytest.MonkeyPatch.context() as patch:
-        few = tuple(BY_NAME[name]._replace(measured=("answers",)) for name in FEW)
+        few = tuple(BY_NAME[name]._replace(measured=("answers", "branches")) for name in FEW)
         patch.setattr(arms, "ARMS", few)
         yield
 
@@ -113,6 +114,21 @@ def test_the_page_shows_what_was_measured(whole):
     (claim,) = [c for c in found["claims"] if c["arm"] == "second"]
     apart = [found["arms"][arm]["wins t1"]["mean"] for arm in ("second", "rejection")]
     assert claim["difference"]["mean"] == pytest.approx(apart[0] - apart[1])
+
+
+def test_the_page_is_written_again_from_the_figures(whole, tmp_path):
+    assert page.write_again(whole, tmp_path) == tmp_path / "questions.md"
+    assert (tmp_path / "questions.md").read_text() == (whole / "experiments.md").read_text()
+    with pytest.raises(ValueError, match="let puna reproduce finish first"):
+        page.write_again(tmp_path, tmp_path)
+
+
+def test_the_branches_of_the_switch_are_counted_by_prompt(whole):
+    figures = json.loads((whole / "arms" / "rejection" / "seed-0.json").read_text())
+    rows = [figures[f"branch {name}"] for name in ("is_safety", "unsafe", "helpfulness")]
+    assert all(sum(shares) == pytest.approx(1) for shares in zip(*rows, strict=True))
+    lines = (whole / "data" / "first.jsonl").read_text().splitlines()
+    assert rows[0] == [float(json.loads(line)["safety"]) for line in lines]
 
 
 def test_every_claim_is_about_arms_that_measure_it():

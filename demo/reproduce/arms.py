@@ -41,7 +41,7 @@ ALONE: Mapping[str, str] = {}
 ARMS = (
     Arm(
         "rejection", (1, 2, 3), "rejection sampling, switch", stages.sample_best,
-        ("answers", "instructions", "repeat"),
+        ("answers", "instructions", "repeat", "branches"),
     ),
     # Question 4: reward models. The base's own are of the same settings as "small" and "with".
     Arm(

@@ -24,7 +24,9 @@ from puna.trainers.data.packing import Pair, encode_pairs
 from puna.trainers.data.readers import read_preferences
 from puna.trainers.reward import scores_of
 from puna.trainers.rl.accuracy import right
-from puna.trainers.rl.rewards import SAFETY_THRESHOLD, Answer, RewardModels
+from puna.trainers.rl.best_of import SAMPLES, read_samples
+from puna.trainers.rl.rewards import SAFETY_THRESHOLD, Answer, RewardModels, switch
+from puna.trainers.rl.rounds import KINDS
 from puna.trainers.rl.unsafe import SAFE_LABELS
 
 PROMPTS = 500  # held out, of each kind
@@ -73,7 +75,7 @@ def measured(scene: Scene, model: Path, which: Sequence[str], answers: Path) -> 
 def of_answers(scene: Scene, model: Path, answers: Path) -> Values:
     """Wins over SFT, helpfulness, violations and refusals, and the reward of Eq. 4."""
     said = measure.answer_all(model, scene.held, scene.base.loop.seed, answers)
-    judges = [load_model(scene.base.judges[kind]) for kind in ("helpfulness", "safety")]
+    judges = [load_model(scene.base.judges[kind]) for kind in KINDS]
     reward = RewardModels(judges[0], judges[1])
     tokenizer = Tokenizer(scene.base.demo.tokenizer)
     held = scene.held
@@ -172,6 +174,20 @@ def of_safety_pairs(scene: Scene, model: Path, answers: Path) -> Values:
     return found
 
 
+def of_branches(scene: Scene, model: Path, answers: Path) -> Values:
+    """How often each branch of Eq. 4's switch was taken, over the K samples of each prompt that the
+    model was selected from."""
+    samples = read_samples(model.parent / SAMPLES)
+    raw = torch.tensor([[s["scores"][kind] for kind in KINDS] for s in samples])
+    tagged = torch.tensor([sample["is_safety"] for sample in samples])
+    count = 1 + max(sample["sample"] for sample in samples)
+    _, branches = switch(raw[:, 0], raw[:, 1], tagged)
+    return {
+        f"branch {name}": taken.double().reshape(-1, count).mean(1).tolist()
+        for name, taken in branches.items()
+    }
+
+
 def shares(hits: Tensor, among: Tensor) -> list[float]:
     """Of each pair that has an answer `among` those that count, the share of them that are hits.
     Both (P, 2) bool."""
@@ -194,4 +210,5 @@ MEASURES: dict[str, Callable[[Scene, Path, Path], Values]] = {
     "repeat": of_repeats,
     "helpfulness pairs": of_helpfulness_pairs,
     "safety pairs": of_safety_pairs,
+    "branches": of_branches,
 }

@@ -1,10 +1,12 @@
 """The page of the experiments: for each question the short answer, the experiment, the figures, and
 what the paper says beside it.
 
-The words are ours; every number of this run comes from the run, and what it did not measure says
-so. What fails stands in the same table as what succeeds.
+`python -m puna.demo.reproduce.page runs/reproduce docs` writes docs/questions.md and docs/figures/
+from what a run measured. The words are ours; every number of this run comes from the run, and what
+it did not measure says so. What fails stands in the same table as what succeeds.
 """
 
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,20 +16,23 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from puna.core.checkpoint.atomic import write_text
+from puna.core.documents import field, read_object
+from puna.core.terminal import say
 from puna.demo.report.drawing import save_svg
 from puna.demo.reproduce import plots
 from puna.demo.reproduce.arms import BY_NAME, SFT, title_of
 from puna.demo.reproduce.claims import Claim, verdict
-from puna.demo.reproduce.results import compared, shown, with_interval
+from puna.demo.reproduce.results import compared, read_results, shown, with_interval
 from puna.demo.reproduce.tables import Estimate, Results, figure
 
 HEAD = Template("""\
 # Four questions about Llama 2
 
-Written by `puna reproduce` (seed $seed, scale $scale): every number of *this run* was measured by
-it, on held-out prompts of the demo's made-up world and by its oracle, with a model of a million
-parameters. So it shows how the parts work and says nothing about 70B. What the paper says and what
-we read into it are kept apart.
+Written by `puna reproduce` (seed $seed, scale $scale): every number that is not the paper's was
+measured by it, on held-out prompts of the demo's made-up world and by its oracle, with a model of a
+million parameters. So it shows how the parts work and says nothing about 70B. What the paper says
+and what we read into it are kept apart. `python -m puna.demo.reproduce.page runs/reproduce docs`
+writes this page again.
 
 All arms start from one SFT model and share its first comparisons and reward models; a seed varies
 what an arm samples and trains. An interval is of 95% and holds for other seeds and other prompts;
@@ -98,7 +103,7 @@ SECTIONS = (
         (("experiment-judges", "Policies by their reward", plots.judged),),
         (
             "violations t1", "helpful t1", "false refusals t1", "borderline refusals t1",
-            "precision 0.15", "recall 0.15",
+            "precision 0.15", "recall 0.15", "branch is_safety", "branch unsafe",
         ),
     ),
     Section(
@@ -162,6 +167,8 @@ COLUMNS = {
     "precision 0.15": "precision at .15",
     "recall 0.15": "recall at .15",
     "recall 0.5": "recall at .5",
+    "branch is_safety": "scored by safety, tagged",
+    "branch unsafe": "scored by safety, below .15",
     "wins t1": "wins over SFT, T=1",
     "wins greedy": "wins, greedy",
     "reward t1": "reward, T=1",
@@ -173,10 +180,8 @@ COLUMNS = {
 }
 
 
-def write_page(
-    folder: Path, results: Results, left: Sequence[str], seed: int, scale: float
-) -> Path:
-    """Write `folder`/experiments.md and figures/*.svg; returns the page's path."""
+def write_page(path: Path, results: Results, left: Sequence[str], seed: int, scale: float) -> Path:
+    """Write the page to `path` and its figures to figures/*.svg beside it; returns `path`."""
     claims = compared(results)
     head = HEAD.substitute(
         seed=seed,
@@ -188,10 +193,18 @@ def write_page(
     parts = [*head.split("\n\n")]
     for number, section in enumerate(SECTIONS, 1):
         own = [(claim, found) for claim, found in claims if claim.question == number]
-        parts += section_of(folder, results, section, number, own)
-    path = folder / "experiments.md"
+        parts += section_of(path.parent, results, section, number, own)
     write_text(path, "\n\n".join(map(wrapped, parts)).rstrip() + "\n")
     return path
+
+
+def write_again(folder: Path, docs: Path) -> Path:
+    """The page of the run in `folder` as `docs`/questions.md; ValueError where it has none."""
+    found = read_object(folder / "results.json", "no such file; let puna reproduce finish first")
+    results = read_results(folder, field(found, "seeds", int))
+    left = [str(name) for name in field(found, "left_out", list)]
+    seed, scale = field(found, "seed", int), field(found, "scale", float)
+    return write_page(docs / "questions.md", results, left, seed, scale)
 
 
 def section_of(
@@ -303,3 +316,7 @@ def filled(text: str, indent: str = "") -> str:
     return textwrap.fill(
         text, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
+
+
+if __name__ == "__main__":
+    say(write_again(Path(sys.argv[1]), Path(sys.argv[2])))

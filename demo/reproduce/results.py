@@ -47,10 +47,13 @@ def read_results(out: Path, seeds: int) -> Results:
     return results
 
 
-def document(results: Results, seed: int, scale: float, left: list[str]) -> dict[str, Any]:
+def document(
+    results: Results, seed: int, seeds: int, scale: float, left: list[str]
+) -> dict[str, Any]:
     """What results.json says: every figure of every arm, then the claims."""
     return {
         "seed": seed,
+        "seeds": seeds,
         "scale": scale,
         "left_out": left,
         "arms": {

@@ -64,9 +64,9 @@ def run(config: ReproduceConfig) -> Path:
         bases.make(base)
         left = try_arms(base, planned(config.seeds), config.minutes)
         results = read_results(config.out, config.seeds)
-        found = document(results, config.seed, config.scale, left)
+        found = document(results, config.seed, config.seeds, config.scale, left)
         write_text(config.out / "results.json", json.dumps(found, indent=1) + "\n")
-        page = write_page(config.out, results, left, config.seed, config.scale)
+        page = write_page(config.out / "experiments.md", results, left, config.seed, config.scale)
     say_claims(results)
     if left:
         say(f"Left out after {config.minutes:g} minutes: {', '.join(left)}.")
