@@ -17,6 +17,7 @@ import torch
 
 from puna.demo.reproduce import arms, claims, measures, page, results, run, stages, tables
 from puna.demo.reproduce.arms import ARMS, BY_NAME, SFT
+from puna.demo.reproduce.base import repeat_prompts
 from puna.demo.reproduce.claims import CLAIMS
 from puna.demo.village import tasks
 from puna.trainers.rl.rewards import Answer
@@ -264,3 +265,11 @@ def test_a_repetition_is_known_from_its_question():
     for kind in tasks.KINDS:
         question = tasks.draw_task(rng, kind=kind).question
         assert stages.is_repeat(question) == (kind == "repeat")
+
+
+def test_repetitions_to_train_on_and_to_measure_share_none():
+    sides = [
+        {row["messages"][0]["content"] for row in repeat_prompts(0, 200, held_out=side)}
+        for side in (False, True)
+    ]
+    assert [len(side) for side in sides] == [200, 200] and not sides[0] & sides[1]

@@ -131,7 +131,7 @@ def of_instructions(scene: Scene, model: Path, answers: Path) -> Values:
 
 
 def of_repeats(scene: Scene, model: Path, answers: Path) -> Values:
-    """Whether three words are said again rightly: a skill apart."""
+    """Whether three words are said again rightly, however politely: a skill apart."""
     base = scene.base
     rows = repeat_prompts(base.loop.seed, scaled(base, REPEATS, 12), held_out=True)
     prompts: list[list[Message]] = [row["messages"] for row in rows]
@@ -140,7 +140,7 @@ def of_repeats(scene: Scene, model: Path, answers: Path) -> Values:
     for mode, temperature in MODES.items():
         texts = measure.answers(network, tokenizer, prompts, temperature, base.loop.seed)
         said = zip(prompts, texts, strict=True)
-        found[f"repeat {mode}"] = [float(oracle.helpful(*row)) for row in said]
+        found[f"repeat {mode}"] = [float(oracle.assess(*row).right) for row in said]
     return found
 
 
