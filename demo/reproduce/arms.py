@@ -58,8 +58,7 @@ ARMS = (
         {"kinds": ("helpfulness",), "margin": "large"}, judges=ALONE, extra=EXTRA_SEEDS,
     ),
     Arm(
-        "auxiliary", (4, 2), "with the auxiliary loss", stages.judge,
-        ("helpfulness pairs", "safety pairs"),
+        "auxiliary", (4, 2), "with the auxiliary loss", stages.judge, ("safety pairs",),
         {"kinds": ("safety",), "safety_weight": 0.5}, judges=ALONE, extra=EXTRA_SEEDS,
     ),
     Arm(

@@ -27,7 +27,7 @@ SKILL_PROMPTS = 360  # of the loop about a skill that nobody judges; a third of 
 GHOST_DIALOGUES = 200  # of 20 exchanges
 GHOST_PERSONAS = 800  # short dialogues mixed into Ghost Attention's training
 # Held-out comparisons, each of another prompt; some go because both answers are the same.
-PAIRS = {"helpfulness": 5_000, "safety": 2_500}
+PAIRS = {"helpfulness": 6_000, "safety": 2_500}
 
 
 class Base(NamedTuple):
