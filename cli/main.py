@@ -22,6 +22,9 @@ class Verb(NamedTuple):
 
 VERBS = {
     "demo": Verb("puna.demo.pipeline", "DemoConfig", "all of Llama 2, small, on this machine"),
+    "reproduce": Verb(
+        "puna.demo.reproduce.run", "ReproduceConfig", "the experiments behind the four questions"
+    ),
     "tokenizer train": Verb(
         "puna.cli.tokenizer", "TrainTokenizer", "train a SentencePiece tokenizer"
     ),

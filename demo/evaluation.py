@@ -24,11 +24,11 @@ from puna.demo.village import oracle, world
 from puna.trainers import reward
 from puna.trainers.data.formats import RATINGS
 from puna.trainers.data.packing import encode_pairs
-from puna.trainers.data.prompts import load_prompts
+from puna.trainers.data.prompts import EncodedPrompt, load_prompts
 from puna.trainers.data.readers import read_preferences
 from puna.trainers.rl import rewards
 from puna.trainers.rl.best_of import read_samples
-from puna.trainers.rl.comparisons import Variant, annotate, sample_pairs
+from puna.trainers.rl.comparisons import Annotator, Variant, annotate, sample_pairs
 from puna.trainers.train.environment import environment
 
 HELD_OUT_PROMPTS = 500  # of each kind; of those to win, where differences are small, twice as many
@@ -193,24 +193,40 @@ def held_out_comparisons(
     annotator = oracle.annotator(seed + 1, safety=kind == "safety")
     files = []
     for number in range(1, rounds + 1):
-        pairs = folder / f"{kind}-pairs-{number}.jsonl"
         file = folder / f"{kind}-comparisons-{number}.jsonl"
-        variants = [Variant(versions[names[number - i]], (0.8, 1.0, 1.2)) for i in (0, 1)]
-        sample_pairs(
-            pairs,
-            (variants[0], variants[1]),
-            tokenizer,
-            encoded,
-            count,
-            max_new_tokens=measure.ANSWER_TOKENS,
-            seed=seed + 1,
-            round_index=number,
-            device=torch.device("cpu"),
-            batch_size=512,
-        )
-        annotate(pairs, file, annotator, tokenizer, number)
+        older, newer = (versions[names[number - i]] for i in (1, 0))
+        compare_held_out(file, (newer, older), tokenizer, encoded, count, seed, number, annotator)
         files.append(file)
     return files
+
+
+def compare_held_out(
+    file: Path,
+    models: tuple[Path, Path],
+    tokenizer: Tokenizer,
+    prompts: Sequence[EncodedPrompt],
+    count: int,
+    seed: int,
+    number: int,
+    annotator: Annotator,
+) -> None:
+    """Write comparisons of two models' answers to `file`, the pairs beside it, where there are none
+    yet. `number` is of the round; (seed, number) decide what is drawn."""
+    pairs = file.with_name(file.name.replace("comparisons", "pairs"))
+    first, second = (Variant(model, (0.8, 1.0, 1.2)) for model in models)
+    sample_pairs(
+        pairs,
+        (first, second),
+        tokenizer,
+        prompts,
+        count,
+        max_new_tokens=measure.ANSWER_TOKENS,
+        seed=seed + 1,
+        round_index=number,
+        device=torch.device("cpu"),
+        batch_size=512,
+    )
+    annotate(pairs, file, annotator, tokenizer, number)
 
 
 def ghost(

@@ -24,6 +24,7 @@ from puna.demo.report.build import write_report, write_summary
 from puna.demo.village import oracle, world
 from puna.trainers import pretrain, rlhf, sft
 from puna.trainers.rl.comparisons import write_rows
+from puna.trainers.rl.config import RLHFConfig
 from puna.trainers.train.claim import owned
 from puna.trainers.train.config import find_recipe, from_values, load_recipe
 from puna.trainers.train.ranges import Above, AtMost, Options, Seed
@@ -160,11 +161,15 @@ class Demo:
 
     def rlhf(self) -> None:
         """V1..Vn, compared by the oracle."""
-        recipe = load_recipe(rlhf.RLHFConfig, find_recipe("demo/rlhf.toml"))
+        rlhf.run(self.rlhf_config(), annotators(self.config.seed), judge=oracle.judge)
+
+    def rlhf_config(self) -> RLHFConfig:
+        """The demo's loop in this run's folder."""
+        recipe = load_recipe(RLHFConfig, find_recipe("demo/rlhf.toml"))
         ppo = {**recipe["ppo"], "iterations": self.scaled(recipe["ppo"]["iterations"], 4)}
         ppo["critic_warmup"] = min(ppo["critic_warmup"], ppo["iterations"] // 2)
-        config = self.settings(
-            rlhf.RLHFConfig,
+        return self.settings(
+            RLHFConfig,
             "rlhf",
             out=str(self.out / "rlhf"),
             model=str(self.out / "sft" / "model"),
@@ -179,7 +184,6 @@ class Demo:
             gatt={**recipe["gatt"], "mix": [str(self.data / "gatt-personas.jsonl")]},
             ppo=ppo,
         )
-        rlhf.run(config, annotators(self.config.seed), judge=oracle.judge)
 
     def versions(self) -> dict[str, Path]:
         """Model folders by the names of the summary, in the order in which they were made: of a

@@ -113,6 +113,23 @@ def examples(monkeypatch, tiny, tokenizer, ghosts, sampled, **options):
     return seen
 
 
+def test_without_repeat_it_stands_in_the_first_message_alone(tiny, tokenizer):
+    dialogue = GhostDialogue("be green", "green", ["red cup", "old tree", "why"])
+    config = configured(tiny, tiny / "none", repeat=False)
+    history = exchanges(tokenizer, *TURNS[:2])
+    messages = [{"role": "system", "content": "be green"}, *as_messages(*TURNS[:2])]
+    asked = encode_prompt(tokenizer, [*messages, {"role": "user", "content": "why"}])
+    assert gatt._context(config, tokenizer, dialogue, history) == asked
+    with pytest.raises(ValueError, match="window leaves the instruction out: set it to 0"):
+        replace(config, window=1)
+
+
+def test_without_the_mask_all_answers_are_learned(tokenizer):
+    found = gatt.example(tokenizer, "be green", exchanges(tokenizer, *TURNS), mask=False)
+    told = [{"role": "system", "content": "be green"}, *as_messages(*TURNS)]
+    assert found == encode_dialogue(tokenizer, told)
+
+
 def test_the_instruction_is_shortened_about_half_of_the_time(monkeypatch, tiny, tokenizer):
     ghosts = [GhostDialogue("always be green", "green", ["red", "blue"])] * 300
     sampled = [exchanges(tokenizer, ("red", "cup"), ("blue", "moon"))] * 300

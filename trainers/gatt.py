@@ -62,6 +62,10 @@ class GAttConfig(loop.RowsConfig):
     """examples made of one dialogue, each ending at another turn"""
     window: CountOrZero = 0
     """earlier exchanges that the sampling model sees; 0: all"""
+    repeat: bool = True
+    """the instruction stands in every user message while sampling (paper); off: in the first"""
+    mask: bool = True
+    """loss on the last answer alone (paper); off: on all answers"""
     temperature: Temperature = 1.0
     """of the sampled answers"""
     max_new_tokens: Count = 256
@@ -71,6 +75,10 @@ class GAttConfig(loop.RowsConfig):
     """peak (the paper does not say; this is SFT's)"""
     generation_batch: Annotated[Batch, FREE] = 256
     """answers sampled side by side"""
+
+    def check(self) -> None:
+        if self.window and not self.repeat:
+            raise ValueError("without repeat the window leaves the instruction out: set it to 0")
 
 
 class Exchange(NamedTuple):
@@ -141,7 +149,7 @@ def sampled_exchanges(
         with parallel.gathered(model) as whole:
             _sample(config, whole, tokenizer, dialogues, judge, path, done, longest)
     else:
-        of_sampling = ("samples", "window", "temperature", "max_new_tokens")
+        of_sampling = ("samples", "window", "repeat", "temperature", "max_new_tokens")
         folder.say_idle(of_sampling, f"the answers are drawn; {path} has them")
     parallel.barrier()
     return _load_turns(path, dialogues, tokenizer.vocab_size)
@@ -193,10 +201,11 @@ def _context(
 ) -> list[int]:
     """Step 1: the dialogue so far with the instruction in every user message, as ids."""
     seen = history[-config.window :] if config.window else history
+    told = [dialogue.instruction, *[dialogue.instruction if config.repeat else ""] * len(seen)]
     ids: list[int] = []
-    for exchange in seen:
-        ids += encode_turn(tokenizer, exchange.user, dialogue.instruction) + exchange.answer
-    return ids + encode_turn(tokenizer, dialogue.turns[len(history)], dialogue.instruction)
+    for exchange, instruction in zip(seen, told, strict=False):
+        ids += encode_turn(tokenizer, exchange.user, instruction) + exchange.answer
+    return ids + encode_turn(tokenizer, dialogue.turns[len(history)], told[-1])
 
 
 def encode_turn(tokenizer: Tokenizer, user: str, instruction: str = "") -> list[int]:
@@ -294,7 +303,7 @@ def training_rows(
         chosen = rng.permutation(usable)[: config.targets].tolist()
         for turn in chosen:
             told = dialogue.short if rng.random() < config.shorten else dialogue.instruction
-            sequences.append(example(tokenizer, told, exchanges[: turn + 1]))
+            sequences.append(example(tokenizer, told, exchanges[: turn + 1], config.mask))
             where.append(dialogue.where)
     sequences += [encode_dialogue(tokenizer, dialogue.messages) for dialogue in mixed]
     where += [dialogue.where for dialogue in mixed]
@@ -305,14 +314,18 @@ def training_rows(
 
 
 def example(
-    tokenizer: Tokenizer, told: str, exchanges: Sequence[Exchange]
+    tokenizer: Tokenizer, told: str, exchanges: Sequence[Exchange], mask: bool = True
 ) -> tuple[list[int], list[float]]:
-    """(ids, weights): the instruction in the first user message, loss on the last answer only."""
+    """(ids, weights): the instruction in the first user message, loss on the last answer only, or
+    without the `mask` on every answer."""
     ids: list[int] = []
+    weights: list[float] = []
     for turn, exchange in enumerate(exchanges):
-        ids += encode_turn(tokenizer, exchange.user, told if turn == 0 else "") + exchange.answer
-    last = len(exchanges[-1].answer)
-    return ids, [0.0] * (len(ids) - last) + [1.0] * last
+        asked = encode_turn(tokenizer, exchange.user, told if turn == 0 else "")
+        learned = float(not mask or turn == len(exchanges) - 1)
+        ids += asked + exchange.answer
+        weights += [0.0] * len(asked) + [learned] * len(exchange.answer)
+    return ids, weights
 
 
 def _whole_turns(path: Path) -> int:

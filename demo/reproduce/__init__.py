@@ -1,0 +1,1 @@
+"""`puna reproduce`: the experiments behind the four questions, on the demo's world."""
