@@ -29,7 +29,7 @@ from puna.trainers.rl.rewards import SAFETY_THRESHOLD, Answer, RewardModels, swi
 from puna.trainers.rl.rounds import KINDS
 from puna.trainers.rl.unsafe import SAFE_LABELS
 
-PROMPTS = 500  # held out, of each kind
+PROMPTS = 500  # held out, of each kind; of those to win twice as many
 REPEATS = 300  # held out
 DIALOGUES = 100  # of 20 exchanges, of each of INSTRUCTIONS
 INSTRUCTIONS = ("seen", "value")  # trained values of the instruction, and held-out ones
@@ -54,7 +54,7 @@ def scene_of(base: Base) -> Scene:
     """Held-out prompts, disjoint from everything the arms see."""
     seed, count = base.loop.seed, scaled(base, PROMPTS, 20)
     held = held_out(seed, count)
-    rows = world.prompts(seed, count, "all", held_out=True)
+    rows = world.prompts(seed, len(held.win), "all", held_out=True)
     said = measure.answer_all(base.sft, held, seed, base.out / "data" / "sft-answers.json")
     return Scene(base, held, [row["safety"] for row in rows], said)
 

@@ -39,7 +39,7 @@ def sample_best(
 
     `prompts` names other prompts than the first ones; with `lot` the answer is drawn instead.
     """
-    given = dict(options)
+    given = {"temperature": 1.0, "temperatures": []} | options
     lot = given.pop("lot", False)
     prompts = [base.file(given.pop("prompts", "first"))]
     judges = {} if lot else judges_in(models)
@@ -102,6 +102,7 @@ def loop_unseen(
     """Three versions of rejection sampling, each from the SFT model on the best of what `pool`
     says, under judges that cannot tell a good repetition from a bad one."""
     table = {key: value for key, value in base.loop.rejection.items() if key != "mix"}
+    table |= {"temperature": 1.0, "temperatures": []}
     config = RLHFConfig(
         out=out,
         model=models["start"],
