@@ -39,7 +39,7 @@ def sample_best(
 
     `prompts` names other prompts than the first ones; with `lot` the answer is drawn instead.
     """
-    given = {"temperature": 1.0, "temperatures": []} | options
+    given: dict[str, Any] = {"temperature": 1.0, "temperatures": [], **options}
     lot = given.pop("lot", False)
     prompts = [base.file(given.pop("prompts", "first"))]
     judges = {} if lot else judges_in(models)
