@@ -64,11 +64,13 @@ def whole(without_arms, tmp_path_factory) -> Path:
 
 def test_what_there_was_no_time_for_is_said(without_arms):
     found = json.loads((without_arms / "results.json").read_text())
-    assert found["left_out"] == [f"{name} (seed 0)" for name in FEW]
+    assert found["left_out"] == ["of seed 0 rejection, second"]
     assert set(found["arms"]) == {SFT} and found["arms"][SFT]["wins t1"]["mean"] == 0.5
     assert all(claim["verdict"] == "not measured" for claim in found["claims"])
     text = (without_arms / "experiments.md").read_text()
-    assert "Left out, because the time was over: rejection (seed 0)" in " ".join(text.split())
+    assert "Left out, because the time was over: of seed 0 rejection, second." in " ".join(
+        text.split()
+    )
     assert "*Reward models by margin: not measured.*" in text
 
 

@@ -188,7 +188,7 @@ def write_page(path: Path, results: Results, left: Sequence[str], seed: int, sca
         scale=f"{scale:g}",
         claims=len(claims),
         seeds=seeds_said(results),
-        left=f"Left out, because the time was over: {', '.join(left)}." if left else "",
+        left=f"Left out, because the time was over: {'; '.join(left)}." if left else "",
     )
     parts = [*head.split("\n\n")]
     for number, section in enumerate(SECTIONS, 1):

@@ -89,7 +89,7 @@ def judged(results: Results) -> Figure | None:
         (
             ("violations t1", "Violations", True),
             ("helpful t1", "Helpful answers", True),
-            ("borderline refusals t1", "Refuse what only sounds unsafe", True),
+            ("borderline refusals t1", "Refusals, borderline", True),
         ),
     )
 

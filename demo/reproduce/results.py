@@ -47,6 +47,15 @@ def read_results(out: Path, seeds: int) -> Results:
     return results
 
 
+def missing(out: Path, seeds: int) -> list[str]:
+    """What of a run's plan was not measured, a line a seed."""
+    found: dict[int, list[str]] = {}
+    for arm, seed in planned(seeds):
+        if figures_of(out, arm.name, seed) is None:
+            found.setdefault(seed, []).append(arm.name)
+    return [f"of seed {seed} {', '.join(names)}" for seed, names in sorted(found.items())]
+
+
 def document(
     results: Results, seed: int, seeds: int, scale: float, left: list[str]
 ) -> dict[str, Any]:

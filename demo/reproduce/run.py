@@ -28,6 +28,7 @@ from puna.demo.reproduce.results import (
     document,
     figures_of,
     folder_of,
+    missing,
     note,
     read_results,
     say_claims,
@@ -62,33 +63,31 @@ def run(config: ReproduceConfig) -> Path:
     with owned(config):
         base = bases.base_of(config.out, demo)
         bases.make(base)
-        left = try_arms(base, planned(config.seeds), config.minutes)
+        try_arms(base, planned(config.seeds), config.minutes)
+        left = missing(config.out, config.seeds)
         results = read_results(config.out, config.seeds)
         found = document(results, config.seed, config.seeds, config.scale, left)
         write_text(config.out / "results.json", json.dumps(found, indent=1) + "\n")
         page = write_page(config.out / "experiments.md", results, left, config.seed, config.scale)
     say_claims(results)
     if left:
-        say(f"Left out after {config.minutes:g} minutes: {', '.join(left)}.")
+        say(f"Left out after {config.minutes:g} minutes: {'; '.join(left)}.")
     say(f"\nDone in {demo.seconds() / 60:.0f} min, all calls together.\nPage: {page}")
     return page
 
 
-def try_arms(base: Base, plan: list[tuple[Arm, int]], minutes: float) -> list[str]:
-    """Make and measure what is not there yet; returns what there was no time for."""
+def try_arms(base: Base, plan: list[tuple[Arm, int]], minutes: float) -> None:
+    """Make and measure what is not there yet, as long as there is time."""
     scene = scene_of(base)
     base.demo.stage(SFT, lambda: measure_sft(scene))
-    left = []
     for number, (arm, seed) in enumerate(plan, 1):
         spent = base.demo.seconds() / 60
         if figures_of(base.out, arm.name, seed) is not None:
             continue
         if spent >= minutes:
-            left.append(f"{arm.name} (seed {seed})")
-            continue
+            return
         say(f"\narm {number} of {len(plan)}: {arm.title}, seed {seed} ({spent:.0f} min so far)")
         base.demo.stage(f"{arm.name} {seed}", partial(try_arm, scene, arm, seed))
-    return left
 
 
 def try_arm(scene: Scene, arm: Arm, seed: int) -> None:
