@@ -212,7 +212,7 @@ class Transformer(nn.Module):
         from slot 0 and T == 1 appends at each row's length; the caller moves `lengths` on.
         Raises ValueError where a sequence is longer than the model's context.
         """
-        return self.model(tokens, self._rotary(tokens, positions), cu_seqlens, cache)
+        return self.model(tokens, self.rotary(tokens, positions), cu_seqlens, cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head applied to hidden (..., C): (..., V) or (..., 1), fp32."""
@@ -244,7 +244,7 @@ class Transformer(nn.Module):
             return ops.linear_logprobs(hidden, head.weight, targets, temperature=temperature)
         return called_head.logprobs(head, hidden, targets, temperature=temperature)
 
-    def _rotary(self, tokens: Tensor, positions: Tensor | None) -> Rotary:
+    def rotary(self, tokens: Tensor, positions: Tensor | None) -> Rotary:
         """The angles, from tables made on first use; positions are checked against the context."""
         longest = tokens.shape[1] if positions is None else 0
         if positions is not None and positions.device.type == "cpu" and positions.numel():

@@ -36,6 +36,7 @@ HELD_OUT_PAIRS = 4_000  # comparisons of each kind, all rounds, before pairs of 
 PERSONA_DIALOGUES = {"value": 200, "seen": 60, "phrasing": 60, "kind": 60}  # of 20 exchanges
 BARRED = "value"  # the set that the bars are about
 DRAWN_DIALOGUES = 60  # of these that are answered at temperature 1, too
+LOOKED_AT = 40  # of these whose attention is looked at
 KINDS = ("helpfulness", "safety")  # of reward models, prompts and comparisons
 SHOWN = 6  # conversations in the report
 
@@ -250,7 +251,24 @@ def ghost(
                     write_text(cache, json.dumps(said))
                 found[which][mode][label] = measure.kept_by_turn(asked, said)
     counts = {which: len(dialogues) for which, dialogues in personas.items()}
-    return {"gatt": found.pop(BARRED), "gatt_other": found, "gatt_counts": counts}
+    looks = attention(out, versions, personas[BARRED][:LOOKED_AT])
+    return {
+        "gatt": found.pop(BARRED),
+        "gatt_other": found,
+        "gatt_counts": counts,
+        "gatt_attention": looks,
+    }
+
+
+def attention(
+    out: Path, versions: dict[str, Path], dialogues: list[world.PersonaDialogue]
+) -> dict[str, dict[str, float]]:
+    """Fig. 10: attention to the instruction by turn, of the same greedy answers."""
+    found = {}
+    for label, name in ghost_versions(versions).items():
+        said = kept(persona_cache(out, BARRED, label, "greedy"), list) or []
+        found[label] = measure.attention_by_turn(versions[name], dialogues, said[: len(dialogues)])
+    return found
 
 
 def ghost_versions(versions: dict[str, Path]) -> dict[str, str]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from puna.core.chat import Message, decode_answer, encode_prompt
+from puna.core.attended import attention_to
+from puna.core.chat import Message, decode_answer, encode_answer, encode_prompt
 from puna.core.checkpoint.atomic import write_text
 from puna.core.checkpoint.folder import load_model, tokenizer_path
 from puna.core.generation.generate import generate
@@ -18,6 +19,7 @@ from puna.demo.village import oracle
 from puna.demo.village.world import MEASURED_TURNS, PersonaDialogue
 from puna.trainers.data.ghost import GhostDialogue
 from puna.trainers.evaluation.dialogues import Said, next_turn
+from puna.trainers.gatt import encode_turn
 
 MODES = {"t1": 1.0, "greedy": 0.0}
 ANSWER_TOKENS = 48  # longest answer that is drawn; the world's are of 6 to 14 words
@@ -143,6 +145,39 @@ def kept_by_turn(
         if kept:
             found[str(turn)] = sum(kept) / len(kept)
     return found
+
+
+def attention_by_turn(
+    path: Path, dialogues: Sequence[PersonaDialogue], said: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """Fig. 10: how strongly each measured answer's tokens look back at the instruction, which is
+    in the first message alone: the largest weight of any head of any layer, averaged over the
+    tokens and dialogues."""
+    model, tokenizer = load_model(path), Tokenizer(tokenizer_path(path))
+    found: dict[str, list[float]] = {str(turn): [] for turn in MEASURED_TURNS}
+    for dialogue, texts in zip(dialogues, said, strict=True):
+        ids: list[int] = []
+        places: list[slice] = []
+        for turn, (question, text) in enumerate(zip(dialogue.questions, texts, strict=True)):
+            asked = encode_turn(tokenizer, question, dialogue.system if turn == 0 else "")
+            answer = encode_answer(tokenizer, text) if text else [tokenizer.eos_id]
+            places.append(slice(len(ids) + len(asked) - 1, len(ids) + len(asked + answer) - 1))
+            ids += asked + answer
+        told = instruction_in(tokenizer, dialogue)
+        weights = attention_to(model, ids[: model.config.context], told)
+        for turn in MEASURED_TURNS:
+            seen = weights[places[turn - 1]]  # of the tokens that the answer's are predicted from
+            found[str(turn)] += [float(seen.mean())] if len(seen) else []
+    return {turn: sum(means) / len(means) for turn, means in found.items() if means}
+
+
+def instruction_in(tokenizer: Tokenizer, dialogue: PersonaDialogue) -> slice:
+    """Where the instruction stands among a dialogue's ids: what the first message has more with it
+    than without."""
+    told = encode_turn(tokenizer, dialogue.questions[0], dialogue.system)
+    plain = encode_turn(tokenizer, dialogue.questions[0])
+    start = next(i for i, (a, b) in enumerate(zip(told, plain, strict=False)) if a != b)
+    return slice(start, start + len(told) - len(plain))
 
 
 def calibration(differences: Sequence[float], bins: int = 10) -> list[list[float]]:

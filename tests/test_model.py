@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llama_peer import in_transformers
 
 from puna.core.config import ModelConfig
 from puna.core.generation.kv_cache import KVCache
@@ -24,29 +25,6 @@ def make(config=GQA, head="lm", seed=0):
 def random_tokens(*shape, config=GQA, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(config.vocab_size, shape, generator=generator)
-
-
-def in_transformers(model):
-    """The same weights in transformers' Llama."""
-    transformers = pytest.importorskip("transformers")
-    config = model.config
-    peer = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=config.dim,
-            intermediate_size=config.ffn_dim,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
-            vocab_size=config.vocab_size,
-            max_position_embeddings=config.context,
-            rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=False,
-            attn_implementation="eager",
-        )
-    )
-    peer.load_state_dict(model.state_dict(), strict=True)
-    return peer
 
 
 @pytest.mark.parametrize("config", [MHA, GQA], ids=["mha", "gqa"])

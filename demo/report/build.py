@@ -83,6 +83,11 @@ VERSION_FIGURES: tuple[Drawn, ...] = (
         captions.instruction_kept,
     ),
     (
+        "Ghost Attention: how strongly answers look back at the instruction",
+        figures.instruction_attention,
+        captions.instruction_attention,
+    ),
+    (
         "Ghost Attention: instructions that it never trained on",
         figures.instruction_kept_among,
         captions.instruction_kept_among,

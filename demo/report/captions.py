@@ -168,6 +168,22 @@ def instruction_kept(evaluation: Evaluation) -> str:
     )
 
 
+def instruction_attention(evaluation: Evaluation) -> str:
+    found = evaluation.get("gatt_attention", {})
+
+    def ends(which: str) -> str:
+        row = found.get(which, {})
+        first, last = (row.get(turn) for turn in ("1", "20"))
+        return "not measured" if None in (first, last) else f"{first:.2f} to {last:.2f}"
+
+    return (
+        "The paper shows that with Ghost Attention the system message keeps a large attention over "
+        "more of the dialogue (Fig. 10). Here, from the first to the twentieth answer, the largest "
+        "weight that any head gives to the instruction, averaged over the answer's tokens, goes "
+        f"from {ends('with')} with it and from {ends('without')} without."
+    )
+
+
 def _dialogues(evaluation: Evaluation) -> str:
     count = kept_count(evaluation)
     return f" ({count} dialogues)" if count else ""

@@ -225,6 +225,26 @@ def instruction_kept(evaluation: Evaluation) -> Figure | None:
     return figure
 
 
+def instruction_attention(evaluation: Evaluation) -> Figure | None:
+    """Fig. 10: how strongly answers look back at the instruction, by answer number."""
+    found = evaluation.get("gatt_attention", {})
+    if not any(found.get(which) for which in PAPER_KEPT):
+        return None
+    figure, (ax,) = drawing.canvas(1, 1, 3.0)
+    ends = []
+    for which, colour in (("with", GREEN), ("without", ORANGE)):
+        turns = [int(t) for t in TURNS if found.get(which, {}).get(t) is not None]
+        values = [found[which][str(t)] for t in turns]
+        ax.plot(turns, values, color=colour, marker="o", ms=5, linewidth=2)
+        ends.append((turns[-1], values[-1], f"{which} GAtt {values[-1]:.2f}", colour))
+    drawing.line_labels(ax, ends, gap=0.08 * ax.get_ylim()[1])
+    ax.set_xlim(0.4, 25)
+    ax.set_ylim(bottom=0)
+    ax.set_xticks([int(t) for t in TURNS])
+    drawing.name_axes(ax, "answer of the dialogue", "largest attention weight")
+    return figure
+
+
 def instruction_kept_among(evaluation: Evaluation) -> Figure | None:
     """Share of answers that keep the instruction, greedy, by what is new about it."""
     if not any(kept(evaluation, "with", among=among) for among in KEPT_AMONG):
