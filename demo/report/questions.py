@@ -63,7 +63,8 @@ the instruction in the first turn only and no loss on the earlier turns, whose a
 contradict what the model is shown.
 
 **This run** measures instructions whose values no training data has. Greedy, the instruction is
-kept in $turns of answers $turn_names without Ghost Attention, and in $turns_gatt with it. Of a kind
+kept in $turns of answers $turn_names without Ghost Attention, and in $turns_gatt with it; in
+$turns_last at the end of the loop, after further fine-tuning from that model and PPO. Of a kind
 of instruction that Ghost Attention never trains on (a drink) it is $turns_kind without and
 $turns_kind_gatt with it. Only answers that pass the oracle's `keeps` became training targets, and
 the same oracle measures. At temperature 1 the twentieth answer keeps it in
@@ -74,6 +75,8 @@ that there is something to forget: fading is built in, its repair is not.
 $figure_kept
 
 $figure_kept_among
+
+$figure_attention
 
 ## 2. How are the two reward models combined: two scalars or something richer?
 
@@ -153,6 +156,10 @@ def write_questions(folder: Path, docs: Path) -> Path:
             "Instruction kept by what is new about it",
             figures.instruction_kept_among(evaluation),
         ),
+        "attention": (
+            "Attention to the instruction by answer number",
+            figures.instruction_attention(evaluation),
+        ),
         "switch": ("Branches of the reward switch", reward_figures.switch_branches(evaluation)),
         "ppo": ("PPO over its iterations", figures.ppo(ppo)),
         "wins": ("Win rate over SFT", figures.win_rates(evaluation)),
@@ -199,6 +206,7 @@ def _kept(evaluation: Evaluation) -> dict[str, str]:
     return {
         "turns": listed("without"),
         "turns_gatt": listed("with"),
+        "turns_last": listed("last"),
         "turns_kind": listed("without", "kind"),
         "turns_kind_gatt": listed("with", "kind"),
         "turn_names": ", ".join(TURNS),
