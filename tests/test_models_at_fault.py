@@ -118,7 +118,9 @@ def test_evaluate_names_the_folder(world, tmp_path):
 def test_rlhf_measures_no_accuracy_of_such_a_model(world, tmp_path):
     shutil.copy(world / "preferences.jsonl", tmp_path / "helpfulness.jsonl")
     judges = {"helpfulness": world / "ruined-helpfulness"}
-    version = rlhf.Version(1, world / "chat", judges, tmp_path / "selected.jsonl", ())
+    version = rlhf.Version(
+        1, world / "chat", judges, tmp_path / "selected.jsonl", (), world / "chat"
+    )
     prompts = {
         f"{name}prompts": [world / "prompts.jsonl"] for name in ("", "helpfulness_", "safety_")
     }

@@ -176,7 +176,7 @@ def written(out: Path) -> dict[str, list]:
     for path in sorted(out.rglob("*.jsonl")):
         rows = [json.loads(row) for row in path.read_text().splitlines()]
         for row in rows:
-            for name in [n for n in row if n.startswith("seconds") or n == "model"]:
+            for name in [n for n in row if n.startswith("seconds") or n in ("model", "steps")]:
                 del row[name]
         found[str(path.relative_to(out))] = rows
     return found
