@@ -111,7 +111,7 @@ def version_rates(evaluation: Evaluation) -> Figure | None:
         drawing.heading(ax, text, colour)
         for decoding in ("greedy", "t1"):
             _rate_line(ax, evaluation, names, key, kind, colour, decoding)
-        drawing.categories(ax, [title(v) for v in names])
+        drawing.categories(ax, [title(v).replace(" before", "\nbefore\n") for v in names])
         ax.set_xlim(-0.4, len(names) - 0.4)
         drawing.share_axis(ax, top=1.08)
     return figure
@@ -127,7 +127,7 @@ def best_of_k(evaluation: Evaluation) -> Figure | None:
     for ax, version in zip(axes, names, strict=True):
         rows = curves[version]
         ks = [row["k"] for row in rows]
-        drawing.heading(ax, f"Answers drawn for {title(version)}")
+        drawing.heading(ax, title(version))
         best, middle = [row["best"] for row in rows], [row["median"] for row in rows]
         ax.fill_between(ks, middle, best, color=GREEN, alpha=0.12, linewidth=0)
         ax.plot(ks, best, "o-", color=GREEN, ms=3.5, lw=1.6)
@@ -139,9 +139,9 @@ def best_of_k(evaluation: Evaluation) -> Figure | None:
             gap=0.1 * span,
         )
         ax.set_xlim(min(ks) - 0.4, max(ks) + (max(ks) - min(ks)) * 0.28 + 0.4)
-        ax.set_xticks([k for k in ks if k & (k - 1) == 0 or k == ks[-1]])
-        drawing.name_axes(ax, "K, answers per prompt")
-    drawing.name_axes(axes[0], "K, answers per prompt", "reward (raw score of Eq. 4)")
+        ax.set_xticks([k for k in ks if k & (k - 1) == 0 and k != 2 or k == ks[-1]])
+        drawing.name_axes(ax, "K answers")
+    drawing.name_axes(axes[0], "K answers", "reward (raw score of Eq. 4)")
     return figure
 
 

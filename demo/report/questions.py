@@ -263,17 +263,16 @@ def _ppo_gain(evaluation: Evaluation) -> str:
     found = evaluation.get("ppo", {})
     if not {"t1", "greedy"} <= found.keys():
         return "Its answers were not compared with those of the model before it."
-    low, high = found["t1"]["ci95"]
-    verdict = "PPO helped" if low > 0.5 else "it hurt" if high < 0.5 else "a gain does not show"
     shown = []
     for decoding, how in (("t1", "at temperature 1"), ("greedy", "greedily")):
         low, high = found[decoding]["ci95"]
+        verdict = "a gain" if low > 0.5 else "a loss" if high < 0.5 else "no difference shown"
         ends = f"{100 * low:.1f} to {100 * high:.1f}%"
-        shown.append(f"{percent(found[decoding]['wins'], 1)} ({ends}) {how}")
+        shown.append(f"{percent(found[decoding]['wins'], 1)} ({ends}: {verdict}) {how}")
     return (
         "Against the very model that PPO began with, on the same "
         f"{found['t1']['prompts']} prompts, its answers win {' and '.join(shown)}, ties counted "
-        f"half: {verdict}."
+        "half."
     )
 
 
