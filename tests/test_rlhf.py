@@ -367,3 +367,13 @@ def test_half_of_ghost_attention_is_refused(tiny, tmp_path, options, message):
 def test_a_judge_that_nobody_would_ask_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="judge"):
         rlhf.run(configured(tiny, tmp_path / "o"), ANNOTATORS, judge=lambda a: [True] * len(a))
+
+
+@pytest.mark.parametrize("changed", [{"gatt_version": 2}, {"gatt_answers": 3}])
+def test_where_ghost_attention_stands_is_fixed(tiny, tmp_path, changed):
+    options = {"gatt_version": 1, "gatt_dialogues": [tiny / "ghosts.jsonl"]}
+    config = configured(tiny, tmp_path / "loop", **options)
+    with pytest.raises(Waiting):
+        rlhf.run(config)
+    with pytest.raises(ValueError, match=f"{next(iter(changed))}.*another --out"):
+        rlhf.run(replace(config, amend=True, **changed))

@@ -200,12 +200,12 @@ class RLHFConfig(Options):
     (paper: V3 was trained so and had lost skills, rhyming for one)"""
     versions: Count = 5
     """V1 .. Vn (paper: 5)"""
-    gatt_version: CountOrZero = 0
+    gatt_version: Annotated[CountOrZero, FIXED] = 0
     """Ghost Attention follows on the rejection sampling of this version, and later versions are
     fine-tuned from its model (paper: 3); 0: there is none"""
     gatt_dialogues: list[Path] = field(default_factory=list)
     """dialogues for it, as `puna gatt` reads them"""
-    gatt_answers: CountOrZero = 0
+    gatt_answers: Annotated[CountOrZero, FIXED] = 0
     """the version's selected answers that are mixed in, the first so many; 0: all"""
     ppo_versions: CountOrZero = 1
     """so many of the last versions end with PPO (paper: V5; V4 is unclear)"""
