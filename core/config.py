@@ -79,6 +79,7 @@ SIZES: dict[str, ModelConfig] = {
     "110m": ModelConfig(768, 12, 12, 12, 2048, 32000, context=1024),
     "1b": ModelConfig(2048, 22, 32, 4, 5632, 32000, context=2048),
     "mini": ModelConfig(128, 4, 4, 2, 352, 1024, context=1024),
+    "micro": ModelConfig(64, 4, 4, 2, 176, 1024, context=1024),
 }
 
 

@@ -5,7 +5,7 @@ Models answer held-out prompts, the oracle judges. What is slow is kept piece by
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def version_rows(
 def ppo_gain(held: HeldOut, said: dict[str, Any]) -> dict[str, Any]:
     """The last version's answers against those of the model that PPO began with, on the same
     prompts: by mode the share won, ties counted half, and its interval."""
-    after = list(said)[-1]
+    after = newest(said)
     before = f"{after}-rejection"
     if before not in said:
         return {}
@@ -275,7 +275,12 @@ def ghost_versions(versions: dict[str, Path]) -> dict[str, str]:
     """The version with Ghost Attention, the one it began from, and the last of the loop."""
     names = list(versions)
     place = names.index("gatt")
-    return {"without": names[place - 1], "with": "gatt", "last": names[-1]}
+    return {"without": names[place - 1], "with": "gatt", "last": newest(versions)}
+
+
+def newest(versions: Iterable[str]) -> str:
+    """The last version of the loop, among the names of the models that were made."""
+    return [name for name in versions if name.startswith("rlhf-")][-1]
 
 
 def persona_cache(out: Path, which: str, label: str, mode: str) -> Path:
@@ -291,6 +296,7 @@ def conversations(out: Path, held: HeldOut, said: dict[str, Any]) -> list[dict[s
             columns = {
                 name: [*prompt, {"role": "assistant", "content": texts["greedy"][kind][index]}]
                 for name, texts in said.items()
+                if not name.startswith("student")
             }
             found.append({"title": f"{kind} request", "columns": columns})
     return found

@@ -4,6 +4,7 @@ Each stage is the trainer that a user would call, with the settings of `recipes/
 that is done is passed over and one that was interrupted goes on, so the same command continues.
 
     data/ tokenizer/ pretrain/ sft/ rlhf/   what each stage left
+    student/          with `student`: a smaller model, taught by the last version's answers
     evaluation.json   everything measured;  summary.json, report.html   made from it
 """
 
@@ -19,6 +20,7 @@ from puna.core.documents import json_rows
 from puna.core.terminal import say
 from puna.core.tokenizer import train_tokenizer
 from puna.demo import evaluation
+from puna.demo.evaluation import newest
 from puna.demo.kept import seconds
 from puna.demo.report.build import write_report, write_summary
 from puna.demo.village import oracle, world
@@ -27,11 +29,13 @@ from puna.trainers.rl.comparisons import write_rows
 from puna.trainers.rl.config import RLHFConfig
 from puna.trainers.train.claim import owned
 from puna.trainers.train.config import find_recipe, from_values, load_recipe
+from puna.trainers.train.kinds import FREE
 from puna.trainers.train.ranges import Above, AtMost, Options, Seed
 
 Config = TypeVar("Config")
 VOCABULARY = 1280  # every word of the world is one piece: 20 exchanges fit the context
 DOCUMENTS = 26_000  # of pretraining: about three million tokens
+SMALLER = "micro"  # size of the student: a third of the demo's parameters
 
 
 @dataclass(kw_only=True)
@@ -44,6 +48,9 @@ class DemoConfig(Options):
     """of the world and of every stage"""
     scale: Annotated[float, Above(0), AtMost(1000)] = 1.0
     """amount of data and steps; 0.03 takes about a minute and shows only that all runs"""
+    student: Annotated[bool, FREE] = False
+    """also make a smaller model and fine-tune it on the answers that the last version selected, as
+    the paper's smaller models learned from its largest"""
 
 
 def run(config: DemoConfig) -> Path:
@@ -56,6 +63,8 @@ def run(config: DemoConfig) -> Path:
         demo.stage("pretrain", demo.pretrain)
         demo.stage("sft", demo.sft)
         demo.stage("rlhf", demo.rlhf)
+        if config.student:
+            demo.stage("student", demo.student)
         demo.stage(
             "evaluation", lambda: evaluation.write_evaluation(demo.out, demo.versions(), config)
         )
@@ -64,7 +73,7 @@ def run(config: DemoConfig) -> Path:
     say(
         f"\nDone in {demo.seconds():.0f} s ({time.monotonic() - began:.0f} s in this call)."
         f"\nReport: {report}"
-        f"\nTalk to the model: puna chat --model {[*demo.versions().values()][-1]}"
+        f"\nTalk to the model: puna chat --model {demo.versions()[newest(demo.versions())]}"
     )
     return report
 
@@ -136,28 +145,44 @@ class Demo:
             train_tokenizer(texts, self.tokenizer, vocab_size=VOCABULARY)
 
     def pretrain(self) -> None:
+        self._pretrain(self.out)
+
+    def _pretrain(self, folder: Path, **values: Any) -> None:
         recipe = load_recipe(pretrain.PretrainConfig, find_recipe("demo/pretrain.toml"))
         pretrain.run(
             self.settings(
                 pretrain.PretrainConfig,
                 "pretrain",
-                out=str(self.out / "pretrain"),
+                out=str(folder / "pretrain"),
                 data=[str(self.data / "pretrain.jsonl")],
                 tokenizer=str(self.tokenizer),
                 steps=self.scaled(recipe["steps"], 20),
+                **values,
             )
         )
 
     def sft(self) -> None:
+        self._sft(self.out)
+
+    def _sft(self, folder: Path) -> None:
         sft.run(
             self.settings(
                 sft.SFTConfig,
                 "sft",
-                out=str(self.out / "sft"),
-                model=str(self.out / "pretrain" / "model"),
+                out=str(folder / "sft"),
+                model=str(folder / "pretrain" / "model"),
                 data=[str(self.data / "sft.jsonl")],
             )
         )
+
+    def student(self) -> None:
+        """A smaller model, then the same one fine-tuned on the best answers of all versions (paper
+        section 3.2.3: only the 70B samples)."""
+        folder, loop = self.out / "student", self.rlhf_config()
+        self._pretrain(folder, size=SMALLER)
+        self._sft(folder)
+        selected = loop.out / f"round-{loop.versions}" / "rejection" / "selected.jsonl"
+        rlhf.teach(loop, folder, folder / "sft" / "model", selected)
 
     def rlhf(self) -> None:
         """V1..Vn, compared by the oracle."""
@@ -196,6 +221,10 @@ class Demo:
                 found["gatt"] = Path(steps["gatt"])
             if "ppo" in steps:
                 found[name] = Path(steps["ppo"])
+        student = self.out / "student"
+        if (student / "student" / "model").exists():
+            found["student-sft"] = student / "sft" / "model"
+            found["student"] = student / "student" / "model"
         return found
 
 

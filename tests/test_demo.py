@@ -73,6 +73,21 @@ def test_a_run_that_was_killed_while_it_was_judged_goes_on(demo: Path) -> None:
     assert after["gatt"] == before["gatt"] and after["versions"] == before["versions"]
 
 
+def test_a_smaller_model_learns_from_the_last_versions_answers(demo: Path) -> None:
+    before = json.loads((demo / "summary.json").read_text())["versions"]
+    done = puna("demo", "--out", str(demo), "--scale", "0.03", "--student")
+    assert done.returncode == 0, done.stderr
+    after = json.loads((demo / "summary.json").read_text())["versions"]
+    assert after == before | {name: after[name] for name in ("student-sft", "student")}
+    shapes = [
+        json.loads((demo / folder / "model" / "config.json").read_text())["hidden_size"]
+        for folder in ("sft", "student/sft", "student/student")
+    ]
+    assert shapes == [128, 64, 64]
+    html = (demo / "report.html").read_text()
+    assert "smaller, taught" in html
+
+
 def test_another_seed_is_refused_in_the_same_folder(demo: Path) -> None:
     refused = puna("demo", "--out", str(demo), "--scale", "0.03", "--seed", "1")
     assert refused.returncode == 1

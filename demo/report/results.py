@@ -26,6 +26,12 @@ KEPT_AMONG = {
     "kind": "a kind never trained on",
 }
 REWARD_MODELS = ("helpfulness", "safety")
+TITLES = {
+    "sft": "SFT",
+    "gatt": "GAtt",
+    "student-sft": "smaller SFT",
+    "student": "smaller, taught",
+}
 
 
 def load_evaluation(folder: Path) -> Evaluation:
@@ -53,9 +59,10 @@ def gatt_base(evaluation: Evaluation) -> str | None:
 
 def title(version: str) -> str:
     """A version's name for people: SFT, V1, GAtt, V5 before PPO."""
+    if version in TITLES:
+        return TITLES[version]
     number, _, step = version.removeprefix("rlhf-").partition("-")
-    plain = {"sft": "SFT", "gatt": "GAtt"}.get(version, number.upper())
-    return f"{plain} before PPO" if step else plain
+    return f"{number.upper()} before PPO" if step else number.upper()
 
 
 def measured(evaluation: Evaluation, version: str | None, decoding: str = "t1") -> dict[str, Any]:

@@ -108,14 +108,22 @@ def show_curves(curves: Sequence[Found], names: Mapping[str, str]) -> None:
             Path(row["file"]).name,
             f"{row['temperature']:g}",
             f"{row['self_bleu']:.1f}" if "self_bleu" in row else "",
-            *((f"{row['by_k'][i]['best']:.3f}" for i in (0, -1)) if "by_k" in row else ("", "")),
+            *(score_cells(row["by_k"]) if "by_k" in row else ("", "", "")),
             f"{row['unfinished']:.3f}",
         )
         for row in curves
     ]
     count = max((row["by_k"][-1]["k"] for row in curves if "by_k" in row), default=0)
-    header = ("model", "prompts", "T", "Self-BLEU", "score", f"best of {count or 'K'}")
+    header = ("model", "prompts", "T", "Self-BLEU", "score", "median", f"best of {count or 'K'}")
     say_table(rows, (*header, "cut off"), "By temperature T")
+
+
+def score_cells(by_k: Sequence[Found]) -> tuple[str, str, str]:
+    """Of one answer, then of all K the median and the best: over files of one batch each, Fig. 26.
+    """
+    values = (by_k[0]["best"], by_k[-1]["median"], by_k[-1]["best"])
+    one, median, best = (f"{value:.3f}" for value in values)
+    return one, median, best
 
 
 def cells(share: Found) -> tuple[str, str, str]:
