@@ -7,7 +7,7 @@ from typing import Annotated
 
 from puna.core.terminal import say, say_table
 from puna.core.tokenizer import Tokenizer, train_tokenizer
-from puna.trainers.data.corpus import encode_corpus, save_corpus
+from puna.trainers.data.encoding import Texts, encode_file, encode_folder
 from puna.trainers.data.formats import Columns
 from puna.trainers.data.readers import read_texts
 from puna.trainers.train.ranges import AtLeast, AtMost, Options
@@ -40,7 +40,7 @@ class Encode(Options):
     data: tuple[Path, ...] = ()
     """Texts to write: .txt files, or .jsonl files with a text column."""
     output: Path | None = None
-    """The .npy file of ids to write."""
+    """The corpus of ids to write: a folder, which can be continued, or one .npy file."""
     columns: Columns = Columns()
     """The names of the columns in .jsonl files."""
 
@@ -84,12 +84,11 @@ def encode(config: Encode) -> None:
         raise ValueError("give either --text, or --data and --output")
     tokenizer = Tokenizer(config.tokenizer)
     if config.output is not None:
-        corpus = encode_corpus(tokenizer, _texts(config.data, config.columns))
-        save_corpus(config.output, corpus)
-        say(
-            f"wrote {config.output}: {len(corpus.tokens):,} tokens of "
-            f"{len(corpus.starts):,} documents"
-        )
+        write = encode_file if config.output.suffix == ".npy" else encode_folder
+        found = write(config.output, tokenizer, Texts(config.data, config.columns))
+        if found.skipped:
+            say(str(found.skipped))
+        say(f"wrote {config.output}: {found.tokens:,} tokens of {found.documents:,} documents")
         return
     ids = tokenizer.encode(config.text or "")
     say(" ".join(map(str, ids)))

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from puna.core.tokenizer import Tokenizer
 from puna.trainers import reward, rlhf, sft
 from puna.trainers.data.mix import draw_share, mixed
-from puna.trainers.data.packing import epoch_order, rows_in_order
 from puna.trainers.data.readers import Skipped
 from puna.trainers.data.split import split_batches
+from puna.trainers.data.visits import epoch_order, rows_in_order
 from puna.trainers.reward import RewardConfig
 from puna.trainers.sft import SFTConfig
 from puna.trainers.train import next_token

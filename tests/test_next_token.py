@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from puna.core import parallel
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
-from puna.trainers.data.packing import PackedRows, step_rows
+from puna.trainers.data.packing import PackedRows
 from puna.trainers.data.split import split
+from puna.trainers.data.visits import step_rows
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.plan import announce, check_shares, of_epochs, of_steps
 

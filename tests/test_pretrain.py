@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from puna.core.checkpoint.folder import load_model
 from puna.core.tokenizer import Tokenizer
 from puna.trainers import pretrain
-from puna.trainers.data.corpus import encode_corpus, save_corpus
+from puna.trainers.data.encoding import Texts, encode_corpus, encode_file, encode_folder
 from puna.trainers.data.readers import read_texts
 from puna.trainers.pretrain import PretrainConfig
 
@@ -57,14 +59,41 @@ def test_the_finished_model_has_the_tokenizers_vocabulary_and_the_context_asked_
 
 
 def test_a_corpus_of_ids_trains_as_its_texts_do_whatever_the_micro_batch(tiny, whole, tmp_path):
-    corpus = encode_corpus(Tokenizer(tiny / "tokenizer.model"), read_texts(tiny / "text.jsonl")[0])
-    save_corpus(tmp_path / "text.npy", corpus)
-    pretrain.run(
-        configured(tiny, tmp_path / "run", data=[tmp_path / "text.npy"], micro_batch=4, steps=3)
-    )
-    ours, theirs = metrics(tmp_path / "run"), metrics(whole)
-    assert ours[1]["loss"] == pytest.approx(theirs[1]["loss"], abs=1e-6)
-    assert ours[0] == pytest.approx(theirs[0], abs=1e-6)
+    tokenizer, texts = Tokenizer(tiny / "tokenizer.model"), Texts([tiny / "text.jsonl"])
+    encode_file(tmp_path / "text.npy", tokenizer, texts)
+    encode_folder(tmp_path / "text", tokenizer, texts)
+    for name in ("text.npy", "text"):
+        options = {"data": [tmp_path / name], "micro_batch": 4, "steps": 3}
+        pretrain.run(configured(tiny, tmp_path / f"run-{name}", **options))
+        ours, theirs = metrics(tmp_path / f"run-{name}"), metrics(whole)
+        assert ours[1]["loss"] == pytest.approx(theirs[1]["loss"], abs=1e-6)
+        assert ours[0] == pytest.approx(theirs[0], abs=1e-6)
+        assert not (tmp_path / f"run-{name}" / "corpus").exists()
+    assert json.loads((whole / "corpus" / "corpus.json").read_text())["complete"]
+
+
+def test_texts_are_encoded_once(tiny, tmp_path, monkeypatch):
+    config, tokenizer = configured(tiny, tmp_path), Tokenizer(tiny / "tokenizer.model")
+    run = SimpleNamespace(path=tmp_path)
+    first = pretrain.load_corpus(config, run, tokenizer)
+    monkeypatch.setattr(Tokenizer, "encode_all", None)
+    again = pretrain.load_corpus(config, run, tokenizer)
+    assert np.array_equal(first.shards[0], again.shards[0])
+
+
+def test_texts_and_corpora_are_not_mixed(tiny, tmp_path):
+    np.save(tmp_path / "a.npy", np.ones(99, np.uint16))
+    with pytest.raises(ValueError, match="encode the texts with `puna tokenizer encode`, too"):
+        data = [tiny / "text.jsonl", tmp_path / "a.npy"]
+        pretrain.run(configured(tiny, tmp_path / "run", data=data))
+
+
+def test_more_text_than_ranks_would_wait_for_is_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "MOST_WAITED_FOR", 10)
+    monkeypatch.setattr(pretrain.parallel, "world_size", lambda: 2)
+    config = configured(tiny, tmp_path / "run")
+    with pytest.raises(ValueError, match="while 2 ranks wait; encode it with"):
+        pretrain.load_corpus(config, None, Tokenizer(tiny / "tokenizer.model"))
 
 
 def test_the_first_loss_is_that_of_the_freshly_initialised_model(tiny, whole):
@@ -74,15 +103,17 @@ def test_the_first_loss_is_that_of_the_freshly_initialised_model(tiny, whole):
     model = load_model(whole / "model")
     model.init_weights(0)
     corpus = encode_corpus(tokenizer, read_texts(tiny / "text.jsonl")[0])
-    cut = len(corpus.tokens) - round(len(corpus.tokens) * 0.1)
+    (tokens,) = corpus.shards
+    starts = np.flatnonzero(tokens == tokenizer.bos_id)
+    cut = len(tokens) - round(len(tokens) * 0.1)
     total, count = 0.0, 0
-    borders = sorted({*corpus.starts.tolist(), *range(cut, len(corpus.tokens), 48)})
-    for begin, end in zip(borders, [*borders[1:], len(corpus.tokens)], strict=True):
+    borders = sorted({*starts.tolist(), *range(cut, len(tokens), 48)})
+    for begin, end in zip(borders, [*borders[1:], len(tokens)], strict=True):
         if begin < cut:
             continue
         # A row's last token still has its target, unless the document ends there.
-        last = end if end == len(corpus.tokens) or end in corpus.starts else end + 1
-        ids = torch.tensor(corpus.tokens[begin:last].astype("int64"))
+        last = end if end == len(tokens) or end in starts else end + 1
+        ids = torch.tensor(tokens[begin:last].astype("int64"))
         if len(ids) < 2:
             continue
         logits = model(ids[None, :-1])[0] @ model.lm_head.weight.T

@@ -182,7 +182,7 @@ def test_a_pipe_is_no_data(tiny: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     tokenizer = Tokenizer(tiny / "tokenizer.model")
     readers = [read_texts, read_dialogues, read_samples, read_toml, Tokenizer, open_any]
-    for read in [*readers, lambda path: open_corpus(path, tokenizer)]:
+    for read in [*readers, lambda path: open_corpus([path], tokenizer)]:
         refused(lambda read=read: read(tmp_path / "pipe.txt"), "pipe.txt")
 
 
@@ -194,10 +194,10 @@ def test_corpora(tiny: Path, tmp_path: Path) -> None:
     for shape in (b"(9,), ", b"(0x8ffff,), ", b"(-1,), ", b"('x',), ", b"((8,),), "):
         header = data[:128].replace(b"(8,), ", shape).rstrip() + b"\n"
         file.write_bytes(header.replace(b"\n", b"").ljust(127) + b"\n" + data[128:])
-        refused(lambda: open_corpus(file, tokenizer), "a.npy is no .npy array")
+        refused(lambda: open_corpus([file], tokenizer), "a.npy is no .npy array")
     np.savez(tmp_path / "b.npz", np.ones(8, np.uint16))
     (tmp_path / "b.npz").rename(file)
-    refused(lambda: open_corpus(file, tokenizer), "a.npy is no .npy array")
+    refused(lambda: open_corpus([file], tokenizer), "a.npy is no .npy array")
 
 
 RECIPES = {

@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+from puna.core import parallel
 from puna.core.checkpoint.source import Source, fresh
 from puna.core.config import size
+from puna.core.documents import regular_file
 from puna.core.tokenizer import Tokenizer
-from puna.trainers.data.corpus import Corpus, encode_corpus, open_corpus, split_corpus
+from puna.trainers.data.corpus import Corpus, is_corpus, open_corpus, split_corpus
+from puna.trainers.data.encoding import Texts, encode_folder
 from puna.trainers.data.packing import CorpusRows
-from puna.trainers.data.readers import Skipped, read_texts
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.command import command
 from puna.trainers.train.kinds import FIXED
@@ -22,13 +24,16 @@ from puna.trainers.train.plan import of_epochs, of_steps
 from puna.trainers.train.ranges import CountOrZero, ShareOf
 from puna.trainers.train.run import Run, open_run, open_start
 
+MOST_WAITED_FOR = 500_000_000  # bytes of text: some minutes, less than a collective's timeout
+
 
 @dataclass(kw_only=True)
 class PretrainConfig(loop.RowsConfig):
     """Train a language model from scratch on text."""
 
     data: list[Path]
-    """.txt (one document a file), .jsonl with `text`, or one .npy of token ids"""
+    """.txt (one document a file) and .jsonl with `text`; or corpora of ids, .npy files and folders,
+    that `puna tokenizer encode` wrote"""
     tokenizer: Path
     """tokenizer.model; its vocabulary is the model's"""
     size: Annotated[str, FIXED] = "mini"
@@ -54,7 +59,7 @@ def run(config: PretrainConfig) -> Path:
 
 def fit(config: PretrainConfig, folder: Run, tokenizer: Tokenizer) -> Path:
     """What there is still to do in an open run."""
-    corpus = load_corpus(config, tokenizer)
+    corpus = load_corpus(config, folder, tokenizer)
     training, held = corpus, None
     if config.eval_share > 0:
         training, held = split_corpus(corpus, config.eval_share)
@@ -71,7 +76,7 @@ def fit(config: PretrainConfig, folder: Run, tokenizer: Tokenizer) -> Path:
         rows,
         config,
         plan=plan,
-        what=f"{len(training.tokens):,} tokens in {len(rows):,} rows of {row_tokens:,}",
+        what=f"{training.size:,} tokens in {len(rows):,} rows of {row_tokens:,}",
         eval_rows=CorpusRows(held, row_tokens) if held is not None else None,
     )
 
@@ -86,17 +91,30 @@ def new_model(config: PretrainConfig, folder: Run, vocab_size: int) -> Source:
     return fresh(shape, config.seed)
 
 
-def load_corpus(config: PretrainConfig, tokenizer: Tokenizer) -> Corpus:
-    if len(config.data) == 1 and config.data[0].suffix == ".npy":
-        return open_corpus(config.data[0], tokenizer)
-    texts: list[str] = []
-    skipped = Skipped()
-    for path in config.data:
-        found, unusable = read_texts(path)
-        texts += found
-        skipped.merge(unusable)
-    next_token.say(skipped)
-    return encode_corpus(tokenizer, texts)
+def load_corpus(config: PretrainConfig, folder: Run, tokenizer: Tokenizer) -> Corpus:
+    """What `data` names, mapped into memory; texts are encoded once, into the run's folder."""
+    ids = [path for path in config.data if is_corpus(path)]
+    if len(ids) == len(config.data):
+        return open_corpus(ids, tokenizer)
+    if ids:
+        raise ValueError(
+            f"data names texts and the corpus {ids[0]}; encode the texts with `puna tokenizer "
+            "encode`, too"
+        )
+    if parallel.world_size() > 1:
+        size = sum(regular_file(path).stat().st_size for path in config.data)
+        if size > MOST_WAITED_FOR:
+            raise ValueError(
+                f"{size / 1e9:.1f} GB of text would be encoded while {parallel.world_size()} ranks "
+                "wait; encode it with `puna tokenizer encode` and train on that"
+            )
+    encoded = folder.path / "corpus"
+    parallel.on_main(lambda: encode(encoded, tokenizer, config.data))
+    return open_corpus([encoded], tokenizer)
+
+
+def encode(folder: Path, tokenizer: Tokenizer, data: list[Path]) -> None:
+    next_token.say(encode_folder(folder, tokenizer, Texts(data)).skipped)
 
 
 def main() -> int:

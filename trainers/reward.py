@@ -28,11 +28,11 @@ from puna.trainers.data.packing import (
     encode_pairs,
     levels,
     pair_batch,
-    step_rows,
     unlabelled,
 )
 from puna.trainers.data.readers import Skipped, read_preferences
 from puna.trainers.data.split import opening, split, split_batches
+from puna.trainers.data.visits import step_rows
 from puna.trainers.rl.accuracy import (
     Share,
     accuracies,

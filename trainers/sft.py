@@ -20,9 +20,10 @@ from puna.core.documents import as_name
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.formats import Columns, Dialogue
 from puna.trainers.data.mix import MixShare, mixed
-from puna.trainers.data.packing import PackedRows, rows_in_order
+from puna.trainers.data.packing import PackedRows
 from puna.trainers.data.readers import Skipped, parse_dialogues, read_dialogues
 from puna.trainers.data.split import exchange, split
+from puna.trainers.data.visits import rows_in_order
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.command import command
 from puna.trainers.train.kinds import FIXED

@@ -21,7 +21,8 @@ from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer, train_tokenizer
 from puna.demo.kept import kept, seconds
 from puna.trainers import gatt, sft
-from puna.trainers.data.corpus import encode_corpus, open_corpus, save_corpus
+from puna.trainers.data.corpus import INDEX, open_corpus
+from puna.trainers.data.encoding import Texts, encode_file, encode_folder
 from puna.trainers.data.ghost import GhostDialogue, read_ghost_dialogues
 from puna.trainers.data.readers import read_dialogues, read_preferences, read_prompts, read_texts
 from puna.trainers.rl.best_of import read_samples
@@ -70,8 +71,7 @@ def other_pieces(found: list[str]) -> str:
     return "other texts or scores of pieces, which SentencePiece's format does not check"
 
 
-def other_ids(found: tuple[list[int], list[int]]) -> str:
-    ids, _ = found
+def other_ids(ids: list[int]) -> str:
     return "other ids of the vocabulary" if all(0 <= each < 290 for each in ids) else ""
 
 
@@ -191,13 +191,22 @@ def make_targets(folder: Path) -> list[Target]:
     add("tokenizer.model", file, pieces, mutations.damaged, other_pieces)
 
     file = new("corpus") / "a.npy"
-    save_corpus(file, encode_corpus(vocabulary, ["hello there", "general"]))
+    texts = file.with_name("texts.jsonl")
+    texts.write_text('{"text": "hello there"}\n{"text": "general"}\n')
+    encode_file(file, vocabulary, Texts([texts]))
 
-    def corpus(file: Path = file) -> tuple[list[int], list[int]]:
-        found = open_corpus(file, vocabulary)
-        return found.tokens.tolist(), found.starts.tolist()
+    def corpus(file: Path = file) -> list[int]:
+        return [int(token) for shard in open_corpus([file], vocabulary).shards for token in shard]
 
     add("a.npy", file, corpus, mutations.text_file, other_ids)
+
+    folder = new("corpus-folder") / "corpus"
+    encode_folder(folder, vocabulary, Texts([texts]), shard=1)
+
+    def shards(file: Path = folder / INDEX) -> list[int]:
+        return corpus(file.parent)
+
+    add("corpus.json", folder / INDEX, shards, mutations.damaged, other_ids)
     add_rows(add, new("rows"), vocabulary)
     add_recipes(add, new("recipes"))
     return targets

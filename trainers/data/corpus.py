@@ -1,31 +1,39 @@
-"""A pretraining corpus: the ids of all documents end to end, in 2 or 4 bytes each.
+"""A pretraining corpus: the ids of all documents end to end, in 2 or 4 bytes each, in shards.
 
 Every document is BOS, its text, EOS; the paper does not say what separated Llama 2's. On disk a
-corpus is a one-dimensional `.npy` array, opened without reading it into memory: BOS tells where
-documents begin.
+corpus is a folder of `.npy` arrays with an index beside them, corpus.json, or one such array. Where
+documents begin, BOS tells when a row is read: nothing of a corpus is looked at as a whole, so
+opening one takes as long for 2T tokens as for 2M.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.format import MAGIC_PREFIX
 
-from puna.core.checkpoint.atomic import atomic_file
-from puna.core.documents import regular_file
+from puna.core.checkpoint.hashes import digest
+from puna.core.documents import field, read_object, regular_file
 from puna.core.tokenizer import Tokenizer
 
-CHUNK = 1 << 24  # tokens looked at together, so that a corpus larger than memory can be opened
+INDEX = "corpus.json"
+HEADER = 128  # bytes before the ids: the shape's digits may change, their place may not
+LOOKS, LOOK = 64, 4096  # places of a file that are looked at when it is opened, and tokens of each
 
 
 class Corpus(NamedTuple):
-    """Documents end to end."""
+    """Documents end to end, none of them in two shards."""
 
-    tokens: np.ndarray
-    """(N,) uint16 or uint32, in memory or mapped from a file"""
-    starts: np.ndarray
-    """(documents,) int64, ascending: where each document's BOS is in `tokens`"""
+    shards: tuple[np.ndarray, ...]
+    """each (n,) uint16 or uint32, in memory or mapped from a file"""
+    bos_id: int
+    vocab_size: int
+
+    @property
+    def size(self) -> int:
+        """Tokens in all."""
+        return sum(map(len, self.shards))
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
@@ -33,30 +41,49 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
-def encode_corpus(tokenizer: Tokenizer, texts: Iterable[str]) -> Corpus:
-    """Texts as a corpus. Raises ValueError where there is none."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    documents = [np.asarray(tokenizer.encode(text, bos=True, eos=True), dtype) for text in texts]
-    if not documents:
-        raise ValueError("there is no text to train on")
-    lengths = [len(document) for document in documents]
-    return Corpus(np.concatenate(documents), np.cumsum([0, *lengths[:-1]]))
+def is_corpus(path: Path) -> bool:
+    """Whether a path names a corpus, and no text."""
+    return path.suffix == ".npy" or path.is_dir()
 
 
-def save_corpus(path: Path, corpus: Corpus) -> None:
-    """Writes the ids as `.npy`; raises ValueError for a path of another ending."""
-    if path.suffix != ".npy":
-        raise ValueError(f"{path}: a corpus of ids is written as .npy; name it so")
-    with atomic_file(path) as partial, partial.open("wb") as file:
-        np.save(file, corpus.tokens, allow_pickle=False)
+def open_corpus(paths: Sequence[Path], tokenizer: Tokenizer) -> Corpus:
+    """The corpora at `paths`, one after the other, mapped into memory.
 
-
-def open_corpus(path: Path, tokenizer: Tokenizer) -> Corpus:
-    """A corpus on disk, mapped into memory.
-
-    Raises ValueError where the file is absent, no such array, or made with a tokenizer of a
-    larger vocabulary.
+    Raises ValueError where one is absent, unfinished, damaged, or made with another tokenizer.
     """
+    files = [file for path in paths for file in shards_of(path, tokenizer)]
+    shards = tuple(open_shard(file, tokenizer) for file in files)
+    return Corpus(shards, tokenizer.bos_id, tokenizer.vocab_size)
+
+
+def shards_of(path: Path, tokenizer: Tokenizer) -> list[Path]:
+    """A corpus's files: what its index names, with the sizes that it says."""
+    if not path.is_dir():
+        return [path]
+    index = read_object(path / INDEX, "write a corpus with `puna tokenizer encode`")
+    again = "; run `puna tokenizer encode` with this output again"
+    if not field(index, "complete", bool):
+        raise ValueError(f"{path} is not written to its end{again}")
+    if field(index, "tokenizer", str) != digest(tokenizer.path).sha256:
+        raise ValueError(
+            f"{path} was written with another tokenizer than {tokenizer.path}; encode the text "
+            "with this one"
+        )
+    files: list[Path] = []
+    for name, size in field(index, "shards", dict).items():
+        file = path / Path(name).name
+        if not file.is_file() or file.stat().st_size != size:
+            raise ValueError(f"{file} is missing or not as {INDEX} says; encode the text again")
+        files.append(file)
+    width = np.dtype(token_dtype(tokenizer.vocab_size)).itemsize
+    tokens = sum(file.stat().st_size - HEADER for file in files) // width
+    if not files or tokens != field(index, "tokens", int):
+        raise ValueError(f"{path / INDEX} does not name all shards; encode the text again")
+    return files
+
+
+def open_shard(path: Path, tokenizer: Tokenizer) -> np.ndarray:
+    """One array of ids, mapped; some places of it are looked at."""
     with regular_file(path).open("rb") as file:
         magic = file.read(len(MAGIC_PREFIX))
     if magic != MAGIC_PREFIX:  # np.load opens other files, too, but not as an array
@@ -70,16 +97,18 @@ def open_corpus(path: Path, tokenizer: Tokenizer) -> Corpus:
             f"{path} holds {tokens.dtype} of shape {tokens.shape}, expected a one-dimensional "
             "uint16 or uint32 array of ids, as `puna tokenizer encode --output` writes"
         )
-    starts = []
-    for begin in range(0, len(tokens), CHUNK):
-        chunk = tokens[begin : begin + CHUNK]
-        if int(chunk.max()) >= tokenizer.vocab_size:
-            raise ValueError(
-                f"{path} holds the id {int(chunk.max())}, outside the vocabulary of "
-                f"{tokenizer.vocab_size} in {tokenizer.path}; encode the text with this tokenizer"
-            )
-        starts.append(np.flatnonzero(chunk == tokenizer.bos_id) + begin)
-    return Corpus(tokens, np.concatenate(starts))
+    for begin in sorted({len(tokens) * look // LOOKS for look in range(LOOKS)}):
+        check_ids(tokens[begin : begin + LOOK], tokenizer.vocab_size, str(path))
+    return tokens
+
+
+def check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
+    """ValueError where an id is outside the vocabulary."""
+    if int(tokens.max()) >= vocab_size:
+        raise ValueError(
+            f"{where} holds the id {int(tokens.max())}, outside the tokenizer's vocabulary of "
+            f"{vocab_size}; encode the text with this tokenizer"
+        )
 
 
 def split_corpus(corpus: Corpus, eval_share: float) -> tuple[Corpus, Corpus]:
@@ -88,7 +117,13 @@ def split_corpus(corpus: Corpus, eval_share: float) -> tuple[Corpus, Corpus]:
     A cut document goes on in the held-out part without a BOS.
     """
     assert 0.0 < eval_share < 1.0
-    tokens, starts = corpus
-    cut = len(tokens) - round(len(tokens) * eval_share)
-    first = int(np.searchsorted(starts, cut))
-    return Corpus(tokens[:cut], starts[:first]), Corpus(tokens[cut:], starts[first:] - cut)
+    left = round(corpus.size * eval_share)
+    training: list[np.ndarray] = []
+    held: list[np.ndarray] = []
+    for shard in reversed(corpus.shards):
+        cut = len(shard) - min(left, len(shard))
+        left -= len(shard) - cut
+        training += [shard[:cut]] if cut else []
+        held += [shard[cut:]] if cut < len(shard) else []
+    first, last = (tuple(reversed(part)) for part in (training, held))
+    return corpus._replace(shards=first), corpus._replace(shards=last)

@@ -1,7 +1,7 @@
 """Sequences of ids as the batches that training reads: rows of T tokens, or pairs laid flat.
 
 Three kinds, all with random access, so that a run resumes from its step number alone: the rows
-of step s are a pure function of the data, the seed and s (`step_rows`).
+of step s are a pure function of the data, the seed and s (`visits.step_rows`).
 
 - `PackedRows`: dialogues. Whole sequences fill rows by best-fit decreasing, once; the order of
   the rows is shuffled anew each epoch.
@@ -14,7 +14,6 @@ pairs, N tokens in all.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ from torch import Tensor
 from puna.core.chat import encode_answer, encode_prompt
 from puna.core.packed import flat_sequences
 from puna.core.tokenizer import Tokenizer
-from puna.trainers.data.corpus import Corpus, token_dtype
+from puna.trainers.data.corpus import Corpus, check_ids, token_dtype
 from puna.trainers.data.formats import RATINGS, Preference
 from puna.trainers.data.readers import Skipped
 from puna.trainers.data.split import opening
@@ -80,48 +79,6 @@ class PairBatch(NamedTuple):
     """(P,) float32, 1, or 0 for a pair that only fills a rank's part"""
     safety_weights: Tensor
     """(2P,) float32, of each answer in the auxiliary loss"""
-
-
-@lru_cache(maxsize=2)  # a step needs at most the epoch that ends and the one that begins
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """(n,) int64, read-only: the order in which epoch number `epoch` visits n rows."""
-    order = np.random.default_rng((seed, epoch)).permutation(n)
-    order.flags.writeable = False
-    return order
-
-
-def step_rows(
-    n: int, batch_size: int, seed: int, step: int, visits: int | None = None
-) -> np.ndarray:
-    """(batch_size,) int64: the rows of step number `step` (from 0) out of n; fewer in the step in
-    which `visits` rows, those of all steps together, come to an end.
-
-    The epochs follow each other without a gap: a batch may end one and begin the next, so that
-    every row is visited once an epoch whatever the batch size is. Raises ValueError for n = 0.
-    """
-    if n < 1:
-        raise ValueError("there are no rows to train on")
-    first = step * batch_size
-    if visits is not None:
-        batch_size = min(batch_size, visits - first)
-    last = first + batch_size - 1
-    orders = [epoch_order(n, seed, epoch) for epoch in range(first // n, last // n + 1)]
-    start = first - first // n * n
-    return np.concatenate(orders)[start : start + batch_size]
-
-
-def rows_in_order(
-    sizes: Sequence[int], epochs: int, batch_size: int, seed: int, step: int
-) -> np.ndarray:
-    """As `step_rows`, where the rows are in parts of these sizes and each part is visited `epochs`
-    times before the next one begins; a step may end one part and begin the next."""
-    visits = np.cumsum([0, *(size * epochs for size in sizes)])
-    found = []
-    for place in range(step * batch_size, min((step + 1) * batch_size, int(visits[-1]))):
-        part = int(np.searchsorted(visits, place, "right")) - 1
-        epoch, inside = divmod(place - int(visits[part]), sizes[part])
-        found.append(sum(sizes[:part]) + int(epoch_order(sizes[part], seed, epoch)[inside]))
-    return np.asarray(found, dtype=np.int64)
 
 
 class PackedRows:
@@ -202,41 +159,45 @@ class PackedRows:
 class CorpusRows:
     """A corpus in rows of T tokens: `len(rows)`, `rows.batch(indices)`.
 
-    Row r holds tokens r*T to (r+1)*T - 1 of the corpus, documents end to end; the last row is
-    padded. A document that a row's end cuts goes on in the next row as a segment of its own. The
+    Row r of a shard holds its tokens r*T to (r+1)*T - 1, documents end to end; a shard's last row
+    is padded. A document that a row's end cuts goes on in the next row as a segment of its own. The
     token after a row's last one is its target; a document's last token has none.
     """
 
     def __init__(self, corpus: Corpus, row_tokens: int) -> None:
         self.corpus = corpus
         self.row_tokens = row_tokens
+        rows = [-(-len(shard) // row_tokens) for shard in corpus.shards]
+        self._first = np.cumsum([0, *rows])  # row with which each shard begins, then how many
 
     def __len__(self) -> int:
-        return -(-len(self.corpus.tokens) // self.row_tokens)
+        return int(self._first[-1])
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> LMBatch:
-        """The rows with these indices, B = len(indices)."""
-        tokens, starts = self.corpus
+        """The rows with these indices, B = len(indices). Raises ValueError for an id outside the
+        vocabulary."""
         batch = _EmptyBatch(len(indices), self.row_tokens)
         for row, index in enumerate(indices):
-            begin = int(index) * self.row_tokens
-            end = min(begin + self.row_tokens, len(tokens))
-            inside = starts[np.searchsorted(starts, begin, "right") : np.searchsorted(starts, end)]
-            borders = [begin, *inside.tolist(), end]
+            tokens = self._tokens(int(index))
+            end = min(len(tokens), self.row_tokens)
+            is_start = tokens == self.corpus.bos_id
+            borders = [0, *(np.flatnonzero(is_start[1:end]) + 1).tolist(), end]
             place = row * self.row_tokens
             for left, right in zip(borders[:-1], borders[1:], strict=True):
-                targets = tokens[left + 1 : right + 1]
-                if right == len(tokens) or _is_start(starts, right):
-                    targets = tokens[left + 1 : right]
+                ends = right == len(tokens) or is_start[right]
+                targets = tokens[left + 1 : right if ends else right + 1]
                 batch.fill(place, tokens[left:right], targets, 1.0)
                 place += right - left
             batch.pad(place, (row + 1) * self.row_tokens)
         return batch.finish()
 
-
-def _is_start(starts: np.ndarray, position: int) -> bool:
-    place = int(np.searchsorted(starts, position))
-    return place < len(starts) and int(starts[place]) == position
+    def _tokens(self, index: int) -> np.ndarray:
+        """A row and the token after it, where its shard has one."""
+        number = int(np.searchsorted(self._first, index, "right")) - 1
+        begin = (index - int(self._first[number])) * self.row_tokens
+        tokens = self.corpus.shards[number][begin : begin + self.row_tokens + 1]
+        check_ids(tokens, self.corpus.vocab_size, f"row {index + 1} of the corpus")
+        return tokens
 
 
 class _EmptyBatch:

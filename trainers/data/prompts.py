@@ -8,8 +8,8 @@ from typing import NamedTuple
 from puna.core.chat import Message, encode_prompt
 from puna.core.checkpoint.folder import tokenizer_path
 from puna.core.tokenizer import Tokenizer
-from puna.trainers.data.packing import epoch_order
 from puna.trainers.data.readers import Skipped, read_prompts
+from puna.trainers.data.visits import epoch_order
 
 
 class EncodedPrompt(NamedTuple):

@@ -7,7 +7,7 @@ used is skipped, counted and named.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,9 +99,19 @@ def read_texts(path: str | Path, columns: Columns | None = None) -> tuple[list[s
     Raises ValueError where the file is absent, has a line that cannot be read, or no usable row;
     so do the other readers.
     """
+    skipped = Skipped()
+    return [*each_text(path, columns, skipped)], skipped
+
+
+def each_text(path: str | Path, columns: Columns | None, skipped: Skipped) -> Iterator[str]:
+    """`read_texts`, one document after the other; what is skipped is added in the end."""
     path = Path(path)
     if path.suffix != ".txt":
-        return _read(path, lambda row: parse_text(row, columns or Columns()))
+        rows = json_rows(path)
+        yield from _each(
+            str(path), rows, lambda row: parse_text(row, columns or Columns()), skipped
+        )
+        return
     try:
         text = regular_file(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -109,7 +119,7 @@ def read_texts(path: str | Path, columns: Columns | None = None) -> tuple[list[s
         raise ValueError(f"{path}:{line}: not UTF-8, expected UTF-8 text") from error
     if not text.strip():
         raise ValueError(f"{path}: the file is empty")
-    return [text.replace("\r\n", "\n")], Skipped()
+    yield text.replace("\r\n", "\n")
 
 
 def read_dialogues(
@@ -174,10 +184,20 @@ def _read(path: str | Path, parse: Callable[[Mapping[str, Any]], T]) -> tuple[li
 def _usable(
     source: str, rows: Iterable[tuple[str, Any]], parse: Callable[[Mapping[str, Any]], T]
 ) -> tuple[list[T], Skipped]:
-    """What `parse` makes of each (where it is, row) of `source`; what has a place for it is told
-    where it is. Columns that no row's parsing looks at are named."""
-    parsed: list[T] = []
     skipped = Skipped()
+    return [*_each(source, rows, parse, skipped)], skipped
+
+
+def _each(
+    source: str,
+    rows: Iterable[tuple[str, Any]],
+    parse: Callable[[Mapping[str, Any]], T],
+    skipped: Skipped,
+) -> Iterator[T]:
+    """What `parse` makes of each (where it is, row) of `source`; what has a place for it is told
+    where it is. Columns that no row's parsing looks at are named in the end."""
+    usable = 0
+    own = Skipped()
     read: set[str] = set()
     columns: dict[str, None] = {}  # in the order in which they are met
     for where, row in rows:
@@ -189,18 +209,20 @@ def _usable(
                 row = Row(row, read)
             found: Any = parse(row)
             columns |= dict.fromkeys(inside_messages(row))
-            parsed.append(found._replace(where=where) if hasattr(found, "where") else found)
         except Unusable as reason:
-            skipped.add(str(reason), where)
+            own.add(str(reason), where)
+            continue
         except Malformed as error:
             raise ValueError(f"{where}: {error}") from error
-    if not parsed:
-        reasons = skipped.reasons().replace("\n", "; ") or "the file is empty"
+        usable += 1
+        yield found._replace(where=where) if hasattr(found, "where") else found
+    if not usable:
+        reasons = own.reasons().replace("\n", "; ") or "the file is empty"
         raise ValueError(f"{source}: no usable row: {reasons}")
     if never := [name for name in columns if name not in read]:
         several = len(never) > 1
-        skipped.notes.append(
+        own.notes.append(
             f"{source}: the column{'s' * several} {listed(never)} {'are' if several else 'is'} "
             "not used; what belongs to the rows is mapped in the recipe's [columns]"
         )
-    return parsed, skipped
+    skipped.merge(own)

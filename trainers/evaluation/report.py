@@ -119,8 +119,7 @@ def show_curves(curves: Sequence[Found], names: Mapping[str, str]) -> None:
 
 
 def score_cells(by_k: Sequence[Found]) -> tuple[str, str, str]:
-    """Of one answer, then of all K the median and the best: over files of one batch each, Fig. 26.
-    """
+    """Of one answer; of all K the median and the best (with a file for each batch: Fig. 26)."""
     values = (by_k[0]["best"], by_k[-1]["median"], by_k[-1]["best"])
     one, median, best = (f"{value:.3f}" for value in values)
     return one, median, best

@@ -12,8 +12,9 @@ from torch import Tensor
 from puna.core import parallel, terminal
 from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer
-from puna.trainers.data.packing import LMBatch, step_rows
+from puna.trainers.data.packing import LMBatch
 from puna.trainers.data.readers import Skipped
+from puna.trainers.data.visits import step_rows
 from puna.trainers.train import loop
 from puna.trainers.train.plan import Plan, announce, check_shares
 from puna.trainers.train.run import Run, Trained

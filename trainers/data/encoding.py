@@ -1,0 +1,201 @@
+"""Texts as a corpus of ids: once, whatever the number of ranks and restarts, shard by shard.
+
+A shard is on disk before the index names it, so encoding that was interrupted goes on behind the
+last finished one. Texts are read one after the other and never held together.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.lib.format import magic
+
+from puna.core.checkpoint.atomic import atomic_file, write_text
+from puna.core.checkpoint.hashes import digest, digests
+from puna.core.documents import field, read_object, regular_file
+from puna.core.tokenizer import Tokenizer
+from puna.trainers.data.corpus import HEADER, INDEX, Corpus, token_dtype
+from puna.trainers.data.formats import Columns
+from puna.trainers.data.readers import Skipped, each_text
+from puna.trainers.train.progress import Meter, meter
+
+SHARD = 1 << 28  # tokens: half a gigabyte of 2-byte ids
+TOGETHER = 1 << 20  # characters of text that are encoded in one call, on all threads
+MEGABYTE = 1_000_000
+
+
+class Texts(NamedTuple):
+    """Files of texts, and what is read of a row."""
+
+    paths: Sequence[Path]
+    columns: Columns = Columns()
+
+
+class Encoded(NamedTuple):
+    """What became of the texts."""
+
+    documents: int
+    tokens: int
+    skipped: Skipped
+
+
+def encode_corpus(tokenizer: Tokenizer, texts: Iterable[str]) -> Corpus:
+    """Texts as a corpus in memory. Raises ValueError where there is none."""
+    documents = [*encoded(tokenizer, texts)]
+    if not documents:
+        raise ValueError("there is no text to train on")
+    return Corpus((np.concatenate(documents),), tokenizer.bos_id, tokenizer.vocab_size)
+
+
+def encode_file(path: Path, tokenizer: Tokenizer, texts: Texts) -> Encoded:
+    """Write all texts as one `.npy`."""
+    skipped = Skipped()
+    with progress(texts) as counter:
+        documents = encoded(tokenizer, read(texts, skipped, counter))
+        count, tokens = write_shard(path, tokenizer, documents, counter)
+    return Encoded(count, tokens, skipped)
+
+
+def encode_folder(folder: Path, tokenizer: Tokenizer, texts: Texts, shard: int = SHARD) -> Encoded:
+    """Write the texts into `folder`, or go on with what was interrupted.
+
+    A shard ends with the document that fills it. Raises ValueError where the folder holds something
+    else, or a corpus of other texts or another tokenizer.
+    """
+    index = begun(folder, tokenizer, texts)
+    skipped = Skipped()
+    if not index["complete"]:
+        with progress(texts) as counter:
+            found = read(texts, skipped, counter)
+            done = index["documents"]
+            if sum(1 for _ in islice(found, done)) < done:
+                raise ValueError(f"{folder} holds more documents than the texts; remove it")
+            documents = encoded(tokenizer, found)
+            while (first := next(documents, None)) is not None:
+                name = f"tokens-{len(index['shards']):05}.npy"
+                rest = chain([first], documents)
+                count, tokens = write_shard(folder / name, tokenizer, rest, counter, shard)
+                index["shards"][name] = (folder / name).stat().st_size
+                index["documents"] += count
+                index["tokens"] += tokens
+                write_index(folder, index)
+        index["complete"] = True
+        write_index(folder, index)
+    return Encoded(index["documents"], index["tokens"], skipped)
+
+
+def begun(folder: Path, tokenizer: Tokenizer, texts: Texts) -> dict[str, Any]:
+    """The folder's index as far as it has come, or a new one."""
+    files = [regular_file(path) for path in texts.paths]
+    fresh = {
+        "complete": False,
+        "tokenizer": digest(tokenizer.path).sha256,
+        "texts": [each.sha256 for each in digests(files)],
+        "documents": 0,
+        "tokens": 0,
+        "shards": {},
+    }
+    if not (folder / INDEX).exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} exists and holds no corpus; choose another name")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_index(folder, fresh)
+        return fresh
+    index = read_object(folder / INDEX, "remove the folder to encode anew")
+    for name, value in fresh.items():
+        field(index, name, type(value))
+    for name, what in (("tokenizer", "with another tokenizer"), ("texts", "of other texts")):
+        if index[name] != fresh[name]:
+            raise ValueError(f"{folder} was written {what}; choose another name")
+    return index
+
+
+def write_index(folder: Path, index: dict[str, Any]) -> None:
+    write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
+
+
+def write_shard(
+    path: Path,
+    tokenizer: Tokenizer,
+    documents: Iterator[np.ndarray],
+    counter: Meter,
+    limit: int | None = None,
+) -> tuple[int, int]:
+    """Documents into one `.npy` until it has `limit` tokens or they end: (documents, tokens)."""
+    count = tokens = 0
+    dtype = np.dtype(token_dtype(tokenizer.vocab_size))
+    with atomic_file(path) as partial, partial.open("wb") as file:
+        file.write(bytes(HEADER))
+        for document in documents:
+            document.tofile(file)
+            count += 1
+            tokens += len(document)
+            counter.units += len(document)
+            if limit is not None and tokens >= limit:
+                break
+        if not count:
+            raise ValueError("there is no text to train on")
+        write_header(file, dtype, tokens)
+    return count, tokens
+
+
+def write_header(file: BinaryIO, dtype: np.dtype, tokens: int) -> None:
+    """The header of a one-dimensional `.npy` array, padded to HEADER bytes."""
+    shape = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({tokens},), }}"
+    room = HEADER - len(magic(1, 0)) - 2
+    file.seek(0)
+    file.write(magic(1, 0) + room.to_bytes(2, "little") + f"{shape:<{room - 1}}\n".encode())
+    file.seek(0, os.SEEK_END)
+
+
+def encoded(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """The ids of each text with BOS and EOS, some texts encoded together."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    for some in together(texts):
+        for ids in tokenizer.encode_all(some):
+            yield np.asarray([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype)
+
+
+def together(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts in lists of about TOGETHER characters."""
+    some: list[str] = []
+    size = 0
+    for text in texts:
+        some.append(text)
+        size += len(text)
+        if size >= TOGETHER:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
+
+
+def read(texts: Texts, skipped: Skipped, counter: Meter) -> Iterator[str]:
+    """The texts of all files, one after the other; moves the progress on."""
+    before = 0
+    for path in texts.paths:
+        seen = before
+        for text in each_text(path, texts.columns, skipped):
+            seen += len(text)
+            move_to(seen, counter)
+            yield text
+        before += path.stat().st_size
+        move_to(before, counter)
+
+
+def move_to(seen: int, counter: Meter) -> None:
+    while counter.step < seen // MEGABYTE:
+        counter.advance(0)
+
+
+@contextmanager
+def progress(texts: Texts) -> Iterator[Meter]:
+    """A meter in megabytes of the files."""
+    size = sum(regular_file(path).stat().st_size for path in texts.paths)
+    with meter("encoding, MB", max(1, size // MEGABYTE)) as counter:
+        yield counter
