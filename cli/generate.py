@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import puna
 from puna.core.chat import Message
+from puna.core.ranks import is_main
 from puna.core.terminal import say
 from puna.trainers.train.ranges import (
     Above,
@@ -42,13 +43,23 @@ class GenerateConfig(Options):
     max_new_tokens: Count = 256
     seed: Seed = 0
     device: str = "cpu"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """of the weights in memory, and of the products"""
+    tp: Count = 1
+    """ranks, started by torchrun, that share a model larger than one device"""
     weights: Literal["fp32", "bf16", "int8"] = "fp32"
     """numbers that are read on the CPU: rounded ones are faster and a little worse"""
 
 
 def run(config: GenerateConfig) -> str:
     """Print the continuation, and return it."""
-    llama = puna.load(config.model, device=config.device, tokenizer=config.tokenizer)
+    llama = puna.load(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        tokenizer=config.tokenizer,
+        tp=config.tp,
+    )
     drawn = llama.stream(
         prompt(config),
         max_new_tokens=config.max_new_tokens,
@@ -60,9 +71,10 @@ def run(config: GenerateConfig) -> str:
     )
     pieces = []
     for piece in drawn:
-        say(piece, end="")
+        if is_main():
+            say(piece, end="")
         pieces.append(piece)
-    if sys.stdout.isatty():  # a file or a pipe gets the text and nothing else
+    if is_main() and sys.stdout.isatty():  # a file or a pipe gets the text and nothing else
         say()
     return "".join(pieces)
 

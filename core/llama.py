@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias, overload
 
 import torch
 
-from puna.core import packed
+from puna.core import packed, ranks, tensor_parallel
 from puna.core.chat import (
     Message,
     check_dialogue,
@@ -49,14 +49,17 @@ def load(
     dtype: torch.dtype | str = "fp32",
     tokenizer: str | os.PathLike[str] | None = None,
     context: int | None = None,
+    tp: int = 1,
 ) -> "Llama":
     """A language or reward model: a folder (ours, Hugging Face's or Meta's) or a llama2.c `.bin`.
 
     `device` "auto" is a GPU where there is one; `dtype` is a torch.dtype or "fp32", "bf16" or
     "fp16"; `tokenizer` is a tokenizer.model, where the model has none beside it; `context` is the
     longest sequence in tokens, where it is not to be the stored one (Meta's folders store none:
-    4096). Raises ValueError for what is no Llama 2 or damaged, for a tokenizer of another
-    vocabulary and for a device that is not there.
+    4096). So many ranks that torchrun started (`tp`) share a language model that is larger than one
+    device: each generates, with the same arguments, and gets the same. Raises ValueError for what
+    is no Llama 2 or damaged, for a tokenizer of another vocabulary and for a device that is not
+    there.
     """
     if isinstance(dtype, str):
         if dtype not in DTYPES:
@@ -77,6 +80,10 @@ def load(
     vocabulary = None if file is None else check_vocabulary(file, source.config.vocab_size)
     if tokenizer is not None and source.tokenizer is not None:
         check_own(tokenizer, source.tokenizer)
+    if tp > 1:
+        ranks.init()
+        place = device_of_name(device)  # of the local rank
+        return Llama(tensor_parallel.load(source, tp, place, dtype, "tp"), vocabulary, Path(path))
     return Llama(in_memory(source, place, dtype), vocabulary, Path(path))
 
 

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from puna.core import tensor_parallel
 from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer, check_parameters
 from puna.core.plain import HOOKS, altered
@@ -42,13 +43,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @torch.no_grad()
-def load(source: Source, device: torch.device | str, **options: Any) -> Transformer:
-    """A model from its source, `prepare`d with `options`, fp32.
+def load(
+    source: Source, device: torch.device | str, *, frozen: bool = False, **options: Any
+) -> Transformer:
+    """A model from its source, `prepare`d with `options`: in fp32, or `frozen` in the dtype that it
+    computes in, without gradients.
 
     Each rank reads tensor after tensor and keeps its part: no rank ever holds the whole model.
     """
     with torch.device("meta"):
         model = Transformer(source.config, source.head)
+    if frozen:
+        model = model.to(options.get("compute_dtype") or torch.float32).requires_grad_(False)
     model = prepare(model, device=device, **options).to_empty(device=device)
     parameters = dict(model.named_parameters())
     for name, tensor in source.tensors():
@@ -63,6 +69,7 @@ def prepare(
     compute_dtype: torch.dtype | None = None,
     activation_checkpointing: bool = False,
     compile: bool = False,
+    sampling_tp: int = 1,
 ) -> Transformer:
     """The model made ready to train on all ranks, in place; `load` also reads its weights.
 
@@ -70,8 +77,10 @@ def prepare(
     dtype they are in (fp32); `compute_dtype` is what they are gathered and multiplied in, with
     gradients reduced in fp32. On one rank FSDP2 does that cast too, over a group of one;
     without a `compute_dtype` one rank needs no FSDP2. `device` says where a model on "meta" is
-    going to be.
+    going to be. `sampling_tp` neighbouring ranks share what `gathered` yields; ValueError where the
+    model or the ranks cannot be shared out so.
     """
+    tensor_parallel.check(model.config, sampling_tp)
     for block in model.model.layers:
         if activation_checkpointing:
             _replace_forward(block, _checkpointed(block.forward))
@@ -92,7 +101,7 @@ def prepare(
     for module in _sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    model.__dict__["compute_dtype"] = compute_dtype
+    model.__dict__ |= {"compute_dtype": compute_dtype, "sampling_tp": sampling_tp}
     return model
 
 
@@ -143,10 +152,12 @@ def _reshard(model: nn.Module) -> None:
 def gathered(model: Transformer) -> Iterator[Transformer]:
     """A model to generate with, its weights gathered once for the whole context (collective).
 
-    The paper, section 3.2.3: generating from sharded weights is about 20 times slower. The
-    yielded model is a plain one, on every rank, in the compute dtype; its weights are freed
-    at the end. On one unsharded rank it is `model` itself, without checkpointing or compile.
-    Raises ValueError where a sharded model has adapters or hooks, which the plain one has not.
+    The paper, section 3.2.3: generating from sharded weights is about 20 times slower, so they are
+    gathered once onto each node. The yielded model is in the compute dtype, a plain one, whole on
+    every rank; or `prepare`d with `sampling_tp`, so many neighbouring ranks share one
+    (`tensor_parallel`). Its weights are freed at the end. On one unsharded rank it is `model`
+    itself, without checkpointing or compile. Raises ValueError where a sharded model has adapters
+    or hooks, which the plain one has not.
     """
     if not isinstance(model, FSDPModule):
         with _unprepared(model):
@@ -155,12 +166,19 @@ def gathered(model: Transformer) -> Iterator[Transformer]:
     with _unprepared(model):
         _check_copyable(model)
     _reshard(model)
+    dtype = model.__dict__["compute_dtype"]
+    tensors = (
+        (name, _full(parameter.detach().to(dtype or parameter.dtype)))
+        for name, parameter in model.named_parameters()
+    )
+    size = model.__dict__["sampling_tp"]
+    if size > 1:
+        yield tensor_parallel.cut(model.config, tensors, tensor_parallel.group_of(size))
+        return
     with torch.device("meta"):
         whole = Transformer(model.config, model.head)
-    dtype = model.__dict__["compute_dtype"]
-    for name, parameter in model.named_parameters():
+    for name, tensor in tensors:
         owner, _, leaf = name.rpartition(".")
-        tensor = _full(parameter.detach().to(dtype or parameter.dtype))
         setattr(whole.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
     yield whole
 

@@ -65,6 +65,14 @@ def test_keep(rows):
     cache.append(0, torch.ones(len(rows), 1, K, D), torch.ones(len(rows), 1, K, D))
 
 
+@given(st.lists(st.integers(0, B - 1), unique=True, min_size=1, max_size=B - 1))
+def test_dropped_rows_leave_no_second_copy(rows):
+    cache = filled()
+    before = cache._k.untyped_storage().data_ptr(), cache._v.untyped_storage().data_ptr()
+    cache.keep(torch.tensor(rows))
+    assert before == (cache._k.untyped_storage().data_ptr(), cache._v.untyped_storage().data_ptr())
+
+
 def test_too_many_tokens():
     with pytest.raises(ValueError, match="8 tokens do not fit a cache of 7"):
         KVCache(CONFIG, B, SLOTS).fill(0, torch.zeros(B, 8, K, D), torch.zeros(B, 8, K, D))

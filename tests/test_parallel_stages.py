@@ -64,6 +64,7 @@ STAGES: dict[str, list[str]] = {
         "--max-new-tokens 6 --batch 2 --micro-batch 1 --epochs 3 --targets 2"
     ).split(),
 }
+SHARED = ("ppo", "gatt", "distill")  # whose two ranks share one model while sampling
 LOOP = """
 out = "{1}"
 model = "{0}/lm"
@@ -76,6 +77,7 @@ helpfulness_pairs = 21
 safety_pairs = 21
 max_new_tokens = 6
 device = "cpu"
+sampling_tp = {2}
 reward = {{ batch = 4, micro_batch = 2, lr = 1e-3 }}
 rejection = {{ samples = 3, batch = 2, micro_batch = 1, lr = 1e-3, row_tokens = 40 }}
 ppo = {{ iterations = 2, batch = 4, minibatch = 2, lr = 1e-3 }}
@@ -161,7 +163,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder / "preprompts.jsonl", ({"preprompt": sentence(draw)} for _ in range(3)))
     tokenizer = folder / "tokenizer.model"
     train_tokenizer([" ".join(WORDS)] * 20, tokenizer, vocab_size=300)
-    config = ModelConfig(36, 2, 6, 3, 50, Tokenizer(tokenizer).vocab_size, context=96)
+    config = ModelConfig(36, 2, 6, 2, 50, Tokenizer(tokenizer).vocab_size, context=96)
     for seed, name in enumerate(("lm", "helpfulness", "safety")):
         model = Transformer(config, "lm" if name == "lm" else "score")
         model.init_weights(seed)
@@ -175,9 +177,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the runs of all stages on two ranks."""
     folder = tmp_path_factory.mktemp("two")
-    jobs = {stage: arguments(stage, inputs, folder / stage) for stage in STAGES}
+    jobs = {
+        stage: arguments(stage, inputs, folder / stage) + ["--sampling-tp", "2"] * (stage in SHARED)
+        for stage in STAGES
+    }
     jobs["rlhf"] = [str(folder / "rlhf.toml")]
-    (folder / "rlhf.toml").write_text(LOOP.format(inputs, folder / "rlhf"))
+    (folder / "rlhf.toml").write_text(LOOP.format(inputs, folder / "rlhf", 2))
     (folder / "stages.json").write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run(
@@ -217,7 +222,7 @@ def test_two_ranks_write_the_metrics_of_one(
 
 
 def test_two_ranks_go_through_the_versions_as_one(inputs: Path, two: Path, tmp_path: Path) -> None:
-    (tmp_path / "rlhf.toml").write_text(LOOP.format(inputs, tmp_path / "rlhf"))
+    (tmp_path / "rlhf.toml").write_text(LOOP.format(inputs, tmp_path / "rlhf", 1))
     run_stage("rlhf", [str(tmp_path / "rlhf.toml")])
     one, other = tmp_path / "rlhf", two / "rlhf"
     runs = sorted(path.parent.relative_to(one) for path in one.rglob("metrics.jsonl"))

@@ -143,7 +143,7 @@ def drawer(
             temperature=config.temperature,
             seed=config.seed,
             round_index=0,
-            batch_size=config.generation_batch,
+            **config.limits(),
         )
         # the judge, too, reads the prompt without the pre-prompt
         plain = [EncodedPrompt(prompts[n].messages, prompts[n].ids, True) for n, _ in rows]

@@ -73,7 +73,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     model = load_model(config.model, device=device_of_name(config.device))
     sets, skipped = load_sets(config, model.config.context)
     next_token.say(skipped)
-    total = sum(-(-len(pairs) // config.micro_batch) for pairs in sets)
+    total = sum(len([*next_token.parts(range(len(pairs)), config.micro_batch)]) for pairs in sets)
     found = {}
     with meter("evaluate", total, unit="pairs", show=parallel.is_main()) as progress:
         for name, pairs in zip(names_of(config.data), sets, strict=True):

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,7 +35,6 @@ from puna.trainers.rl.rollout import sample_everywhere
 from puna.trainers.sft import load_dialogues
 from puna.trainers.train import loop, next_token, written
 from puna.trainers.train.command import command
-from puna.trainers.train.kinds import FREE
 from puna.trainers.train.plan import of_epochs
 from puna.trainers.train.progress import meter
 from puna.trainers.train.ranges import Batch, Count, CountOrZero, Share, Temperature
@@ -43,7 +42,7 @@ from puna.trainers.train.run import Run, open_run, open_start
 
 
 @dataclass(kw_only=True)
-class GAttConfig(loop.RowsConfig):
+class GAttConfig(loop.DrawingConfig, loop.RowsConfig):
     """Ghost Attention (paper section 3.3): teach a chat model to keep a system message."""
 
     model: Path
@@ -73,8 +72,6 @@ class GAttConfig(loop.RowsConfig):
     epochs: Count = 1
     lr: float = 2e-5
     """peak (the paper does not say; this is SFT's)"""
-    generation_batch: Annotated[Batch, FREE] = 256
-    """answers sampled side by side"""
 
     def check(self) -> None:
         if self.window and not self.repeat:
@@ -145,7 +142,7 @@ def sampled_exchanges(
     done = parallel.on_main(lambda: _whole_turns(path))
     longest = max(len(d.turns) for d in dialogues)
     if done < longest:
-        model = loop.load(open_model(config.model, head="lm"), config)
+        model = loop.load(open_model(config.model, head="lm"), config, frozen=True)
         with parallel.gathered(model) as whole:
             _sample(config, whole, tokenizer, dialogues, judge, path, done, longest)
     else:
@@ -236,7 +233,7 @@ def _candidates(
         round_index=turn,
         prompt_ids=[i for i in going for _ in range(count)],
         sample_ids=list(range(count)) * len(going),
-        batch_size=config.generation_batch,
+        **config.limits(),
         called=str(config.model),
     )
     return [answers[n * count : (n + 1) * count] for n in range(len(going))]

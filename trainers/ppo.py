@@ -290,7 +290,7 @@ def sample(
         temperature=stage.config.temperature,
         seed=stage.config.seed,
         round_index=round_index,
-        batch_size=stage.config.generation_batch,
+        **stage.config.limits(),
     )
 
 

@@ -292,17 +292,20 @@ def scores_of(
     advance: Callable[[int], None] = lambda count: None,
 ) -> Tensor:
     """(P, 2) on the CPU: the raw scores of the chosen and the rejected answer, for `pairs` in
-    order. `advance` is told of every forward pass, and of how many pairs it was.
+    order. Each rank scores its part, and all of them learn all scores. `advance` is told of every
+    forward pass, and of how many pairs it was.
 
     Raises RuntimeError, of the model as `called`, where a score is not finite.
     """
-    found = [torch.empty(0, 2)]
-    for start in range(0, len(pairs), micro_batch):
-        piece = pairs[start : start + micro_batch]
+    if not pairs:
+        return torch.empty(0, 2)
+    own: list[list[float]] = []
+    for indices, real in next_token.parts(range(len(pairs)), micro_batch):
+        piece = [pairs[index] for index in indices]
         batch = pairs_on(device, piece, MARGINS["none"], len(piece))
-        found.append(torch.stack(pair_scores(model, batch), 1).cpu())
+        own += torch.stack(pair_scores(model, batch), 1)[:real].tolist()
         advance(len(piece))
-    scores = torch.cat(found)
+    scores = torch.tensor([row for part in parallel.gather(own) for row in part])
     check_finite(called, scores, "pairs")
     return scores
 
@@ -325,7 +328,7 @@ def margins_of(
 def evaluation(
     held: list[Pair], config: RewardConfig, device: torch.device
 ) -> Callable[[Transformer], dict[str, float]] | None:
-    """Held-out accuracy by rating, for `loop.fit`; every rank looks at all pairs."""
+    """Held-out accuracy by rating, for `loop.fit`."""
     if not held:
         return None
 

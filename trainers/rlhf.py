@@ -259,6 +259,8 @@ def stage_options(
         "amend": config.amend,
         "device": config.device,
         "max_new_tokens": config.max_new_tokens,
+        "cache_gb": config.cache_gb,
+        "sampling_tp": config.sampling_tp,
         **table,
         **{kind: str(path) for kind, path in judges.items()},
     }
@@ -378,6 +380,7 @@ def accuracy_of(
         model = parallel.load(
             open_model(path),
             device_of_name(config.device),
+            frozen=True,
             compute_dtype=loop.DTYPES[config.dtype],
         )
         rows, _ = read_preferences(folder / f"{kind}.jsonl")

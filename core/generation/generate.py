@@ -1,6 +1,6 @@
 """Batched sampling from a model: prompts of different lengths in, answers with log-probs out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from puna.core.generation import continuous
 from puna.core.generation.batch import Batch
+from puna.core.generation.kv_cache import CACHE_BYTES, bytes_a_token
 from puna.core.generation.sampling import Sampler, blamed, check_settings, row_keys
 from puna.core.model import Transformer
 from puna.core.native.engine import Engine, engine_for
@@ -35,19 +36,21 @@ def generate(
     prompt_ids: list[int] | None = None,
     sample_ids: list[int] | None = None,
     batch_size: int = 256,
+    cache_bytes: int = CACHE_BYTES,
     weight_format: str = "fp32",
     called: str = "the model",
 ) -> list[Completion]:
     """Continue each prompt (a list of ids) until EOS, `max_new_tokens` or the context's end.
 
     `prompt_ids` and `sample_ids` name the rows for the counter-based draw (default: 0, 1, ...
-    and 0); `batch_size` is how many are continued at once. Results come in the order of
-    `prompts`. An fp32 model on the CPU runs on the native engine, which puts the next prompt in
-    the place of an answer that ends; `weight_format` "bf16" or "int8" makes it read rounded
-    weights, which is faster and a little worse (`puna bench weights` says both). Raises ValueError
-    for an empty prompt or one that fills the context, for ids the model does not know, for settings
-    that do not fit, and for logits that hold NaN or inf: of the model as `called`. Calls share
-    nothing but the weights: several threads may generate from one model.
+    and 0); `batch_size` is how many are continued at once, fewer where their keys and values would
+    take more than `cache_bytes` (one always is). Results come in the order of `prompts`. An fp32
+    model on the CPU runs on the native engine, which puts the next prompt in the place of an answer
+    that ends; `weight_format` "bf16" or "int8" makes it read rounded weights, which is faster and a
+    little worse (`puna bench weights` says both). Raises ValueError for an empty prompt or one that
+    fills the context, for ids the model does not know, for settings that do not fit, and for logits
+    that hold NaN or inf: of the model as `called`. Calls share nothing but the weights: several
+    threads may generate from one model.
     """
     sampler = Sampler(temperature, top_k, top_p)
     check_settings(
@@ -64,7 +67,9 @@ def generate(
     keys = row_keys(seed, round_index, ids, samples)
     limits = _limits(model, prompts, max_new_tokens)
     with blamed(called):
-        return complete(model, prompts, keys, limits, sampler, eos_id, batch_size, weight_format)
+        return complete(
+            model, prompts, keys, limits, sampler, eos_id, batch_size, cache_bytes, weight_format
+        )
 
 
 def complete(
@@ -75,13 +80,38 @@ def complete(
     sampler: Sampler,
     eos_id: int | None,
     batch_size: int,
+    cache_bytes: int = CACHE_BYTES,
     weight_format: str = "fp32",
 ) -> list[Completion]:
     """`generate` with a key (N,) int64 and a limit for each prompt; nothing is checked."""
     engine = engine_for(model, weight_format)
+    tokens = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
     if engine is not None:
-        return _by_slots(engine, prompts, keys, limits, sampler, eos_id, batch_size)
-    return _by_batches(model, prompts, keys, limits, sampler, eos_id, batch_size)
+        rows = cache_bytes // bytes_a_token(model.config, torch.float32) // max(tokens, default=1)
+        slots = max(1, min(batch_size, rows))
+        return _by_slots(engine, prompts, keys, limits, sampler, eos_id, slots)
+    room = cache_bytes // bytes_a_token(model.config, model.dtype)
+    # Prompts of similar length share a batch: less padding.
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    batches = batched(order, tokens, batch_size, room)
+    return _by_batches(model, prompts, keys, limits, sampler, eos_id, batches)
+
+
+def batched(
+    order: Sequence[int], tokens: Sequence[int], most: int, room: int
+) -> Iterator[list[int]]:
+    """Rows in the order given, in batches of at most `most` and of at most `room` tokens where all
+    are as long as the longest; one row always is a batch."""
+    batch: list[int] = []
+    longest = 0
+    for row in order:
+        longest = max(longest, tokens[row])
+        if batch and (len(batch) == most or (len(batch) + 1) * longest > room):
+            yield batch
+            batch, longest = [], tokens[row]
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def stream(
@@ -171,14 +201,11 @@ def _by_batches(
     limits: list[int],
     sampler: Sampler,
     eos_id: int | None,
-    batch_size: int,
+    batches: Iterable[list[int]],
 ) -> list[Completion]:
     keys = keys.to(model.device)
     results: dict[int, Completion] = {}
-    # Prompts of similar length share a batch: less padding.
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows in batches:
         batch = Batch(model, [prompts[r] for r in rows], keys[rows], [limits[r] for r in rows])
         for _ in batch.steps(sampler, eos_id):
             pass

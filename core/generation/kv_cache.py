@@ -9,6 +9,13 @@ from torch import Tensor
 
 from puna.core.config import ModelConfig
 
+CACHE_BYTES = 8_000_000_000  # of keys and values at once, where nothing else is asked for
+
+
+def bytes_a_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Of one row's keys and values."""
+    return 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
+
 
 class KVCache:
     """Room for `max_tokens` tokens in each of `batch` rows, which fill to their own lengths."""
@@ -75,6 +82,17 @@ class KVCache:
         return keys[:, : self._longest + 1], values[:, : self._longest + 1]
 
     def keep(self, rows: Tensor) -> None:
-        """Take the rows given (B',): to drop finished answers, or to copy a prompt's cache."""
-        self._k, self._v = self._k[:, rows], self._v[:, rows]
+        """Take the rows given (B',): to drop finished answers, or to copy a prompt's cache.
+
+        Dropped rows, the others in order, move up in place, a layer at a time, so that old and new
+        never stand side by side; their memory goes with the cache.
+        """
+        if len(rows) < self._k.shape[1]:
+            for layers in (self._k, self._v):
+                for layer in layers:
+                    layer[: len(rows)] = layer[rows]
+            self._k, self._v = self._k[:, : len(rows)], self._v[:, : len(rows)]
+        else:
+            self._k = self._k[:, rows]
+            self._v = self._v[:, rows]
         self.lengths = self._lengths[rows]

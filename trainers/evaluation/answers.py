@@ -76,7 +76,7 @@ def drawing_of(config: EvaluateChatConfig, title: str) -> Drawing:
         temperature=config.temperature,
         max_new_tokens=config.max_new_tokens,
         chunk=config.chunk,
-        batch=config.generation_batch,
+        limits=config.limits(),
         seed=config.seed,
         round=0,
         title=title,

@@ -16,7 +16,7 @@ TEMPERATURES = tuple(tenth / 10 for tenth in range(1, 16))
 
 
 @dataclass(kw_only=True)
-class EvaluateChatConfig(loop.FolderConfig):
+class EvaluateChatConfig(loop.DrawingConfig, loop.FolderConfig):
     """Measure chat models: win rate, violations, false refusals, instructions kept, diversity."""
 
     model: list[Path]
@@ -65,8 +65,6 @@ class EvaluateChatConfig(loop.FolderConfig):
     """longest answer, tokens"""
     chunk: Annotated[Batch, FREE] = 64
     """prompts answered at a time; an interruption loses at most so many"""
-    generation_batch: Annotated[Batch, FREE] = 256
-    """answers sampled side by side"""
     micro_batch_tokens: Annotated[Count, FREE] = 16384
     """most tokens in one forward pass over answers"""
 

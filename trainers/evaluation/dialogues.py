@@ -46,7 +46,7 @@ def talk(
         "temperature": config.temperature,
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
-        "batch_size": config.generation_batch,
+        **config.limits(),
     }
     bar = meter("dialogues", longest, start=len(said), unit="answers", show=parallel.is_main())
     with bar as progress, stop_requests() as stop:
@@ -71,7 +71,7 @@ def next_turn(
     temperature: float,
     max_new_tokens: int,
     seed: int,
-    batch_size: int = 256,
+    **limits: int,
 ) -> list[list[int]]:
     """The answer of each dialogue to its next message; none where it has no further one, or is
     longer than the context: a model that never stops fills that."""
@@ -93,8 +93,8 @@ def next_turn(
             round_index=turn,
             prompt_ids=going,
             sample_ids=[0] * len(going),
-            batch_size=batch_size,
             called="the chat model",
+            **limits,
         )
     answers = dict(zip(going, drawn, strict=True))
     return [answers.get(i, []) for i in range(len(dialogues))]

@@ -5,9 +5,9 @@ temperatures; the annotator chooses one, on four levels, and at the safety stage
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,13 +56,15 @@ def sample_pairs(
     seed: int,
     round_index: int,
     device: torch.device,
-    batch_size: int = 256,
+    limits: Mapping[str, int] = MappingProxyType({}),
     compute_dtype: torch.dtype | None = None,
+    sampling_tp: int = 1,
 ) -> int:
     """Write `count` rows of {"messages", "is_safety", "a", "b", "a_ids", "b_ids", and of both
     "_model" and "_temperature"} to `path`, less those whose answers are equal or empty (nobody
     could rank them); returns how many were written. Which variant is a is drawn. Where both are
-    one model, as in V1, no pair has one temperature, unless there is but one.
+    one model, as in V1, no pair has one temperature, unless there is but one. `limits` are
+    `generate`'s, of what stands side by side.
 
     The draws depend on (seed, round_index, prompt, variant) only, so that a repeated call writes
     the same file. All ranks take part and rank 0 writes.
@@ -80,7 +82,13 @@ def sample_pairs(
             which = (which + rng.integers(1, choices, size=count)) % choices
         else:
             which = rng.integers(choices, size=count)
-        model = parallel.load(open_model(variant.model), device, compute_dtype=compute_dtype)
+        model = parallel.load(
+            open_model(variant.model),
+            device,
+            frozen=True,
+            compute_dtype=compute_dtype,
+            sampling_tp=sampling_tp,
+        )
         drawn: list[dict[str, Any]] = [{}] * count
         with parallel.gathered(model) as whole:
             for index, temperature in enumerate(variant.temperatures):
@@ -95,8 +103,8 @@ def sample_pairs(
                     round_index=round_index,
                     prompt_ids=rows,
                     sample_ids=[number] * len(rows),
-                    batch_size=batch_size,
                     called=str(variant.model),
+                    **limits,
                 )
                 for row, ids in zip(rows, sampled, strict=True):
                     drawn[row] = {

@@ -15,7 +15,6 @@ from puna.trainers.train.ranges import (
     Below,
     Count,
     CountOrZero,
-    Options,
     Rate,
     Seed,
     Share,
@@ -25,7 +24,7 @@ from puna.trainers.train.ranges import (
 
 
 @dataclass(kw_only=True)
-class AnsweringConfig(loop.FolderConfig):
+class AnsweringConfig(loop.DrawingConfig, loop.FolderConfig):
     """Options of a stage that samples answers."""
 
     policy: Path
@@ -36,8 +35,6 @@ class AnsweringConfig(loop.FolderConfig):
     """of the answers; all log-probs are taken at it"""
     max_new_tokens: Count = 512
     """longest answer, tokens"""
-    generation_batch: Annotated[Batch, FREE] = 256
-    """answers sampled side by side"""
     micro_batch_tokens: Annotated[Count, FREE] = 16384
     """most tokens in one forward pass over answers"""
 
@@ -166,7 +163,7 @@ class PPOConfig(SamplingConfig, loop.TrainConfig):
 
 
 @dataclass(kw_only=True)
-class RLHFConfig(Options):
+class RLHFConfig(loop.DrawingConfig):
     """The loop V1..Vn: comparisons, reward models, rejection sampling, PPO in the last ones."""
 
     out: Path
@@ -226,8 +223,6 @@ class RLHFConfig(Options):
     device: Annotated[str, FREE] = "auto"
     dtype: Literal["fp32", "bf16"] = "fp32"
     """of the matrix products in what this loop samples and scores itself; each stage has its own"""
-    generation_batch: Annotated[Batch, FREE] = 256
-    """answers sampled side by side"""
     reward: dict[str, Any] = field(default_factory=dict)
     """table: options of `puna reward` for both reward models"""
     helpfulness: dict[str, Any] = field(default_factory=dict)
@@ -266,7 +261,7 @@ class RLHFConfig(Options):
 
 def frozen(path: Path, head: str, config: loop.FolderConfig) -> Transformer:
     """A model to look with, not to train."""
-    return loop.load(open_model(path, head=head), config).requires_grad_(False)
+    return loop.load(open_model(path, head=head), config, frozen=True)
 
 
 def open_reward_models(config: SamplingConfig) -> RewardModels:

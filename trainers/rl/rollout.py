@@ -13,9 +13,9 @@ from torch import Tensor
 
 from puna.core import parallel
 from puna.core.chat import decode_answer
-from puna.core.generation.generate import generate
 from puna.core.model import Transformer
 from puna.core.packed import forward_groups
+from puna.core.tensor_parallel import generate_together
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.prompts import EncodedPrompt
 from puna.trainers.rl.rewards import Answer, check_finite
@@ -87,14 +87,15 @@ def collect(
     temperature: float,
     seed: int,
     round_index: int,
-    batch_size: int = 256,
+    **limits: int,
 ) -> Rollout:
     """Sample one answer to each of the prompts given (repeat a prompt for K answers).
 
     The draw for token t of row s is a function of (seed, round_index, prompt_ids[s],
     sample_ids[s], t) alone: not of the batch, the order or the rank. Nothing is cut off the
     distribution (no top-k, no top-p): a ratio to a truncated one would not be a ratio of
-    probabilities. Raises ValueError for a temperature that is not above 0 or an empty prompt.
+    probabilities. `limits` are `generate`'s, of what stands side by side. Raises ValueError for a
+    temperature that is not above 0 or an empty prompt.
     """
     if temperature <= 0:
         raise ValueError(
@@ -104,7 +105,7 @@ def collect(
         raise ValueError("an empty prompt cannot be answered; it needs at least BOS")
     device = next(policy.parameters()).device
     with parallel.gathered(policy) as whole:  # once: a gather per layer and token is 20x slower
-        completions = generate(
+        completions = generate_together(
             whole,
             list(prompts),
             max_new_tokens=max_new_tokens,
@@ -116,8 +117,8 @@ def collect(
             round_index=round_index,
             prompt_ids=list(prompt_ids),
             sample_ids=list(sample_ids),
-            batch_size=batch_size,
             called="the policy",
+            **limits,
         )
     lengths = torch.tensor([len(c.tokens) for c in completions], dtype=torch.int64)
     assert bool((lengths > 0).all()), "an answer has at least one token"
@@ -148,7 +149,7 @@ def sample_everywhere(
     """
     ranks = parallel.world_size()
     mine = range(parallel.rank(), len(prompts), ranks)
-    completions = generate(
+    completions = generate_together(
         whole,
         [prompts[i] for i in mine],
         prompt_ids=[prompt_ids[i] for i in mine],

@@ -99,8 +99,9 @@ def sample_kind(
         seed=config.seed,
         round_index=2 * number + KINDS.index(kind),
         device=device_of_name(config.device),
-        batch_size=config.generation_batch,
+        limits=config.limits(),
         compute_dtype=loop.DTYPES[config.dtype],
+        sampling_tp=config.sampling_tp,
     )
 
 

@@ -4,7 +4,7 @@ Scored by a reward as they are drawn, or not at all: which of them to keep says 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ class Drawing(NamedTuple):
     temperature: float
     max_new_tokens: int
     chunk: int  # prompts at a time, all ranks together
-    batch: int  # answers side by side
+    limits: Mapping[str, int]  # of what stands side by side, as `generate` takes them
     seed: int
     round: int  # part of the random numbers
     title: str = "sampling"  # beside the progress
@@ -42,7 +42,7 @@ def drawing_of(config: BestOfConfig) -> Drawing:
         temperature=config.temperature,
         max_new_tokens=config.max_new_tokens,
         chunk=config.chunk,
-        batch=config.generation_batch,
+        limits=config.limits(),
         seed=config.seed,
         round=config.round,
     )
@@ -138,7 +138,7 @@ def sample_chunk(
         temperature=drawing.temperature,
         seed=drawing.seed,
         round_index=drawing.round,
-        batch_size=drawing.batch,
+        **drawing.limits,
     )
     answers = as_answers(rollout, [prompts[number] for number, _ in rows], tokenizer)
     drawn = [

@@ -19,6 +19,7 @@ from puna.core import parallel
 from puna.core.checkpoint.source import Source
 from puna.core.device import device_of_name
 from puna.core.errors import UserError
+from puna.core.generation.kv_cache import CACHE_BYTES
 from puna.core.model import Transformer
 from puna.core.native.loader import keep_freed_memory
 from puna.trainers.train.interrupts import stop_requests
@@ -57,6 +58,24 @@ class FolderConfig(Options):
     """of the matrix products; all else, parameters and optimizer, is fp32"""
     compile: Annotated[bool, FREE] = False
     """torch.compile each block"""
+
+
+@dataclass(kw_only=True)
+class DrawingConfig(Options):
+    """How answers are drawn: none of it changes what is drawn."""
+
+    generation_batch: Annotated[Batch, FREE] = 256
+    """answers sampled side by side, at most"""
+    cache_gb: Annotated[float, Above(0), FREE] = CACHE_BYTES / 1e9
+    """of a device's memory for their keys and values (10^9 bytes): fewer stand side by side where
+    so many do not fit"""
+    sampling_tp: Annotated[Count, FREE] = 1
+    """neighbouring ranks, of one node, that share one copy of the model while it samples (paper: a
+    node); 1 gathers it whole on every rank"""
+
+    def limits(self) -> dict[str, int]:
+        """Of what stands side by side, as `generate` takes them."""
+        return {"batch_size": self.generation_batch, "cache_bytes": int(self.cache_gb * 1e9)}
 
 
 @dataclass(kw_only=True)
@@ -120,19 +139,22 @@ def device_of(config: FolderConfig) -> torch.device:
     return device_of_name(config.device)
 
 
-def load(source: Source, config: FolderConfig) -> Transformer:
+def load(source: Source, config: FolderConfig, *, frozen: bool = False) -> Transformer:
     """The model on the device asked for; checkpointing (where it is to be trained), compilation and
-    sharding as configured, applied from outside."""
-    device = device_of(config)
+    sharding as configured, applied from outside. What is `frozen` is held in the dtype it computes
+    in."""
+    device, lm = device_of(config), source.head == "lm"
     if device.type == "cpu":
         keep_freed_memory()
     return parallel.load(
         source,
         device,
+        frozen=frozen,
         compute_dtype=DTYPES[config.dtype],
         activation_checkpointing=isinstance(config, TrainConfig)
         and config.activation_checkpointing,
         compile=config.compile,
+        sampling_tp=config.sampling_tp if isinstance(config, DrawingConfig) and lm else 1,
     )
 
 
