@@ -51,6 +51,7 @@ VERBS = {
         "EvaluateChatConfig",
         "win rate, violations, refusals, instructions kept, diversity of chat models",
     ),
+    "plan": Verb("puna.trainers.capacity.plan", "PlanConfig", "what a recipe needs on given GPUs"),
     "score": Verb("puna.trainers.score", "ScoreConfig", "the reward of texts"),
     "generate": Verb("puna.cli.generate", "GenerateConfig", "continue a prompt"),
     "chat": Verb("puna.cli.chat", "ChatConfig", "talk to a model"),

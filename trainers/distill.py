@@ -25,6 +25,7 @@ from puna.core.checkpoint.atomic import atomic_file, write_text
 from puna.core.model import Transformer
 from puna.core.terminal import say_table
 from puna.core.tokenizer import Tokenizer
+from puna.trainers.capacity import fitting
 from puna.trainers.data.preprompts import Adversarial, load_adversarial
 from puna.trainers.data.prompts import EncodedPrompt, common_tokenizer
 from puna.trainers.rejection import imitate
@@ -92,6 +93,7 @@ def run(config: DistillConfig, reward: Reward | None = None) -> Path:
 
 def fit(config: DistillConfig, folder: Run, tokenizer: Tokenizer, reward: Reward | None) -> Path:
     """What there is still to do in an open run."""
+    fitting.check("distill", config, config.policy)
     selected = folder.path / "selected.jsonl"
     parallel.on_main(lambda: written.check(folder.path, selected.name))
     if parallel.broadcast(selected.exists()):

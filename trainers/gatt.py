@@ -26,6 +26,7 @@ from puna.core.checkpoint.folder import open_model, tokenizer_path
 from puna.core.documents import append_rows, are_ids, json_rows, shortened
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
+from puna.trainers.capacity import fitting
 from puna.trainers.data.formats import Columns
 from puna.trainers.data.ghost import GhostDialogue, read_ghost_dialogues
 from puna.trainers.data.packing import PackedRows
@@ -100,6 +101,7 @@ def fit(config: GAttConfig, folder: Run, tokenizer: Tokenizer, judge: Judge | No
     """What there is still to do in an open run."""
     dialogues, skipped = read_ghost_dialogues(config.dialogues, config.instructions, config.seed)
     next_token.say(skipped)
+    fitting.check("gatt", config, config.model)
     sampled = sampled_exchanges(config, folder, tokenizer, dialogues, judge)
     check_targets(folder, sampled)
     source = open_start(folder, config.model, head="lm")

@@ -21,6 +21,7 @@ from puna.core.checkpoint.folder import open_model
 from puna.core.errors import UserError
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
+from puna.trainers.capacity import fitting
 from puna.trainers.data.prompts import EncodedPrompt, common_tokenizer, draw, load_prompts
 from puna.trainers.rl.comparisons import write_rows
 from puna.trainers.rl.config import (
@@ -93,6 +94,7 @@ def run(config: PPOConfig, reward: Reward | None = None) -> Path:
     with open_run(config, tokenizer=tokenizer_file, given={"reward": reward}) as folder:
         if folder.done:
             return folder.final
+        fitting.check("ppo", config, config.policy)
         stage = open_stage(config, folder, Tokenizer(tokenizer_file), reward)
         return train(stage, folder)
 

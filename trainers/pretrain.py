@@ -14,6 +14,7 @@ from puna.core.checkpoint.source import Source, fresh
 from puna.core.config import size
 from puna.core.documents import regular_file
 from puna.core.tokenizer import Tokenizer
+from puna.trainers.capacity import fitting
 from puna.trainers.data.corpus import Corpus, is_corpus, open_corpus, split_corpus
 from puna.trainers.data.encoding import Texts, encode_folder
 from puna.trainers.data.packing import CorpusRows
@@ -59,6 +60,7 @@ def run(config: PretrainConfig) -> Path:
 
 def fit(config: PretrainConfig, folder: Run, tokenizer: Tokenizer) -> Path:
     """What there is still to do in an open run."""
+    fitting.check("pretrain", config, size(config.size))
     corpus = load_corpus(config, folder, tokenizer)
     training, held = corpus, None
     if config.eval_share > 0:

@@ -20,6 +20,7 @@ from pathlib import Path
 from puna.core import parallel
 from puna.core.chat import decode_answer, encode_dialogue, encode_prompt
 from puna.core.tokenizer import Tokenizer
+from puna.trainers.capacity import fitting
 from puna.trainers.data.formats import Columns, Dialogue
 from puna.trainers.data.packing import PackedRows
 from puna.trainers.data.prompts import common_tokenizer, load_prompts
@@ -101,6 +102,7 @@ def fit(
     reward: Reward | None,
 ) -> Path:
     """What there is still to do in an open run."""
+    fitting.check("rejection", config, config.policy)
     selected = config.selected or folder.path / SELECTED
     if config.selected is None:
         parallel.on_main(lambda: written.check(folder.path, SELECTED, POOL))

@@ -19,6 +19,7 @@ from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer
 from puna.core.terminal import say
 from puna.core.tokenizer import Tokenizer
+from puna.trainers.capacity import fitting
 from puna.trainers.data.formats import Columns, Preference, Ratings
 from puna.trainers.data.mix import MixShare, mixed
 from puna.trainers.data.packing import (
@@ -112,6 +113,7 @@ def run(config: RewardConfig) -> Path:
 def fit(config: RewardConfig, folder: Run, tokenizer: Tokenizer) -> Path:
     """What there is still to do in an open run."""
     source = start_model(config, folder)
+    fitting.check("reward", config, source.config)
     pairs, held = load_pairs(config, tokenizer, source.config.context)
     check_shares(config.batch)
     plan = of_epochs(len(pairs), config.epochs, config.batch)

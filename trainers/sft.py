@@ -18,6 +18,7 @@ from puna.core.chat import encode_dialogue
 from puna.core.checkpoint.folder import tokenizer_path
 from puna.core.documents import as_name
 from puna.core.tokenizer import Tokenizer
+from puna.trainers.capacity import fitting
 from puna.trainers.data.formats import Columns, Dialogue
 from puna.trainers.data.mix import MixShare, mixed
 from puna.trainers.data.packing import PackedRows
@@ -118,6 +119,7 @@ def fit(
         skipped.merge(unusable)
         learned = mixed(learned, others, held, config.mix_share, config.seed, begins, skipped)
     source = open_start(folder, config.model, head="lm")
+    fitting.check("sft", config, source.config)
     row_tokens = next_token.row_length(config.row_tokens, source.config.context)
     rows = pack(tokenizer, learned, row_tokens, by_file=config.in_order)
     skipped.merge(rows.skipped)

@@ -26,7 +26,8 @@ Config = TypeVar("Config")
 
 
 def parse(cls: type[Config], argv: Sequence[str], prog: str) -> Config:
-    """The configuration of `argv`: an optional recipe first, then flags.
+    """The configuration of `argv`: an optional recipe first, then flags. Of a class that has a
+    `recipe` itself, that is the recipe's name.
 
     Raises ValueError for a recipe that cannot be found or read, or has an unknown key or a value
     of the wrong type, and for options that cannot be (`ranges`); prints usage and exits for wrong
@@ -35,7 +36,9 @@ def parse(cls: type[Config], argv: Sequence[str], prog: str) -> Config:
     arguments = list(argv)
     values: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("-"):
-        values = load_recipe(cls, find_recipe(arguments.pop(0)))
+        first = arguments.pop(0)
+        about = any(field.name == "recipe" for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+        values = {"recipe": first} if about else load_recipe(cls, find_recipe(first))
     with drafts():
         config = tyro.cli(
             cls,

@@ -109,6 +109,8 @@ class TrainConfig(FolderConfig):
     """previous: where the newest checkpoint is damaged, set it aside and take the one before it"""
     log: Annotated[Literal["none", "tensorboard", "trackio"], FREE] = "none"
     """where else to show the metrics, by a package of its own: pip install "puna[tensorboard]" """
+    plan: Annotated[bool, FREE] = True
+    """refuse, before loading, what cannot fit the GPUs by the arithmetic of `puna plan`"""
     activation_checkpointing: Annotated[bool, FREE] = False
     """recompute each block in the backward pass: less memory, a third more work"""
 

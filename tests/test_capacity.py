@@ -1,0 +1,201 @@
+"""`puna plan` against PyTorch's own count of a run, and what it says of the shipped recipes.
+
+Blocks are all alike, so two depths stand for every depth: what the second one adds is a block's.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from test_recipes import SIZES, config_of, fake_ranks, language_step, reward_step
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+
+from puna.core.checkpoint.source import fresh, parameter_shapes
+from puna.core.config import size
+from puna.core.generation.kv_cache import KVCache
+from puna.core.tensor_parallel import Group, part
+from puna.trainers.capacity import fitting, memory, phases, plan
+from puna.trainers.capacity.devices import DEVICES, usable
+from puna.trainers.capacity.memory import Setting
+from puna.trainers.train import loop
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("head", ["lm", "score"])
+@pytest.mark.parametrize("name", SIZES)
+def test_parameters_are_those_of_the_model(name: str, head: str) -> None:
+    shape = size(name)
+    whole = sum(torch.Size(each).numel() for each in parameter_shapes(shape, head).values())
+    assert memory.parameters(shape, head) == whole
+    blocks = shape.n_layers * memory.block_parameters(shape)
+    assert blocks + memory.root_parameters(shape, head) == whole
+
+
+def tracked(setting: Setting, head: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Bytes of rank 0 by kind when a step takes most, as FSDPMemTracker counts them."""
+    stage, step = ("pretrain", language_step) if head == "lm" else ("reward_safety", reward_step)
+    config = config_of(f"7b/{stage}.toml")
+    config.device, config.dtype, config.micro_batch = "cpu", setting.dtype, 1
+    config.activation_checkpointing = setting.checkpointing
+    with fake_ranks(monkeypatch, setting.ranks):
+        model = loop.load(fresh(setting.shape, 0, head), config)
+        # Not fused: the tracker takes a fused optimizer's state for something else.
+        optimizer = torch.optim.AdamW(model.parameters(), fused=False, foreach=True)
+        tracker = FSDPMemTracker(model, optimizer)
+        for counted in (False, True):
+            if counted:
+                tracker.__enter__()
+            step(config, model)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        tracker.__exit__(None, None, None)
+        (found,) = tracker.get_tracker_snapshot("peak").values()
+    return {getattr(kind, "name", str(kind)): float(value) for kind, value in found.items()}
+
+
+@pytest.mark.parametrize("layers", [3, 4])
+@pytest.mark.parametrize(
+    ("name", "ranks", "head", "checkpointing"),
+    [
+        ("7b", 8, "lm", False),
+        ("7b", 64, "lm", True),
+        ("13b", 64, "score", True),
+        ("34b", 128, "lm", True),
+        ("70b", 64, "lm", True),
+        ("70b", 2048, "lm", True),
+    ],
+)
+def test_a_step_takes_what_pytorch_counts(
+    name: str,
+    ranks: int,
+    head: str,
+    checkpointing: bool,
+    layers: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Kind by kind, but for activations: the CPU's plain operations keep more than the kernels."""
+    shape = dataclasses.replace(size(name), n_layers=layers)
+    setting = Setting(shape, ranks, "bf16", checkpointing)
+    found = tracked(setting, head, monkeypatch)
+    ours = memory.trained(setting, head) | memory.step(setting, 64, head)
+    sides = {
+        "parameters": found["SHARDED_PARAM"],
+        "moments": found["OPT"],
+        "gathered": found["UNSHARDED_PARAM"] + found["ALL_GATHER"],
+        "whole gradients": found["UNSHARDED_GRAD"] + found["TEMP"],
+        "reduction": found["REDUCE_SCATTER"],
+    }
+    for kind, theirs in sides.items():
+        assert ours[kind] == pytest.approx(theirs, rel=0.1), kind
+    assert 0 < found["SHARDED_GRAD"] <= ours["gradients"] * 1.01  # they grow until the end
+    counted = found["Total"] - found["ACT"] - found["SHARDED_GRAD"]
+    expected = memory.total(ours) - ours["activations"] - ours["gradients"]
+    assert expected == pytest.approx(counted, rel=0.1)
+
+
+def test_keys_and_values_are_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = size("70b")
+    setting = Setting(shape, 64, "bf16")
+    found = memory.sampling(setting, 1, 4, 300, 1e12)["keys and values"]
+    cache = KVCache(shape, 4, 300, device="meta", dtype=torch.bfloat16)
+    assert found == 2 * cache._k.nbytes
+    assert memory.sampling(setting, 8, 4, 300, 1e12)["keys and values"] == found / 8
+    assert memory.sampling(setting, 1, 400, 300, 1e9)["keys and values"] <= 1e9
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus", "fits"),
+    [
+        ("7b/pretrain.toml", 8, True),
+        ("7b/pretrain.toml", 1, False),
+        ("70b/pretrain.toml", 1024, True),
+        ("70b/pretrain.toml", 8, False),
+        ("7b/ppo.toml", 16, True),
+        ("13b/ppo.toml", 16, True),
+        ("70b/ppo.toml", 64, True),
+        ("70b/ppo.toml", 32, False),
+    ],
+)
+def test_shipped_recipes(recipe: str, gpus: int, fits: bool) -> None:
+    config = plan.PlanConfig(recipe=recipe, gpus=gpus)
+    if fits:
+        assert plan.run(config)
+    else:
+        with pytest.raises(plan.DoesNotFit, match=r"does not run: it needs .* GB of a rank"):
+            plan.run(config)
+
+
+def test_the_change_that_is_offered_fits_and_no_smaller_one_does() -> None:
+    stage, settings = plan.stage_of("70b/ppo.toml")
+    shape, device = size("70b"), DEVICES["a100-80"]
+    assert plan.smallest_change(stage, settings, shape, 32, device) == "64 GPUs fit"
+    settings.sampling_tp = 1
+    offered = phases.smaller(settings)
+    change = plan.smallest_change(stage, settings, shape, 64, device)
+    fitting_ones = [
+        f"{changed} fits"
+        for changed, other in offered
+        if memory.total(phases.ppo(other, shape, 64)["sample"]) <= usable(device)
+    ]
+    assert change == fitting_ones[0] == "sampling_tp = 4 fits"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus", "message"),
+    [
+        ("70b/ppo.toml", 128, "minibatch = 64 cannot be shared equally by 128 ranks; 64 GPUs fit"),
+        ("70b/pretrain.toml", 2048, "batch = 1024 cannot be shared equally by 2,048 ranks"),
+        ("70b/ppo.toml", 4, "sampling_tp = 8 divides not all of 4 ranks"),
+    ],
+)
+def test_what_cannot_be_shared_out(recipe: str, gpus: int, message: str) -> None:
+    with pytest.raises(plan.DoesNotFit, match=re.escape(message)):
+        plan.run(plan.PlanConfig(recipe=recipe, gpus=gpus))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"recipe": "7b/rlhf.toml"}, "a loop is planned stage by stage"),
+        ({"recipe": "ppo.toml"}, "does not say of which model; give --model 7b"),
+        ({"recipe": "9b/ppo.toml"}, "no recipe '9b/ppo.toml'"),
+    ],
+)
+def test_questions_without_an_answer(config: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan.run(plan.PlanConfig(**config))
+
+
+def test_a_trainer_refuses_before_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = type("Properties", (), {"total_memory": 24e9})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    monkeypatch.setattr(fitting.loop, "device_of", lambda config: torch.device("cuda"))
+    _, settings = plan.stage_of("7b/sft.toml")
+    with pytest.raises(plan.DoesNotFit, match=r"there are 20.9; .* GPUs fit \(--no-plan tries"):
+        fitting.check("sft", settings, size("7b"))
+    settings.plan = False
+    fitting.check("sft", settings, size("7b"))
+    fitting.check("sft", dataclasses.replace(settings, plan=True), size("15m"))
+    monkeypatch.setattr(fitting.loop, "device_of", lambda config: torch.device("cpu"))
+    fitting.check("sft", dataclasses.replace(settings, plan=True), size("7b"))
+
+
+def test_the_table_of_gpus_is_what_the_plan_says() -> None:
+    """docs/scale.md: the fewest GPUs of 80 GB for each recipe."""
+    text = (ROOT / "docs" / "scale.md").read_text()
+    for stage in ("pretrain", "sft", "reward_helpfulness", "rejection", "gatt", "distill", "ppo"):
+        (row,) = re.findall(rf"^\| `{stage}.toml` \| (.*) \|$", text, re.M)
+        assert row.split(" | ") == [str(plan.fewest(f"{name}/{stage}.toml")) for name in SIZES]
+
+
+def test_parts_of_a_shared_model_are_as_large_as_planned() -> None:
+    shape, tp = size("70b"), 8
+    held = 0
+    for name, whole in parameter_shapes(shape, "lm").items():
+        held += part(name, torch.empty(whole, device="meta"), Group(None, tp, 0)).numel()
+    setting = Setting(shape, 64, "bf16")
+    planned = memory.sampling(setting, tp, 1, 1, 1e9)["sampling model"]
+    assert planned == pytest.approx(2 * held, rel=0.01)

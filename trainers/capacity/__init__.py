@@ -1,0 +1,1 @@
+"""What a run needs of its machines, by arithmetic: memory, disk, time."""

@@ -1,0 +1,155 @@
+"""Bytes that a rank needs, by kind: arithmetic over shapes, no model is built.
+
+Of FSDP2 as `core.parallel` applies it: parameters, gradients and AdamW's moments are fp32 shards; a
+block's parameters are gathered in the computing dtype as it runs, the next one's beside them; a
+block's whole gradients are in that dtype until they are added up over the ranks in fp32; embedding,
+final norm and head stay gathered.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from puna.core.config import ModelConfig, parameter_count
+from puna.core.generation.kv_cache import bytes_a_token
+from puna.trainers.train.loop import DTYPES
+
+Bytes = dict[str, float]  # kind -> bytes of one rank
+FP32 = 4
+MOMENTS = 2 * FP32
+
+
+class Setting(NamedTuple):
+    """What decides how much a rank holds."""
+
+    shape: ModelConfig
+    ranks: int
+    dtype: str  # "fp32" | "bf16": of the products
+    checkpointing: bool = False
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in products."""
+        return dtype_of(self.dtype).itemsize
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 holds the model: on one rank it casts to another dtype."""
+        return self.ranks > 1 or self.dtype != "fp32"
+
+
+def dtype_of(name: str) -> torch.dtype:
+    return DTYPES[name] or torch.float32
+
+
+def block_parameters(shape: ModelConfig) -> int:
+    kv = shape.n_kv_heads * shape.head_dim
+    return 2 * shape.dim**2 + 2 * shape.dim * kv + 3 * shape.dim * shape.ffn_dim + 2 * shape.dim
+
+
+def root_parameters(shape: ModelConfig, head: str = "lm") -> int:
+    """Embedding, final norm and head."""
+    rows = 2 * shape.vocab_size if head == "lm" else shape.vocab_size + 1
+    return (rows + 1) * shape.dim
+
+
+def parameters(shape: ModelConfig, head: str = "lm") -> int:
+    less = 0 if head == "lm" else (shape.vocab_size - 1) * shape.dim
+    return parameter_count(shape) - less
+
+
+def trained(setting: Setting, head: str = "lm") -> Bytes:
+    """A network with its optimizer, between steps."""
+    count = parameters(setting.shape, head) / setting.ranks
+    return {"parameters": FP32 * count, "moments": MOMENTS * count}
+
+
+def frozen(setting: Setting, head: str = "lm") -> Bytes:
+    """A network to look with."""
+    return {"frozen": setting.width * parameters(setting.shape, head) / setting.ranks}
+
+
+def gathered(setting: Setting, head: str = "lm") -> Bytes:
+    """What stands whole in a forward pass without gradients."""
+    if not setting.is_sharded:
+        return {}
+    whole = 2 * block_parameters(setting.shape) + root_parameters(setting.shape, head)
+    return {"gathered": setting.width * whole}
+
+
+def step(setting: Setting, tokens: int, head: str = "lm") -> Bytes:
+    """What a training step takes beside `trained`, at the most. That is in the backward pass: as a
+    block's gradients are added up, or those of embedding and head at its end."""
+    shape, width = setting.shape, setting.width
+    found = {
+        "gradients": FP32 * parameters(shape, head) / setting.ranks,
+        "activations": activations(setting, tokens),
+    }
+    if not setting.is_sharded:
+        return found
+    block, root = block_parameters(shape), root_parameters(shape, head)
+    of_head = root - shape.vocab_size * shape.dim
+    of_block = {
+        "gathered": float(width * (2 * block + root)),  # the block at work, the next one, the root
+        "whole gradients": float(width * (block + of_head)),
+        "reduction": float(FP32 * block),
+    }
+    at_the_end = {
+        "gathered": float(width * root),
+        "whole gradients": float(width * root),
+        "reduction": float(FP32 * root),
+    }
+    return found | max(of_block, at_the_end, key=total)
+
+
+def activations(setting: Setting, tokens: int) -> float:
+    """What the backward pass needs of `tokens` tokens: inputs of both norms and of all products,
+    q, k, v, the attention's output, gate, up and their product. Checkpointing keeps a block's input
+    alone, and all of one block at a time."""
+    shape = setting.shape
+    whole = a_block(shape)
+    kept = shape.dim * shape.n_layers + whole if setting.checkpointing else whole * shape.n_layers
+    return float(setting.width * tokens * kept)
+
+
+def a_block(shape: ModelConfig) -> int:
+    """Numbers that a block keeps of one token."""
+    kv = shape.n_kv_heads * shape.head_dim
+    return 6 * shape.dim + 2 * kv + 3 * shape.ffn_dim
+
+
+def looking(setting: Setting, tokens: int, head: str = "lm") -> Bytes:
+    """A forward pass without gradients over `tokens` tokens."""
+    work = {"activations": float(setting.width * tokens * a_block(setting.shape))}
+    return gathered(setting, head) | work
+
+
+def sampling(setting: Setting, tp: int, rows: int, longest: int, cache_bytes: float) -> Bytes:
+    """The whole policy, or a part of it on each of `tp` ranks, keys and values of at most `rows`
+    answers that are at most `longest` tokens with their prompts, and one step's logits. Where
+    ranks share the model, they continue all of their answers together."""
+    shape = setting.shape
+    once = shape.vocab_size * shape.dim  # the embedding
+    policy = once + (parameters(shape) - once) / tp if setting.is_sharded else 0
+    a_row = bytes_a_token(shape, dtype_of(setting.dtype)) / tp * longest
+    side_by_side = max(1, min(rows, int(cache_bytes / a_row)))
+    largest = max(shape.dim * shape.ffn_dim, once)
+    return {
+        "sampling model": setting.width * policy,
+        "one tensor": setting.width * largest if setting.is_sharded else 0,
+        "keys and values": a_row * side_by_side,
+        "logits": 2 * FP32 * side_by_side * shape.vocab_size,
+    }
+
+
+def total(*parts: Bytes) -> float:
+    return sum(value for part in parts for value in part.values())
+
+
+def together(*parts: Bytes) -> Bytes:
+    """The sum, kind by kind."""
+    found: Bytes = {}
+    for part in parts:
+        for kind, value in part.items():
+            found[kind] = found.get(kind, 0.0) + value
+    return found
