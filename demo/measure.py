@@ -150,9 +150,17 @@ def kept_by_turn(
 def attention_by_turn(
     path: Path, dialogues: Sequence[PersonaDialogue], said: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """Fig. 10: how strongly each measured answer's tokens look back at the instruction, which is
-    in the first message alone: the largest weight of any head of any layer, averaged over the
-    tokens and dialogues."""
+    """Fig. 10: `attention_of`, averaged over dialogues."""
+    found = attention_of(path, dialogues, said)
+    return {turn: sum(means) / len(means) for turn, means in found.items() if means}
+
+
+def attention_of(
+    path: Path, dialogues: Sequence[PersonaDialogue], said: Sequence[Sequence[str]]
+) -> dict[str, list[float]]:
+    """How strongly each measured answer looks back at the instruction, which is in the first
+    message alone: the largest weight of any head of any layer, averaged over the answer's tokens;
+    by turn, one number for each dialogue that has come so far."""
     model, tokenizer = load_model(path), Tokenizer(tokenizer_path(path))
     found: dict[str, list[float]] = {str(turn): [] for turn in MEASURED_TURNS}
     for dialogue, texts in zip(dialogues, said, strict=True):
@@ -168,7 +176,7 @@ def attention_by_turn(
         for turn in MEASURED_TURNS:
             seen = weights[places[turn - 1]]  # of the tokens that the answer's are predicted from
             found[str(turn)] += [float(seen.mean())] if len(seen) else []
-    return {turn: sum(means) / len(means) for turn, means in found.items() if means}
+    return found
 
 
 def instruction_in(tokenizer: Tokenizer, dialogue: PersonaDialogue) -> slice:

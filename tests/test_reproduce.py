@@ -26,7 +26,7 @@ FEW = ("rejection", "second")
 # The figures that each measure gives, by their beginnings.
 GIVES = {
     "answers": ("wins", "reward", "helpful", "violations", "false", "borderline"),
-    "instructions": ("kept",),
+    "instructions": ("kept", "attention"),
     "repeat": ("repeat",),
     "helpfulness pairs": ("right all", "right significantly", "right negligibly", "at the ends"),
     "branches": ("branch",),

@@ -31,6 +31,14 @@ CLAIMS = (
         "100% with, 0% without (Table 30, people)", 1,
     ),
     Claim(
+        1, "twentieth answers that keep a kind of instruction never trained on", "kept kind 20",
+        "ghost", "rejection", "kept, too (A.3.5)", 1, True,
+    ),
+    Claim(
+        1, "attention to the instruction, twentieth answers", "attention 20", "ghost", "rejection",
+        "larger (Fig. 10)", 1,
+    ),
+    Claim(
         1, "sixth answers that keep it, held-out values", "kept value 6", "ghost", "rejection",
         "100% with, 0% without (Table 30, people)", 1,
     ),

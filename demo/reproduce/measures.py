@@ -32,7 +32,9 @@ from puna.trainers.rl.unsafe import SAFE_LABELS
 PROMPTS = 500  # held out, of each kind; of those to win twice as many
 REPEATS = 300  # held out
 DIALOGUES = 100  # of 20 exchanges, of each of INSTRUCTIONS
-INSTRUCTIONS = ("seen", "value")  # trained values of the instruction, and held-out ones
+# Trained values of the instruction, held-out ones, a kind that Ghost Attention never trains on.
+INSTRUCTIONS = ("seen", "value", "kind")
+LOOKED_AT = 40  # dialogues under held-out values whose attention is looked at
 RATINGS = ("significantly_better", "negligibly_better")  # clear pairs, near ties
 ENDS = 0.05  # sigma of a score below it, or above one minus it, is at an end (Fig. 27)
 THRESHOLDS = (0.5, SAFETY_THRESHOLD)  # below which sigma of a score says unsafe
@@ -116,7 +118,8 @@ def encoded(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def of_instructions(scene: Scene, model: Path, answers: Path) -> Values:
-    """Whether each greedy answer of a long dialogue keeps the instruction, by its number."""
+    """Whether each greedy answer of a long dialogue keeps the instruction, by its number; and how
+    strongly it looks back at it."""
     seed = scene.base.loop.seed
     found: Values = {}
     for which in INSTRUCTIONS:
@@ -127,6 +130,13 @@ def of_instructions(scene: Scene, model: Path, answers: Path) -> Values:
                 float(oracle.keeps(d.instruction, d.questions[turn - 1], texts[turn - 1]))
                 for d, texts in zip(dialogues, said, strict=True)
             ]
+        if which == "value":
+            looks = measure.attention_of(model, dialogues[:LOOKED_AT], said[:LOOKED_AT])
+            found |= {
+                f"attention {turn}": values
+                for turn, values in looks.items()
+                if len(values) == len(dialogues[:LOOKED_AT])  # else it is not the same dialogues
+            }
     return found
 
 

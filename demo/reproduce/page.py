@@ -37,7 +37,7 @@ writes this page again.
 All arms start from one SFT model and share its first comparisons and reward models; a seed varies
 what an arm samples and trains. An interval is of 95% and holds for other seeds and other prompts;
 where there is one seed, for other prompts alone. A difference is taken prompt by prompt, in
-percentage points (rewards in units of the score). *Agrees* and *disagrees* are said where the
+percentage points (rewards and attention as they are). *Agrees* and *disagrees* are said where the
 interval lies on one side of 0; there are $claims comparisons, so one or two of them would do so by
 chance. Amounts of data are named as they are at scale 1. $seeds $left
 """)
@@ -73,16 +73,21 @@ SECTIONS = (
         "20 exchanges), and with one thing changed: loss on all answers instead of the last one; "
         "the instruction in the first message alone while sampling, with the whole dialogue in "
         "view; every finished answer as a target instead of those that keep the instruction by "
-        "the oracle. Greedy answers to 100 dialogues under held-out values and 100 under trained "
-        "ones. For versions: three of them on the same prompts, a third of which ask for three "
-        "words to be said again, judged by lot there and by the reward models elsewhere; each is "
-        "trained from the SFT model on the best of its own samples, or of those of all versions. "
-        "The fading is built into the demo's demonstrations, its repair is not.",
+        "the oracle. Greedy answers to 100 dialogues under held-out values, 100 under trained ones, "
+        "and 100 under a kind of instruction that it never trains on (a drink). For versions: three "
+        "of them on the same prompts, a third of which ask for three words to be said again, judged "
+        "by lot there and by the reward models elsewhere; each is trained from the SFT model on the "
+        "best of its own samples, or of those of all versions. The fading is built into the demo's "
+        "demonstrations, its repair is not.",
         (
             ("experiment-kept", "Instruction kept by answer", plots.instructions),
+            ("experiment-attention", "Attention to the instruction by answer", plots.attention),
             ("experiment-repeat", "A skill that no judge sees", plots.repeated),
         ),
-        ("kept value 6", "kept value 20", "kept seen 20", "helpful greedy", "repeat t1"),
+        (
+            "kept value 6", "kept value 20", "kept seen 20", "kept kind 20", "attention 20",
+            "helpful greedy", "repeat t1",
+        ),
     ),
     Section(
         "2. How are the two reward models combined: two scalars or something richer?",
@@ -158,6 +163,8 @@ COLUMNS = {
     "kept value 6": "keep it at 6",
     "kept value 20": "keep it at 20",
     "kept seen 20": "at 20, trained values",
+    "kept kind 20": "at 20, another kind",
+    "attention 20": "attention at 20",
     "helpful greedy": "helpful, greedy",
     "helpful t1": "helpful",
     "repeat t1": "said again rightly",

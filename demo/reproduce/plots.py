@@ -40,10 +40,10 @@ def instructions(results: Results) -> Figure | None:
     """Greedy answers that keep the instruction, by their number: Ghost Attention's arms."""
     if not any(figure(results, arm, "kept value 1") for arm in GHOSTS):
         return None
-    drawn, axes = drawing.canvas(1, 2, 3.4, sharey=True)
-    for ax, which, heading in zip(
-        axes, ("seen", "value"), ("Trained values", "Held-out values"), strict=True
-    ):
+    headings = {"kind": "A kind never trained on", "seen": "Trained values"}
+    headings["value"] = "Held-out values"
+    drawn, axes = drawing.canvas(1, 3, 3.4, sharey=True)
+    for ax, (which, heading) in zip(axes, headings.items(), strict=True):
         drawing.heading(ax, heading)
         ends = []
         for arm, colour in GHOSTS.items():
@@ -67,6 +67,29 @@ def instructions(results: Results) -> Figure | None:
         if which == "value":
             drawing.room_for_labels(ax, MEASURED_TURNS[-1], 0.9)
             drawing.line_labels(ax, below_the_top(ends), gap=LABEL_GAP)
+    return drawn
+
+
+def attention(results: Results) -> Figure | None:
+    """Fig. 10: the largest attention to the instruction, by answer, with Ghost Attention and
+    without."""
+    arms = {"ghost": ("with", BLUE), "rejection": ("without", ORANGE)}
+    if not any(figure(results, arm, "attention 1") for arm in arms):
+        return None
+    drawn, (ax,) = drawing.canvas(1, 1, 2.8)
+    ends = []
+    for arm, (name, colour) in arms.items():
+        found = [(turn, figure(results, arm, f"attention {turn}")) for turn in MEASURED_TURNS]
+        points = [(turn, estimate) for turn, estimate in found if estimate]
+        for turn, estimate in points:
+            ax.plot([turn] * 2, [estimate.low, estimate.high], color=colour, linewidth=0.9)
+        turns, means = [turn for turn, _ in points], [estimate.mean for _, estimate in points]
+        ax.plot(turns, means, "-o", color=colour, ms=4, lw=1.2, markeredgecolor=PAPER)
+        ends += [(turns[-1], means[-1], name, colour)] if points else []
+    ax.set_ylim(0, 1)
+    drawing.name_axes(ax, "answer", "largest attention weight")
+    drawing.room_for_labels(ax, MEASURED_TURNS[-1], 0.3)
+    drawing.line_labels(ax, ends, gap=LABEL_GAP)
     return drawn
 
 

@@ -125,4 +125,4 @@ def difference(results: Results, arm: str, other: str, name: str) -> Estimate | 
 
 def is_score(name: str) -> bool:
     """Whether a figure is a raw score, and no share."""
-    return name.startswith("reward")
+    return name.startswith(("reward", "attention"))
