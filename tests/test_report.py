@@ -1,4 +1,4 @@
-"""The demo's report, summary and questions, from made-up measurements.
+"""The demo's report and summary, from made-up measurements.
 
 Run: python -m pytest tests/test_report.py -q
 """
@@ -14,7 +14,6 @@ import pytest
 from puna.demo.report import figures, reward_figures
 from puna.demo.report.build import write_report, write_summary
 from puna.demo.report.drawing import save_svg, to_svg
-from puna.demo.report.questions import write_questions
 from puna.demo.report.results import chat_model, stage, version_names, wilson
 
 HOSTILE = "<script>alert(1)</script> & \"quoted\" </details> <img src=x onerror='x'> $x^2$ $body"
@@ -306,7 +305,6 @@ def test_missing_parts_are_said_not_fatal(tmp_path, missing):
     parsed.feed(text)
     assert parsed.open == []
     assert set(json.loads(write_summary(tmp_path).read_text())["gatt"]) == {"with", "without"}
-    write_questions(tmp_path, tmp_path / "docs")
     if "gatt" in missing:
         assert "not measured" in text
 
@@ -325,7 +323,6 @@ def test_a_tiny_run_reports(tmp_path):
     write_run(tmp_path, evaluation)
     (tmp_path / "pretrain" / "metrics.jsonl").write_text('{"step": 1, "loss": 6.0}\n')
     write_report(tmp_path)
-    write_questions(tmp_path, tmp_path / "docs")
 
 
 def test_an_unfinished_run_says_so(tmp_path):
@@ -354,15 +351,3 @@ def test_wilson_interval_against_the_normal_one_and_at_the_ends():
     half = 1.96 * math.sqrt(0.4 * 0.6 / 10_000)
     assert (low, high) == pytest.approx((0.4 - half, 0.4 + half), abs=2e-4)
     assert wilson(0.0, 20)[0] == 0 and 0.1 < wilson(0.0, 20)[1] < 0.2
-
-
-def test_questions_are_written_from_the_run(run_folder, tmp_path):
-    path = write_questions(run_folder, tmp_path)
-    text = path.read_text(encoding="utf-8")
-    assert path.name == "questions.md"
-    assert text.count("\n## ") == 4
-    assert "$" not in text and "None" not in text
-    assert "81%" in text and "beta 0.1" in text
-    for line in text.splitlines():
-        if line.startswith("!["):
-            ElementTree.parse(tmp_path / line.split("](")[1].rstrip(")"))

@@ -11,7 +11,6 @@ from typing import Any
 
 from puna.core.documents import read_object
 from puna.demo.kept import seconds
-from puna.trainers.train.recipes import read_toml
 
 Evaluation = dict[str, Any]
 Rows = list[dict[str, Any]]
@@ -121,15 +120,6 @@ def metrics(folder: Path, evaluation: Evaluation, name: str) -> Rows:
         except ValueError:
             continue
     return rows
-
-
-def settings(folder: Path, evaluation: Evaluation, name: str) -> dict[str, Any]:
-    """The resolved configuration (config.toml) of a stage, beside its metrics."""
-    path = _file_of(folder, evaluation, name)
-    recorded = path.parent / "config.toml" if path else None
-    if recorded is None or not recorded.exists():
-        return {}
-    return read_toml(recorded)
 
 
 def _file_of(folder: Path, evaluation: Evaluation, name: str) -> Path | None:

@@ -19,11 +19,13 @@ from puna.core.checkpoint.atomic import write_text
 from puna.core.documents import field, read_object
 from puna.core.terminal import say
 from puna.demo.report.drawing import save_svg
+from puna.demo.report.figures import margins
 from puna.demo.reproduce import plots
 from puna.demo.reproduce.arms import BY_NAME, SFT, title_of
 from puna.demo.reproduce.claims import Claim, verdict
 from puna.demo.reproduce.results import compared, read_results, shown, with_interval
 from puna.demo.reproduce.tables import Estimate, Results, figure
+from puna.trainers.rl.losses import MARGINS
 
 HEAD = Template("""\
 # Four questions about Llama 2
@@ -150,7 +152,10 @@ SECTIONS = (
         "The same comparisons with no, the small and the large margin, two seeds more than other "
         "arms have, on held-out comparisons, each of another prompt. The safety model with and "
         "without the auxiliary loss. PPO on a helpfulness model with the large margin.",
-        (("experiment-margins", "Reward models by margin", plots.ranked),),
+        (
+            ("experiment-margins", "Reward models by margin", plots.ranked),
+            ("experiment-loss", "The loss's push by margin", lambda _: margins(MARGINS)),
+        ),
         (
             "right significantly_better", "right negligibly_better", "right all", "at the ends",
             "recall 0.5", "recall 0.15", "precision 0.15", "wins t1",
