@@ -37,6 +37,7 @@ from puna.core.ranks import is_main as is_main
 from puna.core.ranks import on_main as on_main
 from puna.core.ranks import rank as rank
 from puna.core.ranks import same as same
+from puna.core.ranks import wait_at_most as wait_at_most
 from puna.core.ranks import world_size as world_size
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

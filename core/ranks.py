@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -44,6 +45,12 @@ def init() -> None:
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend)
     stop_with_parent()
+
+
+def wait_at_most(seconds: float) -> None:
+    """Let the ranks wait so long for each other from here on; then they are lost (`is_lost`)."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
 def stop_with_parent() -> None:

@@ -28,6 +28,8 @@ def arguments(inputs: Path, out: Path, case: str, rank: int) -> list[str]:
         given["lr"] = -1
     if case == "long":
         given["epochs"] = 4000
+    if case == "one stands still":
+        given["timeout"] = 5
     if rank == 1:
         if case == "another lr":
             given["lr"] = 2e-3
@@ -46,6 +48,9 @@ def worker(out: Path, inputs: Path, case: str) -> int:
     def work(config: sft.SFTConfig) -> None:
         if case == "long":
             print(f"worker {os.getpid()}", flush=True)
+        if rank == 1 and case == "one stands still":
+            out.with_name("stopped").write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
         if rank == 1 and case == "one fails":
             raise ValueError("a file of rank 1 is not there")
         if rank == 1 and case == "one is wrong":
@@ -100,6 +105,24 @@ def test_one_rank_that_differs_ends_them_all_with_one_sentence(tmp_path, inputs,
     found = [line for line in said(result.stderr) if line.startswith("puna sft")]
     assert len(found) == 1 and sentence in found[0]
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_rank_that_stands_still_is_waited_for_as_long_as_asked(tmp_path, inputs):
+    process = subprocess.Popen(
+        torchrun(tmp_path / "run", inputs, "one stands still"),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True, env=ENVIRONMENT, start_new_session=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    began = time.monotonic()
+    try:
+        found = next(line for line in process.stderr if line.startswith("puna sft"))
+    finally:
+        os.kill(int((tmp_path / "stopped").read_text()), signal.SIGKILL)
+        process.kill()
+        process.wait()
+    assert "rank 1 did not come to where the others waited" in found
+    assert time.monotonic() - began < SECONDS
 
 
 def test_a_checkpoint_that_one_rank_does_not_see_is_refused(tmp_path, inputs):

@@ -259,6 +259,7 @@ def stage_options(
         "amend": config.amend,
         "device": config.device,
         "max_new_tokens": config.max_new_tokens,
+        "timeout": config.timeout,
         "cache_gb": config.cache_gb,
         "sampling_tp": config.sampling_tp,
         **table,

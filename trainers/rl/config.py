@@ -221,6 +221,8 @@ class RLHFConfig(loop.DrawingConfig):
     amend: Annotated[bool, FREE] = False
     """go on with other options or prompts from here on; what is sampled and annotated stays"""
     device: Annotated[str, FREE] = "auto"
+    timeout: Annotated[float, Above(0), FREE] = 1800.0
+    """seconds that ranks wait for each other"""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """of the matrix products in what this loop samples and scores itself; each stage has its own"""
     reward: dict[str, Any] = field(default_factory=dict)

@@ -31,6 +31,7 @@ CONFIG, INPUTS, AMENDMENTS, FINISHED = (
     "config.toml", "inputs.json", "amendments.jsonl", "finished.json",
 )  # fmt: skip
 RECORDS = {CONFIG, INPUTS, AMENDMENTS, "environment.json"}
+WAIT = 1800.0  # seconds, of what has no option for it
 ASKED_EACH_TIME = ("amend", "resume")  # of this start, not of the run
 
 Tables = Mapping[str, type]
@@ -56,6 +57,7 @@ def owned(
     """
     if isinstance(config, Options):
         enforce(config)
+    parallel.wait_at_most(getattr(config, "timeout", WAIT))
     inputs = inputs_of(config, given)
     same_on_every_rank(config, inputs)
     with ExitStack() as stack:

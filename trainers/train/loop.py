@@ -58,6 +58,9 @@ class FolderConfig(Options):
     """of the matrix products; all else, parameters and optimizer, is fp32"""
     compile: Annotated[bool, FREE] = False
     """torch.compile each block"""
+    timeout: Annotated[float, Above(0), FREE] = 1800.0
+    """seconds that ranks wait for each other, in a step or while one of them saves (until all have
+    started, torchrun waits: --rdzv-conf timeout=900)"""
 
 
 @dataclass(kw_only=True)
