@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puna.core.config import ModelConfig
-from puna.core.generation.generate import batched, generate, stream
+from puna.core.generation.generate import generate, stream
 from puna.core.generation.kv_cache import KVCache
 from puna.core.model import Transformer
 from puna.core.native.loader import extension
@@ -106,15 +106,6 @@ def test_draws_do_not_depend_on_the_memory_they_may_take(model, backend, monkeyp
     noted(Session, lambda rows, longest: rows * longest)
     same(run(model, cache_bytes=A_TOKEN * tokens), expected)
     assert held and max(held) <= max(tokens, len(PROMPTS[2]) + 12)
-
-
-@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 9), st.integers(0, 300))
-def test_batches_fit(tokens, most, room):
-    batches = [*batched(range(len(tokens)), tokens, most, room)]
-    assert [row for batch in batches for row in batch] == [*range(len(tokens))]
-    for batch in batches:
-        longest = max(tokens[row] for row in batch)
-        assert len(batch) == 1 or (len(batch) <= most and len(batch) * longest <= room)
 
 
 def test_seed_round_prompt_and_sample_each_change_the_draw(model):

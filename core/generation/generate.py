@@ -1,16 +1,17 @@
 """Batched sampling from a model: prompts of different lengths in, answers with log-probs out."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from puna.core import ops
 from puna.core.generation import continuous
-from puna.core.generation.batch import Batch
 from puna.core.generation.kv_cache import CACHE_BYTES, bytes_a_token
 from puna.core.generation.sampling import Sampler, blamed, check_settings, row_keys
+from puna.core.generation.slots import Ended, Slots, continued
 from puna.core.model import Transformer
 from puna.core.native.engine import Engine, engine_for
 
@@ -85,33 +86,13 @@ def complete(
 ) -> list[Completion]:
     """`generate` with a key (N,) int64 and a limit for each prompt; nothing is checked."""
     engine = engine_for(model, weight_format)
-    tokens = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
+    dtype = torch.float32 if engine is not None else model.dtype
+    longest = max((len(prompt) + n for prompt, n in zip(prompts, limits, strict=True)), default=1)
+    rows = cache_bytes // bytes_a_token(model.config, dtype) // longest
+    slots = max(1, min(batch_size, rows))
     if engine is not None:
-        rows = cache_bytes // bytes_a_token(model.config, torch.float32) // max(tokens, default=1)
-        slots = max(1, min(batch_size, rows))
-        return _by_slots(engine, prompts, keys, limits, sampler, eos_id, slots)
-    room = cache_bytes // bytes_a_token(model.config, model.dtype)
-    # Prompts of similar length share a batch: less padding.
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    batches = batched(order, tokens, batch_size, room)
-    return _by_batches(model, prompts, keys, limits, sampler, eos_id, batches)
-
-
-def batched(
-    order: Sequence[int], tokens: Sequence[int], most: int, room: int
-) -> Iterator[list[int]]:
-    """Rows in the order given, in batches of at most `most` and of at most `room` tokens where all
-    are as long as the longest; one row always is a batch."""
-    batch: list[int] = []
-    longest = 0
-    for row in order:
-        longest = max(longest, tokens[row])
-        if batch and (len(batch) == most or (len(batch) + 1) * longest > room):
-            yield batch
-            batch, longest = [], tokens[row]
-        batch.append(row)
-    if batch:
-        yield batch
+        return _by_engine(engine, prompts, keys, limits, sampler, eos_id, slots)
+    return _by_pytorch(model, prompts, keys, limits, sampler, eos_id, slots)
 
 
 def stream(
@@ -162,12 +143,20 @@ def _drawn(
             for drawn in continuous.decode(*one, steps=1):
                 yield int(drawn.tokens)
             return
-        batch = Batch(model, [prompt], keys.to(model.device), limits)
-        for _ in batch.steps(sampler, eos_id):
-            yield batch.tokens[0][-1]
+        if limits[0] < 1:
+            return
+        slots = Slots(model, 1, len(prompt) + limits[0], limits[0], sampler, eos_id)
+        slots.fill([(0, 0)], [prompt], keys, limits)
+        while True:
+            if slots.state.logprobs[0, slots.state.counts[0] - 1].isnan():
+                raise ops.NoDistribution(0)
+            yield int(slots.state.last)
+            if not slots.state.going:
+                return
+            slots.step()
 
 
-def _by_slots(
+def _by_engine(
     engine: Engine,
     prompts: list[list[int]],
     keys: Tensor,
@@ -194,25 +183,24 @@ def _by_slots(
     return completions
 
 
-def _by_batches(
+def _by_pytorch(
     model: Transformer,
     prompts: list[list[int]],
     keys: Tensor,
     limits: list[int],
     sampler: Sampler,
     eos_id: int | None,
-    batches: Iterable[list[int]],
+    slots: int,
 ) -> list[Completion]:
-    keys = keys.to(model.device)
-    results: dict[int, Completion] = {}
-    for rows in batches:
-        batch = Batch(model, [prompts[r] for r in rows], keys[rows], [limits[r] for r in rows])
-        for _ in batch.steps(sampler, eos_id):
-            pass
-        for slot, row in enumerate(rows):
-            parts = batch.tokens[slot], batch.logprobs[slot], batch.finished[slot]
-            results[row] = Completion(*parts)
-    return [results[row] for row in range(len(prompts))]
+    found = {
+        each.prompt: each
+        for each in continued(model, prompts, keys, limits, sampler, eos_id, slots)
+    }
+    none = Ended(-1, [], [])
+    answers = [found.get(number, none) for number in range(len(prompts))]
+    return [
+        Completion(each.tokens, each.logprobs, each.tokens[-1:] == [eos_id]) for each in answers
+    ]
 
 
 def _limits(model: Transformer, prompts: list[list[int]], max_new_tokens: int) -> list[int]:

@@ -61,6 +61,18 @@ class KVCache:
         bounds = lengths.aminmax() if lengths.numel() else (0, 0)
         self._shortest, self._longest = (int(bound) for bound in bounds)
 
+    def set_lengths(self, lengths: Tensor, longest: int) -> None:
+        """The same without a look at them, so that a GPU is not waited for: none is above
+        `longest`."""
+        self._lengths, self._shortest, self._longest = lengths, -1, longest
+
+    def place(self, slots: Tensor, other: "KVCache", rows: Tensor) -> None:
+        """Copy `rows` (W,) of another cache to the beginning of `slots` (W,), a layer at a time."""
+        tokens = other.max_tokens
+        for ours, theirs in ((self._k, other._k), (self._v, other._v)):
+            for layer, source in zip(ours, theirs, strict=True):
+                layer[slots, :, :tokens] = source[rows]
+
     def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the first tokens of every row: k and v (B, T, K, D)."""
         if k.shape[1] > self.max_tokens:
