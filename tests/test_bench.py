@@ -151,7 +151,7 @@ def test_settings_that_cannot_be_measured():
             measure(BenchConfig(device="cuda"), "all")
 
 
-def test_rollouts_beside_static_batches(tiny, monkeypatch, tmp_path, capsys):
+def test_rollouts_beside_pytorchs(tiny, monkeypatch, tmp_path, capsys):
     if extension() is None:
         pytest.skip("the native extension is not built")
     for name, value in (("PROMPTS", 7), ("SLOTS", 3), ("MEAN", 4)):
@@ -159,7 +159,7 @@ def test_rollouts_beside_static_batches(tiny, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(rollout, "PROMPT", 4)
     rows = rollout.bench_rollout(open_models("tiny", tmp_path, CPU), rounds=1)
     lengths = rollout.answer_lengths(7, TINY.context - 4)
-    assert [row["provider"] for row in rows] == ["puna", "puna-no-refill", "puna-static"]
+    assert [row["provider"] for row in rows] == ["puna", "puna-no-refill", "puna-pytorch"]
     assert all(row["value"] > 0 and row["batch"] == 3 for row in rows)
     batches = [lengths[:3], lengths[3:6], lengths[6:]]
     ideal = sum(max(batch) for batch in batches) * 3 / sum(lengths)

@@ -2,9 +2,9 @@
 
 Answer lengths are fixed in advance from a geometric distribution, so that every provider writes
 as many tokens. "puna" refills a slot as its answer ends; "puna-no-refill" is the same engine, 32
-prompts at a time; "puna-static" is generation without the native engine, which finishes a batch
-before it begins the next. All three leave out rows that have ended. Were a step's time the same for
-one row as for many, refilling alone would win `ideal_gain`; on a CPU it nearly grows with the rows.
+prompts at a time; "puna-pytorch" is generation without the native engine, which refills slots at
+every eighth step. Were a step's time the same for one row as for many, refilling alone would win
+`ideal_gain`; on a CPU it nearly grows with the rows.
 """
 
 import torch
@@ -47,7 +47,7 @@ def bench_rollout(models: Models, rounds: int) -> list[Row]:
     work = {
         "puna": lambda: sample(models, ids, lengths, "native", PROMPTS),
         "puna-no-refill": lambda: sample(models, ids, lengths, "native", SLOTS),
-        "puna-static": lambda: sample(models, ids, lengths, "reference", PROMPTS),
+        "puna-pytorch": lambda: sample(models, ids, lengths, "reference", PROMPTS),
     }
     bound = limit(models.config, models.ceilings, SLOTS, PROMPT + MEAN)
     return rows(
