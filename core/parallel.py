@@ -71,6 +71,7 @@ def prepare(
     activation_checkpointing: bool = False,
     compile: bool = False,
     sampling_tp: int = 1,
+    replicate: int = 1,
 ) -> Transformer:
     """The model made ready to train on all ranks, in place; `load` also reads its weights.
 
@@ -79,9 +80,16 @@ def prepare(
     gradients reduced in fp32. On one rank FSDP2 does that cast too, over a group of one;
     without a `compute_dtype` one rank needs no FSDP2. `device` says where a model on "meta" is
     going to be. `sampling_tp` neighbouring ranks share what `gathered` yields; ValueError where the
-    model or the ranks cannot be shared out so.
+    model or the ranks cannot be shared out so. With `replicate` copies of the model, each is
+    sharded over neighbouring ranks, one machine's, and gradients are also summed over the copies
+    (HSDP); ValueError where the ranks are no multiple of it.
     """
     tensor_parallel.check(model.config, sampling_tp)
+    if world_size() % replicate:
+        raise ValueError(
+            f"replicate is {replicate} and there are {world_size()} ranks, no multiple of it; take "
+            "a divisor"
+        )
     for block in model.model.layers:
         if activation_checkpointing:
             _replace_forward(block, _checkpointed(block.forward))
@@ -93,7 +101,12 @@ def prepare(
     if not dist.is_initialized():
         backend = "nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh(kind, (world_size(),))
+    copies = (replicate,) if replicate > 1 else ()
+    mesh = init_device_mesh(
+        kind,
+        (*copies, world_size() // replicate),
+        mesh_dim_names=("replicate", "shard") if copies else ("shard",),
+    )
     # Inputs are left as they are: the embedding is in the compute dtype, RoPE's tables are fp32.
     policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     for block in model.model.layers:
@@ -102,7 +115,11 @@ def prepare(
     for module in _sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    model.__dict__ |= {"compute_dtype": compute_dtype, "sampling_tp": sampling_tp}
+    model.__dict__ |= {
+        "compute_dtype": compute_dtype,
+        "sampling_tp": sampling_tp,
+        "replicate": replicate,
+    }
     return model
 
 
@@ -291,12 +308,22 @@ def _part(whole: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(copy, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> float:
+def begin_pass(model: Transformer, *, is_last: bool) -> None:
+    """Before each of the forward and backward passes whose gradients are accumulated: copies of a
+    model need not agree before the last one. (Parts are added up in each: they have no room for
+    whole gradients.)"""
+    if isinstance(model, FSDPModule) and model.__dict__["replicate"] > 1:
+        model.set_requires_all_reduce(is_last)
+
+
+def clip_gradients(model: Transformer, max_norm: float) -> float:
     """Scale all gradients so that their norm over all ranks is at most `max_norm`; returns
     the norm before."""
     _reshard(model)
     gradients = [_local(p.grad) for p in model.parameters() if p.grad is not None]
     squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
-    norm = (all_sum(squares) if _sharded_modules(model) else squares).sqrt()
+    if _sharded_modules(model):
+        squares = all_sum(squares) / model.__dict__["replicate"]  # each copy has them all
+    norm = squares.sqrt()
     torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return float(norm)

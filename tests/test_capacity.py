@@ -129,6 +129,17 @@ def test_shipped_recipes(recipe: str, gpus: int, fits: bool) -> None:
             plan.run(config)
 
 
+def test_copies_of_a_model_hold_it_so_often() -> None:
+    _, settings = plan.stage_of("7b/pretrain.toml")
+    one = phases.training(settings, size("7b"), 8)["train"]
+    copies = dataclasses.replace(settings, replicate=4)
+    four = phases.training(copies, size("7b"), 32)["train"]
+    assert four == {**one, "activations": four["activations"]}
+    assert plan.cannot("pretrain", copies, size("7b"), 2) == (
+        "replicate = 4 divides not all of 2 ranks"
+    )
+
+
 def test_the_change_that_is_offered_fits_and_no_smaller_one_does() -> None:
     stage, settings = plan.stage_of("70b/ppo.toml")
     shape, device = size("70b"), DEVICES["a100-80"]

@@ -37,6 +37,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "checkpointed": {"activation_checkpointing": True},
     "compiled": {"activation_checkpointing": True, "compile": True},
     "micro-batches": {"micro": 2},
+    "two copies": {"replicate": 2, "micro": 2},
 }
 
 
@@ -76,7 +77,9 @@ def train(
         with torch.no_grad():
             loss_sum(model, mine)  # as an evaluation between steps: the root stays gathered
         total = torch.zeros(())
-        for part in mine.chunk(micro):
+        parts = mine.chunk(micro)
+        for number, part in enumerate(parts, 1):
+            parallel.begin_pass(model, is_last=number == len(parts))
             loss = loss_sum(model, part) / (ROWS * TOKENS)
             loss.backward()
             total += loss.detach()
@@ -138,15 +141,20 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = train(last=4)
     save_file(before["tensors"], folder / "before.safetensors")
     middle = {"start": str(folder / "before.safetensors"), "first": 4, "last": 7}
-    (folder / "jobs.json").write_text(json.dumps({**JOBS, "middle": middle}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    on_ranks(2, folder, {**JOBS, "middle": middle})
+    return folder
+
+
+def on_ranks(ranks: int, folder: Path, jobs: dict[str, dict[str, Any]]) -> None:
+    """Do the jobs on so many ranks, in the folder."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     subprocess.run(
-        [*command, __file__, str(folder / "jobs.json")],
+        [*command, f"--nproc-per-node={ranks}", __file__, str(folder / "jobs.json")],
         check=True,
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    return folder
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
@@ -164,6 +172,17 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
 def test_two_ranks_equal_one(two: Path, one: dict[str, Any], job: str) -> None:
     """Losses, gradient norms, weights, optimizer state and sampled answers."""
     assert_same(read(two, job), one[JOBS[job].get("head", "lm")])
+
+
+def test_four_ranks_hold_two_copies_of_two_parts(tmp_path: Path, one: dict[str, Any]) -> None:
+    on_ranks(4, tmp_path, {"copies": {"replicate": 2}})
+    assert_same(read(tmp_path, "copies"), one["lm"])
+
+
+def test_ranks_that_cannot_hold_so_many_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "world_size", lambda: 4)
+    with pytest.raises(ValueError, match="replicate is 3 and there are 4 ranks, no multiple"):
+        parallel.prepare(Transformer(CONFIG), replicate=3)
 
 
 def test_the_loss_falls(one: dict[str, Any]) -> None:

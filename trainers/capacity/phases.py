@@ -19,13 +19,18 @@ def setting_of(config: Any, shape: ModelConfig, ranks: int) -> Setting:
     return Setting(shape, ranks, config.dtype, config.activation_checkpointing)
 
 
+def of_trained(config: Any, shape: ModelConfig, ranks: int) -> Setting:
+    """Of a trained network: each of its copies is sharded over its own ranks."""
+    return setting_of(config, shape, max(1, ranks // config.replicate))
+
+
 def row_tokens(config: Any, shape: ModelConfig) -> int:
     return getattr(config, "row_tokens", 0) or shape.context
 
 
 def training(config: Any, shape: ModelConfig, ranks: int) -> Phases:
     """`pretrain` and `sft`, and the fine-tuning of what was sampled."""
-    setting = setting_of(config, shape, ranks)
+    setting = of_trained(config, shape, ranks)
     own = memory.trained(setting)
     tokens = own_rows(config, ranks) * row_tokens(config, shape)
     return {
@@ -41,7 +46,7 @@ def own_rows(config: Any, ranks: int) -> int:
 
 def reward(config: Any, shape: ModelConfig, ranks: int) -> Phases:
     """A reward model: both dialogues of each pair may fill the context."""
-    setting = setting_of(config, shape, ranks)
+    setting = of_trained(config, shape, ranks)
     own = memory.trained(setting, "score")
     tokens = 2 * own_rows(config, ranks) * shape.context
     return {
@@ -77,10 +82,10 @@ def imitation(judges: int) -> Callable[[Any, ModelConfig, int], Phases]:
 
 def ppo(config: Any, shape: ModelConfig, ranks: int) -> Phases:
     """Policy and critic are trained; reference and two reward models are frozen."""
-    setting = setting_of(config, shape, ranks)
+    setting, trained = setting_of(config, shape, ranks), of_trained(config, shape, ranks)
     own = [
-        memory.trained(setting),
-        memory.trained(setting, "score"),
+        memory.trained(trained),
+        memory.trained(trained, "score"),
         memory.frozen(setting),
         *[memory.frozen(setting, "score")] * 2,
     ]
@@ -88,8 +93,8 @@ def ppo(config: Any, shape: ModelConfig, ranks: int) -> Phases:
     return {
         "sample": together(*own, sampling(config, shape, ranks)),
         "score": together(*own, memory.looking(setting, tokens)),
-        "train critic": together(*own, memory.step(setting, tokens, "score")),
-        "train policy": together(*own, memory.step(setting, tokens)),
+        "train critic": together(*own, memory.step(trained, tokens, "score")),
+        "train policy": together(*own, memory.step(trained, tokens)),
         "save": together(*own, whole_tensor(setting)),
     }
 

@@ -122,6 +122,8 @@ def cannot(stage: str, settings: Any, shape: ModelConfig, ranks: int) -> str | N
     for name, value in phases.shared(stage, settings).items():
         if value % ranks:
             return f"{name} = {value} cannot be shared equally by {ranks:,} ranks"
+    if ranks % settings.replicate:
+        return f"replicate = {settings.replicate} divides not all of {ranks:,} ranks"
     tp = getattr(settings, "sampling_tp", 1)
     if tp > 1 and (ranks % tp or shape.n_kv_heads % tp or shape.ffn_dim % tp):
         return (

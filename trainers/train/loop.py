@@ -112,6 +112,9 @@ class TrainConfig(FolderConfig):
     """previous: where the newest checkpoint is damaged, set it aside and take the one before it"""
     log: Annotated[Literal["none", "tensorboard", "trackio"], FREE] = "none"
     """where else to show the metrics, by a package of its own: pip install "puna[tensorboard]" """
+    replicate: Annotated[Count, FREE] = 1
+    """copies of the model, each sharded over neighbouring ranks: with one a machine, blocks are
+    gathered inside machines and only gradients travel between them; 1 shards over all ranks"""
     plan: Annotated[bool, FREE] = True
     """refuse, before loading, what cannot fit the GPUs by the arithmetic of `puna plan`"""
     activation_checkpointing: Annotated[bool, FREE] = False
@@ -159,6 +162,7 @@ def load(source: Source, config: FolderConfig, *, frozen: bool = False) -> Trans
         activation_checkpointing=isinstance(config, TrainConfig)
         and config.activation_checkpointing,
         compile=config.compile,
+        replicate=config.replicate if isinstance(config, TrainConfig) and not frozen else 1,
         sampling_tp=config.sampling_tp if isinstance(config, DrawingConfig) and lm else 1,
     )
 
@@ -206,7 +210,8 @@ def backward(model: Transformer, batches: Sequence[Any], objective: Objective) -
     weight = torch.tensor([sum(objective.weight(b) for b in batches)], dtype=torch.float64)
     total = max(float(parallel.all_sum(weight.to(device))), 1e-12)
     sums: dict[str, Tensor] = {}
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
+        parallel.begin_pass(model, is_last=number == len(batches))
         loss, extras = objective.loss(model, batch)
         (loss / total).backward()
         for name, value in {"loss": loss, **extras}.items():
