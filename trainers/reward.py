@@ -113,8 +113,9 @@ def run(config: RewardConfig) -> Path:
 def fit(config: RewardConfig, folder: Run, tokenizer: Tokenizer) -> Path:
     """What there is still to do in an open run."""
     source = start_model(config, folder)
-    fitting.check("reward", config, source.config)
     pairs, held = load_pairs(config, tokenizer, source.config.context)
+    longest = max(-(-(len(pair.chosen) + len(pair.rejected)) // 2) for pair in pairs)
+    fitting.check("reward", config, replace(source.config, context=longest))
     check_shares(config.batch)
     plan = of_epochs(len(pairs), config.epochs, config.batch)
     if config.warmup_steps == 0:
