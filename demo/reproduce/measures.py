@@ -31,9 +31,9 @@ from puna.trainers.rl.unsafe import SAFE_LABELS
 
 PROMPTS = 500  # held out, of each kind; of those to win twice as many
 REPEATS = 300  # held out
-DIALOGUES = 100  # of 20 exchanges, of each of INSTRUCTIONS
-# Trained values of the instruction, held-out ones, a kind that Ghost Attention never trains on.
-INSTRUCTIONS = ("seen", "value", "kind")
+# Dialogues of 20 exchanges: under trained values of the instruction, under held-out ones, and under a
+# kind that Ghost Attention never trains on.
+DIALOGUES = {"seen": 60, "value": 100, "kind": 60}
 LOOKED_AT = 40  # dialogues under held-out values whose attention is looked at
 RATINGS = ("significantly_better", "negligibly_better")  # clear pairs, near ties
 ENDS = 0.05  # sigma of a score below it, or above one minus it, is at an end (Fig. 27)
@@ -122,8 +122,8 @@ def of_instructions(scene: Scene, model: Path, answers: Path) -> Values:
     strongly it looks back at it."""
     seed = scene.base.loop.seed
     found: Values = {}
-    for which in INSTRUCTIONS:
-        dialogues = world.persona_dialogues(seed, scaled(scene.base, DIALOGUES, 6), which)
+    for which, count in DIALOGUES.items():
+        dialogues = world.persona_dialogues(seed, scaled(scene.base, count, 6), which)
         said = measure.dialogues_with(model, dialogues, 0.0, seed)
         for turn in world.MEASURED_TURNS:
             found[f"kept {which} {turn}"] = [

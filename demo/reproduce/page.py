@@ -75,10 +75,10 @@ SECTIONS = (
         "20 exchanges), and with one thing changed: loss on all answers instead of the last one; "
         "the instruction in the first message alone while sampling, with the whole dialogue in "
         "view; every finished answer as a target instead of those that keep the instruction by "
-        "the oracle. Greedy answers to 100 dialogues under held-out values, 100 under trained "
-        "ones, and 100 under a kind of instruction that it never trains on (a drink). For "
-        "versions: three of them on the same prompts, a third of which ask for three words to be"
-        " said again, judged by lot there and by the reward models elsewhere; each is trained "
+        "the oracle. Greedy answers to 100 dialogues under held-out values, 60 under trained "
+        "ones, and 60 under a kind of instruction that it never trains on (a drink). For "
+        "versions: three of them on the same prompts, a third of which ask for three words to "
+        "be said again, judged by lot there and by the reward models elsewhere; each is trained "
         "from the SFT model on the best of its own samples, or of those of all versions. The "
         "fading is built into the demo's demonstrations, its repair is not.",
         (
