@@ -31,8 +31,8 @@ from puna.trainers.rl.unsafe import SAFE_LABELS
 
 PROMPTS = 500  # held out, of each kind; of those to win twice as many
 REPEATS = 300  # held out
-# Dialogues of 20 exchanges: under trained values of the instruction, under held-out ones, and under a
-# kind that Ghost Attention never trains on.
+# Dialogues of 20 exchanges: under trained values of the instruction, under held-out ones, and under
+# a kind that Ghost Attention never trains on.
 DIALOGUES = {"seen": 60, "value": 100, "kind": 60}
 LOOKED_AT = 40  # dialogues under held-out values whose attention is looked at
 RATINGS = ("significantly_better", "negligibly_better")  # clear pairs, near ties
