@@ -195,7 +195,9 @@ def move_to(seen: int, counter: Meter) -> None:
 
 @contextmanager
 def progress(texts: Texts) -> Iterator[Meter]:
-    """A meter in megabytes of the files."""
+    """A meter in megabytes of the files, the last of which is done with the last id."""
     size = sum(regular_file(path).stat().st_size for path in texts.paths)
-    with meter("encoding, MB", max(1, size // MEGABYTE)) as counter:
+    with meter("encoding, MB", size // MEGABYTE + 1) as counter:
         yield counter
+        counter.step = size // MEGABYTE
+        counter.advance(0)
