@@ -7,9 +7,10 @@ second (measured, Zen 4), several files are read side by side.
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 HASHES = "sha256.json"
@@ -52,11 +53,16 @@ def digests(paths: Iterable[Path]) -> list[Digest]:
         return list(threads.map(digest, paths))
 
 
-def write_hashes(folder: Path, name: str = HASHES) -> None:
-    """Note the hash of every file below `folder` in the file `name` there."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in files]
-    found = {name: each.sha256 for name, each in zip(names, digests(files), strict=True)}
+def write_hashes(
+    folder: Path, name: str = HASHES, known: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Note the hash of every file below `folder` in the file `name` there; `known` are those that
+    need not be read again."""
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    names = sorted(files - set(known))
+    read = digests(folder / each for each in names)
+    hashes = {each: digest.sha256 for each, digest in zip(names, read, strict=True)}
+    found = dict(sorted({**known, **hashes}.items()))
     (folder / name).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 

@@ -18,7 +18,7 @@ from puna.core.documents import json_rows
 from puna.core.model import Transformer
 from puna.core.terminal import say
 from puna.trainers.rl.config import PPOConfig
-from puna.trainers.train.run import Run, write_model
+from puna.trainers.train.run import Run, save_model
 
 Row = dict[str, Any]
 
@@ -136,7 +136,7 @@ def keep_if_best(config: PPOConfig, run: Run, policy: Transformer, iteration: in
     reward = parallel.broadcast(reward)
     if reward is None:
         return {}
-    save_best(run, policy)
+    save_model(run.path / "best", policy, run.tokenizer)
     return {"best_reward": reward}
 
 
@@ -150,17 +150,6 @@ def give_best(run: Run, when: str, reason: str) -> Path:
             f"with reward {kept['best_reward']:.3f} and a KL of {max(kept['kl'], 0.0):.2f}"
         )
     return finish_with_best(run)
-
-
-def save_best(run: Run, policy: Transformer) -> None:
-    """Keep the policy as `best/` in the run folder, in place of an earlier one (all ranks)."""
-    if parallel.is_main():
-        with atomic_folder(run.path / "best") as partial:
-            write_model(partial, policy, run.tokenizer)
-    else:
-        for _ in parallel.full_parameters(policy):
-            pass
-    parallel.barrier()
 
 
 def finish_with_best(run: Run) -> Path:

@@ -11,28 +11,24 @@ Whose it is stands beside these (`claim`).
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from puna.core import parallel
 from puna.core.checkpoint.atomic import flush, naming_full_disk, write_text
-from puna.core.checkpoint.folder import (
-    atomic_folder,
-    open_model,
-    save_tensors,
-    write_tensors,
-)
+from puna.core.checkpoint.folder import atomic_folder, open_model, write_tensors
 from puna.core.checkpoint.hashes import HASHES, damage, write_hashes
+from puna.core.checkpoint.pieces import open_pieces
+from puna.core.checkpoint.shards import save_tensors
 from puna.core.checkpoint.source import Source
 from puna.core.documents import listed
 from puna.core.model import Transformer
-from puna.trainers.train import written
+from puna.trainers.train import saving, written
 from puna.trainers.train.claim import (
     FINISHED,
     amended_since_finished,
@@ -42,17 +38,13 @@ from puna.trainers.train.claim import (
 )
 from puna.trainers.train.inputs import Given
 from puna.trainers.train.notice import notice
+from puna.trainers.train.saving import Trained as Trained
 from puna.trainers.train.viewers import viewer
 
 STATE = "training/state.json"
+STATE_FILE = "-optimizer.safetensors"  # of one process, after the network's name
+STATE_FOLDER = "-optimizer"  # of several: a file of each
 PROOF = f"training/{HASHES}"
-
-
-class Trained(NamedTuple):
-    """A network with the optimizer that trains it."""
-
-    model: Transformer
-    optimizer: torch.optim.Optimizer
 
 
 @contextmanager
@@ -66,7 +58,13 @@ def open_run(config: Any, *, tokenizer: Path | None, given: Given | None = None)
         run = Run(config, tokenizer, amended)
         if run.done:
             notice(f"{run.path} is finished; its model is {run.final}")
-        yield run
+        try:
+            yield run
+        except BaseException:
+            with suppress(Exception):  # there is something to say already
+                run.settle()
+            raise
+        run.settle()
 
 
 class Run:
@@ -84,6 +82,7 @@ class Run:
         self.checkpoint: Path | None = self.checkpoints / found if found else None
         there = self.checkpoint is None or (self.checkpoint / STATE).is_file()
         parallel.same({"checkpoint": {"newest": found if there else "none"}})
+        self._writing: Future[None] | None = None
         self.step = 0
         self._entries: dict[str, int] = {}  # of each network's optimizer
         if self.checkpoint is not None:
@@ -138,23 +137,40 @@ class Run:
         """Write checkpoints/step-N and drop all but the newest `keep`.
 
         The first network is the folder's own model; each further one, and every optimizer, lies
-        under `training/`. Raises OSError with one sentence where the disk is full: earlier
-        checkpoints stay as they are.
+        under `training/`. Several ranks write behind what follows (`settle` waits for it). Raises
+        OSError or ValueError with one sentence where this or the write before it fails, as on a
+        full disk: earlier checkpoints stay as they are.
         """
-        folder = self.checkpoints / named(step)
-        if parallel.is_main():
-            if self.metrics.exists():
-                flush(self.metrics)  # the history of a checkpoint is on disk before it is
-                flush(self.path)
-            with atomic_folder(folder) as partial:
+        self.settle()
+        if parallel.is_main() and self.metrics.exists():
+            flush(self.metrics)  # the history of a checkpoint is on disk before it is
+            flush(self.path)
+        if parallel.world_size() == 1:
+            with atomic_folder(self.checkpoints / named(step)) as partial:
                 self._write(partial, step, networks)
-            for old in saved(self.checkpoints)[:-keep]:
-                shutil.rmtree(old)
-        else:
-            for network in networks.values():
-                _gather(network)
-        parallel.barrier()
-        self.checkpoint = folder
+            self._written(step, keep)
+            return
+        copied, entries = self._copy(networks)
+        group = parallel.background()
+
+        def work() -> None:
+            folder = self.checkpoints / named(step)
+            saving.write(folder, copied, lambda f, h: finish_checkpoint(f, step, entries, h), group)
+            self._written(step, keep)
+
+        self._writing = saving.behind(work)
+
+    def settle(self) -> None:
+        """Wait until the checkpoint that is being written stands; ValueError, in one sentence, on
+        every rank, where it could not be written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _written(self, step: int, keep: int) -> None:
+        self.checkpoint = self.checkpoints / named(step)
+        for old in saved(self.checkpoints)[:-keep] if parallel.is_main() else ():
+            shutil.rmtree(old)
 
     def _write(self, partial: Path, step: int, networks: dict[str, Trained]) -> None:
         training = partial / "training"
@@ -166,10 +182,22 @@ class Run:
             training.mkdir(exist_ok=True)
             state = parallel.optimizer_state(network.model, network.optimizer)
             entries[name] = len(state)
-            file = training / f"{name}-optimizer.safetensors"
-            save_tensors(state, file, like=target / "config.json")
-        write_text(partial / STATE, json.dumps({"step": step, "optimizer_entries": entries}))
-        write_hashes(partial, PROOF)
+            save_tensors(
+                {key: piece.tensor for key, piece in state.items()},
+                training / f"{name}{STATE_FILE}",
+                like=target / "config.json",
+            )
+        finish_checkpoint(partial, step, entries)
+
+    def _copy(self, networks: dict[str, Trained]) -> tuple[saving.Copied, dict[str, int]]:
+        """This rank's part of a checkpoint, and the entries of each optimizer (collective)."""
+        copies, entries = [], {}
+        for index, (name, network) in enumerate(networks.items()):
+            place = "." if index == 0 else f"training/{name}"
+            copies.append(saving.copy_model(network.model, self.tokenizer, place))
+            state, entries[name] = saving.copy_state(network, f"training/{name}{STATE_FOLDER}")
+            copies.append(state)
+        return saving.together(copies), entries
 
     def resume_step(self) -> int:
         """The step to go on from, with metrics.jsonl cut to it (emptied where it is 0)."""
@@ -188,11 +216,13 @@ class Run:
         if self.checkpoint is None:
             return
         for name, network in networks.items():
-            file = self.checkpoint / "training" / f"{name}-optimizer.safetensors"
+            file = self.checkpoint / "training" / f"{name}{STATE_FOLDER}"
+            if not file.is_dir():  # one process wrote it
+                file = file.with_name(f"{name}{STATE_FILE}")
             try:
-                state = load_file(file)
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{file} cannot be read ({error}); {PREVIOUS}") from error
+                state = open_pieces(file)
+            except ValueError as error:
+                raise ValueError(f"{error}; {PREVIOUS}") from error
             if len(state) != self._entries.get(name):
                 raise ValueError(
                     f"{file} has {len(state)} entries where {self._entries.get(name)} were "
@@ -209,15 +239,13 @@ class Run:
 
     def finish(self, model: Transformer) -> Path:
         """Write the finished model and return its folder."""
-        if parallel.is_main():
-            with atomic_folder(self.final) as partial:
-                write_model(partial, model, self.tokenizer)
-        else:
-            _drain(model)
+        self.settle()
+        save_model(self.final, model, self.tokenizer)
         return self.finished()
 
     def finished(self) -> Path:
         """Note that all is done and `model/` stands; returns its folder."""
+        self.settle()
         if parallel.is_main():
             written.note(self.path, *model_files(self.path))
             document = {"model": self.final.name, "amendments": amendments(self.path)}
@@ -301,8 +329,25 @@ def read_state(checkpoint: Path) -> tuple[int, dict[str, int]]:
         raise ValueError(f"{checkpoint / STATE} is damaged; {PREVIOUS}") from error
 
 
+def finish_checkpoint(
+    folder: Path, step: int, entries: dict[str, int], known: Mapping[str, str] | None = None
+) -> None:
+    """The last files of a checkpoint: what step it is, and the hashes of all (`known`: of some)."""
+    write_text(folder / STATE, json.dumps({"step": step, "optimizer_entries": entries}))
+    write_hashes(folder, PROOF, known or {})
+
+
+def save_model(folder: Path, model: Transformer, tokenizer: Path | None) -> None:
+    """The model as a folder of its own, in place of an earlier one (all ranks take part)."""
+    if parallel.world_size() == 1:
+        with atomic_folder(folder) as partial:
+            write_model(partial, model, tokenizer)
+    else:
+        saving.write(folder, saving.copy_model(model, tokenizer))
+
+
 def write_model(folder: Path, model: Transformer, tokenizer: Path | None) -> None:
-    """The model's files, gathered from all ranks where it is sharded (all ranks take part)."""
+    """One process's model, one file in memory at a time."""
     write_tensors(
         folder,
         model.config,
@@ -311,16 +356,6 @@ def write_model(folder: Path, model: Transformer, tokenizer: Path | None) -> Non
         tokenizer,
         dtype=torch.float32,
     )
-
-
-def _gather(network: Trained) -> None:
-    _drain(network.model)
-    parallel.optimizer_state(network.model, network.optimizer)
-
-
-def _drain(model: Transformer) -> None:
-    for _ in parallel.full_parameters(model):
-        pass
 
 
 def _step_of(row: str) -> float:
