@@ -123,7 +123,7 @@ def cut(
         _put(model, "lm_head", Joined, group)
     for name, whole in tensors:
         owner, _, leaf = name.rpartition(".")
-        mine = part(name, whole, group, spread).to(device, dtype, copy=True)
+        mine = part(name, whole, group, spread).to(device=device, dtype=dtype, copy=True)
         del whole
         setattr(model.get_submodule(owner), leaf, nn.Parameter(mine, requires_grad=False))
     model.config = replace(config, n_kv_heads=config.n_kv_heads // group.size)

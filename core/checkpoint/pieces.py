@@ -85,7 +85,10 @@ class Stored:
         wanted = [s.stop - s.start for s in block]
         if sum(part.numel() for part, _ in parts) != math.prod(wanted):
             folder = self.places[0].file.parent
-            raise ValueError(f"{folder} does not hold all of {self.name}")
+            raise ValueError(
+                f"{folder} does not hold all of {as_name(self.name)}; resume from a checkpoint "
+                "that is whole"
+            )
         if len(parts) == 1:
             return parts[0][0]
         whole = torch.empty(wanted, dtype=parts[0][0].dtype if parts else None)

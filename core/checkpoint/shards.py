@@ -1,6 +1,7 @@
 """A model's weights in files of a size: one, or several with an index, as Hugging Face's are."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -79,14 +80,13 @@ def write_index(folder: Path, shards: list[list[str]], total: int) -> None:
 
 
 def shared_out(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
-    """The names of `sizes` (bytes) in files for so many ranks to write, about one each."""
-    most = min(SHARD_BYTES, max(SMALL, sum(sizes.values()) // ranks))
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, more in sizes.items():
-        if shards[-1] and size + more > most:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += more
-    return shards
+    """The names of `sizes` (bytes) in files of about a size: one for each of so many ranks to
+    write, several where they are large."""
+    total = sum(sizes.values())
+    count = math.ceil(total / min(SHARD_BYTES, max(SMALL, math.ceil(total / ranks))))
+    shards: list[list[str]] = [[] for _ in range(count)]
+    begin = 0
+    for name, size in sizes.items():
+        shards[begin * count // total].append(name)
+        begin += size
+    return [names for names in shards if names]

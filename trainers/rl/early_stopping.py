@@ -136,7 +136,7 @@ def keep_if_best(config: PPOConfig, run: Run, policy: Transformer, iteration: in
     reward = parallel.broadcast(reward)
     if reward is None:
         return {}
-    save_model(run.path / "best", policy, run.tokenizer)
+    save_best(run, policy)
     return {"best_reward": reward}
 
 
@@ -150,6 +150,11 @@ def give_best(run: Run, when: str, reason: str) -> Path:
             f"with reward {kept['best_reward']:.3f} and a KL of {max(kept['kl'], 0.0):.2f}"
         )
     return finish_with_best(run)
+
+
+def save_best(run: Run, policy: Transformer) -> None:
+    """Keep the policy as `best/` in the run folder, in place of an earlier one (all ranks)."""
+    save_model(run.path / "best", policy, run.tokenizer)
 
 
 def finish_with_best(run: Run) -> Path:

@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -163,8 +163,9 @@ class Run:
     def settle(self) -> None:
         """Wait until the checkpoint that is being written stands; ValueError, in one sentence, on
         every rank, where it could not be written."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
+        if (writing := self._writing) is not None:
+            wait([writing])  # where Ctrl-C interrupts this, it is still to be waited for
+            self._writing = None
             writing.result()
 
     def _written(self, step: int, keep: int) -> None:

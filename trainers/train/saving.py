@@ -110,11 +110,13 @@ def write(
 
         def begin() -> str:
             partial = stack.enter_context(atomic_folder(target))
-            copied.texts(partial)
+            with naming_full_disk(target):
+                copied.texts(partial)
             return str(partial)
 
         def end() -> None:
-            finish(partial, {name: each for some in hashes for name, each in some.items()})
+            with naming_full_disk(target):
+                finish(partial, {name: each for some in hashes for name, each in some.items()})
             stack.close()
 
         partial = Path(parallel.on_main(begin, group))
