@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 HASHES = "sha256.json"
@@ -54,16 +53,17 @@ def digests(paths: Iterable[Path]) -> list[Digest]:
 
 
 def write_hashes(
-    folder: Path, name: str = HASHES, known: Mapping[str, str] = MappingProxyType({})
+    folder: Path, name: str = HASHES, known: Mapping[str, str] | None = None
 ) -> None:
     """Note the hash of every file below `folder` in the file `name` there; `known` are those that
     need not be read again."""
+    hashes = dict(known or {})
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    names = sorted(files - set(known))
+    names = sorted(files - hashes.keys())
     read = digests(folder / each for each in names)
-    hashes = {each: digest.sha256 for each, digest in zip(names, read, strict=True)}
-    found = dict(sorted({**known, **hashes}.items()))
-    (folder / name).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    hashes |= {each: found.sha256 for each, found in zip(names, read, strict=True)}
+    text = json.dumps(hashes, indent=2, sort_keys=True)
+    (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
 def damage(folder: Path, name: str = HASHES) -> str | None:

@@ -335,7 +335,7 @@ def finish_checkpoint(
 ) -> None:
     """The last files of a checkpoint: what step it is, and the hashes of all (`known`: of some)."""
     write_text(folder / STATE, json.dumps({"step": step, "optimizer_entries": entries}))
-    write_hashes(folder, PROOF, known or {})
+    write_hashes(folder, PROOF, known)
 
 
 def save_model(folder: Path, model: Transformer, tokenizer: Path | None) -> None:
