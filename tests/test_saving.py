@@ -25,6 +25,7 @@ from puna.core.checkpoint.folder import load_model, open_model
 from puna.core.checkpoint.hashes import write_hashes
 from puna.core.checkpoint.source import fresh
 from puna.core.model import Transformer
+from puna.trainers.capacity import phases
 from puna.trainers.train import run as run_module
 from puna.trainers.train import saving
 from puna.trainers.train.loop import TrainConfig
@@ -228,7 +229,13 @@ def test_every_rank_writes_its_part(made):
         for parameter, value in model.named_parameters():
             saved = noted(made / "half-2", "end")[f"{name} {parameter} weight"]
             assert torch.equal(value, saved), parameter
-    assert len(list(folder.glob("model-*-of-00002.safetensors"))) == 2
+    pairs = zip(
+        sorted(folder.glob("model-*-of-00002.safetensors")),
+        sorted((folder / "training" / "model-optimizer").iterdir()),
+        strict=True,
+    )
+    written = [model.stat().st_size + state.stat().st_size for model, state in pairs]
+    assert written == pytest.approx([phases.host("sft", CONFIG, 2)] * 2, rel=0.25)  # and headers
     assert not list(folder.rglob(".*")) and not list(folder.rglob("*.distcp"))
 
 

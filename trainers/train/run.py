@@ -8,6 +8,7 @@ model/             the finished model
 Whose it is stands beside these (`claim`).
 """
 
+import functools
 import json
 import re
 import shutil
@@ -78,10 +79,8 @@ class Run:
         self.metrics = self.path / "metrics.jsonl"
         self._show = viewer(getattr(config, "log", "none"), self.path)
         fall_back = getattr(config, "resume", "newest") == "previous"
-        found = parallel.on_main(lambda: self._open(fall_back))
-        self.checkpoint: Path | None = self.checkpoints / found if found else None
-        there = self.checkpoint is None or (self.checkpoint / STATE).is_file()
-        parallel.same({"checkpoint": {"newest": found if there else "none"}})
+        parallel.on_main(self._open)
+        self.checkpoint = newest(self.checkpoints, fall_back=fall_back)
         self._writing: Future[None] | None = None
         self.step = 0
         self._entries: dict[str, int] = {}  # of each network's optimizer
@@ -93,16 +92,14 @@ class Run:
                     "run; remove it, or name it as it was"
                 )
 
-    def _open(self, fall_back: bool) -> str | None:
-        """The newest checkpoint's name (rank 0)."""
+    def _open(self) -> None:
+        """Look at a run that is finished (rank 0)."""
         self.checkpoints.mkdir(exist_ok=True)
         if self.done:
             if amended_since_finished(self.path):
                 (self.path / FINISHED).unlink()  # there is more to do
             else:
                 written.check(self.path, *model_files(self.path))
-        found = newest(self.checkpoints, fall_back=fall_back)
-        return found.name if found else None
 
     @property
     def final(self) -> Path:
@@ -279,15 +276,17 @@ def saved(checkpoints: Path) -> list[Path]:
 
 
 def newest(checkpoints: Path, *, fall_back: bool) -> Path | None:
-    """The newest checkpoint, every file of it as it was written; None where there is none.
+    """The newest checkpoint, every file of it as it was written; None where there is none
+    (collective: each rank reads a part of the files).
 
-    Raises ValueError, naming it, where it is damaged. With `fall_back` it is set aside instead and
-    the one before it is taken.
+    Raises ValueError where a rank sees another one and, naming it, where it is damaged. With
+    `fall_back` it is set aside instead and the one before it is taken.
     """
-    found = saved(checkpoints)
-    while found:
-        path = found.pop()
-        why = damage(path, PROOF)
+    while found := parallel.on_main(lambda: [path.name for path in saved(checkpoints)]):
+        path = checkpoints / found.pop()
+        parallel.same({"checkpoint": {"newest": path.name if (path / STATE).is_file() else "none"}})
+        share = parallel.rank(), parallel.world_size()
+        why = next(filter(None, parallel.gather(damage(path, PROOF, share))), None)
         if why is None:
             return path
         if not found:
@@ -298,13 +297,18 @@ def newest(checkpoints: Path, *, fall_back: bool) -> Path | None:
         if not fall_back:
             raise ValueError(
                 f"{path} is damaged ({why}); add --resume previous to set it aside and go on from "
-                f"{found[-1].name}"
+                f"{found[-1]}"
             )
-        aside = path.with_name(f"damaged-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-        notice(f"{path} is damaged ({why}): set aside as {aside.name}")
+        parallel.on_main(functools.partial(set_aside, path, why))
     return None
+
+
+def set_aside(path: Path, why: str) -> None:
+    """Put a damaged checkpoint out of the way (rank 0)."""
+    aside = path.with_name(f"damaged-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    notice(f"{path} is damaged ({why}): set aside as {aside.name}")
 
 
 def step_to_amend(path: Path) -> int:
