@@ -1,4 +1,7 @@
-"""Tensors in pieces, and a model's files shared out. Run: python -m pytest tests/test_pieces.py -q"""
+"""Tensors in pieces, and the files of a model shared out to ranks.
+
+Run: python -m pytest tests/test_pieces.py -q
+"""
 
 from pathlib import Path
 

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -104,7 +104,7 @@ class Stored:
             return file.get_slice(self.name)[tuple(slice(a - o, b - o) for (a, b), o in block)]
 
 
-def _opened(file: Path) -> safe_open:
+def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (OSError, SafetensorError) as error:

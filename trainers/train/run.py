@@ -81,6 +81,8 @@ class Run:
         fall_back = getattr(config, "resume", "newest") == "previous"
         parallel.on_main(self._open)
         self.checkpoint = newest(self.checkpoints, fall_back=fall_back)
+        # Made now: when there is something to save, torchrun, through which ranks meet, may be gone.
+        self._group = parallel.background()
         self._writing: Future[None] | None = None
         self.step = 0
         self._entries: dict[str, int] = {}  # of each network's optimizer
@@ -148,11 +150,15 @@ class Run:
             self._written(step, keep)
             return
         copied, entries = self._copy(networks)
-        group = parallel.background()
 
         def work() -> None:
             folder = self.checkpoints / named(step)
-            saving.write(folder, copied, lambda f, h: finish_checkpoint(f, step, entries, h), group)
+            saving.write(
+                folder,
+                copied,
+                lambda partial, hashes: finish_checkpoint(partial, step, entries, hashes),
+                self._group,
+            )
             self._written(step, keep)
 
         self._writing = saving.behind(work)
@@ -189,7 +195,8 @@ class Run:
 
     def _copy(self, networks: dict[str, Trained]) -> tuple[saving.Copied, dict[str, int]]:
         """This rank's part of a checkpoint, and the entries of each optimizer (collective)."""
-        copies, entries = [], {}
+        copies: list[saving.Copied] = []
+        entries: dict[str, int] = {}
         for index, (name, network) in enumerate(networks.items()):
             place = "." if index == 0 else f"training/{name}"
             copies.append(saving.copy_model(network.model, self.tokenizer, place))

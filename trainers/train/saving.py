@@ -53,7 +53,8 @@ def copy_model(model: Transformer, tokenizer: Path | None, place: str = ".") -> 
     shapes = parameter_shapes(model.config, model.head)
     sizes = {name: 4 * torch.Size(shape).numel() for name, shape in shapes.items()}
     shards = shared_out(sizes, parallel.world_size())
-    mine = set().union(*shards[parallel.rank() :: parallel.world_size()])
+    own = shards[parallel.rank() :: parallel.world_size()]
+    mine = {name for names in own for name in names}
     held = {
         name: tensor.to(torch.float32).contiguous()
         for name, tensor in parallel.full_parameters(model, mine.__contains__)
