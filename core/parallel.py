@@ -18,22 +18,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from puna.core import tensor_parallel
+from puna.core.checkpoint.pieces import Block, Piece, Sliced
 from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer, check_parameters
 from puna.core.plain import HOOKS, altered
 from puna.core.ranks import all_max as all_max
 from puna.core.ranks import all_sum as all_sum
+from puna.core.ranks import background as background
 from puna.core.ranks import barrier as barrier
 from puna.core.ranks import broadcast as broadcast
 from puna.core.ranks import close as close
 from puna.core.ranks import gather as gather
 from puna.core.ranks import init as init
 from puna.core.ranks import is_main as is_main
+from puna.core.ranks import on_all as on_all
 from puna.core.ranks import on_main as on_main
 from puna.core.ranks import rank as rank
 from puna.core.ranks import same as same
@@ -50,7 +54,7 @@ def load(
     """A model from its source, `prepare`d with `options`: in fp32, or `frozen` in the dtype that it
     computes in, without gradients.
 
-    Each rank reads tensor after tensor and keeps its part: no rank ever holds the whole model.
+    Each rank reads its part of tensor after tensor: of a mapped file only that.
     """
     with torch.device("meta"):
         model = Transformer(source.config, source.head)
@@ -59,7 +63,7 @@ def load(
     model = prepare(model, device=device, **options).to_empty(device=device)
     parameters = dict(model.named_parameters())
     for name, tensor in source.tensors():
-        _local(parameters[name]).copy_(_local(_part(tensor, parameters[name])))
+        _local(parameters[name]).copy_(tensor[_block(parameters[name])])
     return model
 
 
@@ -230,41 +234,63 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter by the plain model's name, whole and on the CPU, one at a time.
+def full_parameters(
+    model: Transformer, wanted: Callable[[str], bool] = lambda name: True
+) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter that is `wanted` here, by the plain model's name, whole and on the CPU, one
+    at a time.
 
-    Collective: every rank must take all of them. Raises ValueError where adapters are not merged.
+    Collective: every rank must go through to the end, whatever it wants. Raises ValueError where
+    adapters are not merged.
     """
     check_parameters(model)
     _reshard(model)
     for name, parameter in model.named_parameters():
-        yield name, _full(parameter.detach()).cpu()
+        whole = _full(parameter.detach())
+        if wanted(name):
+            yield name, whole.cpu()
 
 
-def optimizer_state(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
-    """AdamW's state, whole, on the CPU: `<parameter>.exp_avg`, `.exp_avg_sq` and `.step`.
+def optimizer_state(model: Transformer, optimizer: Optimizer) -> dict[str, Piece]:
+    """This rank's pieces of AdamW's state, on the CPU: `<parameter>.exp_avg`, `.exp_avg_sq` and, on
+    rank 0, `.step`. Of several ranks they are copies, to be written while training goes on.
 
-    Collective; only rank 0 gets the tensors, the others an empty dict. What has had no
-    gradient yet has no state and no entry.
+    What has had no gradient yet has no state and no entry; of several copies of the model the first
+    has all.
     """
     _reshard(model)
-    tensors = {}
+    pieces: dict[str, Piece] = {}
+    if not _is_first_copy(model):
+        return pieces
     for name, parameter in model.named_parameters():
         state = optimizer.state.get(parameter, {})
-        for key in ("step", *MOMENTS) if state else ():
-            whole = _full(state[key])
-            if is_main():
-                tensors[f"{name}.{key}"] = whole.to("cpu", torch.float32)
-    return tensors
+        begin = tuple(each.start for each in _block(parameter))
+        for key in MOMENTS if state else ():
+            if (moment := _local(state[key])).numel():
+                pieces[f"{name}.{key}"] = Piece(_on_host(moment), begin)
+        if state and is_main():
+            pieces[f"{name}.step"] = Piece(_on_host(_local(state["step"])), ())
+    return pieces
+
+
+def _is_first_copy(model: Transformer) -> bool:
+    """Whether this rank's part is of the first of `replicate` copies."""
+    copies = model.__dict__.get("replicate", 1)
+    return rank() < world_size() // copies
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=world_size() > 1)
 
 
 def load_optimizer_state(
-    model: Transformer, optimizer: Optimizer, tensors: Mapping[str, Tensor]
+    model: Transformer, optimizer: Optimizer, tensors: Mapping[str, Sliced]
 ) -> None:
-    """Put what `optimizer_state` gave into a new optimizer, for any number of ranks.
+    """Put the state that was saved into a new optimizer, for any number of ranks.
 
-    Every rank passes the same whole tensors and keeps its own part. Of a model that was never
-    stepped there are none. Raises ValueError where they are not this model's, or not all of them.
+    `tensors` are whole, or lie in files (`pieces.open_pieces`): each rank takes its own part. Of a
+    model that was never stepped there are none. Raises ValueError where they are not this model's,
+    or not all of them.
     """
     _reshard(model)
     parameters = dict(model.named_parameters())
@@ -284,28 +310,40 @@ def load_optimizer_state(
     fused = {p for group in optimizer.param_groups if group["fused"] for p in group["params"]}
     for name, parameter in parameters.items() if tensors else ():
         device = parameter.device if parameter in fused else "cpu"
-        state = {"step": tensors[f"{name}.step"].to(device, copy=True)}
+        state = {"step": tensors[f"{name}.step"][()].to(device, copy=True)}
         for moment in MOMENTS:
             state[moment] = _like(parameter, tensors[f"{name}.{moment}"], f"{name}.{moment}")
         optimizer.state[parameter] = state
 
 
-def _like(parameter: Tensor, whole: Tensor, name: str) -> Tensor:
-    """A copy of `whole`, sharded and placed as the parameter is."""
-    if whole.shape != parameter.shape:
+def _like(parameter: Tensor, whole: Sliced, name: str) -> Tensor:
+    """A copy of this rank's part of `whole`, sharded and placed as the parameter is."""
+    if tuple(whole.shape) != tuple(parameter.shape):
         raise ValueError(
             f"{name} is {tuple(whole.shape)} where the model's is {tuple(parameter.shape)}; "
             "resume with the model that it was saved with"
         )
-    return _part(whole, parameter)
-
-
-def _part(whole: Tensor, parameter: Tensor) -> Tensor:
-    """A copy of this rank's part of `whole`, placed as the parameter is."""
-    copy = whole.to(parameter.device, parameter.dtype, copy=True)
+    kept = torch.empty_like(_local(parameter).detach()).copy_(whole[_block(parameter)])
     if not isinstance(parameter, DTensor):
-        return copy
-    return distribute_tensor(copy, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        return kept
+    return DTensor.from_local(
+        kept,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def _block(parameter: Tensor) -> Block:
+    """Which part of the whole parameter is here."""
+    shape, begin = tuple(parameter.shape), (0,) * parameter.dim()
+    if isinstance(parameter, DTensor):
+        shape, begin = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+    return tuple(slice(b, b + size) for b, size in zip(begin, shape, strict=True))
 
 
 def begin_pass(model: Transformer, *, is_last: bool) -> None:

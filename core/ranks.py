@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -98,9 +99,9 @@ def barrier() -> None:
     all_sum(torch.zeros(1))
 
 
-def all_sum(tensor: Tensor) -> Tensor:
+def all_sum(tensor: Tensor, group: Any = None) -> Tensor:
     """The sum over ranks, as a new tensor; the tensor itself for one rank."""
-    return _all_reduce(tensor, dist.ReduceOp.SUM)
+    return _all_reduce(tensor, dist.ReduceOp.SUM, group)
 
 
 def all_max(value: int) -> int:
@@ -108,59 +109,81 @@ def all_max(value: int) -> int:
     return int(_all_reduce(torch.tensor(value), dist.ReduceOp.MAX))
 
 
-def _all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+def _all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType, group: Any = None) -> Tensor:
     if world_size() == 1:
         return tensor
     result = tensor.detach().clone()
-    dist.all_reduce(result, operation)
+    dist.all_reduce(result, operation, group=group)
     return result
 
 
-def broadcast(value: Any) -> Any:
+def background() -> Any:
+    """All ranks once more, for a thread that works behind the training: what two threads of a rank
+    say in one group would be mixed up (collective the first time; None for one rank)."""
+    return _second_group(dist.group.WORLD) if world_size() > 1 else None
+
+
+@lru_cache
+def _second_group(world: Any) -> Any:
+    return dist.new_group(backend="gloo")
+
+
+def broadcast(value: Any, group: Any = None) -> Any:
     """Rank 0's value (anything JSON holds) on every rank; the others' are ignored."""
     if world_size() == 1:
         return value
     text = json.dumps(value).encode() if is_main() else b""
     size = torch.tensor(len(text))
-    dist.broadcast(size, src=0)
+    dist.broadcast(size, src=0, group=group)
     buffer = torch.empty(int(size), dtype=torch.uint8)
     if is_main():
         buffer.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-    dist.broadcast(buffer, src=0)
+    dist.broadcast(buffer, src=0, group=group)
     return json.loads(buffer.numpy().tobytes())
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Any, group: Any = None) -> list[Any]:
     """Every rank's value (anything JSON holds), in the order of the ranks, on every rank."""
     if world_size() == 1:
         return [value]
     text = json.dumps(value).encode()
     sizes = torch.zeros(world_size(), dtype=torch.int64)
     sizes[rank()] = len(text)
-    sizes = all_sum(sizes)
+    sizes = all_sum(sizes, group)
     padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
     padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
+    dist.all_gather(parts, padded, group=group)
     pairs = zip(parts, sizes.tolist(), strict=True)
     return [json.loads(part[:size].numpy().tobytes()) for part, size in pairs]
 
 
-def on_main(work: Callable[[], Any]) -> Any:
+def on_main(work: Callable[[], Any], group: Any = None) -> Any:
     """What rank 0's `work` gives (anything JSON holds), on every rank. Where it raises ValueError
     or OSError there, every rank raises ValueError with its words: none goes on alone."""
     if world_size() == 1:
         return work()
-    outcome: dict[str, Any] = {}
-    if is_main():
-        try:
-            outcome["value"] = work()
-        except (ValueError, OSError) as error:
-            outcome["error"] = str(error)
-    outcome = broadcast(outcome)
+    outcome = broadcast(_outcome(work) if is_main() else {}, group)
     if "error" in outcome:
         raise ValueError(outcome["error"])
     return outcome["value"]
+
+
+def on_all(work: Callable[[], Any], group: Any = None) -> list[Any]:
+    """What every rank's own `work` gives, in the order of the ranks, on every rank. Where it raises
+    ValueError or OSError on one, every rank raises ValueError with its words."""
+    outcomes = gather(_outcome(work), group)
+    for other, outcome in enumerate(outcomes):
+        if "error" in outcome:
+            raise ValueError(f"{outcome['error']} (rank {other})")
+    return [outcome["value"] for outcome in outcomes]
+
+
+def _outcome(work: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        return {"value": work()}
+    except (ValueError, OSError) as error:
+        return {"error": str(error)}
 
 
 def same(said: Mapping[str, Mapping[str, Any]]) -> None:

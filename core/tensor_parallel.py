@@ -80,13 +80,13 @@ def load(
 ) -> Transformer:
     """This rank's part of a stored language model, for `size` ranks to generate with.
 
-    Every rank reads tensor after tensor and keeps its part. Raises ValueError as `check` does.
+    Every rank reads its part of tensor after tensor: of a mapped file only that. Raises ValueError
+    as `check` does.
     """
     if source.head != "lm":
         raise ValueError(f"{called} is for generation, and this model has a score head")
     check(source.config, size, called)
-    tensors = ((name, tensor.to(dtype)) for name, tensor in source.tensors())
-    return cut(source.config, tensors, group_of(size), device)
+    return cut(source.config, source.tensors(), group_of(size), device, dtype)
 
 
 def group_of(size: int) -> Group:
@@ -106,8 +106,10 @@ def cut(
     tensors: Iterable[tuple[str, Tensor]],
     group: Group,
     device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Transformer:
-    """This rank's part of a language model, from its whole tensors by name, held one at a time.
+    """This rank's part of a language model, from its whole tensors by name, one at a time; in
+    their own `dtype` where none is given.
 
     Its config counts the key/value heads that are here: the cache is as large as they need.
     """
@@ -121,7 +123,7 @@ def cut(
         _put(model, "lm_head", Joined, group)
     for name, whole in tensors:
         owner, _, leaf = name.rpartition(".")
-        mine = part(name, whole, group, spread).to(device)
+        mine = part(name, whole, group, spread).to(device=device, dtype=dtype, copy=True)
         del whole
         setattr(model.get_submodule(owner), leaf, nn.Parameter(mine, requires_grad=False))
     model.config = replace(config, n_kv_heads=config.n_kv_heads // group.size)
@@ -137,12 +139,12 @@ def _put(module: nn.Module, name: str, kind: type[Summed] | type[Joined], group:
 
 
 def part(name: str, whole: Tensor, group: Group, spread: bool = True) -> Tensor:
-    """What a rank holds of a parameter; `spread`: the vocabulary is shared out, too."""
+    """What a rank holds of a parameter, a view; `spread`: the vocabulary is shared out, too."""
     module = name.split(".")[-2]
     if module in ROWS or (module == "lm_head" and spread):
-        return whole.chunk(group.size, 0)[group.rank].clone()
+        return whole.chunk(group.size, 0)[group.rank]
     if module in COLUMNS:
-        return whole.chunk(group.size, 1)[group.rank].clone()
+        return whole.chunk(group.size, 1)[group.rank]
     return whole
 
 

@@ -142,7 +142,7 @@ def test_a_file_is_replaced_only_at_the_end(tmp_path: Path) -> None:
 # Where a file is written other than by core.checkpoint.atomic, and why that is whole or not at all.
 WRITERS = {
     "core/checkpoint/atomic.py": "it is the writer",
-    "core/checkpoint/folder.py": "into a folder that atomic_folder made",
+    "core/checkpoint/shards.py": "into a folder that atomic_folder made",
     "core/checkpoint/hashes.py": "the same",
     "core/checkpoint/llama2c.py": "to a name that atomic_file made",
     "core/tokenizer.py": "the same",

@@ -195,6 +195,15 @@ def test_a_trainer_refuses_before_it_loads(monkeypatch: pytest.MonkeyPatch) -> N
     fitting.check("sft", dataclasses.replace(settings, plan=True), size("7b"))
 
 
+def test_a_rank_copies_its_part_of_a_checkpoint() -> None:
+    """How much a rank really writes: tests/test_saving.py."""
+    shape = size("70b")
+    moments = 8 * memory.parameters(shape)
+    assert phases.host("sft", shape, 1) == moments
+    assert phases.host("sft", shape, 64) == pytest.approx(1.5 * moments / 64)
+    assert phases.host("ppo", shape, 64) == pytest.approx(3 * moments / 64)
+
+
 def test_the_table_of_gpus_is_what_the_plan_says() -> None:
     """docs/scale.md: the fewest GPUs of 80 GB for each recipe."""
     text = (ROOT / "docs" / "scale.md").read_text()

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from puna.core import parallel
 from puna.core.checkpoint.source import fresh
@@ -90,8 +91,10 @@ def train(
         optimizer.zero_grad()
         losses.append(float(parallel.all_sum(total)))
     tensors = dict(parallel.full_parameters(model))
-    state = parallel.optimizer_state(model, optimizer)
-    tensors.update({f"optim.{name}": tensor for name, tensor in state.items()})
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            tensors[f"optim.{name}.{key}"] = whole
     answers = None
     if head == "lm":
         with parallel.gathered(model) as whole:

@@ -123,6 +123,7 @@ def train(stage: Stage, folder: Run) -> Path:
         while iteration < config.iterations:
             if parallel.all_max(int(stop())):
                 folder.save(iteration, networks, keep=config.keep)
+                folder.settle()
                 raise SystemExit(
                     f"stopped at iteration {iteration}; the same command continues {folder.path}"
                 )

@@ -5,7 +5,6 @@ the tokenizer's files: transformers, vLLM and llama.cpp's converter open it as i
 put their own state in `training/` beside the weights.
 """
 
-import json
 import os
 import shutil
 import warnings
@@ -16,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from puna.core.checkpoint import hf_config as hf_format
@@ -24,11 +22,11 @@ from puna.core.checkpoint import hf_tokenizer, llama2c, mistaken
 from puna.core.checkpoint.atomic import atomic_folder as atomic_folder
 from puna.core.checkpoint.atomic import recover
 from puna.core.checkpoint.kept import keep_foreign
+from puna.core.checkpoint.shards import SHARD_BYTES, write_json, write_shards
 from puna.core.checkpoint.source import (
     EMBEDDING,
     HEADS,
     Source,
-    as_type,
     check_shapes,
     check_tensors,
     in_memory,
@@ -40,7 +38,6 @@ from puna.core.errors import Notice
 from puna.core.model import Transformer, check_parameters
 from puna.core.tokenizer import Tokenizer
 
-SHARD_BYTES = 5_000_000_000
 FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -113,6 +110,20 @@ def write_tensors(
     ValueError where a number does not fit. A tokenizer whose ids no tokenizer.json of ours gives
     is written without one, with a warning.
     """
+    write_texts(folder, config, head, tokenizer_path, dtype=dtype)
+    shapes = write_shards(folder, tensors, None if keep_types else dtype, shard_bytes)
+    check_shapes(shapes, parameter_shapes(config, head), folder)
+
+
+def write_texts(
+    folder: Path,
+    config: ModelConfig,
+    head: str,
+    tokenizer_path: str | os.PathLike[str] | None,
+    *,
+    dtype: torch.dtype,
+) -> None:
+    """The files of a model folder but for its weights."""
     tokenizer = None
     if tokenizer_path is not None:
         tokenizer = check_vocabulary(tokenizer_path, config.vocab_size)
@@ -120,16 +131,14 @@ def write_tensors(
         document = hf_tokenizer.tokenizer_config_json(config, head, tokenizer)
         try:
             ours = hf_tokenizer.checked_tokenizer_json(tokenizer_path)
-            _write_json(folder / "tokenizer.json", ours)
+            write_json(folder / "tokenizer.json", ours)
         except ValueError as error:
             document["tokenizer_class"] = "LlamaTokenizer"  # which reads tokenizer.model
             warnings.warn(f"{error}; it is left out", Notice, stacklevel=2)
-        _write_json(folder / "tokenizer_config.json", document)
-    _write_json(folder / "config.json", hf_format.config_json(config, head, dtype, tokenizer))
+        write_json(folder / "tokenizer_config.json", document)
+    write_json(folder / "config.json", hf_format.config_json(config, head, dtype, tokenizer))
     if head == "lm":
-        _write_json(folder / "generation_config.json", hf_format.special_ids(tokenizer))
-    shapes = _write_shards(folder, tensors, None if keep_types else dtype, shard_bytes)
-    check_shapes(shapes, parameter_shapes(config, head), folder)
+        write_json(folder / "generation_config.json", hf_format.special_ids(tokenizer))
 
 
 def load_model(
@@ -262,53 +271,6 @@ def check_own(path: str | os.PathLike[str], own: Path) -> None:
             f"{path} agrees with the model's own tokenizer, {own}, in {same} of {len(texts)} "
             "pieces; leave it out"
         )
-
-
-def _write_json(path: Path, document: dict) -> None:
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-
-
-def save_tensors(tensors: dict[str, Tensor], file: Path, *, like: Path) -> None:
-    """A .safetensors file with the mode of the file `like`: safetensors makes it for the owner
-    alone."""
-    save_file(tensors, file, metadata={"format": "pt"})
-    shutil.copymode(like, file)
-
-
-def _write_shards(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, shard_bytes: int
-) -> dict[str, tuple[int, ...]]:
-    """Write the tensors in order, a new file whenever one would pass `shard_bytes`."""
-    shards: list[list[str]] = []
-    shapes: dict[str, tuple[int, ...]] = {}
-    held: dict[str, Tensor] = {}
-
-    def write() -> None:
-        shards.append(list(held))
-        file = folder / f"{len(shards)}.safetensors"
-        save_tensors(held, file, like=folder / "config.json")
-        held.clear()
-
-    size = total = 0
-    for name, tensor in tensors:
-        tensor = as_type(name, tensor, dtype).to(device="cpu").contiguous()
-        if held and size + tensor.nbytes > shard_bytes:
-            write()
-            size = 0
-        held[name], shapes[name] = tensor, tuple(tensor.shape)
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    write()
-    if len(shards) == 1:
-        (folder / "1.safetensors").rename(folder / "model.safetensors")
-        return shapes
-    weight_map = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{number}.safetensors").rename(folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(folder / "model.safetensors.index.json", index)
-    return shapes
 
 
 def _read_headers(folder: Path) -> dict[str, dict[str, _Stored]]:

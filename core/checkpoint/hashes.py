@@ -7,7 +7,7 @@ second (measured, Zen 4), several files are read side by side.
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -52,18 +52,25 @@ def digests(paths: Iterable[Path]) -> list[Digest]:
         return list(threads.map(digest, paths))
 
 
-def write_hashes(folder: Path, name: str = HASHES) -> None:
-    """Note the hash of every file below `folder` in the file `name` there."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in files]
-    found = {name: each.sha256 for name, each in zip(names, digests(files), strict=True)}
-    (folder / name).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+def write_hashes(
+    folder: Path, name: str = HASHES, known: Mapping[str, str] | None = None
+) -> None:
+    """Note the hash of every file below `folder` in the file `name` there; `known` are those that
+    need not be read again."""
+    hashes = dict(known or {})
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    names = sorted(files - hashes.keys())
+    read = digests(folder / each for each in names)
+    hashes |= {each: found.sha256 for each, found in zip(names, read, strict=True)}
+    text = json.dumps(hashes, indent=2, sort_keys=True)
+    (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
-def damage(folder: Path, name: str = HASHES) -> str | None:
+def damage(folder: Path, name: str = HASHES, share: tuple[int, int] = (0, 1)) -> str | None:
     """What is wrong with a folder that `write_hashes` was called for; None where nothing is.
 
-    Files that were put there later are no damage.
+    Files that were put there later are no damage. With the `share` (n, of) that all are there is
+    seen, and the n-th part of so many is read: several ranks read the whole together.
     """
     try:
         noted = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -73,11 +80,12 @@ def damage(folder: Path, name: str = HASHES) -> str | None:
         return f"{name} cannot be read"
     if not isinstance(noted, dict) or not noted:
         return f"{name} names no files"
-    paths = [folder / os.path.normpath(each) for each in noted]
-    for each, path in zip(noted, paths, strict=True):
+    paths = {each: folder / os.path.normpath(each) for each in noted}
+    for each, path in paths.items():
         if not path.is_file():
             return f"{each} is missing"
-    for (each, expected), found in zip(noted.items(), digests(paths), strict=True):
-        if found.sha256 != expected:
+    mine = list(paths)[share[0] :: share[1]]
+    for each, found in zip(mine, digests(paths[each] for each in mine), strict=True):
+        if found.sha256 != noted[each]:
             return f"{each} is not what was written"
     return None

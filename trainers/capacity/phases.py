@@ -122,10 +122,12 @@ def shared(stage: str, config: Any) -> dict[str, int]:
     return {name: getattr(config, name) for name in names}
 
 
-def host(stage: str, config: Any, shape: ModelConfig) -> float:
-    """Bytes of rank 0's main memory while it saves: a network's moments, whole."""
-    del stage, config
-    return float(memory.MOMENTS * memory.parameters(shape))
+def host(stage: str, shape: ModelConfig, ranks: int) -> float:
+    """Bytes of main memory that a rank takes while a checkpoint is written: a copy of its part, of
+    all networks, while training goes on; of one rank, which waits, a network's moments."""
+    if ranks == 1:
+        return float(memory.MOMENTS * memory.parameters(shape))
+    return checkpoint(stage, shape) / ranks
 
 
 def checkpoint(stage: str, shape: ModelConfig) -> float:

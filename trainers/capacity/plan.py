@@ -74,7 +74,7 @@ def run(config: PlanConfig) -> bool:
     need = need_of(stage, settings, shape, config.gpus)
     title = f"{config.recipe} on {config.gpus:,} x {config.gpu}"
     show(title, need, device)
-    show_disk(config, stage, settings, shape)
+    show_disk(config, stage, shape)
     show_time(config, stage, settings, shape, device)
     if (why := refusal(need, device)) is None:
         name, most = need.most
@@ -192,12 +192,13 @@ def show(title: str, need: Need, device: Device) -> None:
     say_table(rows, ("GB a rank", *need.phases), title)
 
 
-def show_disk(config: PlanConfig, stage: str, settings: Any, shape: ModelConfig) -> None:
+def show_disk(config: PlanConfig, stage: str, shape: ModelConfig) -> None:
     size = phases.checkpoint(stage, shape)
     took = duration_said(size / (config.disk * 1e9))
+    held = gb(phases.host(stage, shape, config.gpus))
     say(
-        f"\ncheckpoint: {gb(size)} GB, {took} at {config.disk:g} GB/s; rank 0 holds "
-        f"{gb(phases.host(stage, settings, shape))} GB of its machine's memory while it writes"
+        f"\ncheckpoint: {gb(size)} GB, {took} at {config.disk:g} GB/s; each rank holds {held} GB "
+        "of its machine's memory while it is written"
     )
 
 

@@ -18,7 +18,7 @@ from puna.core.documents import json_rows
 from puna.core.model import Transformer
 from puna.core.terminal import say
 from puna.trainers.rl.config import PPOConfig
-from puna.trainers.train.run import Run, write_model
+from puna.trainers.train.run import Run, save_model
 
 Row = dict[str, Any]
 
@@ -154,13 +154,7 @@ def give_best(run: Run, when: str, reason: str) -> Path:
 
 def save_best(run: Run, policy: Transformer) -> None:
     """Keep the policy as `best/` in the run folder, in place of an earlier one (all ranks)."""
-    if parallel.is_main():
-        with atomic_folder(run.path / "best") as partial:
-            write_model(partial, policy, run.tokenizer)
-    else:
-        for _ in parallel.full_parameters(policy):
-            pass
-    parallel.barrier()
+    save_model(run.path / "best", policy, run.tokenizer)
 
 
 def finish_with_best(run: Run) -> Path:

@@ -248,6 +248,7 @@ def fit(
         while step < steps:
             if parallel.all_max(int(stop())):
                 run.save(step, {"model": network}, keep=config.keep)
+                run.settle()
                 raise SystemExit(f"stopped at step {step}; the same command continues {run.path}")
             rate = learning_rate(step, steps, config)
             batches = batch_at(step)
@@ -279,6 +280,7 @@ def check_finite(run: Run, step: int, **values: float) -> None:
     """UserError where a value is not finite, before anything of this step is kept."""
     for name, value in values.items():
         if not math.isfinite(value):
+            run.settle()
             kept = run.checkpoint
             where = f"the last good checkpoint is {kept}" if kept else "no checkpoint was due yet"
             raise UserError(

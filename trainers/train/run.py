@@ -8,31 +8,28 @@ model/             the finished model
 Whose it is stands beside these (`claim`).
 """
 
+import functools
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from puna.core import parallel
 from puna.core.checkpoint.atomic import flush, naming_full_disk, write_text
-from puna.core.checkpoint.folder import (
-    atomic_folder,
-    open_model,
-    save_tensors,
-    write_tensors,
-)
+from puna.core.checkpoint.folder import atomic_folder, open_model, write_tensors
 from puna.core.checkpoint.hashes import HASHES, damage, write_hashes
+from puna.core.checkpoint.pieces import open_pieces
+from puna.core.checkpoint.shards import save_tensors
 from puna.core.checkpoint.source import Source
 from puna.core.documents import listed
 from puna.core.model import Transformer
-from puna.trainers.train import written
+from puna.trainers.train import saving, written
 from puna.trainers.train.claim import (
     FINISHED,
     amended_since_finished,
@@ -42,17 +39,13 @@ from puna.trainers.train.claim import (
 )
 from puna.trainers.train.inputs import Given
 from puna.trainers.train.notice import notice
+from puna.trainers.train.saving import Trained as Trained
 from puna.trainers.train.viewers import viewer
 
 STATE = "training/state.json"
+STATE_FILE = "-optimizer.safetensors"  # of one process, after the network's name
+STATE_FOLDER = "-optimizer"  # of several: a file of each
 PROOF = f"training/{HASHES}"
-
-
-class Trained(NamedTuple):
-    """A network with the optimizer that trains it."""
-
-    model: Transformer
-    optimizer: torch.optim.Optimizer
 
 
 @contextmanager
@@ -66,7 +59,13 @@ def open_run(config: Any, *, tokenizer: Path | None, given: Given | None = None)
         run = Run(config, tokenizer, amended)
         if run.done:
             notice(f"{run.path} is finished; its model is {run.final}")
-        yield run
+        try:
+            yield run
+        except BaseException:
+            with suppress(Exception):  # there is something to say already
+                run.settle()
+            raise
+        run.settle()
 
 
 class Run:
@@ -80,10 +79,11 @@ class Run:
         self.metrics = self.path / "metrics.jsonl"
         self._show = viewer(getattr(config, "log", "none"), self.path)
         fall_back = getattr(config, "resume", "newest") == "previous"
-        found = parallel.on_main(lambda: self._open(fall_back))
-        self.checkpoint: Path | None = self.checkpoints / found if found else None
-        there = self.checkpoint is None or (self.checkpoint / STATE).is_file()
-        parallel.same({"checkpoint": {"newest": found if there else "none"}})
+        parallel.on_main(self._open)
+        self.checkpoint = newest(self.checkpoints, fall_back=fall_back)
+        # Made now: when there is something to save, torchrun, through which ranks meet, may be gone.
+        self._group = parallel.background()
+        self._writing: Future[None] | None = None
         self.step = 0
         self._entries: dict[str, int] = {}  # of each network's optimizer
         if self.checkpoint is not None:
@@ -94,16 +94,14 @@ class Run:
                     "run; remove it, or name it as it was"
                 )
 
-    def _open(self, fall_back: bool) -> str | None:
-        """The newest checkpoint's name (rank 0)."""
+    def _open(self) -> None:
+        """Look at a run that is finished (rank 0)."""
         self.checkpoints.mkdir(exist_ok=True)
         if self.done:
             if amended_since_finished(self.path):
                 (self.path / FINISHED).unlink()  # there is more to do
             else:
                 written.check(self.path, *model_files(self.path))
-        found = newest(self.checkpoints, fall_back=fall_back)
-        return found.name if found else None
 
     @property
     def final(self) -> Path:
@@ -138,23 +136,45 @@ class Run:
         """Write checkpoints/step-N and drop all but the newest `keep`.
 
         The first network is the folder's own model; each further one, and every optimizer, lies
-        under `training/`. Raises OSError with one sentence where the disk is full: earlier
-        checkpoints stay as they are.
+        under `training/`. Several ranks write behind what follows (`settle` waits for it). Raises
+        OSError or ValueError with one sentence where this or the write before it fails, as on a
+        full disk: earlier checkpoints stay as they are.
         """
-        folder = self.checkpoints / named(step)
-        if parallel.is_main():
-            if self.metrics.exists():
-                flush(self.metrics)  # the history of a checkpoint is on disk before it is
-                flush(self.path)
-            with atomic_folder(folder) as partial:
+        self.settle()
+        if parallel.is_main() and self.metrics.exists():
+            flush(self.metrics)  # the history of a checkpoint is on disk before it is
+            flush(self.path)
+        if parallel.world_size() == 1:
+            with atomic_folder(self.checkpoints / named(step)) as partial:
                 self._write(partial, step, networks)
-            for old in saved(self.checkpoints)[:-keep]:
-                shutil.rmtree(old)
-        else:
-            for network in networks.values():
-                _gather(network)
-        parallel.barrier()
-        self.checkpoint = folder
+            self._written(step, keep)
+            return
+        copied, entries = self._copy(networks)
+
+        def work() -> None:
+            folder = self.checkpoints / named(step)
+            saving.write(
+                folder,
+                copied,
+                lambda partial, hashes: finish_checkpoint(partial, step, entries, hashes),
+                self._group,
+            )
+            self._written(step, keep)
+
+        self._writing = saving.behind(work)
+
+    def settle(self) -> None:
+        """Wait until the checkpoint that is being written stands; ValueError, in one sentence, on
+        every rank, where it could not be written."""
+        if (writing := self._writing) is not None:
+            wait([writing])  # where Ctrl-C interrupts this, it is still to be waited for
+            self._writing = None
+            writing.result()
+
+    def _written(self, step: int, keep: int) -> None:
+        self.checkpoint = self.checkpoints / named(step)
+        for old in saved(self.checkpoints)[:-keep] if parallel.is_main() else ():
+            shutil.rmtree(old)
 
     def _write(self, partial: Path, step: int, networks: dict[str, Trained]) -> None:
         training = partial / "training"
@@ -166,10 +186,23 @@ class Run:
             training.mkdir(exist_ok=True)
             state = parallel.optimizer_state(network.model, network.optimizer)
             entries[name] = len(state)
-            file = training / f"{name}-optimizer.safetensors"
-            save_tensors(state, file, like=target / "config.json")
-        write_text(partial / STATE, json.dumps({"step": step, "optimizer_entries": entries}))
-        write_hashes(partial, PROOF)
+            save_tensors(
+                {key: piece.tensor for key, piece in state.items()},
+                training / f"{name}{STATE_FILE}",
+                like=target / "config.json",
+            )
+        finish_checkpoint(partial, step, entries)
+
+    def _copy(self, networks: dict[str, Trained]) -> tuple[saving.Copied, dict[str, int]]:
+        """This rank's part of a checkpoint, and the entries of each optimizer (collective)."""
+        copies: list[saving.Copied] = []
+        entries: dict[str, int] = {}
+        for index, (name, network) in enumerate(networks.items()):
+            place = "." if index == 0 else f"training/{name}"
+            copies.append(saving.copy_model(network.model, self.tokenizer, place))
+            state, entries[name] = saving.copy_state(network, f"training/{name}{STATE_FOLDER}")
+            copies.append(state)
+        return saving.together(copies), entries
 
     def resume_step(self) -> int:
         """The step to go on from, with metrics.jsonl cut to it (emptied where it is 0)."""
@@ -188,11 +221,13 @@ class Run:
         if self.checkpoint is None:
             return
         for name, network in networks.items():
-            file = self.checkpoint / "training" / f"{name}-optimizer.safetensors"
+            file = self.checkpoint / "training" / f"{name}{STATE_FOLDER}"
+            if not file.is_dir():  # one process wrote it
+                file = file.with_name(f"{name}{STATE_FILE}")
             try:
-                state = load_file(file)
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{file} cannot be read ({error}); {PREVIOUS}") from error
+                state = open_pieces(file)
+            except ValueError as error:
+                raise ValueError(f"{error}; {PREVIOUS}") from error
             if len(state) != self._entries.get(name):
                 raise ValueError(
                     f"{file} has {len(state)} entries where {self._entries.get(name)} were "
@@ -209,15 +244,13 @@ class Run:
 
     def finish(self, model: Transformer) -> Path:
         """Write the finished model and return its folder."""
-        if parallel.is_main():
-            with atomic_folder(self.final) as partial:
-                write_model(partial, model, self.tokenizer)
-        else:
-            _drain(model)
+        self.settle()
+        save_model(self.final, model, self.tokenizer)
         return self.finished()
 
     def finished(self) -> Path:
         """Note that all is done and `model/` stands; returns its folder."""
+        self.settle()
         if parallel.is_main():
             written.note(self.path, *model_files(self.path))
             document = {"model": self.final.name, "amendments": amendments(self.path)}
@@ -250,15 +283,17 @@ def saved(checkpoints: Path) -> list[Path]:
 
 
 def newest(checkpoints: Path, *, fall_back: bool) -> Path | None:
-    """The newest checkpoint, every file of it as it was written; None where there is none.
+    """The newest checkpoint, every file of it as it was written; None where there is none
+    (collective: each rank reads a part of the files).
 
-    Raises ValueError, naming it, where it is damaged. With `fall_back` it is set aside instead and
-    the one before it is taken.
+    Raises ValueError where a rank sees another one and, naming it, where it is damaged. With
+    `fall_back` it is set aside instead and the one before it is taken.
     """
-    found = saved(checkpoints)
-    while found:
-        path = found.pop()
-        why = damage(path, PROOF)
+    while found := parallel.on_main(lambda: [path.name for path in saved(checkpoints)]):
+        path = checkpoints / found.pop()
+        parallel.same({"checkpoint": {"newest": path.name if (path / STATE).is_file() else "none"}})
+        share = parallel.rank(), parallel.world_size()
+        why = next(filter(None, parallel.gather(damage(path, PROOF, share))), None)
         if why is None:
             return path
         if not found:
@@ -269,13 +304,18 @@ def newest(checkpoints: Path, *, fall_back: bool) -> Path | None:
         if not fall_back:
             raise ValueError(
                 f"{path} is damaged ({why}); add --resume previous to set it aside and go on from "
-                f"{found[-1].name}"
+                f"{found[-1]}"
             )
-        aside = path.with_name(f"damaged-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-        notice(f"{path} is damaged ({why}): set aside as {aside.name}")
+        parallel.on_main(functools.partial(set_aside, path, why))
     return None
+
+
+def set_aside(path: Path, why: str) -> None:
+    """Put a damaged checkpoint out of the way (rank 0)."""
+    aside = path.with_name(f"damaged-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    notice(f"{path} is damaged ({why}): set aside as {aside.name}")
 
 
 def step_to_amend(path: Path) -> int:
@@ -301,8 +341,25 @@ def read_state(checkpoint: Path) -> tuple[int, dict[str, int]]:
         raise ValueError(f"{checkpoint / STATE} is damaged; {PREVIOUS}") from error
 
 
+def finish_checkpoint(
+    folder: Path, step: int, entries: dict[str, int], known: Mapping[str, str] | None = None
+) -> None:
+    """The last files of a checkpoint: what step it is, and the hashes of all (`known`: of some)."""
+    write_text(folder / STATE, json.dumps({"step": step, "optimizer_entries": entries}))
+    write_hashes(folder, PROOF, known)
+
+
+def save_model(folder: Path, model: Transformer, tokenizer: Path | None) -> None:
+    """The model as a folder of its own, in place of an earlier one (all ranks take part)."""
+    if parallel.world_size() == 1:
+        with atomic_folder(folder) as partial:
+            write_model(partial, model, tokenizer)
+    else:
+        saving.write(folder, saving.copy_model(model, tokenizer))
+
+
 def write_model(folder: Path, model: Transformer, tokenizer: Path | None) -> None:
-    """The model's files, gathered from all ranks where it is sharded (all ranks take part)."""
+    """One process's model, one file in memory at a time."""
     write_tensors(
         folder,
         model.config,
@@ -311,16 +368,6 @@ def write_model(folder: Path, model: Transformer, tokenizer: Path | None) -> Non
         tokenizer,
         dtype=torch.float32,
     )
-
-
-def _gather(network: Trained) -> None:
-    _drain(network.model)
-    parallel.optimizer_state(network.model, network.optimizer)
-
-
-def _drain(model: Transformer) -> None:
-    for _ in parallel.full_parameters(model):
-        pass
 
 
 def _step_of(row: str) -> float:
