@@ -58,13 +58,13 @@ class Slots:
         self.eos_id = -1 if eos_id is None else eos_id
         device = model.device
         self.cache = KVCache(model.config, count, longest, device=device, dtype=model.dtype)
-        whole = torch.zeros(5, count, dtype=torch.int64, device=device)
-        self.state = _State(
-            *whole,
-            going=torch.zeros(count, dtype=torch.bool, device=device),
-            tokens=torch.zeros(count, most, dtype=torch.int64, device=device),
-            logprobs=torch.zeros(count, most, device=device),
+        last, lengths, counts, limits, keys = torch.zeros(
+            5, count, dtype=torch.int64, device=device
         )
+        going = torch.zeros(count, dtype=torch.bool, device=device)
+        tokens = torch.zeros(count, most, dtype=torch.int64, device=device)
+        logprobs = torch.zeros(count, most, device=device)
+        self.state = _State(last, lengths, counts, limits, keys, going, tokens, logprobs)
         self.holds: list[int | None] = [None] * count  # whose answer stands in a slot
         self.reach = 0  # no slot's length is above it: known without asking the device
 
