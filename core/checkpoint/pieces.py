@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from puna.core.documents import as_name
+from puna.core.documents import as_name, parse_json
 
 PLACES = "DCP_SHARDING_INFO"
 OFFSETS = "saved_offsets"
@@ -135,7 +135,7 @@ def open_pieces(path: Path) -> dict[str, Stored]:
 def _offsets(file: Path, said: str) -> dict[str, tuple[int, ...]]:
     """Name -> where its piece begins, as the header says."""
     try:
-        places = json.loads(said)
+        places = parse_json(said.encode(), str(file), "resume from a checkpoint that is whole")
         return {name: tuple(int(n) for n in place[OFFSETS]) for name, place in places.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} does not say where its pieces belong") from error
