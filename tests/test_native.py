@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puna.core.config import ModelConfig
-from puna.core.generation.generate import _by_slots, generate
+from puna.core.generation.generate import _by_engine, generate
 from puna.core.generation.sampling import Sampler
 from puna.core.native import engine as native
 from puna.core.native.engine import Engine, engine_for, instruction_sets
@@ -290,4 +290,4 @@ def slots_alone(model, prompts):
     """Greedy answers by the native engine; torch's own parallel regions would hang in a fork."""
     keys = torch.zeros(len(prompts), dtype=torch.int64)
     engine, sampler = engine_for(model), Sampler(0.0)
-    return _by_slots(engine, prompts, keys, [5] * len(prompts), sampler, None, 256)
+    return _by_engine(engine, prompts, keys, [5] * len(prompts), sampler, None, 256)
