@@ -52,9 +52,7 @@ def digests(paths: Iterable[Path]) -> list[Digest]:
         return list(threads.map(digest, paths))
 
 
-def write_hashes(
-    folder: Path, name: str = HASHES, known: Mapping[str, str] | None = None
-) -> None:
+def write_hashes(folder: Path, name: str = HASHES, known: Mapping[str, str] | None = None) -> None:
     """Note the hash of every file below `folder` in the file `name` there; `known` are those that
     need not be read again."""
     hashes = dict(known or {})

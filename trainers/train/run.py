@@ -81,7 +81,7 @@ class Run:
         fall_back = getattr(config, "resume", "newest") == "previous"
         parallel.on_main(self._open)
         self.checkpoint = newest(self.checkpoints, fall_back=fall_back)
-        # Made now: when there is something to save, torchrun, through which ranks meet, may be gone.
+        # Made now: when there is something to save, torchrun may be gone, through which ranks meet.
         self._group = parallel.background()
         self._writing: Future[None] | None = None
         self.step = 0
