@@ -53,7 +53,7 @@ def test_the_draws_depend_on_seed_and_round_and_not_on_the_batch(
     tiny, tokenizer, prompts, tmp_path
 ):
     rows = sampled(tiny, tokenizer, prompts, tmp_path / "a.jsonl")
-    assert sampled(tiny, tokenizer, prompts, tmp_path / "b.jsonl", batch_size=3) == rows
+    assert sampled(tiny, tokenizer, prompts, tmp_path / "b.jsonl", limits={"batch_size": 3}) == rows
     assert sampled(tiny, tokenizer, prompts, tmp_path / "c.jsonl", round_index=2) != rows
     assert sampled(tiny, tokenizer, prompts, tmp_path / "d.jsonl", seed=1) != rows
     (tmp_path / "a.jsonl").write_text("")

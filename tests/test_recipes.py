@@ -215,9 +215,9 @@ def fake_ranks(monkeypatch: pytest.MonkeyPatch, ranks: int) -> Iterator[None]:
     rows count, where sequences begin.
     """
 
-    def mesh(*arguments: Any) -> Any:
+    def mesh(*arguments: Any, **options: Any) -> Any:
         with unset_fake_temporarily():
-            return real_mesh(*arguments)
+            return real_mesh(*arguments, **options)
 
     real_mesh = parallel.init_device_mesh
     monkeypatch.setattr(parallel, "init_device_mesh", mesh)
