@@ -13,15 +13,18 @@ def digest(token: str) -> str:
 
 def person(store: Store, name: str, *, owner: bool = False) -> int:
     """The id of the person called so, who is new where there is none yet."""
+    find = "SELECT id FROM annotator WHERE name = ?"
+    known = store.row(find, name)
+    if known is not None:
+        return int(known[0])
     with store.writing() as db:
         db.execute("INSERT OR IGNORE INTO annotator (name, owner) VALUES (?, ?)", (name, owner))
-        return int(db.execute("SELECT id FROM annotator WHERE name = ?", (name,)).fetchone()[0])
+        return int(db.execute(find, (name,)).fetchone()[0])
 
 
 def new_token(store: Store, name: str, *, owner: bool = False, renew: bool = False) -> str | None:
     """A token for this person, to be shown once; None where they have one and keep it."""
-    who = person(store, name, owner=owner)
-    token = secrets.token_urlsafe(24)
+    who, token = person(store, name, owner=owner), secrets.token_urlsafe(24)
     condition = "" if renew else " AND token_hash IS NULL"
     with store.writing() as db:
         made = db.execute(
