@@ -6,15 +6,16 @@ Gwet, Handbook of Inter-Rater Reliability, 4th edition, chapters 3 and 5.
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import permutations
 
 
 def weights(categories: int) -> list[list[float]]:
-    """Ordinal weights w[k][l]: 1 for the same category, less the further two are apart, 0 at the
+    """Ordinal weights w[one][other]: 1 for the same category, less the further two are apart, 0 at the
     ends of the scale."""
     most = math.comb(categories, 2)
     return [
-        [1 - math.comb(abs(k - l) + 1, 2) / most for l in range(categories)]  # noqa: E741
-        for k in range(categories)
+        [1 - math.comb(abs(one - other) + 1, 2) / most for other in range(categories)]
+        for one in range(categories)
     ]
 
 
@@ -23,7 +24,7 @@ def ac2(items: Sequence[Sequence[int]], categories: int) -> float | None:
     more. None where no item has two."""
     weight = weights(categories)
     agreed = [
-        sum(weight[k][l] for i, k in enumerate(given) for j, l in enumerate(given) if i != j)  # noqa: E741
+        sum(weight[one][other] for one, other in permutations(given, 2))
         / (len(given) * (len(given) - 1))
         for given in items
         if len(given) > 1

@@ -42,7 +42,7 @@ REASONS = (
     "the question makes no sense",
     "I do not know enough about this",
 )
-STATUS: tuple[tuple[type[Exception], int], ...] = ((UserError, 409), (ValueError, 400), (OSError, 503))
+STATUS = {UserError: 409, ValueError: 400, OSError: 503}
 
 Answer = Callable[[Visit], Response]
 
@@ -82,7 +82,7 @@ def endpoint(desk: Desk, answer: Answer) -> Callable[[Request], Any]:
         except Stranger:
             return stranger("Open the address that you were given; it holds your token.")
         except (UserError, ValueError, OSError) as error:
-            status = next(number for kind, number in STATUS if isinstance(error, kind))
+            status = next(number for kind, number in STATUS.items() if isinstance(error, kind))
             return render("message.html", status, title="Not done", message=sentence(error))
 
     return found

@@ -58,7 +58,8 @@ def blocks(kind: str, lines: list[str]) -> list[str]:
         levels = [(min(6, 2 + len(each[1])), spans(each[2])) for each in found if each]
         return [f"<h{level}>{text}</h{level}>" for level, text in levels]
     if kind in ("ul", "ol"):
-        items = "".join(f"<li>{spans(each[2])}</li>" for line in lines if (each := ITEM.match(line)))
+        matches = [ITEM.match(line) for line in lines]
+        items = "".join(f"<li>{spans(each[2])}</li>" for each in matches if each)
         return [f"<{kind}>{items}</{kind}>"]
     return [f"<p>{spans(' '.join(line.strip() for line in lines))}</p>"] if kind == "text" else []
 

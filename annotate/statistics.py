@@ -75,7 +75,7 @@ def seen(store: Store) -> Seen:
         reasons=Counter(row["reason"] for row in rows if row["reason"]).most_common(12),
         biases=biases,
         duels=duels,
-        ratings=charts.stacked(ratings_of(chosen), [rating.replace("_", " ") for rating in RATINGS]),
+        ratings=charts.stacked(ratings_of(chosen), [" ".join(r.split("_")) for r in RATINGS]),
         shares=charts.intervals([*biases, *duels]),
     )
 

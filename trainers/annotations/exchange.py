@@ -49,7 +49,8 @@ def preferences(store: Store, batch: int | None = None) -> Iterator[dict[str, An
     for found in verdicts(store, batch):
         chosen, rejected = found["chosen"], "left" if found["chosen"] == "right" else "right"
         answers = {
-            row["side"]: row for row in store.rows("SELECT * FROM answer WHERE item = ?", found["id"])
+            each["side"]: each
+            for each in store.rows("SELECT * FROM answer WHERE item = ?", found["id"])
         }
         row: dict[str, Any] = {
             "messages": json.loads(found["messages"]),
@@ -159,14 +160,18 @@ def rows_of(task: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             "rating": said.get("rating"),
             "safety": said.get("safety"),
         }
-        names = [f"{role}_{what}" for role in ("chosen", "rejected")
-                 for what in ("model", "temperature")]  # fmt: skip
+        names = [
+            f"{role}_{what}"
+            for role in ("chosen", "rejected")
+            for what in ("model", "temperature")
+        ]
         yield row | {name: data[name] for name in ("batch", *names) if data.get(name) is not None}
 
 
 def bring_in(store: Store, rows: Sequence[Preference], name: str = "import") -> int:
     """Add comparisons with their verdicts, each once however often the file is brought in; returns
-    how many were new. Which answer is left is drawn from the row; a row keeps its batch's number."""
+    how many were new. Which answer is left is drawn from the row; a row keeps its batch's
+    number."""
     who, new = person(store, name), 0
     for row in rows:
         mark = json.dumps(row._replace(where=""), ensure_ascii=False)

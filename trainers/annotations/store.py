@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from puna.core.errors import UserError
-
 APPLICATION = 0x50756E61  # "Puna"
 SCHEMA = 1
 BUSY_SECONDS = 10.0
@@ -109,8 +107,8 @@ def opened(path: Path, *, create: bool = False) -> Iterator[Store]:
 
 def open_store(path: Path, *, create: bool = False) -> Store:
     """Open the file, or with `create` make it where there is none. Raises ValueError for a file of
-    something else or of a newer Puna, OSError where the disk is full, and UserError where another
-    program holds it locked."""
+    something else or of a newer Puna, OSError where the disk is full or another program holds it
+    locked."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is no file; name a file of comparisons")
     if not path.exists() and not create:
@@ -145,8 +143,8 @@ def check_ours(store: Store) -> None:
     version = store.number("PRAGMA user_version")
     if tables and version > SCHEMA:
         raise ValueError(
-            f"{store.path} was written by a newer Puna (schema {version}, this one knows {SCHEMA}); "
-            "update Puna to open it"
+            f"{store.path} was written by a newer Puna (schema {version}, this one knows "
+            f"{SCHEMA}); update Puna to open it"
         )
 
 
@@ -170,7 +168,7 @@ def naming(path: Path) -> Iterator[None]:
     except sqlite3.DatabaseError as error:
         said = str(error)
         if "locked" in said or "busy" in said:
-            raise UserError(
+            raise OSError(
                 f"{path} is locked by another program; close it there and try again: nothing is "
                 "lost"
             ) from error
