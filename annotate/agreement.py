@@ -1,4 +1,4 @@
-"""How far people agree: Gwet's AC2 with ordinal weights, as the paper uses it (section A.2.1).
+"""How far people agree: Gwet's AC2 with ordinal weights, as the paper uses it (section 3.4.2).
 
 Gwet, Handbook of Inter-Rater Reliability, 4th edition, chapters 3 and 5.
 """
@@ -10,8 +10,8 @@ from itertools import permutations
 
 
 def weights(categories: int) -> list[list[float]]:
-    """Ordinal weights w[one][other]: 1 for the same category, less the further two are apart, 0 at the
-    ends of the scale."""
+    """Ordinal weights w[one][other]: 1 for the same category, less the further apart they are, 0 at
+    the ends of the scale."""
     most = math.comb(categories, 2)
     return [
         [1 - math.comb(abs(one - other) + 1, 2) / most for other in range(categories)]

@@ -8,17 +8,16 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from annotated import ask, filled
 
 from puna.core.errors import UserError
 from puna.trainers.annotations import exchange
 from puna.trainers.annotations.items import (
-    Given,
     add_item,
     ask_batch,
     close_batch,
     hand_out,
     progress_of,
-    put_answers,
     waiting_ahead,
 )
 from puna.trainers.annotations.people import by_token, new_token, person
@@ -27,21 +26,6 @@ from puna.trainers.annotations.verdicts import safety_of, skip, submit, undo
 from puna.trainers.data.readers import read_preferences
 
 BETTER = {"chosen": "left", "rating": "better"}
-
-
-def ask(text="what is red?"):
-    return [{"role": "user", "content": text}]
-
-
-def filled(path, count=4, *, kind="helpfulness", people=1):
-    """A file with a batch of `count` items that have answers."""
-    store = open_store(path, create=True)
-    batch = ask_batch(store, "test", count)
-    for number in range(count):
-        item = add_item(store, batch, kind, f"test:{number}", ask(f"no. {number}?"), people=people)
-        left = Given(f"left {number}", "A", "1", 0.5, 3)
-        put_answers(store, item, left, Given(f"right {number}", "B", "2", 1.0, 4))
-    return store
 
 
 @pytest.fixture
@@ -228,7 +212,7 @@ def test_a_locked_file_and_a_full_disk_lose_nothing(tmp_path, monkeypatch):
     item = hand_out(store, ann)
     other = sqlite3.connect(tmp_path / "c.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    with pytest.raises(UserError, match="is locked by another program"):
+    with pytest.raises(OSError, match="is locked by another program"):
         submit(store, ann, item.key, **BETTER)
     other.execute("ROLLBACK")
     pages = store.number("PRAGMA page_count")
