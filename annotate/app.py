@@ -77,7 +77,7 @@ def endpoint(desk: Desk, answer: Answer) -> Callable[[Request], Any]:
 
     async def found(request: Request) -> Response:
         try:
-            form = await form_of(request) if request.method == "POST" else {}
+            form: Form = await form_of(request) if request.method == "POST" else {}
             return await run_in_threadpool(visited, desk, request, form, answer)
         except Stranger:
             return stranger("Open the address that you were given; it holds your token.")

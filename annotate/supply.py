@@ -115,7 +115,7 @@ class Supply:
         for _ in range(TRIES):
             given = self.pair(prompt, random)
             if len({each.text for each in given}) == 2 and all(map(is_answer, given)):
-                left, right = given if random.random() < 0.5 else reversed(given)
+                left, right = given if random.random() < 0.5 else given[::-1]
                 put_answers(self.store, item, left, right)
                 return
         give_up(self.store, item, SAME)

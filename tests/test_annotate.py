@@ -6,30 +6,16 @@ Without the extra `annotate` it is skipped. No browser takes part: what one woul
 import re
 
 import pytest
-from annotated import HOST, Elements, ask, filled, key_on
-
-for needed in ("starlette", "jinja2", "httpx"):
-    pytest.importorskip(needed, reason="needs the extra: pip install 'puna[annotate]'")
-
-from starlette.testclient import TestClient
+from annotate_pages import Elements, key_on, visitor
+from annotated import ask, filled
 
 from puna.annotate.agreement import ac2
-from puna.annotate.app import application
 from puna.annotate.guidelines import rendered
 from puna.annotate.statistics import seen
-from puna.annotate.visits import Desk
 from puna.trainers.annotations.exchange import preferences
 from puna.trainers.annotations.items import Given, add_item, hand_out, put_answers
 from puna.trainers.annotations.people import new_token, person
 from puna.trainers.annotations.verdicts import submit
-
-HOSTS = {"127.0.0.1", "localhost"}
-
-
-def visitor(store, guidelines=None, **options) -> TestClient:
-    """A browser on the page."""
-    app = application(Desk(store, guidelines or {}, **options), HOSTS)
-    return TestClient(app, base_url=HOST, headers={"origin": HOST})
 
 
 @pytest.fixture
@@ -155,7 +141,7 @@ def test_other_sites_read_and_change_nothing(store, headers, status):
 
 
 def test_a_post_without_an_origin_is_refused(store):
-    client = TestClient(application(Desk(store, {}), HOSTS), base_url=HOST)
+    client = visitor(store, origin=None)
     form = {"key": key_on(client.get("/").text), "degree": "left better"}
     assert client.post("/submit", data=form).status_code == 403 and not list(preferences(store))
 

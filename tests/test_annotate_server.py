@@ -15,19 +15,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from annotated import HOST, filled, key_on
+from annotate_pages import httpx, key_on, visitor
+from annotated import filled
 
-for needed in ("starlette", "uvicorn", "jinja2", "httpx"):
-    pytest.importorskip(needed, reason="needs the extra: pip install 'puna[annotate]'")
-
-import httpx
-from starlette.testclient import TestClient
-
-from puna.annotate.app import application
 from puna.annotate.config import AnnotateConfig
 from puna.annotate.run import hosts_of, run
 from puna.annotate.supply import Supply
-from puna.annotate.visits import Desk
 from puna.core.chat import decode_answer, encode_prompt
 from puna.core.checkpoint.folder import load_model
 from puna.core.generation.generate import generate
@@ -89,8 +82,7 @@ def test_equal_answers_are_never_shown(tiny, tmp_path):
 def test_a_dialogue_goes_on_with_the_chosen_answer(tiny, tmp_path):
     store = open_store(tmp_path / "c.db", create=True)
     supply = Supply(store, config_of(tiny, tmp_path, pairs=1))
-    app = application(Desk(store, {}, supply, turns=2), {"127.0.0.1"})
-    client = TestClient(app, base_url=HOST, headers={"origin": HOST})
+    client = visitor(store, supply=supply, turns=2)
     assert "One moment" in client.get("/").text
     mine = {"nonce": "n", "kind": "safety"}
     for wrong in (" ", "[INST]"):

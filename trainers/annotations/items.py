@@ -108,10 +108,10 @@ def give_up(store: Store, item: int, why: str) -> None:
 def unanswered(store: Store) -> dict[str, Any] | None:
     """The item whose answers are most needed: somebody waits for one reserved for them."""
     row = store.row(
-        "SELECT id, kind, messages FROM item WHERE NOT ready AND failed IS NULL "
+        "SELECT id, messages FROM item WHERE NOT ready AND failed IS NULL "
         "ORDER BY reserved IS NULL, id LIMIT 1"
     )
-    return None if row is None else {**row, "messages": json.loads(row["messages"])}
+    return None if row is None else {"id": row["id"], "messages": json.loads(row["messages"])}
 
 
 def waiting_ahead(store: Store) -> int:
