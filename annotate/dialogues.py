@@ -1,6 +1,5 @@
 """Dialogues that go on, and prompts of one's own: the paper's annotators wrote theirs."""
 
-import json
 import secrets
 
 from starlette.responses import Response
@@ -9,7 +8,7 @@ from puna.annotate.supply import Supply
 from puna.annotate.visits import Visit, sentence, to
 from puna.core.chat import Message, check_dialogue
 from puna.core.errors import UserError
-from puna.trainers.annotations.items import KINDS, add_item
+from puna.trainers.annotations.items import KINDS, add_item, dialogue_in
 from puna.trainers.annotations.verdicts import last_verdict
 
 
@@ -52,7 +51,7 @@ def chosen_dialogue(visit: Visit) -> tuple[int, str, list[Message], int] | None:
         "SELECT text FROM answer WHERE item = ? AND side = ?", last["item"], last["chosen"]
     )
     assert item is not None and answer is not None  # what was judged is there
-    messages: list[Message] = json.loads(item["messages"])
+    messages = dialogue_in(item)
     if sum(message["role"] == "user" for message in messages) >= visit.desk.turns:
         return None
     said: Message = {"role": "assistant", "content": answer["text"]}

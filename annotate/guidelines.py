@@ -37,7 +37,7 @@ def rendered(text: str) -> str:
     """HTML of a Markdown text; nothing of the text's own markup is left."""
     return "\n".join(
         block
-        for kind, lines in groupby(text.splitlines(), key=kind_of)
+        for kind, lines in groupby(text.split("\n"), key=kind_of)
         for block in blocks(kind, list(lines))
     )
 

@@ -29,7 +29,7 @@ class Person(NamedTuple):
     """What one person has done."""
 
     name: str
-    count: int
+    made: int
     skipped: int
     seconds: float | None  # median an item
     left: Share  # how often the left answer was chosen

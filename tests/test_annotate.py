@@ -224,7 +224,7 @@ def test_agreement_of_a_hand_made_example():
     1/4, 3/8, so chance is (17/3) / 6 * 21/32 = 119/192; (160 - 119) / (192 - 119) = 41/73."""
     assert ac2([[0, 0], [0, 1], [2, 2], [1, 2]], 3) == pytest.approx(41 / 73)
     assert ac2([[0, 0], [2, 2]], 3) == 1 and ac2([[1]], 3) is None
-    # an item of one person counts among the shares alone: chance 17/18 * (4/9 * ...)
+    # an item of one person counts among the shares alone
     shares = [1.5 / 3, 0.5 / 3, 1 / 3]
     chance = 17 / 18 * sum(share * (1 - share) for share in shares)
     assert ac2([[0, 0], [0, 1], [2]], 3) == pytest.approx((5 / 6 - chance) / (1 - chance))
@@ -239,7 +239,7 @@ def test_the_dashboard_counts_what_was_said(tmp_path):
             chosen, rating = verdict.split()
             submit(store, who, hand_out(store, who).key, chosen=chosen, rating=rating, seconds=4)
     found = seen(store)
-    assert [(each.name, each.count, each.seconds) for each in found.people] == [
+    assert [(each.name, each.made, each.seconds) for each in found.people] == [
         ("ann", 6, 4), ("bob", 6, 4)
     ]  # fmt: skip
     shares = dict(found.biases + found.duels)

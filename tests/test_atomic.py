@@ -184,7 +184,7 @@ def writes(path: Path) -> bool:
 def test_files_are_written_whole_or_not_at_all():
     found = {
         str(path.relative_to(ROOT))
-        for room in ("core", "trainers", "demo", "cli", "benchmarks")
+        for room in ("core", "trainers", "demo", "annotate", "cli", "benchmarks")
         for path in (ROOT / room).rglob("*.py")
         if writes(path)
     }

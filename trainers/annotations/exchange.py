@@ -26,7 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from puna.core.documents import field, parse_json, regular_file, shortened, typed
-from puna.trainers.annotations.items import Given, add_item, ask_batch, put_answers
+from puna.trainers.annotations.items import (
+    Given,
+    add_item,
+    ask_batch,
+    dialogue_in,
+    put_answers,
+)
 from puna.trainers.annotations.people import person
 from puna.trainers.annotations.store import Store
 from puna.trainers.data.columns import Columns
@@ -53,7 +59,7 @@ def preferences(store: Store, batch: int | None = None) -> Iterator[dict[str, An
             for each in store.rows("SELECT * FROM answer WHERE item = ?", found["id"])
         }
         row: dict[str, Any] = {
-            "messages": json.loads(found["messages"]),
+            "messages": dialogue_in(found),
             "chosen": answers[chosen]["text"],
             "rejected": answers[rejected]["text"],
             "rating": found["rating"],

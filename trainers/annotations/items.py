@@ -43,6 +43,12 @@ class Progress(NamedTuple):
     total: int
 
 
+def dialogue_in(row: Any) -> list[Message]:
+    """The dialogue of an item's row."""
+    messages: list[Message] = json.loads(row["messages"])
+    return messages
+
+
 def ask_batch(store: Store, source: str, expected: int, number: int | None = None) -> int:
     """The number of the batch that `source` asks for: the same one every time, or a new one, the
     next where none is given. Raises ValueError where the number is another source's."""
@@ -111,7 +117,7 @@ def unanswered(store: Store) -> dict[str, Any] | None:
         "SELECT id, messages FROM item WHERE NOT ready AND failed IS NULL "
         "ORDER BY reserved IS NULL, id LIMIT 1"
     )
-    return None if row is None else {"id": row["id"], "messages": json.loads(row["messages"])}
+    return None if row is None else {"id": row["id"], "messages": dialogue_in(row)}
 
 
 def waiting_ahead(store: Store) -> int:
@@ -166,7 +172,7 @@ def before(db: Any, annotator: int) -> Item:
         (annotator,),
     ).fetchone()
     texts = dict(db.execute("SELECT side, text FROM answer WHERE item = ?", (row["id"],)))
-    return Item(*row[:4], json.loads(row["messages"]), texts["left"], texts["right"])
+    return Item(*row[:4], dialogue_in(row), texts["left"], texts["right"])
 
 
 def is_awaited(store: Store, annotator: int) -> bool:

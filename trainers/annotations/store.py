@@ -12,6 +12,7 @@
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,7 +125,7 @@ def open_store(path: Path, *, create: bool = False) -> Store:
         store = Store(path, connection)
         try:
             check_ours(store)
-            connection.execute("PRAGMA journal_mode = WAL")
+            write_ahead(store)
             connection.execute("PRAGMA synchronous = FULL")  # what was said to be kept is kept
             connection.execute("PRAGMA foreign_keys = ON")
             make_tables(store)
@@ -146,6 +147,21 @@ def check_ours(store: Store) -> None:
             f"{store.path} was written by a newer Puna (schema {version}, this one knows "
             f"{SCHEMA}); update Puna to open it"
         )
+
+
+def write_ahead(store: Store) -> None:
+    """Switch the write-ahead log on; where another program does so now, SQLite does not wait."""
+    end = time.monotonic() + BUSY_SECONDS
+    while True:
+        problem = OSError(f"{store.path} stands where SQLite cannot write; put it on a local disk")
+        try:
+            if store.rows("PRAGMA journal_mode = WAL")[0][0] == "wal":
+                return
+        except OSError as error:
+            problem = error
+        if time.monotonic() > end:
+            raise problem
+        time.sleep(0.02)
 
 
 def make_tables(store: Store) -> None:
