@@ -154,7 +154,7 @@ def compare(visit: Visit, said: Form | None = None, problem: str = "") -> Respon
         scale=SCALE,
         safe=SAFE,
         reasons=REASONS,
-        said=said or {},
+        said=said if said and said.get("key") == item.key else {},
         problem=problem,
         guidelines=Markup(visit.desk.guidelines.get(item.kind, "")),
         progress=progress_of(visit.desk.store, item.batch),

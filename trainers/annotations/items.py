@@ -128,16 +128,17 @@ def waiting_ahead(store: Store) -> int:
     )
 
 
-# An item that is open, not somebody else's, not judged by this one, not before enough others.
+# An item that is open, not judged by this person and not before enough others.
 NEXT = """
 SELECT id FROM item WHERE wanted > 0 AND ready AND failed IS NULL
-    AND (reserved IS NULL OR reserved = :me)
+    AND reserved {}
     AND wanted > (SELECT count(*) FROM hand WHERE hand.item = item.id)
     AND NOT EXISTS (SELECT 1 FROM verdict
         WHERE verdict.item = item.id AND annotator = :me AND undone IS NULL)
     AND NOT (SELECT taken FROM batch WHERE number = item.batch)
-ORDER BY reserved IS NULL, id LIMIT 1
+ORDER BY id LIMIT 1
 """
+WHOSE = ("= :me", "IS NULL")  # what somebody waits for comes first, then what is anybody's
 
 
 def hand_out(store: Store, annotator: int) -> Item | None:
@@ -148,7 +149,8 @@ def hand_out(store: Store, annotator: int) -> Item | None:
         db.execute("DELETE FROM hand WHERE since < ?", (now - STALE_SECONDS,))
         held = db.execute("SELECT item FROM hand WHERE annotator = ?", (annotator,)).fetchone()
         if held is None:
-            row = db.execute(NEXT, {"me": annotator}).fetchone()
+            found = (db.execute(NEXT.format(whose), {"me": annotator}).fetchone() for whose in WHOSE)
+            row = next(filter(None, found), None)
             if row is None:
                 return None
             place(db, row[0], annotator)

@@ -36,6 +36,7 @@ CREATE TABLE item (
     ready INTEGER NOT NULL DEFAULT 0, failed TEXT);
 CREATE INDEX item_open ON item (id) WHERE wanted > 0 AND ready AND failed IS NULL;
 CREATE INDEX item_unanswered ON item (id) WHERE NOT ready AND failed IS NULL;
+CREATE INDEX item_reserved ON item (reserved) WHERE reserved IS NOT NULL;
 CREATE INDEX item_batch ON item (batch);
 CREATE TABLE answer (
     item INTEGER NOT NULL REFERENCES item, side TEXT NOT NULL CHECK (side IN ('left', 'right')),
