@@ -4,6 +4,7 @@ Without the extra `annotate` it is skipped. No browser takes part: what one woul
 """
 
 import re
+import sqlite3
 
 import pytest
 from annotate_pages import Elements, key_on, visitor
@@ -159,6 +160,20 @@ def test_tokens(store):
     assert mine.get(f"/enter/{owner}").status_code == mine.get("/dashboard").status_code == 200
     new_token(store, "ann", renew=True)
     assert client.get("/").status_code == 401
+
+
+def test_a_locked_file_is_said_and_the_form_can_be_sent_again(store):
+    client = visitor(store)
+    form = {"key": key_on(client.get("/").text), "degree": "left better"}
+    store.connection.execute("PRAGMA busy_timeout = 50")
+    other = sqlite3.connect(store.path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    answer = client.post("/submit", data=form)
+    assert answer.status_code == 503 and "locked by another program" in answer.text
+    other.execute("ROLLBACK")
+    other.close()
+    assert client.post("/submit", data=form).status_code == 200
+    assert [row["chosen"] for row in preferences(store)] == ["left 0"]
 
 
 def test_what_is_no_form_is_refused(store):

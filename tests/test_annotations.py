@@ -10,7 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from annotated import ask, filled
 
+from puna.cli.main import main
 from puna.core.errors import UserError
+from puna.trainers import reward
 from puna.trainers.annotations import exchange
 from puna.trainers.annotations.items import (
     add_item,
@@ -301,3 +303,22 @@ def test_bad_tasks_are_named(tmp_path, tasks, message):
     file.write_text(json.dumps(tasks))
     with pytest.raises(ValueError, match=message):
         exchange.read(file, "label-studio")
+
+
+def test_the_commands_and_a_reward_model_of_what_they_write(tiny, tmp_path, capsys):
+    store = filled(tmp_path / "c.db", 24)
+    ann, rows = person(store, "ann"), tmp_path / "rows.jsonl"
+    export = ["annotate", "export", "--annotations", str(tmp_path / "c.db"), "--out", str(rows)]
+    assert main(export) == 1 and "no comparison to write" in capsys.readouterr().err
+    for _ in range(24):
+        submit(store, ann, hand_out(store, ann).key, **BETTER)
+    store.close()
+    assert main(export) == 0 and "24 comparisons are in" in capsys.readouterr().out
+    bring = ["annotate", "import", "--annotations", str(tmp_path / "d.db"), "--data", str(rows)]
+    for said in ("24 comparisons are new, 0 were there", "0 comparisons are new, 24 were there"):
+        assert main(bring) == 0 and said in capsys.readouterr().out
+    config = reward.RewardConfig(
+        model=tiny / "chat", data=[rows], out=tmp_path / "reward", batch=8, micro_batch=8, lr=1e-3,
+        device="cpu",
+    )  # fmt: skip
+    assert (reward.run(config) / "config.json").exists()

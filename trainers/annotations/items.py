@@ -149,7 +149,8 @@ def hand_out(store: Store, annotator: int) -> Item | None:
         db.execute("DELETE FROM hand WHERE since < ?", (now - STALE_SECONDS,))
         held = db.execute("SELECT item FROM hand WHERE annotator = ?", (annotator,)).fetchone()
         if held is None:
-            found = (db.execute(NEXT.format(whose), {"me": annotator}).fetchone() for whose in WHOSE)
+            me = {"me": annotator}
+            found = (db.execute(NEXT.format(whose), me).fetchone() for whose in WHOSE)
             row = next(filter(None, found), None)
             if row is None:
                 return None
