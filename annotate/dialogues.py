@@ -100,9 +100,7 @@ def add(
             store, supply.batch, kind, source, messages, reserved=visit.who, parent=parent
         )
         if made is not None:
-            db.execute(
-                "UPDATE batch SET expected = expected + 1 WHERE number = ?", (supply.batch,)
-            )
+            db.execute("UPDATE batch SET expected = expected + 1 WHERE number = ?", (supply.batch,))
     visit.prod()
 
 

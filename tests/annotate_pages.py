@@ -1,4 +1,4 @@
-"""Visitors of the page where people compare; without the extra `annotate` their tests are skipped."""
+"""Visitors of the page where people compare; without the extra `annotate` tests are skipped."""
 
 import re
 from html.parser import HTMLParser

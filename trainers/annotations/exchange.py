@@ -167,9 +167,7 @@ def rows_of(task: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             "safety": said.get("safety"),
         }
         names = [
-            f"{role}_{what}"
-            for role in ("chosen", "rejected")
-            for what in ("model", "temperature")
+            f"{role}_{what}" for role in ("chosen", "rejected") for what in ("model", "temperature")
         ]
         yield row | {name: data[name] for name in ("batch", *names) if data.get(name) is not None}
 

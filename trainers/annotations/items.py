@@ -192,9 +192,7 @@ def progress_of(store: Store, batch: int) -> Progress:
         batch,
     )[0]
     expected = store.number("SELECT expected FROM batch WHERE number = ?", batch)
-    failed = store.number(
-        "SELECT count(*) FROM item WHERE batch = ? AND failed IS NOT NULL", batch
-    )
+    failed = store.number("SELECT count(*) FROM item WHERE batch = ? AND failed IS NOT NULL", batch)
     return Progress(row[0], row[1] + max(0, expected - failed - row[2]))
 
 

@@ -1,12 +1,12 @@
 """The file that people's comparisons are kept in: SQLite, written ahead, one file and one schema.
 
-    batch      what is collected together, with a number of its own
-    item       a dialogue that ends with a user message; `wanted` verdicts on it are still missing
-    answer     the left and the right answer to an item, and what gave each
-    annotator  a person; of the token in their address only a hash is kept
-    hand       an item that lies before somebody now, under a key
-    verdict    what somebody said of an item, under the key it was handed out with: a key is taken
-               once, so nothing counts twice however often it is sent
+batch      what is collected together, with a number of its own
+item       a dialogue that ends with a user message; `wanted` verdicts on it are still missing
+answer     the left and the right answer to an item, and what gave each
+annotator  a person; of the token in their address only a hash is kept
+hand       an item that lies before somebody now, under a key
+verdict    what somebody said of an item, under the key it was handed out with: a key is taken
+           once, so nothing counts twice however often it is sent
 """
 
 import os

@@ -54,9 +54,7 @@ def submit(
         return True
 
 
-def skip(
-    store: Store, annotator: int, key: str, reason: str, seconds: float | None = None
-) -> bool:
+def skip(store: Store, annotator: int, key: str, reason: str, seconds: float | None = None) -> bool:
     """Pass over the item that was handed out under `key`; raises as `submit` does."""
     if not reason.strip():
         raise ValueError("say why it is skipped")
