@@ -175,7 +175,8 @@ def before(db: Any, annotator: int) -> Item:
         (annotator,),
     ).fetchone()
     texts = dict(db.execute("SELECT side, text FROM answer WHERE item = ?", (row["id"],)))
-    return Item(*row[:4], dialogue_in(row), texts["left"], texts["right"])
+    named = {name: row[name] for name in ("id", "key", "batch", "kind")}
+    return Item(**named, messages=dialogue_in(row), left=texts["left"], right=texts["right"])
 
 
 def is_awaited(store: Store, annotator: int) -> bool:
