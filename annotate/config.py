@@ -63,10 +63,6 @@ class AnnotateConfig(Options):
     """auto takes a GPU where there is one"""
 
     def check(self) -> None:
-        if len(self.models) > 2:
-            raise ValueError(f"models names {len(self.models)}; two are compared")
-        if bool(self.models) != bool(self.prompts):
-            raise ValueError("models and prompts belong together; give both or neither")
         if not self.temperatures:
             raise ValueError("temperatures is empty; name one at least")
         if self.host not in LOOPBACK and not self.annotators:

@@ -20,6 +20,7 @@ def run(config: AnnotateConfig) -> None:
     Raises ValueError where the extra is not installed, the port is taken, or the file, the models
     or the prompts cannot be used.
     """
+    check_models(config)
     try:
         import uvicorn
 
@@ -58,6 +59,14 @@ def run(config: AnnotateConfig) -> None:
         finally:
             if supply is not None:
                 supply.end()
+
+
+def check_models(config: AnnotateConfig) -> None:
+    """ValueError where there are answers to nothing, or of too many."""
+    if len(config.models) > 2:
+        raise ValueError(f"models names {len(config.models)}; two are compared")
+    if bool(config.models) != bool(config.prompts):
+        raise ValueError("models and prompts belong together; give both or neither")
 
 
 def hosts_of(config: AnnotateConfig) -> set[str]:

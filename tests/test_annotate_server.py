@@ -131,7 +131,7 @@ def options(**given):
 )
 def test_options_that_cannot_be(given, message):
     with pytest.raises(ValueError, match=message):
-        AnnotateConfig(**options(**given))
+        run(AnnotateConfig(**options(**given)))
 
 
 def test_what_cannot_be_served_is_one_sentence(tiny, tmp_path):
