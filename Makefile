@@ -90,5 +90,5 @@ $(READY): pyproject.toml setup.py $(NATIVE)
 	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -c 'from importlib.metadata import version as v; print("torch==" + v("torch"))' \
 		> .venv/torch.txt
-	$(BIN)/python -m pip install -c .venv/torch.txt --no-build-isolation -e ".[dev,peers]"
+	$(BIN)/python -m pip install -c .venv/torch.txt --no-build-isolation -e ".[dev,peers,annotate]"
 	touch $@

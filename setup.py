@@ -9,7 +9,7 @@ from pathlib import Path
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import find_packages, setup
 
-ROOMS = ("kernels", "core", "trainers", "demo", "cli", "recipes", "benchmarks")
+ROOMS = ("kernels", "core", "trainers", "demo", "annotate", "cli", "recipes", "benchmarks")
 
 # No -march: the instruction set is chosen when the program runs, so one wheel serves all machines.
 native = Pybind11Extension(
@@ -33,6 +33,7 @@ setup(
     package_data={
         **{f"puna.{room}": ["py.typed"] for room in ROOMS},
         "puna": ["py.typed"],
+        "puna.annotate": ["py.typed", "pages/*.html", "static/*"],
         "puna.kernels": ["py.typed", "README.md", "LICENSE"],
         "puna.recipes": ["py.typed", "*.toml", "*/*.toml"],
     },

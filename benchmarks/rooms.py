@@ -21,6 +21,7 @@ BUYS = {
     "core": "the model, every checkpoint format, generation, FSDP2",
     "trainers": "pretraining, SFT, two reward models, rejection sampling, PPO, GAtt, V1..Vn",
     "demo": "all of the paper on a laptop in minutes, with a report",
+    "annotate": "people's comparisons in a browser, with a dashboard",
     "cli": "the `puna` command",
     "recipes": "the paper's values at every size",
     "benchmarks": "figures beside the peers', each checked before it is timed",

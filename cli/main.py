@@ -43,6 +43,15 @@ VERBS = {
         "puna.trainers.distill", "DistillConfig", "safety context distillation: under a pre-prompt"
     ),
     "rlhf": Verb("puna.trainers.rlhf", "RLHFConfig", "the loop V1..Vn over the stages"),
+    "annotate": Verb(
+        "puna.annotate.run", "AnnotateConfig", "the page where people compare two answers"
+    ),
+    "annotate export": Verb(
+        "puna.annotate.exchange", "ExportConfig", "comparisons as rows to learn from", "export"
+    ),
+    "annotate import": Verb(
+        "puna.annotate.exchange", "ImportConfig", "comparisons from elsewhere", "bring"
+    ),
     "evaluate": Verb(
         "puna.trainers.evaluate", "EvaluateConfig", "accuracy and calibration of a reward model"
     ),

@@ -74,6 +74,7 @@ def run(config: DemoConfig) -> Path:
         f"\nDone in {demo.seconds():.0f} s ({time.monotonic() - began:.0f} s in this call)."
         f"\nReport: {report}"
         f"\nTalk to the model: puna chat --model {demo.versions()[newest(demo.versions())]}"
+        f"\nCompare the last two versions yourself: {demo.annotating()}"
     )
     return report
 
@@ -226,6 +227,14 @@ class Demo:
             found["student-sft"] = student / "sft" / "model"
             found["student"] = student / "student" / "model"
         return found
+
+    def annotating(self) -> str:
+        """The command by which people compare the loop's last two versions."""
+        versions = self.versions()
+        names = [n for n in versions if n.startswith("rlhf-") and not n.endswith("-rejection")]
+        models = " ".join(str(versions[name]) for name in names[:-3:-1])
+        prompts, out = self.data / "prompts.jsonl", self.out / "comparisons.db"
+        return f"puna annotate --models {models} --prompts {prompts} --out {out}"
 
 
 def annotators(seed: int) -> Mapping[str, Any]:

@@ -62,7 +62,7 @@ def prints(path: Path) -> list[str]:
 
 
 def test_there_is_one_way_to_the_terminal() -> None:
-    rooms = ("core", "trainers", "demo", "cli", "puna")
+    rooms = ("core", "trainers", "demo", "annotate", "cli", "puna")
     files = [path for room in rooms for path in (ROOT / room).rglob("*.py")]
     assert len(files) > 80
     allowed = {ROOT / "core" / "terminal.py"}

@@ -33,7 +33,7 @@ from puna.trainers.rl.best_of import read_samples
 from puna.trainers.rl.comparisons import Annotator, write_rows
 from puna.trainers.rl.config import PPOConfig, RLHFConfig
 from puna.trainers.rl.rewards import Reward
-from puna.trainers.rl.rounds import KINDS, compare, newest_wins, record, round_prompts
+from puna.trainers.rl.rounds import KINDS, check_people, compare, newest_wins, record, round_prompts
 from puna.trainers.rl.rounds import Waiting as Waiting
 from puna.trainers.train import loop
 from puna.trainers.train.claim import CONFIG, changes, is_finished, owned
@@ -104,13 +104,14 @@ def run(
 ) -> Path:
     """Run, or continue, the loop; returns the last version's model folder.
 
-    `annotators` has one for "helpfulness" and one for "safety". Without them the pairs are
-    written out and `Waiting` is raised until a file of answers lies beside them. With a `reward`
+    `annotators` has one for "helpfulness" and one for "safety". Without them people compare (see
+    `annotations`), or `Waiting` is raised until answers lie beside the pairs. With a `reward`
     of one's own nothing is compared and no reward model is trained: it scores every answer.
     `judge` says which answers Ghost Attention may learn from.
     """
     check(config, reward)
     check_handed(config, annotators, reward, judge)
+    check_people(config, annotators, reward)
     check_files(config)
     tables = {name: cls for name, (cls, _) in STAGES.items()}
     with owned(config, tables=tables, given={"reward": reward, "judge": judge}):
@@ -276,6 +277,7 @@ def rejection_config(
     judges: Mapping[str, Path],
 ) -> rejection.RejectionConfig:
     """The round's rejection sampling from the newest model."""
+    earlier = last.pools if last is not None and config.pool == "all" else ()
     options = {
         **stage_options(config, config.rejection, judges),
         "prompts": [str(path) for path in [*prompts, *config.rejection_prompts]],
@@ -283,7 +285,7 @@ def rejection_config(
         "policy": str(policy),
         "student": str(start_of(config, last)),
         "round": number,
-        "pools": [str(pool) for pool in pools_of(config, last)],
+        "pools": [str(pool) for pool in earlier],
     }
     return from_values(rejection.RejectionConfig, options)
 
@@ -291,11 +293,6 @@ def rejection_config(
 def start_of(config: RLHFConfig, last: Version | None) -> Path:
     """What a version is fine-tuned from: the SFT model, or the one with Ghost Attention."""
     return last.start if last is not None else config.model
-
-
-def pools_of(config: RLHFConfig, last: Version | None) -> tuple[Path, ...]:
-    """The earlier samples that a round chooses from besides its own."""
-    return last.pools if last is not None and config.pool == "all" else ()
 
 
 def teach(config: RLHFConfig, folder: Path, student: Path, selected: Path) -> Path:

@@ -210,6 +210,9 @@ class RLHFConfig(loop.DrawingConfig):
     """comparisons a round"""
     safety_pairs: Count = 1000
     """comparisons a round"""
+    annotations: Annotated[Path | None, FREE] = None
+    """file of people's comparisons (puna annotate): each round's are asked for there and waited
+    for; left out: pairs are written for an annotator of your own"""
     temperatures: list[Temperature] = field(default_factory=lambda: [0.8, 1.0, 1.2])
     """the answers to compare are drawn at one of these"""
     max_new_tokens: Count = 512

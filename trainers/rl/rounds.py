@@ -11,16 +11,17 @@ from puna.core.device import device_of_name
 from puna.core.documents import field, json_rows
 from puna.core.errors import UserError
 from puna.core.tokenizer import Tokenizer
+from puna.trainers.annotations.items import KINDS
 from puna.trainers.data.prompts import draw, load_prompts
 from puna.trainers.data.readers import read_preferences, read_prompts
 from puna.trainers.data.split import opening
 from puna.trainers.rl.accuracy import clustered
 from puna.trainers.rl.comparisons import Annotator, Variant, annotate, sample_pairs, write_rows
 from puna.trainers.rl.config import RLHFConfig
+from puna.trainers.rl.people import check_people as check_people
+from puna.trainers.rl.people import collect
 from puna.trainers.train import loop, written
 from puna.trainers.train.next_token import say
-
-KINDS = ("helpfulness", "safety")
 
 
 class Waiting(UserError):
@@ -48,7 +49,8 @@ def compare(
     models: list[Path],
     annotators: Mapping[str, Annotator] | None,
 ) -> None:
-    """Sample this round's pairs and have them annotated; raises Waiting where nobody has yet."""
+    """Sample this round's pairs and have them compared: by a function, by people through their
+    file, or by a file of answers; raises Waiting where that is not there yet."""
     for kind in KINDS:
         pairs, answered = folder / f"{kind}-pairs.jsonl", folder / f"{kind}.jsonl"
         if not parallel.broadcast(answered.exists()):
@@ -57,6 +59,8 @@ def compare(
                 tokenizer = Tokenizer(tokenizer_path(config.model))
                 annotate(pairs, answered, annotators[kind], tokenizer, number)
     parallel.barrier()
+    if config.annotations is not None:
+        collect(config.annotations, number, folder)
     names = [f"{kind}{part}.jsonl" for kind in KINDS for part in ("-pairs", "")]
     there = [name for name in names if parallel.broadcast((folder / name).exists())]
     parallel.on_main(lambda: written.check(folder, *there))

@@ -6,7 +6,8 @@ from there on. Two kinds are marked:
     save_every: Annotated[Count, FREE] = 500       decides no number: any value is taken
     size: Annotated[str, FIXED] = "mini"           decided how the run began: nothing can change it
 
-Files are a kind of their own: they are compared by what is in them (`inputs`), not by their names.
+Files are a kind of their own: they are compared by what is in them (`inputs`), not by their names;
+one that grows while the run goes on is marked.
 A subclass that declares a field anew keeps the field's kind.
 """
 
@@ -38,7 +39,7 @@ def kinds_of(cls: type) -> dict[str, Kind]:
         for name, hint in inspect.get_annotations(base).items():
             if (kind := marked(hint)) is not None:
                 found[name] = kind
-    return found | dict.fromkeys(path_fields(cls), Kind.FILES)
+    return dict.fromkeys(path_fields(cls), Kind.FILES) | found
 
 
 def marked(hint: Any) -> Kind | None:

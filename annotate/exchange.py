@@ -1,0 +1,29 @@
+"""`puna annotate export` and `puna annotate import`: comparisons out of their file and into it."""
+
+from puna.annotate.config import ExportConfig, ImportConfig
+from puna.core.checkpoint.atomic import write_text
+from puna.core.terminal import say
+from puna.trainers.annotations import exchange
+from puna.trainers.annotations.store import opened
+
+
+def export(config: ExportConfig) -> None:
+    """Write the comparisons; raises ValueError where there are none."""
+    with opened(config.annotations) as store:
+        text = exchange.written(store, config.format, config.batch or None)
+        count = len(exchange.verdicts(store, config.batch or None))
+    if not count:
+        raise ValueError(f"there is no comparison to write in {config.annotations} yet")
+    write_text(config.out, text)
+    say(f"{count} comparisons are in {config.out}")
+
+
+def bring(config: ImportConfig) -> None:
+    """Read all files, then add what is new."""
+    read = [exchange.read(path, config.format) for path in config.data]
+    with opened(config.annotations, create=True) as store:
+        for path, (rows, skipped) in zip(config.data, read, strict=True):
+            new = exchange.bring_in(store, rows)
+            say(f"{path}: {new} comparisons are new, {len(rows) - new} were there")
+            if skipped:
+                say(str(skipped))

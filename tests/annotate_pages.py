@@ -1,0 +1,48 @@
+"""Visitors of the page where people compare; without the extra `annotate` tests are skipped."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+WHY = "needs the extra: pip install 'puna[annotate]'"
+starlette, uvicorn, jinja2, httpx = (
+    pytest.importorskip(name, reason=WHY) for name in ("starlette", "uvicorn", "jinja2", "httpx")
+)
+
+HOST = "http://127.0.0.1:8765"
+
+
+def visitor(store, guidelines=None, *, origin=HOST, **options):
+    """A browser on the page."""
+    from starlette.testclient import TestClient
+
+    from puna.annotate.app import application
+    from puna.annotate.visits import Desk
+
+    app = application(Desk(store, guidelines or {}, **options), {"127.0.0.1", "localhost"})
+    return TestClient(app, base_url=HOST, headers={"origin": origin} if origin else {})
+
+
+def key_on(page: str) -> str:
+    """The key of the comparison on a page."""
+    found = re.search(r'name="key" value="([^"]+)"', page)
+    assert found, page
+    return found[1]
+
+
+class Elements(HTMLParser):
+    """The elements of a page: (tag, attributes, whether inside of a label)."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.found: list[tuple[str, dict, bool]] = []
+        self.labels = 0
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs), self.labels > 0))
+        self.labels += tag == "label"
+
+    def handle_endtag(self, tag):
+        self.labels -= tag == "label"

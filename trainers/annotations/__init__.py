@@ -1,0 +1,1 @@
+"""Comparisons by people, kept in one SQLite file until they are learned from."""
