@@ -255,14 +255,9 @@ def stage_options(
     config: RLHFConfig, table: Mapping[str, Any], judges: Mapping[str, Path]
 ) -> dict[str, Any]:
     """A sampling stage's options: the loop's, its table's over them, and the reward models."""
+    names = ("seed", "amend", "device", "timeout", "max_new_tokens", "cache_gb", "sampling_tp")
     return {
-        "seed": config.seed,
-        "amend": config.amend,
-        "device": config.device,
-        "max_new_tokens": config.max_new_tokens,
-        "timeout": config.timeout,
-        "cache_gb": config.cache_gb,
-        "sampling_tp": config.sampling_tp,
+        **{name: getattr(config, name) for name in names},
         **table,
         **{kind: str(path) for kind, path in judges.items()},
     }
@@ -277,7 +272,6 @@ def rejection_config(
     judges: Mapping[str, Path],
 ) -> rejection.RejectionConfig:
     """The round's rejection sampling from the newest model."""
-    earlier = last.pools if last is not None and config.pool == "all" else ()
     options = {
         **stage_options(config, config.rejection, judges),
         "prompts": [str(path) for path in [*prompts, *config.rejection_prompts]],
@@ -285,7 +279,7 @@ def rejection_config(
         "policy": str(policy),
         "student": str(start_of(config, last)),
         "round": number,
-        "pools": [str(pool) for pool in earlier],
+        "pools": [str(pool) for pool in pools_of(config, last)],
     }
     return from_values(rejection.RejectionConfig, options)
 
@@ -293,6 +287,11 @@ def rejection_config(
 def start_of(config: RLHFConfig, last: Version | None) -> Path:
     """What a version is fine-tuned from: the SFT model, or the one with Ghost Attention."""
     return last.start if last is not None else config.model
+
+
+def pools_of(config: RLHFConfig, last: Version | None) -> tuple[Path, ...]:
+    """The earlier samples that a round chooses from besides its own."""
+    return last.pools if last is not None and config.pool == "all" else ()
 
 
 def teach(config: RLHFConfig, folder: Path, student: Path, selected: Path) -> Path:
