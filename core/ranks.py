@@ -117,10 +117,15 @@ def _all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType, group: Any =
     return result
 
 
-def background() -> Any:
+def background(seconds: float) -> Any:
     """All ranks once more, for a thread that works behind the training: what two threads of a rank
-    say in one group would be mixed up (collective the first time; None for one rank)."""
-    return _second_group(dist.group.WORLD) if world_size() > 1 else None
+    say in one group would be mixed up (collective the first time; None for one rank). Ranks wait
+    `seconds` for each other in it."""
+    if world_size() == 1:
+        return None
+    group = _second_group(dist.group.WORLD)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+    return group
 
 
 @lru_cache

@@ -32,6 +32,7 @@ from puna.core.model import Transformer
 from puna.trainers.train import saving, written
 from puna.trainers.train.claim import (
     FINISHED,
+    WAIT,
     amended_since_finished,
     amendments,
     is_finished,
@@ -82,7 +83,7 @@ class Run:
         parallel.on_main(self._open)
         self.checkpoint = newest(self.checkpoints, fall_back=fall_back)
         # Made now: torchrun, through which ranks meet, may be gone when there is something to save.
-        self._group = parallel.background()
+        self._group = parallel.background(getattr(config, "timeout", WAIT))
         self._writing: Future[None] | None = None
         self.step = 0
         self._entries: dict[str, int] = {}  # of each network's optimizer
