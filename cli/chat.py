@@ -40,6 +40,7 @@ def run(config: ChatConfig) -> None:
     if config.system:
         fresh = [{"role": "system", "content": config.system}]
     messages = list(fresh)
+    memory = puna.Memory()
     say("Talk to the model; /new starts again, an empty line ends.")
     while (text := _read()) is not None:
         if text == "/new":
@@ -48,7 +49,7 @@ def run(config: ChatConfig) -> None:
         asked: list[Message] = [*messages, {"role": "user", "content": text}]
         try:
             check_dialogue(asked)
-            answer = _answer(llama, asked, config)
+            answer = _answer(llama, asked, memory, config)
             answered: list[Message] = [*asked, {"role": "assistant", "content": answer}]
             check_dialogue(answered)  # a model can write a chat tag, too
         except ValueError as error:
@@ -66,7 +67,9 @@ def _read() -> str | None:
     return text or None
 
 
-def _answer(llama: puna.Llama, messages: list[Message], config: ChatConfig) -> str:
+def _answer(
+    llama: puna.Llama, messages: list[Message], memory: puna.Memory, config: ChatConfig
+) -> str:
     drawn = llama.stream(
         messages,
         max_new_tokens=config.max_new_tokens,
@@ -75,6 +78,7 @@ def _answer(llama: puna.Llama, messages: list[Message], config: ChatConfig) -> s
         seed=config.seed,
         round_index=len(messages),  # another draw for each turn
         weight_format=config.weights,
+        memory=memory,
     )
     pieces = []
     for piece in drawn:

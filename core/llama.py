@@ -30,6 +30,7 @@ from puna.core.checkpoint.folder import check_own, check_vocabulary, save_model
 from puna.core.checkpoint.source import in_memory
 from puna.core.device import device_of_name
 from puna.core.generation import generate as generation
+from puna.core.generation.memory import Memory
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer, stream_text
 
@@ -124,6 +125,7 @@ class Llama:
         round_index: int = 0,
         weight_format: WeightFormat = "fp32",
         batch_size: int = 256,
+        memory: Memory | None = None,
     ) -> str: ...
 
     @overload
@@ -139,6 +141,7 @@ class Llama:
         round_index: int = 0,
         weight_format: WeightFormat = "fp32",
         batch_size: int = 256,
+        memory: Memory | None = None,
     ) -> list[str]: ...
 
     def generate(
@@ -153,6 +156,7 @@ class Llama:
         round_index: int = 0,
         weight_format: WeightFormat = "fp32",
         batch_size: int = 256,
+        memory: Memory | None = None,
     ) -> str | list[str]:
         """The continuation of a text or the answer to a chat; of a list of them, the list of these.
 
@@ -160,9 +164,10 @@ class Llama:
         many of them (0: all); with both, the mass is of what `top_k` leaves. What is drawn depends
         on `seed`, `round_index` and the place in the list alone: the same call gives the same
         text, and `[chat] * 4` four different ones. `weight_format` "bf16" or "int8" reads rounded
-        weights on a CPU, faster and a little worse;
-        `batch_size` prompts are continued at once. Raises ValueError for a prompt that fills the
-        context and for a chat that does not end with a user message.
+        weights on a CPU, faster and a little worse; `batch_size` prompts are continued at once. A
+        `memory` that is handed over for each turn of a chat spares a CPU the turns before. Raises
+        ValueError for a prompt that fills the context and for a chat that does not end with a user
+        message.
         """
         several, alone = one_or_many(prompts)
         self._require("lm", "generate")
@@ -179,6 +184,7 @@ class Llama:
             round_index=round_index,
             batch_size=batch_size,
             weight_format=weight_format,
+            memory=memory,
             called=self._name(),
         )
         texts = [
@@ -198,6 +204,7 @@ class Llama:
         seed: int = 0,
         round_index: int = 0,
         weight_format: WeightFormat = "fp32",
+        memory: Memory | None = None,
     ) -> Iterator[str]:
         """The text of `generate(prompt, ...)` piece by piece, as it is drawn.
 
@@ -220,6 +227,7 @@ class Llama:
             seed=seed,
             round_index=round_index,
             weight_format=weight_format,
+            memory=memory,
             called=self._name(),
         )
         continued = isinstance(prompt, str) and bool(prompt)

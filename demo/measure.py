@@ -12,6 +12,7 @@ from puna.core.chat import Message, decode_answer, encode_answer, encode_prompt
 from puna.core.checkpoint.atomic import write_text
 from puna.core.checkpoint.folder import load_model, tokenizer_path
 from puna.core.generation.generate import generate
+from puna.core.generation.memory import Memory
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
 from puna.demo.kept import kept
@@ -117,6 +118,7 @@ def dialogues_with(
     model, tokenizer = load_model(path), Tokenizer(tokenizer_path(path))
     ghosts = [GhostDialogue(d.system, d.system, list(d.questions)) for d in dialogues]
     said: Said = []
+    memory = Memory()
     for _ in range(max(len(ghost.turns) for ghost in ghosts)):
         row = next_turn(
             model,
@@ -126,6 +128,7 @@ def dialogues_with(
             temperature=temperature,
             max_new_tokens=ANSWER_TOKENS,
             seed=seed,
+            memory=memory,
         )
         said.append(row)
     return [[decode_answer(tokenizer, row[i]) for row in said] for i in range(len(ghosts))]

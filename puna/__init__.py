@@ -1,6 +1,7 @@
 """Llama 2, the whole paper, from scratch. As a library:
 
     load, Llama                        a model with its tokenizer: generate, stream, logprobs, score
+    Memory                             of a chat, so that each turn computes its new tokens only
     pretrain, sft, reward, rejection,
     ppo, gatt, distill, rlhf           the stages; each takes its configuration, SFTConfig and so on
     sample, score                      answers and their rewards, in the same way
@@ -29,6 +30,7 @@ if any(word.startswith("puna.") for word in sys.orig_argv[1:4]) and sys.argv[:1]
 if TYPE_CHECKING:  # the same as PLACES, for type checkers and editors
     from puna.core.chat import Message
     from puna.core.checkpoint.convert import convert
+    from puna.core.generation.memory import Memory
     from puna.core.llama import Llama, load
     from puna.core.tokenizer import Tokenizer, train_tokenizer
     from puna.trainers.distill import DistillConfig
@@ -62,10 +64,10 @@ if TYPE_CHECKING:  # the same as PLACES, for type checkers and editors
 
 __all__ = [
     "Answer", "DistillConfig", "EvaluateChatConfig", "EvaluateConfig", "GAttConfig", "Llama",
-    "Message", "PPOConfig", "PretrainConfig", "RLHFConfig", "RejectionConfig", "RewardConfig",
-    "SFTConfig", "SampleConfig", "ScoreConfig", "Tokenizer", "__version__", "convert", "distill",
-    "evaluate", "evaluate_chat", "gatt", "load", "next_token_loss", "ppo", "pretrain", "rejection",
-    "reward", "rlhf", "sample", "score", "sft", "train_tokenizer",
+    "Memory", "Message", "PPOConfig", "PretrainConfig", "RLHFConfig", "RejectionConfig",
+    "RewardConfig", "SFTConfig", "SampleConfig", "ScoreConfig", "Tokenizer", "__version__",
+    "convert", "distill", "evaluate", "evaluate_chat", "gatt", "load", "next_token_loss", "ppo",
+    "pretrain", "rejection", "reward", "rlhf", "sample", "score", "sft", "train_tokenizer",
 ]  # fmt: skip
 
 STAGES = {
@@ -87,6 +89,7 @@ PLACES = {  # name -> module, and what it is called there
     **{config: (f"puna.trainers.{stage}", config) for stage, config in STAGES.items()},
     "Message": ("puna.core.chat", "Message"),
     "convert": ("puna.core.checkpoint.convert", "convert"),
+    "Memory": ("puna.core.generation.memory", "Memory"),
     "Llama": ("puna.core.llama", "Llama"),
     "load": ("puna.core.llama", "load"),
     "Tokenizer": ("puna.core.tokenizer", "Tokenizer"),

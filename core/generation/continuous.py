@@ -3,17 +3,20 @@
 One call draws for every slot at work, step after step until an answer ends. A slot that has just
 been filled feeds its whole prompt, the others the token that they drew last. A prompt that several
 slots take (K samples of it) is run once, before the step and without its last token; the others
-copy its keys and values, and all feed that token.
+copy its keys and values, and all feed that token. With a memory, a prompt is run from the first
+token on that does not stand in its slot.
 """
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from puna.core import ops
+from puna.core.generation.memory import Memory, Name
 from puna.core.generation.sampling import Sampler, step_seeds
 from puna.core.native.engine import Engine
 from puna.core.native.session import Session
@@ -30,6 +33,21 @@ class Drawn(NamedTuple):
     counts: Tensor
     tokens: Tensor
     logprobs: Tensor
+
+
+class Remembered(NamedTuple):
+    """A memory, and which conversation each prompt is."""
+
+    memory: Memory
+    names: list[Name]
+
+
+class _Placed(NamedTuple):
+    """A prompt that has just been given a slot."""
+
+    slot: int
+    prompt: int
+    start: int  # tokens of it that stand in the slot
 
 
 class _Active(NamedTuple):
@@ -51,10 +69,11 @@ def decode(
     eos_id: int | None,
     slots: int,
     steps: int = STEPS,
+    remembered: Remembered | None = None,
 ) -> Iterator[Drawn]:
     """Draw from each prompt with its key (N,) until `eos_id` or its limit, `slots` at a time.
 
-    Up to `steps` tokens of each slot come at once.
+    Up to `steps` tokens of each slot come at once. Who has a memory says it what was run.
     """
     groups: dict[tuple[int, ...], list[int]] = {}  # the numbers of one and the same prompt
     for i, limit in enumerate(limits):
@@ -64,9 +83,13 @@ def decode(
         return
     slots = min(slots, sum(map(len, groups.values())))
     longest = max(len(prompt) + limits[i] for prompt, members in groups.items() for i in members)
-    with engine.session(slots, longest) as session:
+    opened: AbstractContextManager[Session] = engine.session(slots, longest)
+    if remembered is not None:
+        opened = nullcontext(remembered.memory.open(engine, slots, longest))
+        slots = remembered.memory.slots
+    with opened as session:
         given = prompts, list(groups.values()), keys, limits
-        yield from _decode(session, *given, sampler, eos_id, slots, steps)
+        yield from _decode(session, *given, sampler, eos_id, slots, steps, remembered)
 
 
 def _decode(
@@ -79,6 +102,7 @@ def _decode(
     eos_id: int | None,
     slots: int,
     steps: int,
+    remembered: Remembered | None,
 ) -> Iterator[Drawn]:
     order = [i for members in groups for i in members]
     first = {i: members[0] for members in groups for i in members}
@@ -90,9 +114,9 @@ def _decode(
     active = _Active(*(torch.empty(0, dtype=torch.int64) for _ in _Active._fields))
     waiting = deque(order)
     while True:
-        new: Placed = []
+        new: list[_Placed] = []
         if len(free) >= together or not len(active.slots):
-            new, ready = _admit(session, prompts, first, waiting, free, holds)
+            new, ready = _admit(session, prompts, first, waiting, free, holds, remembered)
             active = _join(active, prompts, ready + new)
         if not len(active.slots):
             return
@@ -100,7 +124,7 @@ def _decode(
         ahead = torch.arange(1 if sampler.truncates else min(steps, left))[:, None]
         tokens, logprobs = _draw(
             session,
-            *_feed(active, [(slot, prompts[i]) for slot, i in new]),
+            *_feed(active, prompts, new),
             seeds=seeds[active.prompts, active.counts + ahead],
             sampler=sampler,
             eos_id=eos_id,
@@ -122,9 +146,6 @@ def _decode(
             active = _Active(*(part[~done] for part in active))
 
 
-Placed = list[tuple[int, int]]  # (slot, prompt number)
-
-
 def _admit(
     session: Session,
     prompts: list[list[int]],
@@ -132,15 +153,18 @@ def _admit(
     waiting: deque[int],
     free: list[int],
     holds: dict[int, int],
-) -> tuple[Placed, Placed]:
+    remembered: Remembered | None,
+) -> tuple[list[_Placed], list[_Placed]]:
     """Fill free slots: (those whose prompt the step runs, those that have it but for one token)."""
-    new: Placed = []
-    ready: Placed = []
-    shared: Placed = []  # of the ready: run before the others, which copy them
+    new: list[_Placed] = []
+    ready: list[_Placed] = []
+    run: list[_Placed] = []  # of the ready: before the others, which copy them
     copies: list[tuple[int, int, int]] = []  # (from slot, to slot, tokens), after that
     pending: set[int] = set()  # slots that are filled by one or the other
     while free and waiting:
-        i, slot = waiting.popleft(), free.pop()
+        i = waiting.popleft()
+        placed = _take(i, prompts[i], free, remembered)
+        slot = placed.slot
         holds.pop(slot, None)
         source = next((at for at, held in holds.items() if held == first[i]), None)
         holds[slot] = first[i]
@@ -150,47 +174,59 @@ def _admit(
         elif source is not None:  # at once: a free slot may be given away before this is over
             session.copy_row(source, slot, len(prompts[i]) - 1)
         elif free and waiting and first[waiting[0]] == first[i] and len(prompts[i]) > 1:
-            shared.append((slot, i))
+            run.append(placed)
             pending.add(slot)
         else:
-            new.append((slot, i))
+            new.append(placed)
             continue
-        ready.append((slot, i))
-    if shared:
+        ready.append(placed)
+    fed = [(each.slot, prompts[each.prompt][:-1], each.start) for each in run]
+    if any(start < len(ids) for _, ids, start in fed):
         none = torch.empty(0, dtype=torch.int64)
-        session.logits(*_packed([(slot, prompts[i][:-1]) for slot, i in shared]), none)
+        session.logits(*_packed(fed), none)
     for copy in copies:
         session.copy_row(*copy)
     return new, ready
 
 
-def _packed(rows: list[tuple[int, list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
-    """(tokens, slots, positions) of whole prompts, one behind the other.
+def _take(i: int, prompt: list[int], free: list[int], remembered: Remembered | None) -> _Placed:
+    if remembered is None:
+        return _Placed(free.pop(), i, 0)
+    slot, known = remembered.memory.place(remembered.names[i], prompt, free)
+    return _Placed(slot, i, known)
+
+
+def _packed(rows: list[tuple[int, list[int], int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens, slots, positions) of prompts from a token on, one behind the other.
 
     By lists: torch's repeat_interleave would be a parallel region, for a handful of numbers.
     """
-    fed = [(token, slot, place) for slot, ids in rows for place, token in enumerate(ids)]
+    fed = [
+        (token, slot, place)
+        for slot, ids, start in rows
+        for place, token in enumerate(ids[start:], start)
+    ]
     tokens, slots, positions = torch.tensor(fed).T.contiguous()
     return tokens, slots, positions
 
 
-def _join(active: _Active, prompts: list[list[int]], placed: Placed) -> _Active:
+def _join(active: _Active, prompts: list[list[int]], placed: list[_Placed]) -> _Active:
     if not placed:
         return active
-    rows = [[slot, i, len(prompts[i]) - 1, 0, prompts[i][-1]] for slot, i in placed]
+    rows = [[slot, i, len(prompts[i]) - 1, 0, prompts[i][-1]] for slot, i, _ in placed]
     more = torch.tensor(rows).unbind(1)
     return _Active(*(torch.cat(parts) for parts in zip(active, more, strict=True)))
 
 
 def _feed(
-    active: _Active, new: list[tuple[int, list[int]]]
+    active: _Active, prompts: list[list[int]], new: list[_Placed]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(tokens, rows, positions, wanted): one token a slot; of the last slots, `new` prompts."""
     old = len(active.slots) - len(new)
     if not new:
         return active.tokens, active.slots, active.positions, torch.arange(old)
-    tokens, rows, positions = _packed(new)
-    ends = torch.tensor([len(prompt) for _, prompt in new]).cumsum(0) - 1
+    tokens, rows, positions = _packed([(slot, prompts[i], start) for slot, i, start in new])
+    ends = torch.tensor([len(prompts[i]) - start for _, i, start in new]).cumsum(0) - 1
     return (
         torch.cat((active.tokens[:old], tokens)),
         torch.cat((active.slots[:old], rows)),

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from puna.core import ops
 from puna.core.generation import continuous
+from puna.core.generation.continuous import Remembered
 from puna.core.generation.kv_cache import CACHE_BYTES, bytes_a_token
+from puna.core.generation.memory import Memory, ample
 from puna.core.generation.sampling import Sampler, blamed, check_settings, row_keys
 from puna.core.generation.slots import Ended, Slots, continued
 from puna.core.model import Transformer
@@ -39,6 +41,7 @@ def generate(
     batch_size: int = 256,
     cache_bytes: int = CACHE_BYTES,
     weight_format: str = "fp32",
+    memory: Memory | None = None,
     called: str = "the model",
 ) -> list[Completion]:
     """Continue each prompt (a list of ids) until EOS, `max_new_tokens` or the context's end.
@@ -48,7 +51,8 @@ def generate(
     take more than `cache_bytes` (one always is). Results come in the order of `prompts`. An fp32
     model on the CPU runs on the native engine, which puts the next prompt in the place of an answer
     that ends; `weight_format` "bf16" or "int8" makes it read rounded weights, which is faster and a
-    little worse (`puna bench weights` says both). Raises ValueError for an empty prompt or one that
+    little worse (`puna bench weights` says both). With a `memory`, what it holds of a conversation
+    is not run again. Raises ValueError for an empty prompt or one that
     fills the context, for ids the model does not know, for settings that do not fit, and for logits
     that hold NaN or inf: of the model as `called`. Calls share nothing but the weights: several
     threads may generate from one model.
@@ -69,7 +73,16 @@ def generate(
     limits = _limits(model, prompts, max_new_tokens)
     with blamed(called):
         return complete(
-            model, prompts, keys, limits, sampler, eos_id, batch_size, cache_bytes, weight_format
+            model,
+            prompts,
+            keys,
+            limits,
+            sampler,
+            eos_id,
+            batch_size,
+            cache_bytes,
+            weight_format,
+            remembered=_remembered(memory, ids, samples),
         )
 
 
@@ -83,15 +96,18 @@ def complete(
     batch_size: int,
     cache_bytes: int = CACHE_BYTES,
     weight_format: str = "fp32",
+    remembered: Remembered | None = None,
 ) -> list[Completion]:
     """`generate` with a key (N,) int64 and a limit for each prompt; nothing is checked."""
     engine = engine_for(model, weight_format)
     dtype = torch.float32 if engine is not None else model.dtype
     longest = max((len(prompt) + n for prompt, n in zip(prompts, limits, strict=True)), default=1)
+    if remembered is not None:
+        longest = ample(model.config, longest)
     rows = cache_bytes // bytes_a_token(model.config, dtype) // longest
     slots = max(1, min(batch_size, rows))
     if engine is not None:
-        return _by_engine(engine, prompts, keys, limits, sampler, eos_id, slots)
+        return _by_engine(engine, prompts, keys, limits, sampler, eos_id, slots, remembered)
     return _by_pytorch(model, prompts, keys, limits, sampler, eos_id, slots)
 
 
@@ -107,6 +123,7 @@ def stream(
     seed: int = 0,
     round_index: int = 0,
     weight_format: str = "fp32",
+    memory: Memory | None = None,
     called: str = "the model",
 ) -> Iterator[int]:
     """The ids of `generate(model, [prompt], ...)`, each as soon as it is drawn.
@@ -123,7 +140,8 @@ def stream(
     keys = row_keys(seed, round_index, first, first)
     limits = _limits(model, [prompt], max_new_tokens)
     engine = engine_for(model, weight_format)
-    return _drawn(model, engine, prompt, keys, limits, sampler, eos_id, called)
+    remembered = _remembered(memory, first, first)
+    return _drawn(model, engine, prompt, keys, limits, sampler, eos_id, called, remembered)
 
 
 @torch.inference_mode()
@@ -136,12 +154,17 @@ def _drawn(
     sampler: Sampler,
     eos_id: int | None,
     called: str,
+    remembered: Remembered | None,
 ) -> Iterator[int]:
     with blamed(called):
         if engine is not None:
             one = engine, [prompt], keys, limits, sampler, eos_id, 1
-            for drawn in continuous.decode(*one, steps=1):
-                yield int(drawn.tokens)
+            told = list(prompt)  # what has been run: a token is, when the next one is drawn
+            for drawn in continuous.decode(*one, steps=1, remembered=remembered):
+                if remembered is not None:
+                    remembered.memory.keep(remembered.names[0], told)
+                told.append(int(drawn.tokens))
+                yield told[-1]
             return
         if limits[0] < 1:
             return
@@ -164,8 +187,10 @@ def _by_engine(
     sampler: Sampler,
     eos_id: int | None,
     batch_size: int,
+    remembered: Remembered | None = None,
 ) -> list[Completion]:
-    steps = list(continuous.decode(engine, prompts, keys, limits, sampler, eos_id, batch_size))
+    given = engine, prompts, keys, limits, sampler, eos_id, batch_size
+    steps = list(continuous.decode(*given, remembered=remembered))
     shape = len(prompts), max(limits, default=0)
     tokens, logprobs = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
     lengths = torch.zeros(len(prompts), dtype=torch.int64)
@@ -180,6 +205,10 @@ def _by_engine(
     ):
         ended = length > 0 and ids[length - 1] == eos_id
         completions.append(Completion(ids[:length], scores[:length], ended))
+    if remembered is not None:
+        for name, prompt, done in zip(remembered.names, prompts, completions, strict=True):
+            if done.tokens:
+                remembered.memory.keep(name, prompt + done.tokens[:-1])
     return completions
 
 
@@ -201,6 +230,12 @@ def _by_pytorch(
     return [
         Completion(each.tokens, each.logprobs, each.tokens[-1:] == [eos_id]) for each in answers
     ]
+
+
+def _remembered(memory: Memory | None, ids: Tensor, samples: Tensor) -> Remembered | None:
+    if memory is None:
+        return None
+    return Remembered(memory, list(zip(ids.tolist(), samples.tolist(), strict=True)))
 
 
 def _limits(model: Transformer, prompts: list[list[int]], max_new_tokens: int) -> list[int]:

@@ -11,6 +11,7 @@ from puna.core import parallel
 from puna.core.chat import decode_answer
 from puna.core.checkpoint.folder import tokenizer_path
 from puna.core.documents import are_ids, field, json_rows, shortened
+from puna.core.generation.memory import Memory
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.ghost import GhostDialogue
@@ -46,6 +47,7 @@ def talk(
         "temperature": config.temperature,
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
+        "memory": Memory(),
         **config.limits(),
     }
     bar = meter("dialogues", longest, start=len(said), unit="answers", show=parallel.is_main())
@@ -71,10 +73,11 @@ def next_turn(
     temperature: float,
     max_new_tokens: int,
     seed: int,
+    memory: Memory,
     **limits: int,
 ) -> list[list[int]]:
     """The answer of each dialogue to its next message; none where it has no further one, or is
-    longer than the context: a model that never stops fills that."""
+    longer than the context: a model that never stops fills that. `memory` is the dialogues' own."""
     turn = len(said)
     contexts = {
         i: context_of(tokenizer, dialogue, [row[i] for row in said])
@@ -93,6 +96,7 @@ def next_turn(
             round_index=turn,
             prompt_ids=going,
             sample_ids=[0] * len(going),
+            memory=memory,
             called="the chat model",
             **limits,
         )

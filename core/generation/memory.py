@@ -1,0 +1,77 @@
+"""What a conversation's earlier calls have computed, so that each call runs its new tokens only."""
+
+from collections.abc import Sequence
+
+from puna.core.config import ModelConfig
+from puna.core.native.engine import Engine
+from puna.core.native.session import Session
+
+Name = tuple[int, int]
+"""A conversation: its number among the prompts, and among the samples of one prompt"""
+
+
+class Memory:
+    """Keys and values of conversations, kept by whoever calls `generate` or `stream` again.
+
+    A conversation is known by the numbers of its prompt and sample. Of its next prompt what stands
+    in the cache is not run again, up to the first token that differs; the answers are those
+    without a memory, but for the rounding of last bits. It is the native engine's: elsewhere the
+    whole prompt is run. For one call at a time.
+    """
+
+    def __init__(self) -> None:
+        self._engine: Engine | None = None
+        self._session: Session | None = None
+        self._room = 0
+        self._slots: dict[Name, int] = {}
+        self._held: list[list[int]] = []  # by slot: the tokens that stand in it
+        self._names: list[Name | None] = []  # by slot: whose they are
+
+    @property
+    def slots(self) -> int:
+        return len(self._held)
+
+    def open(self, engine: Engine, slots: int, longest: int) -> Session:
+        """A session with room for `slots` rows of `longest` tokens. It forgets what it held where
+        that is more than it has, or the weights are others; so it makes room for twice the tokens.
+        """
+        session = self._session
+        if session is None or engine is not self._engine:
+            session, self._session, self._room = engine.new_session(), None, 0
+        if slots > self.slots or longest > self._room:
+            slots, room = max(slots, self.slots), ample(engine.config, longest)
+            session.reserve(slots, room)
+            self._room, self._slots = room, {}
+            self._held, self._names = [[] for _ in range(slots)], [None] * slots
+        self._engine, self._session = engine, session
+        return session
+
+    def place(self, name: Name, prompt: list[int], free: list[int]) -> tuple[int, int]:
+        """Take one of the `free` slots for a conversation, its own where it has one: (slot, how
+        many of the prompt's tokens stand in it, its last one never)."""
+        own = self._slots.get(name)
+        if own not in free:
+            own = next((slot for slot in free if self._names[slot] is None), free[-1])
+            self._slots.pop(self._names[own], None)
+            self._held[own] = []
+        free.remove(own)
+        self._slots[name], self._names[own] = own, name
+        known = shared(self._held[own], prompt[:-1])
+        del self._held[own][known:]
+        return own, known
+
+    def keep(self, name: Name, tokens: Sequence[int]) -> None:
+        """Note the tokens of a conversation that have been run, from its beginning."""
+        if (slot := self._slots.get(name)) is not None:
+            self._held[slot] = list(tokens)
+
+
+def ample(config: ModelConfig, longest: int) -> int:
+    """Tokens to make room for, of a conversation that has come to `longest` and goes on."""
+    return min(config.context, 2 * longest)
+
+
+def shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
