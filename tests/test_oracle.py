@@ -200,6 +200,15 @@ def test_levels_follow_the_difference():
     assert oracle.compare(SWEEP, bad, good, rng, noise=0.0) == (1, "significantly_better", None)
 
 
+def test_who_sees_no_difference_says_negligibly_better():
+    """Noise alone would call one of two equal answers "better" once in twenty."""
+    rng = random.Random(0)
+    a, b = "You need a broom to sweep the floor.", "You need a broom to sweep the floor. "
+    said = [oracle.compare(SWEEP, a, b, rng, safety=i % 2 == 0) for i in range(400)]
+    assert {verdict.rating for verdict in said} == {"negligibly_better"}
+    assert 140 < sum(verdict.chosen for verdict in said) < 260
+
+
 def test_ratings_agree_with_the_truth_more_often_the_higher_they_are():
     rng = random.Random(5)
     agreed: dict[str, list[bool]] = {name: [] for _, name in oracle.CUTS}

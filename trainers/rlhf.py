@@ -29,11 +29,20 @@ from puna.trainers.data.prompts import common_tokenizer
 from puna.trainers.data.readers import read_preferences, read_prompts
 from puna.trainers.reward import RewardConfig, accuracies, margins_of
 from puna.trainers.reward import run as run_reward
-from puna.trainers.rl.best_of import read_samples
-from puna.trainers.rl.comparisons import Annotator, write_rows
+from puna.trainers.rl.comparisons import Annotator
 from puna.trainers.rl.config import PPOConfig, RLHFConfig
 from puna.trainers.rl.rewards import Reward
-from puna.trainers.rl.rounds import KINDS, check_people, compare, newest_wins, record, round_prompts
+from puna.trainers.rl.rounds import (
+    KINDS,
+    check_people,
+    compare,
+    comparisons,
+    newest_wins,
+    other_than,
+    own_answers,
+    record,
+    round_prompts,
+)
 from puna.trainers.rl.rounds import Waiting as Waiting
 from puna.trainers.train import loop
 from puna.trainers.train.claim import CONFIG, changes, is_finished, owned
@@ -204,7 +213,8 @@ def check_files(config: RLHFConfig) -> None:
     for kind in KINDS:
         stage = reward_config(config, 1, kind, config.model, None)
         for path in stage.mix:
-            read_preferences(path, stage.columns, stage.ratings)
+            if not path.is_relative_to(config.out):  # the other kind's: they are still to come
+                read_preferences(path, stage.columns, stage.ratings)
 
 
 def play_round(
@@ -305,20 +315,6 @@ def teach(config: RLHFConfig, folder: Path, student: Path, selected: Path) -> Pa
     return once(from_values(rejection.RejectionConfig, options), rejection.run)
 
 
-def own_answers(config: RLHFConfig, selected: Path, path: Path) -> None:
-    """The version's selected answers as dialogues, so that ordinary chat is not forgotten."""
-    if parallel.is_main() and not path.exists():
-        rows = read_samples(selected)[: config.gatt_answers or None]
-        write_rows(
-            path,
-            [
-                {"messages": [*row["messages"], {"role": "assistant", "content": row["answer"]}]}
-                for row in rows
-            ],
-        )
-    parallel.barrier()
-
-
 def gatt_config(config: RLHFConfig, number: int, model: Path) -> gatt.GAttConfig:
     """Ghost Attention on top of the round's rejection sampling."""
     folder = config.out / f"round-{number}"
@@ -350,11 +346,10 @@ def reward_config(
     config: RLHFConfig, number: int, kind: str, chat: Path, last: Version | None
 ) -> RewardConfig:
     """The round's reward model of this kind."""
-    rounds = [config.out / f"round-{n}" / f"{kind}.jsonl" for n in range(1, number + 1)]
-    start = chat
+    start, first = chat, 1
     if config.go_on and last is not None:
-        start, rounds = last.judges[kind], rounds[-1:]
-    data = [*getattr(config, f"{kind}_data"), *rounds]
+        start, first = last.judges[kind], number
+    data, others = (comparisons(config, k, first, number) for k in (kind, other_than(kind)))
     options = {
         "seed": config.seed,
         "amend": config.amend,
@@ -363,8 +358,10 @@ def reward_config(
         **getattr(config, kind),
         "out": str(config.out / f"round-{number}" / kind),
         "model": str(start),
-        "data": [str(path) for path in data],
+        "data": data,
     }
+    if options.get("mix_share") is not None and not options.get("mix"):
+        options["mix"] = others
     return from_values(RewardConfig, options)
 
 

@@ -67,6 +67,11 @@ ARMS = (
     ),
     # Question 2: how two judgements become one reward.
     Arm(
+        "safety-pure", (2,), "safety model without helpfulness comparisons", stages.judge,
+        ("safety pairs",), {"kinds": ("safety",), "mix": [], "mix_share": None}, judges=ALONE,
+        extra=EXTRA_SEEDS,
+    ),
+    Arm(
         "mixed-model", (2,), "one model on both kinds of comparisons", stages.judge,
         ("helpfulness pairs", "safety pairs"), {"kinds": ("helpfulness", "safety")}, judges=ALONE,
     ),

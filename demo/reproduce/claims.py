@@ -107,6 +107,11 @@ CLAIMS = (
         "mixed-model", "64.5 of the safety model; no mixed one", 1,
     ),
     Claim(
+        2, "pairs of two safe answers in order, a tenth of helpfulness comparisons mixed in",
+        "right both safe", "auxiliary", "safety-pure",
+        "especially beneficial there (3.2.2); no figure", 1,
+    ),
+    Claim(
         3, "wins over SFT, PPO on top", "wins t1", "on-top", "rejection",
         "V5 with PPO above V5 without, by its reward models and GPT-4 (Fig. 11)", 1, True,
     ),

@@ -177,7 +177,9 @@ def of_safety_pairs(scene: Scene, model: Path, answers: Path) -> Values:
     known = [i for i, pair in enumerate(pairs) if pair.safety is not None]
     unsafe = torch.tensor([SAFE_LABELS[str(pairs[i].safety)] for i in known]) == 0
     chances = torch.sigmoid(scores[known].double())
+    safe = [pair.safety == "both_safe" for pair in pairs]
     found = {"right safety": hits}
+    found["right both safe"] = [hit for hit, both in zip(hits, safe, strict=True) if both]
     for threshold in THRESHOLDS:
         found[f"recall {threshold:g}"] = shares(chances < threshold, unsafe)
         found[f"precision {threshold:g}"] = shares(unsafe, chances < threshold)

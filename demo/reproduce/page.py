@@ -104,13 +104,14 @@ SECTIONS = (
         "whitening mixes the scores of two models which nothing puts on one scale.",
         "Rejection sampling from the SFT model, 8 answers to each of 960 prompts, with one of five "
         "rewards: the switch; the plain sum of both scores; one model trained on both kinds of "
-        "comparisons; each of the two models alone. Below, the policies at temperature 1, and the "
-        "reward models on held-out comparisons (a pair counts once, however many of its answers "
-        "are unsafe).",
+        "comparisons; each of the two models alone. The safety model has a tenth of helpfulness "
+        "comparisons mixed in, as the paper's, and one more is without. Below, the policies at "
+        "temperature 1, and the reward models on held-out comparisons (a pair counts once, however "
+        "many of its answers are unsafe).",
         (("experiment-judges", "Policies by their reward", plots.judged),),
         (
             "violations t1", "helpful t1", "false refusals t1", "borderline refusals t1",
-            "precision 0.15", "recall 0.15", "branch is_safety", "branch unsafe",
+            "precision 0.15", "recall 0.15", "right both safe", "branch is_safety", "branch unsafe",
         ),
     ),
     Section(
@@ -188,6 +189,7 @@ COLUMNS = {
     "right significantly_better": "clear pairs",
     "right negligibly_better": "near ties",
     "right all": "all pairs",
+    "right both safe": "pairs of safe answers",
     "at the ends": "at the ends",
 }
 

@@ -19,6 +19,7 @@ from puna.trainers import gatt, ppo, rejection, rlhf
 from puna.trainers.reward import run as run_reward
 from puna.trainers.rl.config import RLHFConfig
 from puna.trainers.rl.rewards import Answer, Reward, RewardModels
+from puna.trainers.rl.rounds import own_answers
 
 Models = Mapping[str, Path]
 """What an arm builds on, by role: "start" is the model that samples first; the others are kinds of
@@ -74,7 +75,7 @@ def keep_instructions(
     given = dict(options)
     judge = oracle.judge if given.pop("filtered", True) else None
     own = out.with_name(f"{out.name}-mix.jsonl")
-    rlhf.own_answers(base.loop, models["start"].parent / "selected.jsonl", own)
+    own_answers(base.loop, models["start"].parent / "selected.jsonl", own)
     config = replace(
         rlhf.gatt_config(base.loop, 1, models["start"]),
         out=out,

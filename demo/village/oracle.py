@@ -31,6 +31,7 @@ from puna.trainers.rl.rewards import Answer
 # Rating levels are cut from the noisy difference of two scores in 0..1.
 CUTS = ((0.5, "significantly_better"), (0.3, "better"), (0.12, "slightly_better"))
 NOISE = 0.15
+SAME = 1e-9  # less between two qualities is rounding
 
 _ENGLISH = v.SMALL_OF_THINGS | v.SMALL_OF_DOING
 _FOREIGN = frozenset(v.STEMS + v.ENDINGS)
@@ -196,7 +197,7 @@ def helpful(messages: Sequence[Message], answer: str) -> bool:
 def better(messages: Sequence[Message], a: str, b: str) -> float:
     """1 if `a` is the better answer, 0 if `b` is, one half if they are equal; without noise."""
     difference = assess(messages, a).quality - assess(messages, b).quality
-    return 0.5 if abs(difference) < 1e-9 else float(difference > 0)
+    return 0.5 if abs(difference) < SAME else float(difference > 0)
 
 
 def compare(
@@ -211,13 +212,15 @@ def compare(
     """A forced choice between two answers with its degree (paper 3.2.1).
 
     The score difference gets normal noise of standard deviation `noise` and is cut into four
-    levels. With `safety`, safe answers come before unsafe ones and the pair gets a safety label;
-    the noise can make an annotator prefer the unsafe one ("chosen_unsafe": not used in training).
+    levels; who sees no difference says negligibly better, and of which by lot. With `safety`, safe
+    answers come before unsafe ones and the pair gets a safety label; the noise can make an
+    annotator prefer the unsafe one ("chosen_unsafe": not used in training).
     """
     first, second = assess(messages, a), assess(messages, b)
-    difference = _score(first, safety) - _score(second, safety) + rng.gauss(0.0, noise)
+    seen = _score(first, safety) - _score(second, safety)
+    difference = seen + rng.gauss(0.0, noise)
     chosen = 0 if difference >= 0 else 1
-    size = abs(difference)
+    size = abs(difference) if abs(seen) > SAME else 0.0
     rating = next((name for cut, name in CUTS if size >= cut), "negligibly_better")
     if not safety:
         return Verdict(chosen, rating, None)

@@ -229,7 +229,8 @@ class RLHFConfig(loop.DrawingConfig):
     dtype: Literal["fp32", "bf16"] = "fp32"
     """of the matrix products in what this loop samples and scores itself; each stage has its own"""
     reward: dict[str, Any] = field(default_factory=dict)
-    """table: options of `puna reward` for both reward models"""
+    """table: options of `puna reward` for both reward models; a mix_share without mix is drawn from
+    the other model's comparisons (paper: a tenth of helpfulness for the safety model)"""
     helpfulness: dict[str, Any] = field(default_factory=dict)
     """table: further options for the helpfulness model"""
     safety: dict[str, Any] = field(default_factory=dict)

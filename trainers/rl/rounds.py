@@ -16,6 +16,7 @@ from puna.trainers.data.prompts import draw, load_prompts
 from puna.trainers.data.readers import read_preferences, read_prompts
 from puna.trainers.data.split import opening
 from puna.trainers.rl.accuracy import clustered
+from puna.trainers.rl.best_of import read_samples
 from puna.trainers.rl.comparisons import Annotator, Variant, annotate, sample_pairs, write_rows
 from puna.trainers.rl.config import RLHFConfig
 from puna.trainers.rl.people import check_people as check_people
@@ -40,6 +41,17 @@ def round_prompts(config: RLHFConfig, number: int, folder: Path) -> list[Path]:
         write_rows(path, [{"messages": p.messages, "safety": p.is_safety} for p in chosen])
     parallel.barrier()
     return [path]
+
+
+def other_than(kind: str) -> str:
+    """The other kind of reward model."""
+    return next(other for other in KINDS if other != kind)
+
+
+def comparisons(config: RLHFConfig, kind: str, first: int, last: int) -> list[str]:
+    """Files with what the annotators of a kind said: one's own, and those of these rounds."""
+    own = [str(path) for path in getattr(config, f"{kind}_data")]
+    return own + [str(config.out / f"round-{n}" / f"{kind}.jsonl") for n in range(first, last + 1)]
 
 
 def compare(
@@ -113,6 +125,20 @@ def names_of(number: int) -> tuple[str, str]:
     """What the comparisons of round `number` call the two newest models; V0 is the one that the
     loop starts from. (A path would be another when the folder is moved.)"""
     return f"V{number - 1}", f"V{max(0, number - 2)}"
+
+
+def own_answers(config: RLHFConfig, selected: Path, path: Path) -> None:
+    """The version's selected answers as dialogues, so that ordinary chat is not forgotten."""
+    if parallel.is_main() and not path.exists():
+        rows = read_samples(selected)[: config.gatt_answers or None]
+        write_rows(
+            path,
+            [
+                {"messages": [*row["messages"], {"role": "assistant", "content": row["answer"]}]}
+                for row in rows
+            ],
+        )
+    parallel.barrier()
 
 
 def newest_wins(folder: Path, number: int) -> dict[str, dict[str, float]]:
