@@ -152,7 +152,7 @@ WRITERS = {
     "trainers/rl/comparisons.py": "to a name that atomic_file made",
     "trainers/rl/chunks.py": "the same",
     "trainers/annotations/store.py": "an empty file, for SQLite, which writes ahead",
-    "trainers/gatt.py": "a row at the end, cut where it is torn",
+    "trainers/rl/exchanges.py": "a row at the end, cut where it is torn",
     "trainers/train/run.py": "the same: metrics.jsonl, cut to its checkpoint",
     "benchmarks/models/decode_peers.py": "a peer's input, in a temporary folder",
     "benchmarks/timing.py": "/proc/self/clear_refs",

@@ -15,7 +15,8 @@ from puna.core.checkpoint.folder import load_model
 from puna.core.tokenizer import Tokenizer
 from puna.trainers import gatt
 from puna.trainers.data.ghost import GhostDialogue, read_ghost_dialogues
-from puna.trainers.gatt import Exchange, GAttConfig
+from puna.trainers.gatt import GAttConfig
+from puna.trainers.rl.exchanges import Exchange, load_turns
 from puna.trainers.train import written
 
 
@@ -70,7 +71,7 @@ def as_messages(*turns: tuple[str, str]):
 
 
 def test_an_example_has_the_instruction_in_its_first_message_and_loss_on_its_last_answer(tokenizer):
-    ids, weights = gatt.example(tokenizer, "be green", exchanges(tokenizer, *TURNS))
+    ids, weights = gatt.example(tokenizer, "be green", exchanges(tokenizer, *TURNS), {2})
     told = [{"role": "system", "content": "be green"}, *as_messages(*TURNS)]
     whole_ids, whole_weights = encode_dialogue(tokenizer, told)
     assert ids == whole_ids and ids[-1] == tokenizer.eos_id
@@ -125,7 +126,7 @@ def test_without_repeat_it_stands_in_the_first_message_alone(tiny, tokenizer):
 
 
 def test_without_the_mask_all_answers_are_learned(tokenizer):
-    found = gatt.example(tokenizer, "be green", exchanges(tokenizer, *TURNS), mask=False)
+    found = gatt.example(tokenizer, "be green", exchanges(tokenizer, *TURNS), {2}, mask=False)
     told = [{"role": "system", "content": "be green"}, *as_messages(*TURNS)]
     assert found == encode_dialogue(tokenizer, told)
 
@@ -135,22 +136,58 @@ def test_the_instruction_is_shortened_about_half_of_the_time(monkeypatch, tiny, 
     sampled = [exchanges(tokenizer, ("red", "cup"), ("blue", "moon"))] * 300
     found = examples(monkeypatch, tiny, tokenizer, ghosts, sampled)
     told = [told_of(tokenizer, ids) for ids, _ in found]
-    assert len(told) == 600 and set(told) == {"green", "always be green"}
-    assert 0.43 < told.count("green") / 600 < 0.57  # 3.4 standard deviations
+    assert len(told) == 300 and set(told) == {"green", "always be green"}
+    assert 0.4 < told.count("green") / 300 < 0.6  # 3.4 standard deviations
     for shorten, expected in ((0.0, "always be green"), (1.0, "green")):
         found = examples(monkeypatch, tiny, tokenizer, ghosts, sampled, shorten=shorten)
         assert {told_of(tokenizer, ids) for ids, _ in found} == {expected}
 
 
-def test_a_dialogue_yields_examples_that_end_at_different_turns(monkeypatch, tiny, tokenizer):
+def learned(tokenizer, ids: list[int], weights: list[float]) -> list[str]:
+    """The answers that a row has loss on."""
+    runs = itertools.groupby(zip(ids, weights, strict=True), key=lambda pair: pair[1])
+    return [tokenizer.decode([token for token, _ in run]).strip() for on, run in runs if on]
+
+
+def test_a_dialogue_is_one_row_with_several_targets(monkeypatch, tiny, tokenizer):
     turns = [(f"red {i}", f"answer {i}") for i in range(6)]
     ghosts = [GhostDialogue("be", "be", [user for user, _ in turns])]
     sampled = [exchanges(tokenizer, *turns)]
     sampled[0][4] = sampled[0][4]._replace(obeys=False)
-    found = examples(monkeypatch, tiny, tokenizer, ghosts, sampled, targets=9)
-    ends = [tokenizer.decode(ids).count("[/INST]") for ids, _ in found]
-    assert sorted(ends) == [1, 2, 3, 4, 6]  # never the fifth answer, which does not obey
-    assert len(examples(monkeypatch, tiny, tokenizer, ghosts, sampled, targets=2)) == 2
+    ((ids, weights),) = examples(monkeypatch, tiny, tokenizer, ghosts, sampled, targets=9)
+    assert learned(tokenizer, ids, weights) == [f"answer {i}" for i in (0, 1, 2, 3, 5)]
+    ((ids, weights),) = examples(monkeypatch, tiny, tokenizer, ghosts, sampled, targets=2)
+    said = learned(tokenizer, ids, weights)
+    assert len(said) == 2 and ids[-1] == tokenizer.eos_id and weights[-1] == 1.0
+
+
+def test_one_row_has_the_gradient_of_a_row_for_each_target(tiny, tokenizer):
+    model = load_model(tiny / "lm")
+    turns = exchanges(tokenizer, *TURNS)
+
+    def gradient(rows):
+        model.zero_grad()
+        for ids, weights in rows:
+            tokens = torch.tensor([ids])
+            logits = model.logits(model(tokens))[0, :-1].double()
+            losses = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
+            (losses * torch.tensor(weights[1:])).sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    apart = [gatt.example(tokenizer, "be", turns[: turn + 1], {turn}) for turn in (0, 2)]
+    together = [gatt.example(tokenizer, "be", turns, {0, 2})]
+    for one, other in zip(gradient(together), gradient(apart), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_answers_beyond_the_context_are_left_out_and_counted(monkeypatch, tiny, tokenizer, capsys):
+    turns = [(f"red {i}", f"answer {i}") for i in range(30)]
+    ghosts = [GhostDialogue("be", "be", [user for user, _ in turns])]
+    sampled = [exchanges(tokenizer, *turns)]
+    ((ids, weights),) = examples(monkeypatch, tiny, tokenizer, ghosts, sampled, targets=30)
+    assert len(ids) <= 256 < len(gatt.example(tokenizer, "be", sampled[0], {29})[0])
+    beyond = 30 - len(learned(tokenizer, ids, weights))
+    assert beyond > 0 and f"{beyond} rows: answers beyond the context" in (capsys.readouterr().out)
 
 
 def test_ordinary_dialogues_are_mixed_in_with_loss_on_all_their_answers(
@@ -278,7 +315,7 @@ def test_answers_to_other_dialogues_are_refused(tiny, whole, ghosts, tokenizer, 
         file = tmp_path / "turns.jsonl"
         file.write_text("".join(rows))
         with pytest.raises(ValueError, match=said):
-            gatt._load_turns(file, dialogues, tokenizer.vocab_size)
+            load_turns(file, dialogues, tokenizer.vocab_size)
 
 
 def test_options_of_sampling_that_come_too_late_say_so(tiny, whole, tmp_path, capsys):

@@ -136,6 +136,16 @@ def test_a_conversation_alone_finds_its_place_among_many(model, fed):
     assert sum(fed) <= 4
 
 
+def test_conversations_of_one_name_do_no_harm(model):
+    memory = Memory()
+    told = {"max_new_tokens": 4, "eos_id": None, "temperature": 0.0, "batch_size": 2}
+    for turn in range(3):
+        prompts = [[1, row + 3, 9, *range(3, 4 + turn)] for row in range(5)]
+        given = {"prompt_ids": [0, 0, 1, 0, 1], **told}
+        mine = generate(model, prompts, memory=memory, **given)
+        assert [c.tokens for c in mine] == [c.tokens for c in generate(model, prompts, **given)]
+
+
 def test_other_weights_forget(model):
     memory = Memory()
     talk(model, memory)

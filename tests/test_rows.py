@@ -16,9 +16,9 @@ from puna.core.documents import json_rows
 from puna.core.tokenizer import Tokenizer
 from puna.demo import pipeline
 from puna.demo.kept import kept, seconds
-from puna.trainers import gatt, reward, sft
+from puna.trainers import reward, sft
 from puna.trainers.data.formats import Columns, Malformed, parse_dialogue
-from puna.trainers.data.ghost import read_ghost_dialogues
+from puna.trainers.data.ghost import GhostDialogue, read_ghost_dialogues
 from puna.trainers.data.packing import Pair, encode_pairs, unlabelled
 from puna.trainers.data.prompts import load_prompts
 from puna.trainers.data.readers import (
@@ -30,6 +30,7 @@ from puna.trainers.data.readers import (
     read_texts,
 )
 from puna.trainers.evaluation import dialogues, wins
+from puna.trainers.rl import exchanges
 from puna.trainers.rl.best_of import read_samples, write_samples
 from puna.trainers.rl.comparisons import read_pairs
 from puna.trainers.rl.early_stopping import history
@@ -48,7 +49,7 @@ SAMPLE = {
 PAIR = {"messages": [USER], "is_safety": False, "a": "x", "b": "y", "a_ids": [3], "b_ids": [4]}
 
 # Every reader of JSON lines, with a row that it takes.
-ASKED = gatt.GhostDialogue("a", "a", [f"b{LINE}\x85"] * 2)
+ASKED = GhostDialogue("a", "a", [f"b{LINE}\x85"] * 2)
 MATCH = wins.Match([{"answer": "a"}], [{"answer": "b"}], [False], [0])
 REPLY = Answer([USER], "red")
 READERS = {
@@ -79,7 +80,7 @@ READERS = {
         {"version": 1},
     ),
     "turns": (
-        lambda path: (gatt._load_turns(path, [ASKED], 9)[0], None),
+        lambda path: (exchanges.load_turns(path, [ASKED], 9)[0], None),
         {"of": 1, "0": [f"b{LINE}\x85", [3, 2], True, "a"]},
     ),
 }
@@ -169,7 +170,7 @@ def test_a_row_that_is_no_sample(changes: dict, message: str, tmp_path: Path) ->
 def test_a_row_that_is_no_turn(row: dict, message: str, tmp_path: Path) -> None:
     file = lines(tmp_path / "rows.jsonl", {"of": 1, **row})
     with pytest.raises(ValueError, match=message):
-        gatt._load_turns(file, [gatt.GhostDialogue("a", "a", ["b"])], 9)
+        exchanges.load_turns(file, [GhostDialogue("a", "a", ["b"])], 9)
 
 
 def test_a_pair_that_is_none(tmp_path: Path) -> None:
@@ -349,10 +350,10 @@ def test_a_list_takes_all_that_its_flag_is_given(verb: str, flag: str) -> None:
 
 def test_a_full_disk_is_named_by_its_file() -> None:
     full = Path("/dev/full")
-    turn = {0: gatt.Exchange("a", [2], True)}
+    turn = {0: exchanges.Exchange("a", [2], True)}
     for write in (
         lambda: write_samples(full, [SAMPLE], "a"),
-        lambda: gatt._append_turn(full, turn, [ASKED]),
+        lambda: exchanges.append_turn(full, turn, [ASKED]),
     ):
         with pytest.raises(
             OSError, match="^/dev/full could not be .* .No space left on device.; "

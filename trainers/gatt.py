@@ -6,30 +6,30 @@
    instruction that no longer stands before them.
 
 The paper samples from the latest RLHF model and gives neither the number of dialogues nor of
-turns. Ours: a dialogue yields several examples, each ending at another turn; ordinary dialogues
-can be mixed in, so that ordinary chat is not forgotten; and where a judge is handed down, only
-answers that obey become targets (rejection sampling by that judge).
+turns. Ours: a dialogue yields several examples, each ending at another turn, in one row (each
+begins as the next does, so loss and gradient are those of separate rows); ordinary dialogues can be
+mixed in, so that ordinary chat is not forgotten; and where a judge is handed down, only answers
+that obey become targets (rejection sampling by that judge).
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from puna.core import parallel
 from puna.core.chat import Message, decode_answer, encode_dialogue, encode_prompt
-from puna.core.checkpoint.atomic import atomic_file
 from puna.core.checkpoint.folder import open_model, tokenizer_path
-from puna.core.documents import append_rows, are_ids, json_rows, shortened
+from puna.core.generation.memory import Memory
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.capacity import fitting
 from puna.trainers.data.formats import Columns
 from puna.trainers.data.ghost import GhostDialogue, read_ghost_dialogues
 from puna.trainers.data.packing import PackedRows
+from puna.trainers.rl.exchanges import Exchange, append_turn, load_turns, whole_turns
 from puna.trainers.rl.judges import Judge, judged
 from puna.trainers.rl.rewards import Answer
 from puna.trainers.rl.rollout import sample_everywhere
@@ -59,13 +59,13 @@ class GAttConfig(loop.DrawingConfig, loop.RowsConfig):
     samples: Batch = 1
     """answers drawn for each turn; the first that a judge accepts is taken"""
     targets: Count = 5
-    """examples made of one dialogue, each ending at another turn"""
+    """answers of one dialogue that are learned, each as if the dialogue ended there"""
     window: CountOrZero = 0
     """earlier exchanges that the sampling model sees; 0: all"""
     repeat: bool = True
     """the instruction stands in every user message while sampling (paper); off: in the first"""
     mask: bool = True
-    """loss on the last answer alone (paper); off: on all answers"""
+    """loss on a target alone, not on the answers before it (paper); off: on all answers"""
     temperature: Temperature = 1.0
     """of the sampled answers"""
     max_new_tokens: Count = 256
@@ -77,12 +77,6 @@ class GAttConfig(loop.DrawingConfig, loop.RowsConfig):
     def check(self) -> None:
         if self.window and not self.repeat:
             raise ValueError("without repeat the window leaves the instruction out: set it to 0")
-
-
-class Exchange(NamedTuple):
-    user: str
-    answer: list[int]  # ids as they were drawn, EOS included where it was
-    obeys: bool  # fit to be a target: finished, and accepted by the judge
 
 
 def run(config: GAttConfig, judge: Judge | None = None) -> Path:
@@ -141,7 +135,7 @@ def sampled_exchanges(
     path = turns_of(folder)
     if parallel.is_main():
         path.parent.mkdir(exist_ok=True)
-    done = parallel.on_main(lambda: _whole_turns(path))
+    done = parallel.on_main(lambda: whole_turns(path))
     longest = max(len(d.turns) for d in dialogues)
     if done < longest:
         model = loop.load(open_model(config.model, head="lm"), config, frozen=True)
@@ -151,7 +145,7 @@ def sampled_exchanges(
         of_sampling = ("samples", "window", "repeat", "temperature", "max_new_tokens")
         folder.say_idle(of_sampling, f"the answers are drawn; {path} has them")
     parallel.barrier()
-    return _load_turns(path, dialogues, tokenizer.vocab_size)
+    return load_turns(path, dialogues, tokenizer.vocab_size)
 
 
 def _sample(
@@ -165,13 +159,14 @@ def _sample(
     longest: int,
 ) -> None:
     """Turn by turn, all dialogues side by side; a turn is written when it is complete."""
-    history = _load_turns(path, dialogues, tokenizer.vocab_size)
+    history = load_turns(path, dialogues, tokenizer.vocab_size)
     room = model.config.context - config.max_new_tokens
     if room < 1:
         raise ValueError(
             f"max_new_tokens {config.max_new_tokens} leaves no room for a question in the model's "
             f"context of {model.config.context}; lower it"
         )
+    memory = Memory()
     show = parallel.is_main()
     with meter("gatt: sampling", longest, start=done, unit="answers", show=show) as progress:
         for turn in range(done, longest):
@@ -183,13 +178,13 @@ def _sample(
             prompts = [_context(config, tokenizer, dialogues[i], history[i]) for i in going]
             fitting = [n for n, ids in enumerate(prompts) if len(ids) <= room]
             going, prompts = [going[n] for n in fitting], [prompts[n] for n in fitting]
-            drawn = _candidates(config, model, tokenizer, prompts, going, turn)
+            drawn = _candidates(config, model, tokenizer, prompts, going, turn, memory)
             exchanges = {
                 i: _choose(tokenizer, dialogues[i], history[i], ids, candidates, judge)
                 for i, ids, candidates in zip(going, prompts, drawn, strict=True)
             }
             if parallel.is_main():
-                _append_turn(path, exchanges, dialogues)
+                append_turn(path, exchanges, dialogues)
             for i, exchange in exchanges.items():
                 history[i].append(exchange)
             progress.advance(len(going) * config.samples)
@@ -222,6 +217,7 @@ def _candidates(
     prompts: list[list[int]],
     going: list[int],
     turn: int,
+    memory: Memory,
 ) -> list[list[list[int]]]:
     """`samples` answers to each prompt; the draw depends on (seed, turn, dialogue, sample)."""
     count = config.samples
@@ -235,6 +231,7 @@ def _candidates(
         round_index=turn,
         prompt_ids=[i for i in going for _ in range(count)],
         sample_ids=list(range(count)) * len(going),
+        memory=memory,
         **config.limits(),
         called=str(config.model),
     )
@@ -294,16 +291,21 @@ def training_rows(
     sequences = []
     where: list[str] = []
     for index, (dialogue, exchanges) in enumerate(zip(dialogues, sampled, strict=True)):
+        place = dialogue.where or f"dialogue {index + 1}"
         if len(exchanges) < len(dialogue.turns):
-            place = dialogue.where or f"dialogue {index + 1}"
             skipped.add("later turns of a dialogue that fills the context", place)
         rng = np.random.default_rng((config.seed, index))
         usable = [turn for turn, exchange in enumerate(exchanges) if exchange.obeys]
-        chosen = rng.permutation(usable)[: config.targets].tolist()
-        for turn in chosen:
-            told = dialogue.short if rng.random() < config.shorten else dialogue.instruction
-            sequences.append(example(tokenizer, told, exchanges[: turn + 1], config.mask))
-            where.append(dialogue.where)
+        chosen = set(rng.permutation(usable)[: config.targets].tolist())
+        told = dialogue.short if rng.random() < config.shorten else dialogue.instruction
+        while chosen:
+            found = example(tokenizer, told, exchanges[: max(chosen) + 1], chosen, config.mask)
+            if len(found[0]) <= context:
+                sequences.append(found)
+                where.append(dialogue.where)
+                break
+            chosen.remove(max(chosen))
+            skipped.add("answers beyond the context", place)
     sequences += [encode_dialogue(tokenizer, dialogue.messages) for dialogue in mixed]
     where += [dialogue.where for dialogue in mixed]
     rows = PackedRows(sequences, context, vocab_size=tokenizer.vocab_size, where=where)
@@ -313,82 +315,22 @@ def training_rows(
 
 
 def example(
-    tokenizer: Tokenizer, told: str, exchanges: Sequence[Exchange], mask: bool = True
+    tokenizer: Tokenizer,
+    told: str,
+    exchanges: Sequence[Exchange],
+    targets: Collection[int],
+    mask: bool = True,
 ) -> tuple[list[int], list[float]]:
-    """(ids, weights): the instruction in the first user message, loss on the last answer only, or
-    without the `mask` on every answer."""
+    """(ids, weights): the instruction in the first user message, loss on the answers of the turns
+    `targets` only, or without the `mask` on every answer."""
     ids: list[int] = []
     weights: list[float] = []
     for turn, exchange in enumerate(exchanges):
         asked = encode_turn(tokenizer, exchange.user, told if turn == 0 else "")
-        learned = float(not mask or turn == len(exchanges) - 1)
         ids += asked + exchange.answer
+        learned = float(not mask or turn in targets)
         weights += [0.0] * len(asked) + [learned] * len(exchange.answer)
     return ids, weights
-
-
-def _whole_turns(path: Path) -> int:
-    """How many turns are complete; a line cut short by a kill is removed."""
-    if not path.exists():
-        return 0
-    written.check(path.parent, path.name, grows=True)
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if whole != data:
-        with atomic_file(path) as partial:
-            partial.write_bytes(whole)
-    return whole.count(b"\n")
-
-
-def _append_turn(
-    path: Path, exchanges: dict[int, Exchange], dialogues: Sequence[GhostDialogue]
-) -> None:
-    """One line: by a dialogue's number what it was asked, the answer, under which instruction."""
-    row: dict[str, Any] = {"of": len(dialogues)}
-    for i, exchange in exchanges.items():
-        row[str(i)] = [*exchange, dialogues[i].instruction]
-    append_rows(path, [row])
-    written.note(path.parent, path.name)
-
-
-def _load_turns(
-    path: Path, dialogues: Sequence[GhostDialogue], vocab_size: int
-) -> list[list[Exchange]]:
-    """The answers in turns.jsonl; ValueError as `file:line: ...` for what answers none of these."""
-    history: list[list[Exchange]] = [[] for _ in dialogues]
-    others = f"these are other dialogues: give the former ones, or remove {path}"
-    for turn, (where, row) in enumerate(json_rows(path) if path.exists() else ()):
-        if row.pop("of", None) != len(dialogues):
-            raise ValueError(f"{where}: not of {len(dialogues)} dialogues; {others}")
-        for index, exchange in row.items():
-            match exchange:
-                case [str(user), [*ids], bool(obeys), str(instruction)] if ids and are_ids(ids):
-                    pass
-                case _:
-                    raise ValueError(
-                        f"{where}: {shortened(exchange)} is no exchange; remove {path}"
-                    )
-            if max(ids) >= vocab_size:
-                raise ValueError(
-                    f"{where}: {max(ids)} is no id of a vocabulary of {vocab_size}; remove {path}"
-                )
-            if not (index.isdecimal() and int(index) < len(dialogues)):
-                raise ValueError(
-                    f"{where}: an answer to dialogue {shortened(index)} of {len(history)}; {others}"
-                )
-            asked = dialogues[int(index)]
-            if len(history[int(index)]) != turn:
-                raise ValueError(
-                    f"{where}: turn {turn + 1} of dialogue {index} follows on turn "
-                    f"{len(history[int(index)])}; remove {path}"
-                )
-            if [user, instruction] != [*asked.turns[turn : turn + 1], asked.instruction]:
-                raise ValueError(
-                    f"{where}: an answer to {shortened(user)} under {shortened(instruction)}; "
-                    f"{others}"
-                )
-            history[int(index)].append(Exchange(user, ids, obeys))
-    return history
 
 
 def main() -> int:

@@ -85,7 +85,7 @@ def decode(
     longest = max(len(prompt) + limits[i] for prompt, members in groups.items() for i in members)
     opened: AbstractContextManager[Session] = engine.session(slots, longest)
     if remembered is not None:
-        opened = nullcontext(remembered.memory.open(engine, slots, longest))
+        opened = nullcontext(remembered.memory.session(engine, slots, longest))
         slots = remembered.memory.slots
     with opened as session:
         given = prompts, list(groups.values()), keys, limits

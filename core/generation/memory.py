@@ -31,20 +31,20 @@ class Memory:
     def slots(self) -> int:
         return len(self._held)
 
-    def open(self, engine: Engine, slots: int, longest: int) -> Session:
+    def session(self, engine: Engine, slots: int, longest: int) -> Session:
         """A session with room for `slots` rows of `longest` tokens. It forgets what it held where
         that is more than it has, or the weights are others; so it makes room for twice the tokens.
         """
-        session = self._session
-        if session is None or engine is not self._engine:
-            session, self._session, self._room = engine.new_session(), None, 0
+        kept = self._session
+        if kept is None or engine is not self._engine:
+            kept, self._session, self._room = engine.new_session(), None, 0
         if slots > self.slots or longest > self._room:
             slots, room = max(slots, self.slots), ample(engine.config, longest)
-            session.reserve(slots, room)
+            kept.reserve(slots, room)
             self._room, self._slots = room, {}
             self._held, self._names = [[] for _ in range(slots)], [None] * slots
-        self._engine, self._session = engine, session
-        return session
+        self._engine, self._session = engine, kept
+        return kept
 
     def place(self, name: Name, prompt: list[int], free: list[int]) -> tuple[int, int]:
         """Take one of the `free` slots for a conversation, its own where it has one: (slot, how
@@ -52,7 +52,9 @@ class Memory:
         own = self._slots.get(name)
         if own not in free:
             own = next((slot for slot in free if self._names[slot] is None), free[-1])
-            self._slots.pop(self._names[own], None)
+            former = self._names[own]
+            if former is not None and self._slots.get(former) == own:  # else it is named twice
+                del self._slots[former]
             self._held[own] = []
         free.remove(own)
         self._slots[name], self._names[own] = own, name

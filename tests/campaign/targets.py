@@ -20,11 +20,12 @@ from puna.core.config import ModelConfig
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer, train_tokenizer
 from puna.demo.kept import kept, seconds
-from puna.trainers import gatt, sft
+from puna.trainers import sft
 from puna.trainers.data.corpus import INDEX, open_corpus
 from puna.trainers.data.encoding import Texts, encode_file, encode_folder
 from puna.trainers.data.ghost import GhostDialogue, read_ghost_dialogues
 from puna.trainers.data.readers import read_dialogues, read_preferences, read_prompts, read_texts
+from puna.trainers.rl import exchanges
 from puna.trainers.rl.best_of import read_samples
 from puna.trainers.rl.comparisons import read_pairs
 from puna.trainers.train.config import from_values, load_recipe
@@ -266,7 +267,7 @@ def add_rows(add: Callable[..., None], where: Path, tokenizer: Tokenizer) -> Non
         "samples": (read_samples, [sample]),
         "pairs": (read_pairs, [pair]),
         "turns": (
-            lambda file: gatt._load_turns(file, turns, SHAPE.vocab_size),
+            lambda file: exchanges.load_turns(file, turns, SHAPE.vocab_size),
             [{"of": 2, "0": ["hello", [3, 2], True, "be"], "1": ["hello", [3], False, "be"]}],
         ),
     }

@@ -17,9 +17,10 @@ from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.ghost import GhostDialogue
 from puna.trainers.evaluation.answers import kept_in
 from puna.trainers.evaluation.config import EvaluateChatConfig, policies
-from puna.trainers.gatt import Exchange, dialogue_so_far, encode_turn
+from puna.trainers.gatt import dialogue_so_far, encode_turn
 from puna.trainers.rl.accuracy import wilson
 from puna.trainers.rl.comparisons import write_rows
+from puna.trainers.rl.exchanges import Exchange
 from puna.trainers.rl.judges import Judge, judged
 from puna.trainers.rl.rewards import Answer
 from puna.trainers.rl.rollout import sample_everywhere
