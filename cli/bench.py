@@ -6,6 +6,7 @@ from typing import Annotated
 
 import torch
 
+from puna.benchmarks.compare import compare as compare_results
 from puna.benchmarks.kernels.run import run_kernels
 from puna.benchmarks.models.decode_peers import check_llama2c
 from puna.benchmarks.models.weights import bench_weights
@@ -59,6 +60,22 @@ class WeightsBenchConfig(BenchConfig):
     """a text file of the kind that the model knows"""
     tokenizer: Path | None = None
     """tokenizer.model, where the model's folder has none"""
+
+
+@dataclass(kw_only=True)
+class CompareConfig(Options):
+    """Say what became faster or slower between two runs, beyond their noise; the exit status is not
+    zero where a row of Puna became slower, or wrong."""
+
+    before: Path
+    """results that `--save` wrote"""
+    after: Path
+    """the same of a later run on the same machine"""
+
+
+def compare(config: CompareConfig) -> None:
+    """What changed between two files of results."""
+    compare_results(config.before, config.after)
 
 
 def run(config: DecodeBenchConfig) -> None:

@@ -18,6 +18,7 @@ class Verb(NamedTuple):
     config: str  # the dataclass in that module
     summary: str
     function: str = "run"
+    named: tuple[str, ...] = ()  # options that may be given without their names, in this order
 
 
 VERBS = {
@@ -64,7 +65,10 @@ VERBS = {
     "score": Verb("puna.trainers.score", "ScoreConfig", "the reward of texts"),
     "generate": Verb("puna.cli.generate", "GenerateConfig", "continue a prompt"),
     "chat": Verb("puna.cli.chat", "ChatConfig", "talk to a model"),
-    "convert": Verb("puna.cli.convert", "ConvertConfig", "between checkpoint formats"),
+    "convert": Verb(
+        "puna.cli.convert", "ConvertConfig", "between checkpoint formats",
+        named=("source", "target"),
+    ),
     "bench": Verb("puna.cli.bench", "DecodeBenchConfig", "the benchmark suite"),
     "bench train": Verb("puna.cli.bench", "BenchConfig", "of training only", "train"),
     "bench kernels": Verb(
@@ -76,7 +80,11 @@ VERBS = {
         "puna.cli.bench", "WeightsBenchConfig", "of bf16 and int8 weights", "weights"
     ),
     "bench rollout": Verb("puna.cli.bench", "BenchConfig", "of rollouts only", "rollout"),
-}
+    "bench compare": Verb(
+        "puna.cli.bench", "CompareConfig", "what changed between two runs", "compare",
+        named=("before", "after"),
+    ),
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,7 +114,17 @@ def run_verb(name: str, arguments: Sequence[str]) -> int:
 
     starting.is_done()
     config, work = getattr(module, verb.config), getattr(module, verb.function)
-    return command(f"puna {name}", config, work, arguments)
+    return command(f"puna {name}", config, work, with_names(verb, arguments))
+
+
+def with_names(verb: Verb, arguments: Sequence[str]) -> list[str]:
+    """`puna convert SOURCE TARGET` as if the options had been named."""
+    given = list(arguments)
+    found = []
+    for name in verb.named:
+        if given and not given[0].startswith("-") and not given[0].endswith(".toml"):
+            found += [f"--{name}", given.pop(0)]
+    return found + given
 
 
 def usage() -> str:
