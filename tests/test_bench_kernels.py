@@ -10,6 +10,7 @@ from puna import kernels
 from puna.benchmarks import machine, suite
 from puna.benchmarks.kernels import cases as kernel_cases
 from puna.benchmarks.kernels import run as bench
+from puna.benchmarks.kernels.verify import verify
 from puna.cli.main import main
 from puna.core.native.loader import extension
 
@@ -125,7 +126,7 @@ def test_a_wrong_draw_is_refused(top_p):
         tokens = (tokens + (torch.arange(len(tokens)) == 1)) % logits.shape[1]
         return tokens, torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
 
-    verdicts = bench.verify(case, {"puna": case.ours, "x": shifted}, case.make(), False)
+    verdicts = verify(case, {"puna": case.ours, "x": shifted}, case.make(), False)
     assert verdicts["puna"].failed is None
     assert verdicts["x"].failed and "result 0" in verdicts["x"].failed
 
@@ -140,7 +141,7 @@ def test_inputs_written_over_by_one_provider_are_not_anothers():
         return found
 
     providers = {"x": selfish, "puna": case.ours}
-    assert bench.verify(case, providers, case.make(), False)["puna"].failed is None
+    assert verify(case, providers, case.make(), False)["puna"].failed is None
 
 
 def test_an_unknown_operation_is_named(tiny, capsys):

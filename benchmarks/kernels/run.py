@@ -1,23 +1,21 @@
 """`puna bench kernels`: each operation verified against fp64, then timed beside its peers.
 
-A provider's largest error may be twice that of plain PyTorch in the same dtype and one unit in
-the last place of the largest value more, gradients included. What is further off is not timed.
-The same on every device: on a GPU the Triton kernels at Llama 7B's shapes in bf16, on a CPU
-the reference at small shapes in fp32, and beside it the native operations ("puna-native").
+What is wrong is not timed (see verify.py). The same on every device: on a GPU the Triton kernels at
+Llama 7B's shapes in bf16, on a CPU the reference at small shapes in fp32, and beside it the native
+operations ("puna-native").
 """
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from puna.benchmarks import machine
 from puna.benchmarks.kernels.cases import CPU, GPU, Case, Sizes, cases
-from puna.benchmarks.kernels.peers import Function, by_rows
+from puna.benchmarks.kernels.peers import Function
+from puna.benchmarks.kernels.verify import ABOVE, Verdict, prepared, verify, verify_timed
 from puna.benchmarks.machine import why_not_compiled
 from puna.benchmarks.rows import KernelRow
 from puna.benchmarks.suite import card_table, write_document
@@ -26,11 +24,6 @@ from puna.core.errors import UserError
 from puna.kernels.backend import choose
 
 OURS = ("puna", "puna-native")
-
-
-class Verdict(NamedTuple):
-    error: float | None  # relative to the largest magnitude; None where there is no number
-    failed: str | None
 
 
 def run_kernels(
@@ -110,15 +103,23 @@ class Bench:
         inputs = case.make()
         verdicts = verify(case, providers, inputs, backward)
         # Each has its own inputs: liger-kernel writes gradients over them.
-        calls = {
+        timed = {
             name: prepared(function, case, inputs, backward)
             for name, function in providers.items()
             if not verdicts[name].failed
         }
+        calls = {name: each.call for name, each in timed.items()}
         peaks = {name: self.peak(call) for name, call in calls.items()}
         timings = interleaved(calls, self.rounds, self.device, self.clock)
         work = case.both if backward else case.forward
         limit = self.limit(case, work)
+        for name, verdict in verify_timed(case, timed, inputs, backward).items():
+            failed = verdict.failed and f"when timed, {verdict.failed}"
+            if not failed and work / timings[name].median > ABOVE * limit:
+                failed = "faster than the machine can be"
+            if failed:
+                verdicts[name] = verdicts[name]._replace(failed=failed)
+                del timings[name], peaks[name]
         return [
             row(case, backward, name, work, limit, verdict, timings.get(name), peaks.get(name))
             for name, verdict in verdicts.items()
@@ -136,99 +137,6 @@ class Bench:
         source = torch.ones(max(1, int(work) // 2), dtype=torch.int8, device=self.device)
         target = torch.empty_like(source)
         return work / min(self.clock(lambda: target.copy_(source)) for _ in range(20))
-
-
-def run_once(function: Function, case: Case, inputs: list[Tensor], backward: bool) -> list[Tensor]:
-    """Outputs, and the gradients with `backward`, of a function that may write over its inputs."""
-    inputs = [t.clone() for t in inputs]
-    if not backward:
-        with torch.no_grad():
-            return list(function(*inputs))
-    leaves = [inputs[i].requires_grad_() for i in case.differentiable]
-    outputs = function(*inputs)
-    kept = [out.detach().clone() for out in outputs]
-    return [*kept, *torch.autograd.grad(outputs, leaves, upstreams(outputs))]
-
-
-def prepared(
-    function: Function, case: Case, inputs: list[Tensor], backward: bool
-) -> Callable[[], object]:
-    """The call that is timed."""
-    inputs = [t.clone() for t in inputs]
-    if not backward:
-
-        def forward() -> object:
-            with torch.no_grad():
-                return function(*inputs)
-
-        return forward
-    leaves = [inputs[i].requires_grad_() for i in case.differentiable]
-    given = upstreams(function(*inputs))
-    return lambda: torch.autograd.grad(function(*inputs), leaves, given)
-
-
-def upstreams(outputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Normal gradients, the same for every provider; 1 for a loss."""
-    generator = torch.Generator(outputs[0].device).manual_seed(2)
-
-    def drawn(out: Tensor) -> Tensor:
-        if not out.dim():
-            return torch.ones_like(out)
-        return torch.randn(out.shape, device=out.device, generator=generator).to(out.dtype)
-
-    return [drawn(out) for out in outputs]
-
-
-def verify(
-    case: Case, providers: Mapping[str, Function], inputs: list[Tensor], backward: bool
-) -> dict[str, Verdict]:
-    """Every provider's errors beside plain PyTorch's, against PyTorch in fp64."""
-    wide = [t.double() if t.is_floating_point() else t for t in inputs]
-    exact = run_once(case.exact or case.eager, case, wide, backward)
-
-    def pairs(found: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        return (
-            case.compare(found, exact, wide)
-            if case.compare
-            else list(zip(found, exact, strict=True))
-        )
-
-    allowed = [largest_error(*pair) for pair in pairs(run_once(case.eager, case, inputs, backward))]
-    if case.by_row:
-        # In a mean, errors may cancel by luck: take them as they are before.
-        (rows,), (truth,) = case.by_row(*inputs), by_rows(case.by_row)(*wide)
-        allowed[0] = float((rows.double() - truth).abs().mean())
-    verdicts = {}
-    for name, function in providers.items():
-        try:
-            verdicts[name] = judge(pairs(run_once(function, case, inputs, backward)), allowed)
-        except Exception as error:  # the provider's own failure: its row says so
-            said = str(error).strip().splitlines() or [""]
-            verdicts[name] = Verdict(None, f"{type(error).__name__}: {said[0]}")
-    return verdicts
-
-
-def largest_error(found: Tensor, truth: Tensor) -> float:
-    return float((found.double() - truth).abs().max())
-
-
-def judge(pairs: list[tuple[Tensor, Tensor]], peers: list[float]) -> Verdict:
-    """Against twice the peer's error of each result, and one unit in the last place."""
-    worst = 0.0
-    for number, ((found, truth), peer) in enumerate(zip(pairs, peers, strict=True)):
-        if found.shape != truth.shape:
-            return Verdict(
-                None, f"result {number} is {tuple(found.shape)}, not {tuple(truth.shape)}"
-            )
-        if not found.isfinite().all():
-            return Verdict(None, f"result {number} is not finite")
-        scale, error = float(truth.abs().max()), largest_error(found, truth)
-        allowed = 2 * peer + torch.finfo(found.dtype).eps * scale
-        worst = max(worst, error / scale if scale else error)
-        if not error <= allowed:
-            said = f"result {number} is {error:.2g} off fp64, {allowed:.2g} allowed"
-            return Verdict(worst, said)
-    return Verdict(worst, None)
 
 
 def row(
