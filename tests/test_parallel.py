@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from puna.core import offload as offloading
 from puna.core import parallel
 from puna.core.checkpoint.source import fresh
 from puna.core.config import ModelConfig
@@ -29,16 +30,23 @@ from puna.core.ops import linear_cross_entropy
 
 # 3 key/value heads of 6, an odd vocabulary: no dimension divides by two everywhere
 CONFIG = ModelConfig(36, 3, 6, 3, 50, 131, context=64)
-STEPS, ROWS, TOKENS = 10, 4, 24
+EVEN = ModelConfig(36, 3, 6, 2, 50, 131, context=64)  # for tensor parallelism
+STEPS, ROWS, TOKENS = 20, 4, 23
 PROMPTS = [[1, 5, 9], [1, 7], [3, 4, 5, 6, 8]]
 
 JOBS: dict[str, dict[str, Any]] = {
     "lm": {},
     "score": {"head": "score"},
-    "checkpointed": {"activation_checkpointing": True},
-    "compiled": {"activation_checkpointing": True, "compile": True},
+    "checkpointed": {"checkpointing": "full"},
+    "compiled": {"checkpointing": "full", "compile": True},
     "micro-batches": {"micro": 2},
     "two copies": {"replicate": 2, "micro": 2},
+    "selective": {"checkpointing": "selective"},
+    "offload": {"offload": True},
+    "tp": {"tp": 2},
+    "tp score": {"tp": 2, "head": "score"},
+    "tp all": {"tp": 2, "checkpointing": "full", "compile": True, "offload": True, "micro": 2},
+    "tp selective": {"tp": 2, "checkpointing": "selective"},
 }
 
 
@@ -57,16 +65,21 @@ def train(
     last: int = STEPS,
     head: str = "lm",
     micro: int = 1,
+    offload: bool = False,
+    even: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Train steps first..last, this rank on its share of each step's rows."""
-    source = fresh(CONFIG, 0, head)
+    tp = options.get("tp", 1)
+    source = fresh(EVEN if even or tp > 1 else CONFIG, 0, head)
     stored = load_file(start) if start else {}
     if start:
         weights = [(name, t) for name, t in stored.items() if not name.startswith("optim.")]
         source = source._replace(tensors=lambda: iter(weights))
     model = parallel.load(source, "cpu", **options)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.1, fused=True)
+    if offload:
+        offloading.offload(optimizer)
     if start:
         moments = {k[6:]: v for k, v in stored.items() if k.startswith("optim.")}
         parallel.load_optimizer_state(model, optimizer, moments)
@@ -74,27 +87,29 @@ def train(
     for step in range(first, last):
         generator = torch.Generator().manual_seed(step)
         tokens = torch.randint(CONFIG.vocab_size, (ROWS, TOKENS + 1), generator=generator)
-        mine = tokens.chunk(parallel.world_size())[parallel.rank()]
+        mine = tokens.chunk(parallel.world_size() // tp)[parallel.rank() // tp]
         with torch.no_grad():
             loss_sum(model, mine)  # as an evaluation between steps: the root stays gathered
         total = torch.zeros(())
         parts = mine.chunk(micro)
         for number, part in enumerate(parts, 1):
             parallel.begin_pass(model, is_last=number == len(parts))
-            loss = loss_sum(model, part) / (ROWS * TOKENS)
+            loss = loss_sum(model, part) / (ROWS * TOKENS * tp)
             loss.backward()
             total += loss.detach()
         with torch.no_grad():
             loss_sum(model, mine)
         norms.append(parallel.clip_gradients(model, 0.5))
-        optimizer.step()
+        with offloading.at_hand(optimizer):
+            optimizer.step()
         optimizer.zero_grad()
         losses.append(float(parallel.all_sum(total)))
     tensors = dict(parallel.full_parameters(model))
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            tensors[f"optim.{name}.{key}"] = whole
+    with offloading.at_hand(optimizer):
+        for name, parameter in model.named_parameters():
+            for key, value in optimizer.state[parameter].items():
+                whole = value.full_tensor() if isinstance(value, DTensor) else value
+                tensors[f"optim.{name}.{key}"] = whole.clone()
     answers = None
     if head == "lm":
         with parallel.gathered(model) as whole:
@@ -134,7 +149,12 @@ def read(folder: Path, name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def one() -> dict[str, Any]:
-    return {head: train(head=head) for head in ("lm", "score")}
+    found = {head: train(head=head) for head in ("lm", "score")}
+    return found | {f"tp {head}": train(head=head, even=True) for head in ("lm", "score")}
+
+
+def expected_of(job: dict[str, Any]) -> str:
+    return ("tp " if "tp" in job else "") + job.get("head", "lm")
 
 
 @pytest.fixture(scope="module")
@@ -174,12 +194,21 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
 @pytest.mark.parametrize("job", JOBS)
 def test_two_ranks_equal_one(two: Path, one: dict[str, Any], job: str) -> None:
     """Losses, gradient norms, weights, optimizer state and sampled answers."""
-    assert_same(read(two, job), one[JOBS[job].get("head", "lm")])
+    assert_same(read(two, job), one[expected_of(JOBS[job])])
 
 
-def test_four_ranks_hold_two_copies_of_two_parts(tmp_path: Path, one: dict[str, Any]) -> None:
-    on_ranks(4, tmp_path, {"copies": {"replicate": 2}})
-    assert_same(read(tmp_path, "copies"), one["lm"])
+FOUR: dict[str, dict[str, Any]] = {
+    "copies": {"replicate": 2},
+    "parts": {"tp": 2},
+    "parts score": {"tp": 2, "head": "score", "micro": 2},
+    "copies of parts": {"replicate": 2, "tp": 2, "checkpointing": "full", "micro": 2},
+}
+
+
+def test_four_ranks_hold_copies_of_parts(tmp_path: Path, one: dict[str, Any]) -> None:
+    on_ranks(4, tmp_path, FOUR)
+    for name, job in FOUR.items():
+        assert_same(read(tmp_path, name), one[expected_of(job)])
 
 
 def test_ranks_that_cannot_hold_so_many_copies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +256,7 @@ def test_one_rank_has_no_group() -> None:
 def test_generation_leaves_checkpointing_aside_and_puts_it_back() -> None:
     model = Transformer(CONFIG)
     model.init_weights(0)
-    parallel.prepare(model, activation_checkpointing=True)
+    parallel.prepare(model, checkpointing="full")
     wrapped = model.model.layers[0].forward
     with parallel.gathered(model) as whole:
         assert "forward" not in whole.model.layers[0].__dict__
