@@ -33,7 +33,8 @@ def at_hand(optimizer: Optimizer) -> Iterator[None]:
     try:
         yield
     finally:
-        optimizer.__dict__["on_host"] = {each: _put_away(each, kept) for each in _moments(optimizer)}
+        moments = _moments(optimizer)
+        optimizer.__dict__["on_host"] = {each: _put_away(each, kept) for each in moments}
 
 
 @torch.no_grad()

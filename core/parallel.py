@@ -9,26 +9,23 @@ the end of that backward.
 """
 
 import functools
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from puna.core import sequence_parallel, tensor_parallel
-from puna.core.checkpoint.pieces import Block, Piece, Sliced
 from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer, check_parameters
-from puna.core.offload import MOMENTS, at_hand
+from puna.core.offload import MOMENTS as MOMENTS
+from puna.core.optimizer_state import load_optimizer_state as load_optimizer_state
+from puna.core.optimizer_state import optimizer_state as optimizer_state
 from puna.core.plain import HOOKS, altered
 from puna.core.ranks import all_max as all_max
 from puna.core.ranks import all_sum as all_sum
@@ -46,6 +43,15 @@ from puna.core.ranks import rank as rank
 from puna.core.ranks import same as same
 from puna.core.ranks import wait_at_most as wait_at_most
 from puna.core.ranks import world_size as world_size
+from puna.core.sharded import copies, full, local, own_part, reshard, sharded_modules
+
+
+class Share(NamedTuple):
+    """Which part of the rows: one of `ranks` equal ones."""
+
+    rank: int
+    ranks: int
+
 
 @torch.no_grad()
 def load(
@@ -63,7 +69,7 @@ def load(
     model = prepare(model, device=device, **options).to_empty(device=device)
     parameters = dict(model.named_parameters())
     for name, tensor in source.tensors():
-        _local(parameters[name]).copy_(tensor[_block(parameters[name])])
+        local(parameters[name]).copy_(tensor[own_part(parameters[name])])
     return model
 
 
@@ -119,35 +125,49 @@ def prepare(
     for block in model.model.layers:
         fully_shard(block, mesh=blocks, mp_policy=policy, reshard_after_forward=True)
     fully_shard(model, mesh=root, mp_policy=policy, reshard_after_forward=False)
-    for module in _sharded_modules(model):
+    for module in sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     model.__dict__ |= {
         "compute_dtype": compute_dtype,
         "sampling_tp": sampling_tp,
         "replicate": replicate,
+        "tp": tp,
     }
     return model
 
 
-def _meshes(
-    kind: str, replicate: int, tp: int
-) -> tuple[DeviceMesh, DeviceMesh, DeviceMesh | None]:
+def _meshes(kind: str, replicate: int, tp: int) -> tuple[DeviceMesh, DeviceMesh, DeviceMesh | None]:
     """What blocks are sharded over, what embedding, final norm and head are (all ranks of a copy),
     and the ranks that work on the same tokens."""
     if not dist.is_initialized():
         backend = "nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    copies, names = ((replicate,), ("replicate",)) if replicate > 1 else ((), ())
+    outer, names = ((replicate,), ("replicate",)) if replicate > 1 else ((), ())
     size = world_size() // replicate
-    root = init_device_mesh(kind, (*copies, size), mesh_dim_names=(*names, "shard"))
+    root = init_device_mesh(kind, (*outer, size), mesh_dim_names=(*names, "shard"))
     if tp == 1:
         patient(*root.get_all_groups())
         return root, root, None
     dims = (*names, "shard", "tp")
-    mesh = init_device_mesh(kind, (*copies, size // tp, tp), mesh_dim_names=dims)
+    mesh = init_device_mesh(kind, (*outer, size // tp, tp), mesh_dim_names=dims)
     patient(*root.get_all_groups(), *mesh.get_all_groups())
     return mesh[dims[:-1]], root, mesh["tp"]
+
+
+def share(tp: int = 1) -> Share:
+    """This rank's share of the rows, where `tp` neighbouring ranks work on the same ones."""
+    return Share(rank() // tp, world_size() // tp)
+
+
+def tp_of(model: Transformer) -> int:
+    """How many neighbouring ranks work on the same rows."""
+    return model.__dict__.get("tp", 1)
+
+
+def counted(number: int, model: Transformer) -> int:
+    """The sum over all ranks that have rows of their own."""
+    return int(all_sum(torch.tensor(number))) // tp_of(model)
 
 
 def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -183,16 +203,6 @@ def _is_prepared(module: nn.Module) -> bool:
     return "prepared" in own and own.get("forward") is own["prepared"][0]
 
 
-def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-def _reshard(model: nn.Module) -> None:
-    """Register the sharded parameters: a forward without gradients leaves the root's whole."""
-    for module in _sharded_modules(model):
-        module.reshard()
-
-
 @contextmanager
 def gathered(model: Transformer) -> Iterator[Transformer]:
     """A model to generate with, its weights gathered once for the whole context (collective).
@@ -210,10 +220,10 @@ def gathered(model: Transformer) -> Iterator[Transformer]:
         return
     with _unprepared(model):
         _check_copyable(model)
-    _reshard(model)
+    reshard(model)
     dtype = model.__dict__["compute_dtype"]
     tensors = (
-        (name, _full(parameter.detach().to(dtype or parameter.dtype)))
+        (name, full(parameter.detach().to(dtype or parameter.dtype)))
         for name, parameter in model.named_parameters()
     )
     size = model.__dict__["sampling_tp"]
@@ -250,14 +260,6 @@ def _altered_beside_fsdp(module: nn.Module) -> str | None:
     return "its forward was replaced" if "forward" in module.__dict__ else None
 
 
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def full_parameters(
     model: Transformer, wanted: Callable[[str], bool] = lambda name: True
 ) -> Iterator[tuple[str, Tensor]]:
@@ -268,113 +270,11 @@ def full_parameters(
     adapters are not merged.
     """
     check_parameters(model)
-    _reshard(model)
+    reshard(model)
     for name, parameter in model.named_parameters():
-        whole = _full(parameter.detach())
+        whole = full(parameter.detach())
         if wanted(name):
             yield name, whole.cpu()
-
-
-def optimizer_state(model: Transformer, optimizer: Optimizer) -> dict[str, Piece]:
-    """This rank's pieces of AdamW's state, on the CPU: `<parameter>.exp_avg`, `.exp_avg_sq` and, on
-    rank 0, `.step`. Of several ranks they are copies, to be written while training goes on.
-
-    What has had no gradient yet has no state and no entry; of several copies of a parameter the
-    first has all.
-    """
-    _reshard(model)
-    pieces: dict[str, Piece] = {}
-    with at_hand(optimizer):
-        for name, parameter in model.named_parameters():
-            state = optimizer.state.get(parameter, {})
-            begin = tuple(each.start for each in _block(parameter))
-            for key in MOMENTS if state and _is_first_copy(parameter) else ():
-                if (moment := _local(state[key])).numel():
-                    pieces[f"{name}.{key}"] = Piece(_on_host(moment), begin)
-            if state and is_main():
-                pieces[f"{name}.step"] = Piece(_on_host(_local(state["step"])), ())
-    return pieces
-
-
-def _copies(parameter: Tensor) -> list[int]:
-    """The dimensions of its mesh along which ranks hold the same of a parameter."""
-    placements = parameter.placements if isinstance(parameter, DTensor) else ()
-    return [number for number, placement in enumerate(placements) if placement.is_replicate()]
-
-
-def _is_first_copy(parameter: Tensor) -> bool:
-    """Whether this rank's part is of the first of the parameter's copies."""
-    copies = _copies(parameter)
-    return not any(copies and parameter.device_mesh.get_coordinate()[each] for each in copies)
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=world_size() > 1)
-
-
-def load_optimizer_state(
-    model: Transformer, optimizer: Optimizer, tensors: Mapping[str, Sliced]
-) -> None:
-    """Put the state that was saved into a new optimizer, for any number of ranks.
-
-    `tensors` are whole, or lie in files (`pieces.open_pieces`): each rank takes its own part. Of a
-    model that was never stepped there are none. Raises ValueError where they are not this model's,
-    or not all of them.
-    """
-    _reshard(model)
-    parameters = dict(model.named_parameters())
-    unknown = sorted({key.rpartition(".")[0] for key in tensors} - set(parameters))
-    if unknown:
-        raise ValueError(
-            f"the optimizer state has {unknown[0]}, which the model has not; resume with the "
-            "model that it was saved with"
-        )
-    wanted = {f"{name}.{key}" for name in parameters for key in ("step", *MOMENTS)}
-    if tensors and (missing := sorted(wanted - set(tensors))):
-        raise ValueError(
-            f"the optimizer state has no {missing[0]}; moments that began anew would make another "
-            "run of it: resume from a checkpoint that is whole"
-        )
-    # A fused optimizer counts its steps where the weights are, any other on the CPU.
-    fused = {p for group in optimizer.param_groups if group["fused"] for p in group["params"]}
-    for name, parameter in parameters.items() if tensors else ():
-        device = parameter.device if parameter in fused else "cpu"
-        state = {"step": tensors[f"{name}.step"][()].to(device, copy=True)}
-        for moment in MOMENTS:
-            state[moment] = _like(parameter, tensors[f"{name}.{moment}"], f"{name}.{moment}")
-        optimizer.state[parameter] = state
-    with at_hand(optimizer):
-        pass  # they are put where they belong between steps
-
-
-def _like(parameter: Tensor, whole: Sliced, name: str) -> Tensor:
-    """A copy of this rank's part of `whole`, sharded and placed as the parameter is."""
-    if tuple(whole.shape) != tuple(parameter.shape):
-        raise ValueError(
-            f"{name} is {tuple(whole.shape)} where the model's is {tuple(parameter.shape)}; "
-            "resume with the model that it was saved with"
-        )
-    kept = torch.empty_like(_local(parameter).detach()).copy_(whole[_block(parameter)])
-    if not isinstance(parameter, DTensor):
-        return kept
-    return DTensor.from_local(
-        kept,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-
-
-def _block(parameter: Tensor) -> Block:
-    """Which part of the whole parameter is here."""
-    shape, begin = tuple(parameter.shape), (0,) * parameter.dim()
-    if isinstance(parameter, DTensor):
-        shape, begin = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-    return tuple(slice(b, b + size) for b, size in zip(begin, shape, strict=True))
 
 
 def begin_pass(model: Transformer, *, is_last: bool) -> None:
@@ -388,13 +288,12 @@ def begin_pass(model: Transformer, *, is_last: bool) -> None:
 def clip_gradients(model: Transformer, max_norm: float) -> float:
     """Scale all gradients so that their norm over all ranks is at most `max_norm`; returns
     the norm before."""
-    _reshard(model)
+    reshard(model)
     trained = [p for p in model.parameters() if p.grad is not None]
-    gradients = [_local(p.grad) for p in trained if p.grad is not None]
+    gradients = [local(p.grad) for p in trained if p.grad is not None]
     squares = torch.stack(torch._foreach_norm(gradients)).square()
-    if _sharded_modules(model):
-        copies = [math.prod(p.device_mesh.size(each) for each in _copies(p)) for p in trained]
-        squares = all_sum((squares / squares.new_tensor(copies)).sum())
+    if sharded_modules(model):
+        squares = all_sum((squares / squares.new_tensor([copies(p) for p in trained])).sum())
     norm = squares.sum().sqrt()
     torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return float(norm)

@@ -61,7 +61,9 @@ def wait_at_most(seconds: float) -> None:
 
 def patient(*groups: Any) -> None:
     """Let the ranks of new process groups wait as long as `wait_at_most` said."""
-    for group in groups if _seconds is not None else ():
+    if _seconds is None:
+        return
+    for group in groups:
         if dist.get_backend(group) != "fake":
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=_seconds), group)
 

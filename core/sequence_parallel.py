@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
     parallelize_module,
@@ -26,7 +27,7 @@ from torch.nn.functional import pad
 
 from puna.core import ops
 from puna.core.generation.kv_cache import KVCache
-from puna.core.model import RMSNorm, Rotary, Transformer
+from puna.core.model import Block, RMSNorm, Rotary, Transformer
 
 Replace = Callable[[nn.Module, Callable[..., Tensor]], None]
 
@@ -37,6 +38,7 @@ def cut(model: Transformer, mesh: DeviceMesh, replace: Replace) -> None:
     # It warns, on every rank, that a parameter cut twice is gathered in two steps: as it is here.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     for block in model.model.layers:
+        assert isinstance(block, Block)
         parallelize_module(block, mesh, _plan())
         for norm in (block.input_layernorm, block.post_attention_layernorm):
             distribute_module(norm, mesh)
@@ -46,7 +48,7 @@ def cut(model: Transformer, mesh: DeviceMesh, replace: Replace) -> None:
     replace(model.model, functools.partial(_in_parts, model.model.forward, mesh))
 
 
-def _plan() -> dict[str, ColwiseParallel | RowwiseParallel | PrepareModuleInput]:
+def _plan() -> dict[str, ParallelStyle]:
     def whole_tokens(others: int) -> PrepareModuleInput:
         rest = (None,) * others
         return PrepareModuleInput(
@@ -69,8 +71,9 @@ def _plan() -> dict[str, ColwiseParallel | RowwiseParallel | PrepareModuleInput]
 def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
     """Of this rank's tokens: the kernels take plain tensors, and the weight's gradient is a
     summand. (PyTorch's SequenceParallel would hand them a distributed one.)"""
-    weight = norm.weight.to_local(grad_placements=[Partial()])
-    return ops.rms_norm(x, weight, eps=norm.eps)
+    weight: Tensor = norm.weight
+    assert isinstance(weight, DTensor)
+    return ops.rms_norm(x, weight.to_local(grad_placements=[Partial()]), eps=norm.eps)
 
 
 def _own_tokens(embed: Callable[..., Tensor], mesh: DeviceMesh, tokens: Tensor) -> Tensor:

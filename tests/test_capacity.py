@@ -20,6 +20,7 @@ from puna.trainers.capacity import fitting, memory, phases, plan
 from puna.trainers.capacity.devices import DEVICES, usable
 from puna.trainers.capacity.memory import Setting
 from puna.trainers.train import loop
+from puna.trainers.train.layout import Parallel
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,7 +40,7 @@ def tracked(setting: Setting, head: str, monkeypatch: pytest.MonkeyPatch) -> dic
     stage, step = ("pretrain", language_step) if head == "lm" else ("reward_safety", reward_step)
     config = config_of(f"7b/{stage}.toml")
     config.device, config.dtype, config.micro_batch = "cpu", setting.dtype, 1
-    config.activation_checkpointing = setting.checkpointing
+    config.parallel.checkpointing, config.parallel.tp = setting.checkpointing, setting.tp
     with fake_ranks(monkeypatch, setting.ranks):
         model = loop.load(fresh(setting.shape, 0, head), config)
         # Not fused: the tracker takes a fused optimizer's state for something else.
@@ -60,20 +61,20 @@ def tracked(setting: Setting, head: str, monkeypatch: pytest.MonkeyPatch) -> dic
 @pytest.mark.parametrize(
     ("name", "ranks", "head", "checkpointing"),
     [
-        ("7b", 8, "lm", False),
-        ("7b", 64, "lm", True),
-        ("13b", 64, "score", True),
-        ("34b", 128, "lm", True),
-        ("70b", 64, "lm", True),
-        ("70b", 512, "lm", True),
-        pytest.param("70b", 2048, "lm", True, marks=pytest.mark.slow),
+        ("7b", 8, "lm", "none"),
+        ("7b", 64, "lm", "full"),
+        ("13b", 64, "score", "full"),
+        ("34b", 128, "lm", "full"),
+        ("70b", 64, "lm", "full"),
+        ("70b", 512, "lm", "full"),
+        pytest.param("70b", 2048, "lm", "full", marks=pytest.mark.slow),
     ],
 )
 def test_a_step_takes_what_pytorch_counts(
     name: str,
     ranks: int,
     head: str,
-    checkpointing: bool,
+    checkpointing: str,
     layers: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -132,7 +133,7 @@ def test_shipped_recipes(recipe: str, gpus: int, fits: bool) -> None:
 def test_copies_of_a_model_hold_it_so_often() -> None:
     _, settings = plan.stage_of("7b/pretrain.toml")
     one = phases.training(settings, size("7b"), 8)["train"]
-    copies = dataclasses.replace(settings, replicate=4)
+    copies = dataclasses.replace(settings, parallel=Parallel(replicate=4))
     four = phases.training(copies, size("7b"), 32)["train"]
     assert four == {**one, "activations": four["activations"]}
     assert plan.cannot("pretrain", copies, size("7b"), 2) == (
@@ -158,8 +159,13 @@ def test_the_change_that_is_offered_fits_and_no_smaller_one_does() -> None:
 @pytest.mark.parametrize(
     ("recipe", "gpus", "message"),
     [
-        ("70b/ppo.toml", 128, "minibatch = 64 cannot be shared equally by 128 ranks; 64 GPUs fit"),
-        ("70b/pretrain.toml", 2048, "batch = 1024 cannot be shared equally by 2,048 ranks"),
+        ("70b/ppo.toml", 128, "64 cannot be shared equally by 128 ranks; [parallel] tp = 2 fits"),
+        ("70b/ppo.toml", 1024, "64 cannot be shared equally by 1,024 ranks; 512 GPUs with"),
+        (
+            "70b/pretrain.toml",
+            2048,
+            "1024 cannot be shared equally by 2,048 ranks; [parallel] tp =",
+        ),
         ("70b/ppo.toml", 4, "sampling_tp = 8 divides not all of 4 ranks"),
     ],
 )
