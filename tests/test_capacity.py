@@ -144,7 +144,9 @@ def test_copies_of_a_model_hold_it_so_often() -> None:
 def test_the_change_that_is_offered_fits_and_no_smaller_one_does() -> None:
     stage, settings = plan.stage_of("70b/ppo.toml")
     shape, device = size("70b"), DEVICES["a100-80"]
-    assert plan.smallest_change(stage, settings, shape, 32, device) == "64 GPUs fit"
+    offloaded = "[parallel] offload = true fits"
+    assert plan.smallest_change(stage, settings, shape, 32, device) == offloaded
+    assert plan.smallest_change(stage, settings, shape, 8, device) == "64 GPUs fit"
     settings.sampling_tp = 1
     offered = phases.smaller(settings)
     change = plan.smallest_change(stage, settings, shape, 64, device)
@@ -160,7 +162,11 @@ def test_the_change_that_is_offered_fits_and_no_smaller_one_does() -> None:
     ("recipe", "gpus", "message"),
     [
         ("70b/ppo.toml", 128, "64 cannot be shared equally by 128 ranks; [parallel] tp = 2 fits"),
-        ("70b/ppo.toml", 1024, "64 cannot be shared equally by 1,024 ranks; 512 GPUs with"),
+        (
+            "70b/ppo.toml",
+            1024,
+            "512 cannot be shared equally by 1,024 ranks; 512 GPUs with [parallel] tp = 8 fit",
+        ),
         (
             "70b/pretrain.toml",
             2048,

@@ -159,16 +159,21 @@ def refusal(need: Need, device: Device) -> str | None:
 def smallest_change(
     stage: str, settings: Any, shape: ModelConfig, gpus: int, device: Device
 ) -> str:
-    """The first change that fits: of the recipe, then of the number of GPUs, then of both."""
+    """The first change that fits: of the recipe, then more GPUs, then fewer, then more of both."""
     for changed, other in phases.smaller(settings):
         if refusal(need_of(stage, other, shape, gpus), device) is None:
             return f"{changed} fits"
-    counts = [count for count in powers(MOST_GPUS) if count != gpus]
-    counts.sort(key=lambda count: (count < gpus, count))
-    for count in counts:
+    counts = powers(MOST_GPUS)
+    for count in [each for each in counts if each > gpus]:
         if refusal(need_of(stage, settings, shape, count), device) is None:
             return f"{count:,} GPUs fit"
-    for count in sorted(counts):
+    for count in [each for each in reversed(counts) if each < gpus]:
+        if refusal(need_of(stage, settings, shape, count), device) is None:
+            return f"{count:,} GPUs fit"
+        for changed, other in phases.smaller(settings):
+            if refusal(need_of(stage, other, shape, count), device) is None:
+                return f"{count:,} GPUs with {changed} fit"
+    for count in counts:
         for changed, other in reversed(phases.smaller(settings)):
             if refusal(need_of(stage, other, shape, count), device) is None:
                 return f"{count:,} GPUs with {changed} fit"
