@@ -59,15 +59,16 @@ def tracked(setting: Setting, head: str, monkeypatch: pytest.MonkeyPatch) -> dic
 
 @pytest.mark.parametrize("layers", [3, 4])
 @pytest.mark.parametrize(
-    ("name", "ranks", "head", "checkpointing"),
+    ("name", "ranks", "head", "checkpointing", "tp"),
     [
-        ("7b", 8, "lm", "none"),
-        ("7b", 64, "lm", "full"),
-        ("13b", 64, "score", "full"),
-        ("34b", 128, "lm", "full"),
-        ("70b", 64, "lm", "full"),
-        ("70b", 512, "lm", "full"),
-        pytest.param("70b", 2048, "lm", "full", marks=pytest.mark.slow),
+        ("7b", 8, "lm", "none", 1),
+        ("7b", 64, "lm", "full", 1),
+        ("13b", 64, "score", "full", 1),
+        ("34b", 128, "lm", "full", 1),
+        ("70b", 64, "lm", "full", 1),
+        ("70b", 512, "lm", "full", 1),
+        ("70b", 64, "lm", "selective", 8),
+        pytest.param("70b", 2048, "lm", "full", 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_step_takes_what_pytorch_counts(
@@ -75,12 +76,13 @@ def test_a_step_takes_what_pytorch_counts(
     ranks: int,
     head: str,
     checkpointing: str,
+    tp: int,
     layers: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Kind by kind, but for activations: the CPU's plain operations keep more than the kernels."""
     shape = dataclasses.replace(size(name), n_layers=layers)
-    setting = Setting(shape, ranks, "bf16", checkpointing)
+    setting = Setting(shape, ranks, "bf16", checkpointing, tp)
     found = tracked(setting, head, monkeypatch)
     ours = memory.trained(setting, head) | memory.step(setting, 64, head)
     sides = {
@@ -222,6 +224,50 @@ def test_the_table_of_gpus_is_what_the_plan_says() -> None:
     for stage in ("pretrain", "sft", "reward_helpfulness", "rejection", "gatt", "distill", "ppo"):
         (row,) = re.findall(rf"^\| `{stage}.toml` \| (.*) \|$", text, re.M)
         assert row.split(" | ") == [str(plan.fewest(f"{name}/{stage}.toml")) for name in SIZES]
+
+
+def test_the_table_of_70b_is_what_the_plan_says() -> None:
+    """docs/scale.md: GB of a rank, and the least `tp` that runs."""
+    text = (ROOT / "docs" / "scale.md").read_text()
+    (table,) = re.findall(r"\| GPUs \|.*\n\|---\|---\|---\|\n((?:\|.*\n)+)", text)
+    for row in table.splitlines():
+        gpus, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        for stage, cell in zip(("pretrain", "ppo"), cells, strict=True):
+            assert cell == least_tp(f"70b/{stage}.toml", int(gpus.replace(",", "")))
+
+
+def least_tp(recipe: str, gpus: int) -> str:
+    stage, settings = plan.stage_of(recipe)
+    for tp in (1, 2, 4, 8):
+        settings.parallel.tp = tp
+        need = plan.need_of(stage, settings, size("70b"), gpus)
+        if plan.refusal(need, DEVICES["a100-80"]) is None:
+            return f"tp = {tp}: " * (tp > 1) + plan.gb(need.most[1])
+    return "no"
+
+
+def test_moments_on_the_host_are_not_on_the_gpu() -> None:
+    _, settings = plan.stage_of("70b/ppo.toml")
+    shape, moments = size("70b"), 2 * 8 * memory.parameters(size("70b")) / 64
+    before = phases.ppo(settings, shape, 64)
+    settings.parallel.offload = True
+    after = phases.ppo(settings, shape, 64)
+    for phase in ("sample", "score", "train policy"):
+        freed = memory.total(before[phase]) - memory.total(after[phase])
+        assert freed == pytest.approx(moments, rel=0.01)
+    assert after["step"]["moments"] == pytest.approx(moments / 2)  # one network's at a time
+    kept = phases.host("ppo", shape, 64, True) - phases.host("ppo", shape, 64)
+    assert kept == pytest.approx(moments)
+
+
+def test_blocks_that_are_computed_again_keep_little() -> None:
+    shape = size("70b")
+    none, some, full = (
+        memory.activations(Setting(shape, 64, "bf16", each), 1)
+        for each in ("none", "selective", "full")
+    )
+    assert some == pytest.approx((none + full) / 2, rel=0.05)
+    assert memory.activations(Setting(shape, 64, "bf16", "none", 8), 1) < none / 3
 
 
 def test_parts_of_a_shared_model_are_as_large_as_planned() -> None:

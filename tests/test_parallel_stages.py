@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -218,7 +219,7 @@ def on_ranks(ranks: int, folder: Path, jobs: dict[str, list[str]]) -> None:
     subprocess.run(
         [*command, f"--nproc-per-node={ranks}", __file__, str(folder / "stages.json")],
         check=True,
-        timeout=300,
+        timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
@@ -234,6 +235,33 @@ def one(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
         return folder / stage
 
     return alone
+
+
+def test_a_run_goes_on_in_another_layout(inputs: Path, tmp_path: Path) -> None:
+    """In the same one with the same numbers to the last bit."""
+    same = ["--schedule", "constant", "--save-every", "4"]
+    tp, copies = ["--parallel.tp", "2"], ["--parallel.replicate", "2"]
+
+    def sft(name: str, epochs: str, *more: str) -> list[str]:
+        own = [word if word != "2" or flag != "--epochs" else epochs for flag, word in flags]
+        return [*own, *same, *more, "--out", str(tmp_path / name)]
+
+    words = arguments("sft", inputs, tmp_path)[:-2]
+    words = [word for word in words if word not in ("--save-every", "1000")]
+    flags = list(zip(["", *words], words, strict=False))
+    first = {"half": sft("half", "1", *tp), "plain": sft("plain", "1"), "all": sft("all", "2", *tp)}
+    on_ranks(2, tmp_path, {f"sft-{name}": argv for name, argv in first.items()})
+    layouts = {"same": tp, "sharded": [], "copies": copies}
+    for name in layouts:
+        shutil.copytree(tmp_path / "half", tmp_path / name)
+    again = {name: sft(name, "2", "--amend", *layout) for name, layout in layouts.items()}
+    again["plain"] = sft("plain", "2", "--amend", *tp)
+    on_ranks(2, tmp_path, {f"sft-{name}": argv for name, argv in again.items()})
+    expected = metrics(tmp_path / "all")
+    assert len(expected) > len(metrics(tmp_path / "half")) > 5
+    assert metrics(tmp_path / "same") == expected
+    for name in ("sharded", "copies", "plain"):
+        assert_same_rows(metrics(tmp_path / name), expected)
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
