@@ -1,4 +1,5 @@
-"""Parallelism applied to a model from outside: FSDP2 over all processes that torchrun started.
+"""Parallelism applied to a model from outside: FSDP2 over all processes that torchrun started, and
+tensor parallelism inside of it.
 
 The model file knows nothing of it. One process, no group: every function here is then the
 plain thing. Gradients are summed over the ranks, not averaged, since the loss is divided by

@@ -176,9 +176,11 @@ def smaller(config: loop.TrainConfig) -> list[tuple[str, Any]]:
         for tp in (2, 4, 8):
             if tp > config.sampling_tp:
                 offer(sampling_tp=tp)
-    for tp in (2, 4, 8):
-        if tp > config.parallel.tp:
-            lay_out(tp=tp)
+    own = config.parallel.tp
+    for tp in (*(tp for tp in (2, 4, 8) if tp > own), *(tp for tp in (8, 4, 2, 1) if tp < own)):
+        lay_out(tp=tp)
+    if config.parallel.replicate > 1:
+        lay_out(replicate=1)
     if not config.parallel.offload:
         lay_out(offload=True)
     lay_out(checkpointing="full", offload=True)
