@@ -19,14 +19,18 @@ def offload(optimizer: Optimizer) -> None:
     optimizer.__dict__["on_host"] = {}
 
 
+def is_offloaded(optimizer: Optimizer) -> bool:
+    return "on_host" in optimizer.__dict__
+
+
 @contextmanager
 def at_hand(optimizer: Optimizer) -> Iterator[None]:
     """The optimizer's moments where the weights are, until the block ends: brought from the host,
     and put back, where they are kept there."""
-    kept: dict[Tensor, Tensor] | None = optimizer.__dict__.get("on_host")
-    if kept is None:
+    if not is_offloaded(optimizer):
         yield
         return
+    kept: dict[Tensor, Tensor] = optimizer.__dict__["on_host"]
     for moment, copy in kept.items():
         moment.untyped_storage().resize_(moment.nbytes)
         moment.copy_(copy)

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from puna.core.checkpoint.pieces import Piece, Sliced
 from puna.core.model import Transformer
-from puna.core.offload import MOMENTS, at_hand
+from puna.core.offload import MOMENTS, at_hand, is_offloaded
 from puna.core.ranks import is_main, world_size
 from puna.core.sharded import is_first_copy, local, own_part, reshard
 
@@ -23,20 +23,22 @@ def optimizer_state(model: Transformer, optimizer: Optimizer) -> dict[str, Piece
     """
     reshard(model)
     pieces: dict[str, Piece] = {}
+    # What is put away again, or changes while it is written, has to be copied.
+    copy = world_size() > 1 or is_offloaded(optimizer)
     with at_hand(optimizer):
         for name, parameter in model.named_parameters():
             state = optimizer.state.get(parameter, {})
             begin = tuple(each.start for each in own_part(parameter))
             for key in MOMENTS if state and is_first_copy(parameter) else ():
                 if (moment := local(state[key])).numel():
-                    pieces[f"{name}.{key}"] = Piece(_on_host(moment), begin)
+                    pieces[f"{name}.{key}"] = Piece(_on_host(moment, copy), begin)
             if state and is_main():
-                pieces[f"{name}.step"] = Piece(_on_host(local(state["step"])), ())
+                pieces[f"{name}.step"] = Piece(_on_host(local(state["step"]), copy), ())
     return pieces
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=world_size() > 1)
+def _on_host(tensor: Tensor, copy: bool) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=copy)
 
 
 def load_optimizer_state(

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from puna.core import offload as offloading
-from puna.core import ops, parallel
+from puna.core import ops, parallel, tensor_parallel
 from puna.core.checkpoint.source import fresh
 from puna.core.config import ModelConfig
 from puna.core.generation.generate import generate
@@ -249,6 +249,9 @@ def test_moments_are_on_the_host_between_steps() -> None:
 
 def test_ranks_that_cannot_hold_so_many_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "world_size", lambda: 4)
+    monkeypatch.setattr(tensor_parallel.ranks, "world_size", lambda: 4)
+    with pytest.raises(ValueError, match="replicate is 3 and there are 4 ranks, no multiple"):
+        parallel.prepare(Transformer(CONFIG), replicate=3)
     with pytest.raises(ValueError, match="replicate is 2 and tp 4, together 8, and there are 4"):
         parallel.prepare(Transformer(FOURS), replicate=2, tp=4)
     with pytest.raises(ValueError, match="replicate is 3 and there are 4 ranks, no multiple"):

@@ -294,11 +294,11 @@ def test_two_ranks_write_the_metrics_of_one(
 
 
 @pytest.mark.parametrize("stage", TOGETHER)
+@pytest.mark.parametrize("ranks", ["two", pytest.param("four", marks=pytest.mark.slow)])
 def test_ranks_that_work_on_the_same_rows_write_the_metrics_of_one(
-    two: Path, four: Path, one: Callable[[str], Path], stage: str
+    request: pytest.FixtureRequest, one: Callable[[str], Path], ranks: str, stage: str
 ) -> None:
-    for folder in (two, four):
-        assert_same_run(folder / f"{stage}-tp", one(stage))
+    assert_same_run(request.getfixturevalue(ranks) / f"{stage}-tp", one(stage))
 
 
 def test_two_ranks_go_through_the_versions_as_one(inputs: Path, two: Path, tmp_path: Path) -> None:
