@@ -1,4 +1,5 @@
-"""Parallelism applied to a model from outside: FSDP2 over all processes that torchrun started.
+"""Parallelism applied to a model from outside: FSDP2 over all processes that torchrun started, and
+tensor parallelism inside of it.
 
 The model file knows nothing of it. One process, no group: every function here is then the
 plain thing. Gradients are summed over the ranks, not averaged, since the loss is divided by
@@ -9,24 +10,23 @@ the end of that backward.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from puna.core import tensor_parallel
-from puna.core.checkpoint.pieces import Block, Piece, Sliced
+from puna.core import sequence_parallel, tensor_parallel
 from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer, check_parameters
+from puna.core.offload import MOMENTS as MOMENTS
+from puna.core.optimizer_state import load_optimizer_state as load_optimizer_state
+from puna.core.optimizer_state import optimizer_state as optimizer_state
 from puna.core.plain import HOOKS, altered
 from puna.core.ranks import all_max as all_max
 from puna.core.ranks import all_sum as all_sum
@@ -39,12 +39,19 @@ from puna.core.ranks import init as init
 from puna.core.ranks import is_main as is_main
 from puna.core.ranks import on_all as on_all
 from puna.core.ranks import on_main as on_main
+from puna.core.ranks import patient
 from puna.core.ranks import rank as rank
 from puna.core.ranks import same as same
 from puna.core.ranks import wait_at_most as wait_at_most
 from puna.core.ranks import world_size as world_size
+from puna.core.sharded import copies, full, local, own_part, reshard, sharded_modules
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+
+class Share(NamedTuple):
+    """Which part of the rows: one of `ranks` equal ones."""
+
+    rank: int
+    ranks: int
 
 
 @torch.no_grad()
@@ -63,7 +70,7 @@ def load(
     model = prepare(model, device=device, **options).to_empty(device=device)
     parameters = dict(model.named_parameters())
     for name, tensor in source.tensors():
-        _local(parameters[name]).copy_(tensor[_block(parameters[name])])
+        local(parameters[name]).copy_(tensor[own_part(parameters[name])])
     return model
 
 
@@ -72,70 +79,107 @@ def prepare(
     *,
     device: torch.device | str | None = None,
     compute_dtype: torch.dtype | None = None,
-    activation_checkpointing: bool = False,
+    checkpointing: str = "none",
     compile: bool = False,
     sampling_tp: int = 1,
     replicate: int = 1,
+    tp: int = 1,
 ) -> Transformer:
     """The model made ready to train on all ranks, in place; `load` also reads its weights.
 
-    Activation checkpointing -> compile -> FSDP2, each a block at a time. Weights stay in the
-    dtype they are in (fp32); `compute_dtype` is what they are gathered and multiplied in, with
-    gradients reduced in fp32. On one rank FSDP2 does that cast too, over a group of one;
-    without a `compute_dtype` one rank needs no FSDP2. `device` says where a model on "meta" is
-    going to be. `sampling_tp` neighbouring ranks share what `gathered` yields; ValueError where the
-    model or the ranks cannot be shared out so. With `replicate` copies of the model, each is
-    sharded over neighbouring ranks, one machine's, and gradients are also summed over the copies
-    (HSDP); ValueError where the ranks are no multiple of it.
+    Tensor parallelism -> compile -> checkpointing -> FSDP2, the last three a block at a time.
+    Weights stay in the dtype they are in (fp32); `compute_dtype` is what they are gathered and
+    multiplied in, with gradients reduced in fp32. On one rank FSDP2 does that cast too, over a
+    group of one; without a `compute_dtype` one rank needs no FSDP2. `device` says where a model on
+    "meta" is going to be. `checkpointing` "full" recomputes every block in the backward pass,
+    "selective" every second one.
+
+    `tp` neighbouring ranks work on the same tokens, each with a part of every block
+    (`sequence_parallel`). `sampling_tp` neighbouring ranks share what `gathered` yields. With
+    `replicate` copies of the model, each is sharded over neighbouring ranks, one machine's, and
+    gradients are also summed over the copies (HSDP). ValueError where the model or the ranks
+    cannot be shared out so.
     """
     tensor_parallel.check(model.config, sampling_tp)
-    if world_size() % replicate:
+    tensor_parallel.check(model.config, tp, "tp")
+    if world_size() % (replicate * tp):
+        said = f"{replicate} and tp {tp}, together {replicate * tp}," if tp > 1 else f"{replicate}"
         raise ValueError(
-            f"replicate is {replicate} and there are {world_size()} ranks, no multiple of it; take "
+            f"replicate is {said} and there are {world_size()} ranks, no multiple of it; take "
             "a divisor"
         )
-    for block in model.model.layers:
-        if activation_checkpointing:
-            _replace_forward(block, _checkpointed(block.forward))
+    sharded = world_size() > 1 or compute_dtype is not None
+    kind = torch.device(device or model.device).type
+    blocks, root, group = _meshes(kind, replicate, tp) if sharded else (None, None, None)
+    if group is not None:
+        sequence_parallel.cut(model, group, _replace_forward)
+    every = {"none": 0, "selective": 2, "full": 1}[checkpointing]
+    for number, block in enumerate(model.model.layers, 1):
         if compile:
             _replace_forward(block, torch.compile(block.forward))
-    if world_size() == 1 and compute_dtype is None:
+        if every and number % every == 0:
+            _replace_forward(block, _checkpointed(block.forward))
+    if not sharded:
         return model
-    kind = torch.device(device or model.device).type
-    if not dist.is_initialized():
-        backend = "nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    copies = (replicate,) if replicate > 1 else ()
-    mesh = init_device_mesh(
-        kind,
-        (*copies, world_size() // replicate),
-        mesh_dim_names=("replicate", "shard") if copies else ("shard",),
-    )
     # Inputs are left as they are: the embedding is in the compute dtype, RoPE's tables are fp32.
     policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for module in _sharded_modules(model):
+        fully_shard(block, mesh=blocks, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(model, mesh=root, mp_policy=policy, reshard_after_forward=False)
+    for module in sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     model.__dict__ |= {
         "compute_dtype": compute_dtype,
         "sampling_tp": sampling_tp,
         "replicate": replicate,
+        "tp": tp,
     }
     return model
+
+
+def _meshes(kind: str, replicate: int, tp: int) -> tuple[DeviceMesh, DeviceMesh, DeviceMesh | None]:
+    """What blocks are sharded over, what embedding, final norm and head are (all ranks of a copy),
+    and the ranks that work on the same tokens."""
+    if not dist.is_initialized():
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    outer, names = ((replicate,), ("replicate",)) if replicate > 1 else ((), ())
+    size = world_size() // replicate
+    root = init_device_mesh(kind, (*outer, size), mesh_dim_names=(*names, "shard"))
+    if tp == 1:
+        patient(*root.get_all_groups())
+        return root, root, None
+    dims = (*names, "shard", "tp")
+    mesh = init_device_mesh(kind, (*outer, size // tp, tp), mesh_dim_names=dims)
+    patient(*root.get_all_groups(), *mesh.get_all_groups())
+    return mesh[dims[:-1]], root, mesh["tp"]
+
+
+def share(tp: int = 1) -> Share:
+    """This rank's share of the rows, where `tp` neighbouring ranks work on the same ones."""
+    return Share(rank() // tp, world_size() // tp)
+
+
+def tp_of(model: Transformer) -> int:
+    """How many neighbouring ranks work on the same rows."""
+    return model.__dict__.get("tp", 1)
+
+
+def counted(number: int, model: Transformer) -> int:
+    """The sum over all ranks that have rows of their own."""
+    return int(all_sum(torch.tensor(number))) // tp_of(model)
 
 
 def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def _replace_forward(block: nn.Module, forward: Callable[..., Tensor]) -> None:
+def _replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
     """Put `forward` before the class's own: unlike a wrapper module it renames no parameter,
     and FSDP2's hooks stay outside what is recomputed or compiled. Noted as `prepared`: itself,
     and what somebody else had put there before."""
-    own = block.__dict__
+    own = module.__dict__
     before = own["prepared"][1] if "prepared" in own else own.get("forward")
     own["prepared"] = forward, before
     own["forward"] = forward
@@ -143,8 +187,8 @@ def _replace_forward(block: nn.Module, forward: Callable[..., Tensor]) -> None:
 
 @contextmanager
 def _unprepared(model: Transformer) -> Iterator[None]:
-    """The blocks without checkpointing and compile, but with what others have changed."""
-    prepared = [block.__dict__ for block in model.model.layers if _is_prepared(block)]
+    """The modules without what `prepare` put before them, but with what others have changed."""
+    prepared = [module.__dict__ for module in model.modules() if _is_prepared(module)]
     for own in prepared:
         before = own["prepared"][1]
         own.pop("forward") if before is None else own.update(forward=before)
@@ -155,19 +199,9 @@ def _unprepared(model: Transformer) -> Iterator[None]:
             own["forward"] = own["prepared"][0]
 
 
-def _is_prepared(block: nn.Module) -> bool:
-    own = block.__dict__
+def _is_prepared(module: nn.Module) -> bool:
+    own = module.__dict__
     return "prepared" in own and own.get("forward") is own["prepared"][0]
-
-
-def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-def _reshard(model: nn.Module) -> None:
-    """Register the sharded parameters: a forward without gradients leaves the root's whole."""
-    for module in _sharded_modules(model):
-        module.reshard()
 
 
 @contextmanager
@@ -187,10 +221,10 @@ def gathered(model: Transformer) -> Iterator[Transformer]:
         return
     with _unprepared(model):
         _check_copyable(model)
-    _reshard(model)
+    reshard(model)
     dtype = model.__dict__["compute_dtype"]
     tensors = (
-        (name, _full(parameter.detach().to(dtype or parameter.dtype)))
+        (name, full(parameter.detach().to(dtype or parameter.dtype)))
         for name, parameter in model.named_parameters()
     )
     size = model.__dict__["sampling_tp"]
@@ -217,21 +251,14 @@ def _check_copyable(model: Transformer) -> None:
 
 
 def _altered_beside_fsdp(module: nn.Module) -> str | None:
-    """`altered`, but for the class and the hooks that fully_shard gives a module."""
-    if not isinstance(module, FSDPModule):
-        return altered(module)
+    """`altered`, but for the class and the hooks that PyTorch's parallelism gives a module."""
     hooks = [hook for name in HOOKS for hook in module.__dict__[name].values()]
-    if any(not hook.__module__.startswith("torch.distributed.") for hook in hooks):
+    ours = [hook for hook in hooks if hook.__module__.startswith("torch.distributed.")]
+    if len(ours) < len(hooks):
         return "it has a hook"
+    if not ours and not isinstance(module, FSDPModule):
+        return altered(module)
     return "its forward was replaced" if "forward" in module.__dict__ else None
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_parameters(
@@ -244,106 +271,11 @@ def full_parameters(
     adapters are not merged.
     """
     check_parameters(model)
-    _reshard(model)
+    reshard(model)
     for name, parameter in model.named_parameters():
-        whole = _full(parameter.detach())
+        whole = full(parameter.detach())
         if wanted(name):
             yield name, whole.cpu()
-
-
-def optimizer_state(model: Transformer, optimizer: Optimizer) -> dict[str, Piece]:
-    """This rank's pieces of AdamW's state, on the CPU: `<parameter>.exp_avg`, `.exp_avg_sq` and, on
-    rank 0, `.step`. Of several ranks they are copies, to be written while training goes on.
-
-    What has had no gradient yet has no state and no entry; of several copies of the model the first
-    has all.
-    """
-    _reshard(model)
-    pieces: dict[str, Piece] = {}
-    if not _is_first_copy(model):
-        return pieces
-    for name, parameter in model.named_parameters():
-        state = optimizer.state.get(parameter, {})
-        begin = tuple(each.start for each in _block(parameter))
-        for key in MOMENTS if state else ():
-            if (moment := _local(state[key])).numel():
-                pieces[f"{name}.{key}"] = Piece(_on_host(moment), begin)
-        if state and is_main():
-            pieces[f"{name}.step"] = Piece(_on_host(_local(state["step"])), ())
-    return pieces
-
-
-def _is_first_copy(model: Transformer) -> bool:
-    """Whether this rank's part is of the first of `replicate` copies."""
-    copies = model.__dict__.get("replicate", 1)
-    return rank() < world_size() // copies
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=world_size() > 1)
-
-
-def load_optimizer_state(
-    model: Transformer, optimizer: Optimizer, tensors: Mapping[str, Sliced]
-) -> None:
-    """Put the state that was saved into a new optimizer, for any number of ranks.
-
-    `tensors` are whole, or lie in files (`pieces.open_pieces`): each rank takes its own part. Of a
-    model that was never stepped there are none. Raises ValueError where they are not this model's,
-    or not all of them.
-    """
-    _reshard(model)
-    parameters = dict(model.named_parameters())
-    unknown = sorted({key.rpartition(".")[0] for key in tensors} - set(parameters))
-    if unknown:
-        raise ValueError(
-            f"the optimizer state has {unknown[0]}, which the model has not; resume with the "
-            "model that it was saved with"
-        )
-    wanted = {f"{name}.{key}" for name in parameters for key in ("step", *MOMENTS)}
-    if tensors and (missing := sorted(wanted - set(tensors))):
-        raise ValueError(
-            f"the optimizer state has no {missing[0]}; moments that began anew would make another "
-            "run of it: resume from a checkpoint that is whole"
-        )
-    # A fused optimizer counts its steps where the weights are, any other on the CPU.
-    fused = {p for group in optimizer.param_groups if group["fused"] for p in group["params"]}
-    for name, parameter in parameters.items() if tensors else ():
-        device = parameter.device if parameter in fused else "cpu"
-        state = {"step": tensors[f"{name}.step"][()].to(device, copy=True)}
-        for moment in MOMENTS:
-            state[moment] = _like(parameter, tensors[f"{name}.{moment}"], f"{name}.{moment}")
-        optimizer.state[parameter] = state
-
-
-def _like(parameter: Tensor, whole: Sliced, name: str) -> Tensor:
-    """A copy of this rank's part of `whole`, sharded and placed as the parameter is."""
-    if tuple(whole.shape) != tuple(parameter.shape):
-        raise ValueError(
-            f"{name} is {tuple(whole.shape)} where the model's is {tuple(parameter.shape)}; "
-            "resume with the model that it was saved with"
-        )
-    kept = torch.empty_like(_local(parameter).detach()).copy_(whole[_block(parameter)])
-    if not isinstance(parameter, DTensor):
-        return kept
-    return DTensor.from_local(
-        kept,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-
-
-def _block(parameter: Tensor) -> Block:
-    """Which part of the whole parameter is here."""
-    shape, begin = tuple(parameter.shape), (0,) * parameter.dim()
-    if isinstance(parameter, DTensor):
-        shape, begin = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-    return tuple(slice(b, b + size) for b, size in zip(begin, shape, strict=True))
 
 
 def begin_pass(model: Transformer, *, is_last: bool) -> None:
@@ -357,11 +289,12 @@ def begin_pass(model: Transformer, *, is_last: bool) -> None:
 def clip_gradients(model: Transformer, max_norm: float) -> float:
     """Scale all gradients so that their norm over all ranks is at most `max_norm`; returns
     the norm before."""
-    _reshard(model)
-    gradients = [_local(p.grad) for p in model.parameters() if p.grad is not None]
-    squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
-    if _sharded_modules(model):
-        squares = all_sum(squares) / model.__dict__["replicate"]  # each copy has them all
-    norm = squares.sqrt()
+    reshard(model)
+    trained = [p for p in model.parameters() if p.grad is not None]
+    gradients = [local(p.grad) for p in trained if p.grad is not None]
+    squares = torch.stack(torch._foreach_norm(gradients)).square()
+    if sharded_modules(model):
+        squares = all_sum((squares / squares.new_tensor([copies(p) for p in trained])).sum())
+    norm = squares.sum().sqrt()
     torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return float(norm)

@@ -23,6 +23,8 @@ LAST_SECONDS = 300.0  # for a worker without torchrun to save a checkpoint befor
 FAILED = "puna/failed"  # in the ranks' common store: "<rank>\n<why>"
 STUCK = "puna/stuck"  # the same: ranks that waited in vain
 
+_seconds: float | None = None  # that ranks wait for each other; None: what PyTorch says
+
 
 def init() -> None:
     """Join the other processes where torchrun started several; nothing otherwise.
@@ -49,9 +51,21 @@ def init() -> None:
 
 
 def wait_at_most(seconds: float) -> None:
-    """Let the ranks wait so long for each other from here on; then they are lost (`is_lost`)."""
+    """Let the ranks wait so long for each other from here on, in all groups that there are and will
+    be; then they are lost (`is_lost`)."""
+    global _seconds
+    _seconds = seconds
     if dist.is_initialized():
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+        patient(*dist.distributed_c10d._world.pg_map)
+
+
+def patient(*groups: Any) -> None:
+    """Let the ranks of new process groups wait as long as `wait_at_most` said."""
+    if _seconds is None:
+        return
+    for group in groups:
+        if dist.get_backend(group) != "fake":
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=_seconds), group)
 
 
 def stop_with_parent() -> None:

@@ -97,7 +97,11 @@ def group_of(size: int) -> Group:
 @lru_cache
 def _process_group(size: int, world: Any) -> Any:
     """Made once for each set of all ranks: NCCL takes seconds."""
-    return dist.new_subgroups(group_size=size)[0] if size < world.size() else world
+    if size == world.size():
+        return world
+    group = dist.new_subgroups(group_size=size)[0]
+    ranks.patient(group)
+    return group
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from puna.trainers.capacity import fitting, memory, phases, plan
 from puna.trainers.capacity.devices import DEVICES, usable
 from puna.trainers.capacity.memory import Setting
 from puna.trainers.train import loop
+from puna.trainers.train.layout import Parallel
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,7 +40,7 @@ def tracked(setting: Setting, head: str, monkeypatch: pytest.MonkeyPatch) -> dic
     stage, step = ("pretrain", language_step) if head == "lm" else ("reward_safety", reward_step)
     config = config_of(f"7b/{stage}.toml")
     config.device, config.dtype, config.micro_batch = "cpu", setting.dtype, 1
-    config.activation_checkpointing = setting.checkpointing
+    config.parallel.checkpointing, config.parallel.tp = setting.checkpointing, setting.tp
     with fake_ranks(monkeypatch, setting.ranks):
         model = loop.load(fresh(setting.shape, 0, head), config)
         # Not fused: the tracker takes a fused optimizer's state for something else.
@@ -58,28 +59,30 @@ def tracked(setting: Setting, head: str, monkeypatch: pytest.MonkeyPatch) -> dic
 
 @pytest.mark.parametrize("layers", [3, 4])
 @pytest.mark.parametrize(
-    ("name", "ranks", "head", "checkpointing"),
+    ("name", "ranks", "head", "checkpointing", "tp"),
     [
-        ("7b", 8, "lm", False),
-        ("7b", 64, "lm", True),
-        ("13b", 64, "score", True),
-        ("34b", 128, "lm", True),
-        ("70b", 64, "lm", True),
-        ("70b", 512, "lm", True),
-        pytest.param("70b", 2048, "lm", True, marks=pytest.mark.slow),
+        ("7b", 8, "lm", "none", 1),
+        ("7b", 64, "lm", "full", 1),
+        ("13b", 64, "score", "full", 1),
+        ("34b", 128, "lm", "full", 1),
+        ("70b", 64, "lm", "full", 1),
+        ("70b", 512, "lm", "full", 1),
+        ("70b", 64, "lm", "selective", 8),
+        pytest.param("70b", 2048, "lm", "full", 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_step_takes_what_pytorch_counts(
     name: str,
     ranks: int,
     head: str,
-    checkpointing: bool,
+    checkpointing: str,
+    tp: int,
     layers: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Kind by kind, but for activations: the CPU's plain operations keep more than the kernels."""
     shape = dataclasses.replace(size(name), n_layers=layers)
-    setting = Setting(shape, ranks, "bf16", checkpointing)
+    setting = Setting(shape, ranks, "bf16", checkpointing, tp)
     found = tracked(setting, head, monkeypatch)
     ours = memory.trained(setting, head) | memory.step(setting, 64, head)
     sides = {
@@ -132,7 +135,7 @@ def test_shipped_recipes(recipe: str, gpus: int, fits: bool) -> None:
 def test_copies_of_a_model_hold_it_so_often() -> None:
     _, settings = plan.stage_of("7b/pretrain.toml")
     one = phases.training(settings, size("7b"), 8)["train"]
-    copies = dataclasses.replace(settings, replicate=4)
+    copies = dataclasses.replace(settings, parallel=Parallel(replicate=4))
     four = phases.training(copies, size("7b"), 32)["train"]
     assert four == {**one, "activations": four["activations"]}
     assert plan.cannot("pretrain", copies, size("7b"), 2) == (
@@ -143,7 +146,9 @@ def test_copies_of_a_model_hold_it_so_often() -> None:
 def test_the_change_that_is_offered_fits_and_no_smaller_one_does() -> None:
     stage, settings = plan.stage_of("70b/ppo.toml")
     shape, device = size("70b"), DEVICES["a100-80"]
-    assert plan.smallest_change(stage, settings, shape, 32, device) == "64 GPUs fit"
+    offloaded = "[parallel] offload = true fits"
+    assert plan.smallest_change(stage, settings, shape, 32, device) == offloaded
+    assert plan.smallest_change(stage, settings, shape, 8, device) == "64 GPUs fit"
     settings.sampling_tp = 1
     offered = phases.smaller(settings)
     change = plan.smallest_change(stage, settings, shape, 64, device)
@@ -158,8 +163,17 @@ def test_the_change_that_is_offered_fits_and_no_smaller_one_does() -> None:
 @pytest.mark.parametrize(
     ("recipe", "gpus", "message"),
     [
-        ("70b/ppo.toml", 128, "minibatch = 64 cannot be shared equally by 128 ranks; 64 GPUs fit"),
-        ("70b/pretrain.toml", 2048, "batch = 1024 cannot be shared equally by 2,048 ranks"),
+        ("70b/ppo.toml", 128, "64 cannot be shared equally by 128 ranks; [parallel] tp = 2 fits"),
+        (
+            "70b/ppo.toml",
+            1024,
+            "512 cannot be shared equally by 1,024 ranks; 512 GPUs with [parallel] tp = 8 fit",
+        ),
+        (
+            "70b/pretrain.toml",
+            2048,
+            "1024 cannot be shared equally by 2,048 ranks; [parallel] tp =",
+        ),
         ("70b/ppo.toml", 4, "sampling_tp = 8 divides not all of 4 ranks"),
     ],
 )
@@ -210,6 +224,50 @@ def test_the_table_of_gpus_is_what_the_plan_says() -> None:
     for stage in ("pretrain", "sft", "reward_helpfulness", "rejection", "gatt", "distill", "ppo"):
         (row,) = re.findall(rf"^\| `{stage}.toml` \| (.*) \|$", text, re.M)
         assert row.split(" | ") == [str(plan.fewest(f"{name}/{stage}.toml")) for name in SIZES]
+
+
+def test_the_table_of_70b_is_what_the_plan_says() -> None:
+    """docs/scale.md: GB of a rank, and the least `tp` that runs."""
+    text = (ROOT / "docs" / "scale.md").read_text()
+    (table,) = re.findall(r"\| GPUs \|.*\n\|---\|---\|---\|\n((?:\|.*\n)+)", text)
+    for row in table.splitlines():
+        gpus, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        for stage, cell in zip(("pretrain", "ppo"), cells, strict=True):
+            assert cell == least_tp(f"70b/{stage}.toml", int(gpus.replace(",", "")))
+
+
+def least_tp(recipe: str, gpus: int) -> str:
+    stage, settings = plan.stage_of(recipe)
+    for tp in (1, 2, 4, 8):
+        settings.parallel.tp = tp
+        need = plan.need_of(stage, settings, size("70b"), gpus)
+        if plan.refusal(need, DEVICES["a100-80"]) is None:
+            return f"tp = {tp}: " * (tp > 1) + plan.gb(need.most[1])
+    return "no"
+
+
+def test_moments_on_the_host_are_not_on_the_gpu() -> None:
+    _, settings = plan.stage_of("70b/ppo.toml")
+    shape, moments = size("70b"), 2 * 8 * memory.parameters(size("70b")) / 64
+    before = phases.ppo(settings, shape, 64)
+    settings.parallel.offload = True
+    after = phases.ppo(settings, shape, 64)
+    for phase in ("sample", "score", "train policy"):
+        freed = memory.total(before[phase]) - memory.total(after[phase])
+        assert freed == pytest.approx(moments, rel=0.01)
+    assert after["step"]["moments"] == pytest.approx(moments / 2)  # one network's at a time
+    kept = phases.host("ppo", shape, 64, True) - phases.host("ppo", shape, 64)
+    assert kept == pytest.approx(moments)
+
+
+def test_blocks_that_are_computed_again_keep_little() -> None:
+    shape = size("70b")
+    none, some, full = (
+        memory.activations(Setting(shape, 64, "bf16", each), 1)
+        for each in ("none", "selective", "full")
+    )
+    assert some == pytest.approx((none + full) / 2, rel=0.05)
+    assert memory.activations(Setting(shape, 64, "bf16", "none", 8), 1) < none / 3
 
 
 def test_parts_of_a_shared_model_are_as_large_as_planned() -> None:

@@ -172,7 +172,7 @@ def test_checkpointing_keeps_a_hook_inside_and_a_forward_put_there_by_others():
         replaced(each, "model.layers.0")
         hooked(each, "model.layers.1.mlp.gate_proj")
     expected = plain_one(tokens)
-    parallel.prepare(model, activation_checkpointing=True)
+    parallel.prepare(model, checkpointing="full")
     assert torch.equal(model(tokens), expected)
     with parallel.gathered(model) as whole:
         assert torch.equal(whole(tokens), expected)
@@ -186,7 +186,7 @@ def group_of_one():
 
 
 def test_a_sharded_model_is_not_sampled_without_its_hook(group_of_one):
-    model = parallel.prepare(build(), compute_dtype=torch.bfloat16, activation_checkpointing=True)
+    model = parallel.prepare(build(), compute_dtype=torch.bfloat16, checkpointing="full")
     with parallel.gathered(model) as whole:
         assert unfit(whole) == "its weights are torch.bfloat16 on cpu, not float32 on the CPU"
     tokens = some_tokens()

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from puna.core import parallel
+from puna.core import offload as offloading
+from puna.core import ops, parallel, tensor_parallel
 from puna.core.checkpoint.source import fresh
 from puna.core.config import ModelConfig
 from puna.core.generation.generate import generate
@@ -29,16 +30,31 @@ from puna.core.ops import linear_cross_entropy
 
 # 3 key/value heads of 6, an odd vocabulary: no dimension divides by two everywhere
 CONFIG = ModelConfig(36, 3, 6, 3, 50, 131, context=64)
-STEPS, ROWS, TOKENS = 10, 4, 24
+EVEN = ModelConfig(36, 3, 6, 2, 50, 131, context=64)  # for tensor parallelism
+FOURS = ModelConfig(32, 3, 4, 4, 48, 131, context=64)
+STEPS, ROWS, TOKENS = 20, 4, 23
 PROMPTS = [[1, 5, 9], [1, 7], [3, 4, 5, 6, 8]]
 
 JOBS: dict[str, dict[str, Any]] = {
     "lm": {},
     "score": {"head": "score"},
-    "checkpointed": {"activation_checkpointing": True},
-    "compiled": {"activation_checkpointing": True, "compile": True},
+    "checkpointed": {"checkpointing": "full"},
+    "compiled": {"checkpointing": "full", "compile": True},
     "micro-batches": {"micro": 2},
     "two copies": {"replicate": 2, "micro": 2},
+    "selective": {"checkpointing": "selective", "last": 5},
+    "offload": {"offload": True, "last": 5},
+    "tp": {"tp": 2},
+    "tp score": {"tp": 2, "head": "score", "last": 5, "checkpointing": "selective"},
+    "tp all": {
+        "tp": 2, "checkpointing": "full", "compile": True, "offload": True, "micro": 2, "last": 3,
+    },
+}  # fmt: skip
+FOUR: dict[str, dict[str, Any]] = {
+    "copies": {"replicate": 2, "last": 5},
+    "parts": {"tp": 2},
+    "parts score": {"tp": 2, "head": "score", "micro": 2, "last": 5},
+    "copies of parts": {"replicate": 2, "tp": 2, "checkpointing": "full", "micro": 2, "last": 5},
 }
 
 
@@ -57,16 +73,21 @@ def train(
     last: int = STEPS,
     head: str = "lm",
     micro: int = 1,
+    offload: bool = False,
+    even: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Train steps first..last, this rank on its share of each step's rows."""
-    source = fresh(CONFIG, 0, head)
+    tp = options.get("tp", 1)
+    source = fresh(EVEN if even or tp > 1 else CONFIG, 0, head)
     stored = load_file(start) if start else {}
     if start:
         weights = [(name, t) for name, t in stored.items() if not name.startswith("optim.")]
         source = source._replace(tensors=lambda: iter(weights))
     model = parallel.load(source, "cpu", **options)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.1, fused=True)
+    if offload:
+        offloading.offload(optimizer)
     if start:
         moments = {k[6:]: v for k, v in stored.items() if k.startswith("optim.")}
         parallel.load_optimizer_state(model, optimizer, moments)
@@ -74,27 +95,29 @@ def train(
     for step in range(first, last):
         generator = torch.Generator().manual_seed(step)
         tokens = torch.randint(CONFIG.vocab_size, (ROWS, TOKENS + 1), generator=generator)
-        mine = tokens.chunk(parallel.world_size())[parallel.rank()]
+        mine = tokens.chunk(parallel.world_size() // tp)[parallel.rank() // tp]
         with torch.no_grad():
             loss_sum(model, mine)  # as an evaluation between steps: the root stays gathered
         total = torch.zeros(())
         parts = mine.chunk(micro)
         for number, part in enumerate(parts, 1):
             parallel.begin_pass(model, is_last=number == len(parts))
-            loss = loss_sum(model, part) / (ROWS * TOKENS)
+            loss = loss_sum(model, part) / (ROWS * TOKENS * tp)
             loss.backward()
             total += loss.detach()
         with torch.no_grad():
             loss_sum(model, mine)
         norms.append(parallel.clip_gradients(model, 0.5))
-        optimizer.step()
+        with offloading.at_hand(optimizer):
+            optimizer.step()
         optimizer.zero_grad()
         losses.append(float(parallel.all_sum(total)))
     tensors = dict(parallel.full_parameters(model))
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            tensors[f"optim.{name}.{key}"] = whole
+    with offloading.at_hand(optimizer):
+        for name, parameter in model.named_parameters():
+            for key, value in optimizer.state[parameter].items():
+                whole = value.full_tensor() if isinstance(value, DTensor) else value
+                tensors[f"optim.{name}.{key}"] = whole.clone()
     answers = None
     if head == "lm":
         with parallel.gathered(model) as whole:
@@ -132,9 +155,14 @@ def read(folder: Path, name: str) -> dict[str, Any]:
     return {**result, "tensors": load_file(folder / f"{name}.safetensors")}
 
 
-@pytest.fixture(scope="module")
-def one() -> dict[str, Any]:
-    return {head: train(head=head) for head in ("lm", "score")}
+@functools.cache
+def alone(head: str = "lm", last: int = STEPS, even: bool = False) -> dict[str, Any]:
+    """What one rank makes of it."""
+    return train(head=head, last=last, even=even)
+
+
+def one(job: dict[str, Any]) -> dict[str, Any]:
+    return alone(job.get("head", "lm"), job.get("last", STEPS), "tp" in job)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +183,7 @@ def on_ranks(ranks: int, folder: Path, jobs: dict[str, dict[str, Any]]) -> None:
     subprocess.run(
         [*command, f"--nproc-per-node={ranks}", __file__, str(folder / "jobs.json")],
         check=True,
-        timeout=300,
+        timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
@@ -172,32 +200,74 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_two_ranks_equal_one(two: Path, one: dict[str, Any], job: str) -> None:
+def test_two_ranks_equal_one(two: Path, job: str) -> None:
     """Losses, gradient norms, weights, optimizer state and sampled answers."""
-    assert_same(read(two, job), one[JOBS[job].get("head", "lm")])
+    assert_same(read(two, job), one(JOBS[job]))
 
 
-def test_four_ranks_hold_two_copies_of_two_parts(tmp_path: Path, one: dict[str, Any]) -> None:
-    on_ranks(4, tmp_path, {"copies": {"replicate": 2}})
-    assert_same(read(tmp_path, "copies"), one["lm"])
+def test_four_ranks_hold_copies_of_parts(tmp_path: Path) -> None:
+    on_ranks(4, tmp_path, FOUR)
+    for name, job in FOUR.items():
+        assert_same(read(tmp_path, name), one(job))
+
+
+@pytest.mark.parametrize(("checkpointing", "runs"), [("none", 3), ("selective", 4), ("full", 6)])
+def test_blocks_that_are_computed_again(
+    monkeypatch: pytest.MonkeyPatch, checkpointing: str, runs: int
+) -> None:
+    """Of three blocks all, or the second one."""
+    model = parallel.prepare(Transformer(CONFIG), checkpointing=checkpointing)
+    model.init_weights(0)
+    rope, seen = ops.rope, []
+    monkeypatch.setattr(ops, "rope", lambda *given: seen.append(1) or rope(*given))
+    loss_sum(model, torch.arange(2 * TOKENS).view(2, TOKENS) % 131).backward()
+    assert len(seen) == runs
+
+
+def test_moments_are_on_the_host_between_steps() -> None:
+    model = Transformer(CONFIG)
+    model.init_weights(0)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    offloading.offload(optimizer)
+    moments: list[Tensor] = []
+    for _ in range(2):
+        loss_sum(model, torch.arange(2 * TOKENS).view(2, TOKENS) % 131).backward()
+        with offloading.at_hand(optimizer):
+            optimizer.step()
+        moments = [state[key] for state in optimizer.state.values() for key in parallel.MOMENTS]
+        assert moments and not any(each.untyped_storage().nbytes() for each in moments)
+    saved = parallel.optimizer_state(model, optimizer)
+    assert all(piece.tensor.untyped_storage().nbytes() for piece in saved.values())
+    again = torch.optim.AdamW(model.parameters(), 1e-3, fused=False)
+    again.param_groups[0]["fused"] = False
+    offloading.offload(again)
+    parallel.load_optimizer_state(model, again, {name: each.tensor for name, each in saved.items()})
+    found = parallel.optimizer_state(model, again)
+    assert all(torch.equal(found[name].tensor, each.tensor) for name, each in saved.items())
+    assert not again.state[model.model.norm.weight]["exp_avg"].untyped_storage().nbytes()
 
 
 def test_ranks_that_cannot_hold_so_many_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "world_size", lambda: 4)
+    monkeypatch.setattr(tensor_parallel.ranks, "world_size", lambda: 4)
+    with pytest.raises(ValueError, match="replicate is 3 and there are 4 ranks, no multiple"):
+        parallel.prepare(Transformer(CONFIG), replicate=3)
+    with pytest.raises(ValueError, match="replicate is 2 and tp 4, together 8, and there are 4"):
+        parallel.prepare(Transformer(FOURS), replicate=2, tp=4)
     with pytest.raises(ValueError, match="replicate is 3 and there are 4 ranks, no multiple"):
         parallel.prepare(Transformer(CONFIG), replicate=3)
 
 
-def test_the_loss_falls(one: dict[str, Any]) -> None:
+def test_the_loss_falls() -> None:
     """Otherwise equal losses would say little."""
-    losses = one["score"]["losses"]
+    losses = alone("score")["losses"]
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_resume_from_one_rank_to_two_and_back(two: Path, one: dict[str, Any]) -> None:
+def test_resume_from_one_rank_to_two_and_back(two: Path) -> None:
     middle = read(two, "middle")
     after = train(start=str(two / "middle.safetensors"), first=7)
-    expected = one["lm"]
+    expected = alone()
     torch.testing.assert_close(
         middle["losses"] + after["losses"], expected["losses"][4:], atol=1e-5, rtol=1e-5
     )
@@ -227,7 +297,7 @@ def test_one_rank_has_no_group() -> None:
 def test_generation_leaves_checkpointing_aside_and_puts_it_back() -> None:
     model = Transformer(CONFIG)
     model.init_weights(0)
-    parallel.prepare(model, activation_checkpointing=True)
+    parallel.prepare(model, checkpointing="full")
     wrapped = model.model.layers[0].forward
     with parallel.gathered(model) as whole:
         assert "forward" not in whole.model.layers[0].__dict__

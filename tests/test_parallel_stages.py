@@ -4,13 +4,15 @@
 other, each through its own `main` with the arguments of a command line.
 """
 
+import functools
 import importlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,11 @@ STAGES: dict[str, list[str]] = {
     ).split(),
 }
 SHARED = ("ppo", "gatt", "distill")  # whose two ranks share one model while sampling
+TOGETHER = ("pretrain", "sft", "reward", "ppo")  # whose ranks work on the same rows, two by two
+TP = {
+    2: "--parallel.tp 2 --parallel.checkpointing full --parallel.offload".split(),
+    4: "--parallel.tp 2".split(),
+}
 LOOP = """
 out = "{1}"
 model = "{0}/lm"
@@ -98,7 +105,8 @@ def run_stage(stage: str, argv: list[str]) -> None:
             annotators = {"helpfulness": longer, "safety": longer}
             rlhf.run(parse(rlhf.RLHFConfig, argv, stage), annotators)
         else:
-            status = importlib.import_module(f"puna.trainers.{stage}").main()
+            module = importlib.import_module(f"puna.trainers.{stage.split('-')[0]}")
+            status = module.main()
             assert status == 0, f"{stage} ended with {status}"
     finally:
         sys.argv = before
@@ -177,21 +185,83 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the runs of all stages on two ranks."""
     folder = tmp_path_factory.mktemp("two")
-    jobs = {
+    jobs = together(inputs, folder, 2) | {
         stage: arguments(stage, inputs, folder / stage) + ["--sampling-tp", "2"] * (stage in SHARED)
         for stage in STAGES
     }
     jobs["rlhf"] = [str(folder / "rlhf.toml")]
     (folder / "rlhf.toml").write_text(LOOP.format(inputs, folder / "rlhf", 2))
+    on_ranks(2, folder, jobs)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the runs of four ranks, of which two work on the same rows each."""
+    folder = tmp_path_factory.mktemp("four")
+    jobs = together(inputs, folder, 4)
+    jobs["ppo-tp"] += ["--sampling-tp", "2"]
+    on_ranks(4, folder, jobs)
+    return folder
+
+
+def together(inputs: Path, folder: Path, ranks: int) -> dict[str, list[str]]:
+    return {
+        f"{stage}-tp": arguments(stage, inputs, folder / f"{stage}-tp") + TP[ranks]
+        for stage in TOGETHER
+    }
+
+
+def on_ranks(ranks: int, folder: Path, jobs: dict[str, list[str]]) -> None:
+    """Run the stages on so many ranks, in the folder."""
     (folder / "stages.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     subprocess.run(
-        [*command, __file__, str(folder / "stages.json")],
+        [*command, f"--nproc-per-node={ranks}", __file__, str(folder / "stages.json")],
         check=True,
-        timeout=300,
+        timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    return folder
+
+
+@pytest.fixture(scope="module")
+def one(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A stage's run on one rank."""
+    folder = tmp_path_factory.mktemp("one")
+
+    @functools.cache
+    def alone(stage: str) -> Path:
+        run_stage(stage, arguments(stage, inputs, folder / stage))
+        return folder / stage
+
+    return alone
+
+
+def test_a_run_goes_on_in_another_layout(inputs: Path, tmp_path: Path) -> None:
+    """In the same one with the same numbers to the last bit."""
+    same = ["--schedule", "constant", "--save-every", "4"]
+    tp, copies = ["--parallel.tp", "2"], ["--parallel.replicate", "2"]
+
+    def sft(name: str, epochs: str, *more: str) -> list[str]:
+        own = [word if word != "2" or flag != "--epochs" else epochs for flag, word in flags]
+        return [*own, *same, *more, "--out", str(tmp_path / name)]
+
+    words = arguments("sft", inputs, tmp_path)[:-2]
+    words = [word for word in words if word not in ("--save-every", "1000")]
+    flags = list(zip(["", *words], words, strict=False))
+    first = {"half": sft("half", "1", *tp), "plain": sft("plain", "1"), "all": sft("all", "2", *tp)}
+    on_ranks(2, tmp_path, {f"sft-{name}": argv for name, argv in first.items()})
+    layouts = {"same": tp, "sharded": [], "copies": copies}
+    for name in layouts:
+        shutil.copytree(tmp_path / "half", tmp_path / name)
+    again = {name: sft(name, "2", "--amend", *layout) for name, layout in layouts.items()}
+    again["plain"] = sft("plain", "2", "--amend", *tp)
+    on_ranks(2, tmp_path, {f"sft-{name}": argv for name, argv in again.items()})
+    expected = metrics(tmp_path / "all")
+    assert len(expected) > len(metrics(tmp_path / "half")) > 5
+    assert metrics(tmp_path / "same") == expected
+    for name in ("sharded", "copies", "plain"):
+        assert_same_rows(metrics(tmp_path / name), expected)
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
@@ -208,17 +278,27 @@ def assert_same_rows(found: list[dict[str, float]], expected: list[dict[str, flo
             assert row[name] == close, f"{name} at step {row['step']}"
 
 
+def assert_same_run(found: Path, expected: Path) -> None:
+    assert len(metrics(expected)) >= 10
+    assert_same_rows(metrics(found), metrics(expected))
+    weights = dict(load_model(expected / "model").named_parameters())
+    for name, parameter in load_model(found / "model").named_parameters():
+        torch.testing.assert_close(parameter, weights[name], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_write_the_metrics_of_one(
-    inputs: Path, two: Path, tmp_path: Path, stage: str
+    two: Path, one: Callable[[str], Path], stage: str
 ) -> None:
-    run_stage(stage, arguments(stage, inputs, tmp_path / "one"))
-    expected, found = metrics(tmp_path / "one"), metrics(two / stage)
-    assert len(expected) >= 10
-    assert_same_rows(found, expected)
-    one = dict(load_model(tmp_path / "one" / "model").named_parameters())
-    for name, parameter in load_model(two / stage / "model").named_parameters():
-        torch.testing.assert_close(parameter, one[name], atol=1e-4, rtol=1e-4)
+    assert_same_run(two / stage, one(stage))
+
+
+@pytest.mark.parametrize("stage", TOGETHER)
+@pytest.mark.parametrize("ranks", ["two", pytest.param("four", marks=pytest.mark.slow)])
+def test_ranks_that_work_on_the_same_rows_write_the_metrics_of_one(
+    request: pytest.FixtureRequest, one: Callable[[str], Path], ranks: str, stage: str
+) -> None:
+    assert_same_run(request.getfixturevalue(ranks) / f"{stage}-tp", one(stage))
 
 
 def test_two_ranks_go_through_the_versions_as_one(inputs: Path, two: Path, tmp_path: Path) -> None:

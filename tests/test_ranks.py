@@ -30,7 +30,13 @@ def arguments(inputs: Path, out: Path, case: str, rank: int) -> list[str]:
         given["epochs"] = 4000
     if case == "one stands still":
         given["timeout"] = 5
+    if case == "together, another seed":
+        given["parallel.tp"] = 2
     if rank == 1:
+        if case == "another layout":
+            given["parallel.tp"] = 2
+        if case == "together, another seed":
+            given["seed"] = 1
         if case == "another lr":
             given["lr"] = 2e-3
         if case == "another seed":
@@ -90,6 +96,8 @@ def said(text: str) -> list[str]:
         ("wrong lr", "puna sft: lr is -1.0; it must be above 0"),
         ("another lr", "rank 1 has another option lr than rank 0 (0.002, not 0.001); start every"),
         ("another seed", "rank 1 has another option seed than rank 0 (1, not 0)"),
+        ("another layout", "rank 1 has another option parallel.tp than rank 0 (2, not 1)"),
+        ("together, another seed", "rank 1 has another option seed than rank 0 (1, not 0)"),
         ("other rows", "rank 1 has another contents of data than rank 0"),
         ("one fails", "puna sft: a file of rank 1 is not there"),
         ("one is wrong", "this is a mistake in Puna"),

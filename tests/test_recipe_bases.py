@@ -56,7 +56,7 @@ def test_a_recipe_of_ones_own_starts_from_a_shipped_one(tmp_path):
     write(tmp_path, mine='base = "70b/sft"\nlr = 1e-6')
     flags = ["--model", "m", "--data", "d", "--out", "o"]
     config = parse(SFTConfig, [str(tmp_path / "mine.toml"), *flags], "p")
-    assert (config.lr, config.row_tokens, config.activation_checkpointing) == (1e-6, 4096, True)
+    assert (config.lr, config.row_tokens, config.parallel.checkpointing) == (1e-6, 4096, "full")
     assert "base" not in to_toml(config)  # what a run records stands for itself
     write(tmp_path, again=to_toml(config))
     assert parse(SFTConfig, [str(tmp_path / "again.toml")], "p") == config

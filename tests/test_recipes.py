@@ -33,6 +33,7 @@ from puna.trainers.rl.rollout import Rollout
 from puna.trainers.rlhf import check as check_rlhf
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.config import from_values, load_recipe
+from puna.trainers.train.plan import check_shares
 from puna.trainers.train.recipes import known_recipes, read_recipe
 
 ROOT = Path(__file__).parent.parent / "recipes"
@@ -276,6 +277,24 @@ def three_steps(name: str, head: str, config: Any, step: Any) -> dict[str, torch
             assert parameter.grad is not None and parameter.grad.shape == before[name], name
         optimizer.zero_grad(set_to_none=True)
     return {name: p.to_local().shape for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("replicate", "tp"), [(1, 2), (8, 8)])
+def test_dry_run_of_ranks_that_work_on_the_same_rows(
+    replicate: int, tp: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """70B on 2,048 ranks: more than a batch of 1,024 has rows."""
+    config = config_of("70b/pretrain.toml")
+    config.device, config.parallel.replicate, config.parallel.tp = "cpu", replicate, tp
+    with fake_ranks(monkeypatch, 2048):
+        check_shares(config.batch, tp)
+        local = three_steps("70b", "lm", config, language_step)
+    rows = size("70b").dim // tp // (2048 // replicate // tp)
+    assert local["model.layers.0.self_attn.q_proj.weight"] == (rows, size("70b").dim)
+    columns = size("70b").ffn_dim // tp
+    rows = size("70b").dim // (2048 // replicate // tp)
+    assert local["model.layers.1.mlp.down_proj.weight"] == (rows, columns)
+    assert local["model.embed_tokens.weight"][0] == -(-32000 // (2048 // replicate))
 
 
 DRY_RUNS = [

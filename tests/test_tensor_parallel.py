@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from puna.core import parallel, tensor_parallel
 from puna.core.checkpoint.source import fresh
@@ -40,9 +41,10 @@ def drawn(model: Transformer, rank: int, draw) -> list[tuple[list[int], list[flo
 def work(out: Path, tp: int) -> None:
     torch.set_num_threads(1)
     parallel.init()
+    parallel.wait_at_most(777)
     found = {}
     for name, config in SHAPES.items():
-        model = parallel.load(fresh(config, 1, "lm"), "cpu", sampling_tp=tp)
+        model = parallel.load(fresh(config, 1, "lm"), "cpu", sampling_tp=tp, tp=tp)
         before = [p.to_local().clone() for p in model.parameters()]
         with parallel.gathered(model) as whole:
             held = sum(p.numel() for p in whole.parameters())
@@ -54,6 +56,9 @@ def work(out: Path, tp: int) -> None:
             torch.equal(a, b.to_local()) for a, b in zip(before, model.parameters(), strict=True)
         ]
         assert all(same)
+    for group in dist.distributed_c10d._world.pg_map:
+        backend = group._get_backend(torch.device("cpu"))
+        assert backend.options._timeout.total_seconds() == 777, "as long as was asked for"
     (out / f"{parallel.rank()}.json").write_text(json.dumps(found))
     parallel.close()
 
@@ -109,13 +114,14 @@ def test_the_parts_are_the_whole(alone: dict[str, Transformer], size: int) -> No
         (3, 3, "sampling_tp is 3 and the model's n_kv_heads is 4, no multiple of it"),
     ],
 )
+@pytest.mark.parametrize("option", ["sampling_tp", "tp"])
 def test_what_cannot_be_cut_is_found_before_loading(
-    monkeypatch: pytest.MonkeyPatch, world: int, size: int, message: str
+    monkeypatch: pytest.MonkeyPatch, world: int, size: int, message: str, option: str
 ) -> None:
     monkeypatch.setattr(tensor_parallel.ranks, "world_size", lambda: world)
     source = fresh(CONFIG, 1, "lm")._replace(tensors=lambda: pytest.fail("it was read"))
-    with pytest.raises(ValueError, match=message):
-        parallel.load(source, "cpu", sampling_tp=size)
+    with pytest.raises(ValueError, match=message.replace("sampling_tp", option)):
+        parallel.load(source, "cpu", **{option: size})
 
 
 if __name__ == "__main__":

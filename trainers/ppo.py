@@ -62,6 +62,7 @@ from puna.trainers.train import loop
 from puna.trainers.train.command import command
 from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.next_token import say
+from puna.trainers.train.plan import check_shares
 from puna.trainers.train.progress import meter
 from puna.trainers.train.run import Run, Trained, open_run
 
@@ -161,9 +162,7 @@ def finished(stage: Stage, folder: Run, iteration: int) -> Path:
 
 def check(config: PPOConfig) -> None:
     """ValueError for what a configuration cannot see by itself."""
-    ranks = parallel.world_size()
-    if config.minibatch % ranks:
-        raise ValueError(f"minibatch {config.minibatch} must be a multiple of the {ranks} ranks")
+    check_shares(config.minibatch, config.parallel.tp, "minibatch")
     if config.critic == "helpfulness" and config.helpfulness is None:
         raise ValueError(
             "the critic starts from the helpfulness model, and none is named; set "
@@ -183,10 +182,11 @@ def open_stage(
         critic_options |= {"fresh_head": True, "seed": config.seed}
     policy = trained(open_model(folder.weights(config.policy), head="lm"), config)
     critic = trained(open_model(folder.weights(start, "critic"), **critic_options), config)
-    reference = frozen(config.policy, "lm", config)
+    tp = config.parallel.tp
+    reference = frozen(config.policy, "lm", config, tp)
     contexts = [m.config.context for m in (policy.model, critic.model, reference)]
     if reward is None:
-        reward = open_reward_models(config)
+        reward = open_reward_models(config, tp)
     if isinstance(reward, RewardModels):
         contexts.append(reward.context)
     room = prompt_room(config, min(contexts))
@@ -209,9 +209,8 @@ def look(stage: Stage, iteration: int) -> Look:
     """Sample the iteration's answers and score them: nothing is changed yet."""
     config = stage.config
     began = time.monotonic()
-    picks = rank_prompts(
-        config, len(stage.prompts), iteration, parallel.rank(), parallel.world_size()
-    )
+    share = parallel.share(config.parallel.tp)
+    picks = rank_prompts(config, len(stage.prompts), iteration, *share)
     prompts = [stage.prompts[index] for index, _ in picks]
     rollout = sample(stage, prompts, [i for i, _ in picks], [e for _, e in picks], iteration)
     sampled = time.monotonic()
@@ -219,7 +218,7 @@ def look(stage: Stage, iteration: int) -> Look:
     answers = as_answers(rollout, prompts, stage.tokenizer)
     scores = score_answers(stage.reward, answers, rollout.lengths.device)
     experience = make_experience(stage.reference, stage.critic.model, rollout, scores.raw, config)
-    row = rollout_metrics(experience, scores)
+    row = rollout_metrics(experience, scores, stage.policy.model)
     row["seconds_sampling"] = sampled - began
     row["seconds_scoring"] = time.monotonic() - sampled
     return Look(experience, answers, scores, row)
@@ -300,7 +299,8 @@ def sample(
 def evaluate(stage: Stage) -> dict[str, float]:
     """Mean reward of the policy on the held-out prompts: always the same prompts and draws."""
     config = stage.config
-    numbers = range(parallel.rank(), len(stage.eval_prompts), parallel.world_size())
+    rank, ranks = parallel.share(config.parallel.tp)
+    numbers = range(rank, len(stage.eval_prompts), ranks)
     prompts = [stage.eval_prompts[i] for i in numbers]
     rollout = sample(stage, prompts, list(numbers), [0] * len(prompts), EVAL_ROUND)
     answers = as_answers(rollout, prompts, stage.tokenizer)

@@ -116,7 +116,8 @@ def fit(config: RewardConfig, folder: Run, tokenizer: Tokenizer) -> Path:
     pairs, held = load_pairs(config, tokenizer, source.config.context)
     longest = max(-(-(len(pair.chosen) + len(pair.rejected)) // 2) for pair in pairs)
     fitting.check("reward", config, replace(source.config, context=longest))
-    check_shares(config.batch)
+    tp = config.parallel.tp
+    check_shares(config.batch, tp)
     plan = of_epochs(len(pairs), config.epochs, config.batch)
     if config.warmup_steps == 0:
         config = replace(config, warmup_steps=min(plan.steps - 1, warmup(plan.steps)))
@@ -129,7 +130,7 @@ def fit(config: RewardConfig, folder: Run, tokenizer: Tokenizer) -> Path:
         share = labelled_share([pairs[i] for i in chosen])
         return [
             pairs_on(device, [pairs[i] for i in piece], margins, real, share)
-            for piece, real in next_token.parts(chosen, config.micro_batch)
+            for piece, real in next_token.parts(chosen, config.micro_batch, tp)
         ]
 
     network = next_token.prepared(source, config)
@@ -303,12 +304,13 @@ def scores_of(
     if not pairs:
         return torch.empty(0, 2)
     own: list[list[float]] = []
-    for indices, real in next_token.parts(range(len(pairs)), micro_batch):
+    tp = parallel.tp_of(model)
+    for indices, real in next_token.parts(range(len(pairs)), micro_batch, tp):
         piece = [pairs[index] for index in indices]
         batch = pairs_on(device, piece, MARGINS["none"], len(piece))
         own += torch.stack(pair_scores(model, batch), 1)[:real].tolist()
         advance(len(piece))
-    scores = torch.tensor([row for part in parallel.gather(own) for row in part])
+    scores = torch.tensor([row for part in parallel.gather(own)[::tp] for row in part])
     check_finite(called, scores, "pairs")
     return scores
 

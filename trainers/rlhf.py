@@ -48,6 +48,7 @@ from puna.trainers.train import loop
 from puna.trainers.train.claim import CONFIG, changes, is_finished, owned
 from puna.trainers.train.command import command
 from puna.trainers.train.config import check_table, from_values
+from puna.trainers.train.layout import of_stage
 from puna.trainers.train.notice import notice
 from puna.trainers.train.recipes import read_toml
 
@@ -270,6 +271,7 @@ def stage_options(
         **{name: getattr(config, name) for name in names},
         **table,
         **{kind: str(path) for kind, path in judges.items()},
+        "parallel": of_stage(config.parallel, table),
     }
 
 
@@ -356,6 +358,7 @@ def reward_config(
         "device": config.device,
         **config.reward,
         **getattr(config, kind),
+        "parallel": of_stage(config.parallel, config.reward, getattr(config, kind)),
         "out": str(config.out / f"round-{number}" / kind),
         "model": str(start),
         "data": data,

@@ -25,7 +25,9 @@ class Setting(NamedTuple):
     shape: ModelConfig
     ranks: int
     dtype: str  # "fp32" | "bf16": of the products
-    checkpointing: bool = False
+    checkpointing: str = "none"
+    tp: int = 1  # so many of the ranks work on the same tokens
+    offload: bool = False
 
     @property
     def width(self) -> int:
@@ -61,7 +63,13 @@ def parameters(shape: ModelConfig, head: str = "lm") -> int:
 def trained(setting: Setting, head: str = "lm") -> Bytes:
     """A network with its optimizer, between steps."""
     count = parameters(setting.shape, head) / setting.ranks
-    return {"parameters": FP32 * count, "moments": MOMENTS * count}
+    return {"parameters": FP32 * count, "moments": 0.0 if setting.offload else MOMENTS * count}
+
+
+def stepping(setting: Setting, head: str = "lm") -> Bytes:
+    """What the optimizer's own step takes beside `trained`: moments that are on the host else."""
+    count = parameters(setting.shape, head) / setting.ranks
+    return {"gradients": FP32 * count, "moments": MOMENTS * count if setting.offload else 0.0}
 
 
 def frozen(setting: Setting, head: str = "lm") -> Bytes:
@@ -73,7 +81,8 @@ def gathered(setting: Setting, head: str = "lm") -> Bytes:
     """What stands whole in a forward pass without gradients."""
     if not setting.is_sharded:
         return {}
-    whole = 2 * block_parameters(setting.shape) + root_parameters(setting.shape, head)
+    block = block_parameters(setting.shape) / setting.tp
+    whole = 2 * block + root_parameters(setting.shape, head)
     return {"gathered": setting.width * whole}
 
 
@@ -87,7 +96,7 @@ def step(setting: Setting, tokens: int, head: str = "lm") -> Bytes:
     }
     if not setting.is_sharded:
         return found
-    block, root = block_parameters(shape), root_parameters(shape, head)
+    block, root = block_parameters(shape) / setting.tp, root_parameters(shape, head)
     of_head = root - shape.vocab_size * shape.dim
     of_block = {
         "gathered": float(width * (2 * block + root)),  # the block at work, the next one, the root
@@ -104,23 +113,27 @@ def step(setting: Setting, tokens: int, head: str = "lm") -> Bytes:
 
 def activations(setting: Setting, tokens: int) -> float:
     """What the backward pass needs of `tokens` tokens: inputs of both norms and of all products,
-    q, k, v, the attention's output, gate, up and their product. Checkpointing keeps a block's input
-    alone, and all of one block at a time."""
-    shape = setting.shape
-    whole = a_block(shape)
-    kept = shape.dim * shape.n_layers + whole if setting.checkpointing else whole * shape.n_layers
-    return float(setting.width * tokens * kept)
+    q, k, v, the attention's output, gate, up and their product. Of a block that is computed again
+    its input alone is kept, and all of one such block at a time."""
+    shape, tp = setting.shape, setting.tp
+    whole, layers = a_block(shape, tp), shape.n_layers
+    again = {"none": 0, "selective": layers // 2, "full": layers}[setting.checkpointing]
+    kept = whole * (layers - again) + shape.dim / tp * again + whole * bool(again)
+    final = shape.dim if tp > 1 else 0  # the hidden states, on every rank
+    return float(setting.width * tokens * (kept + final))
 
 
-def a_block(shape: ModelConfig) -> int:
-    """Numbers that a block keeps of one token."""
+def a_block(shape: ModelConfig, tp: int = 1) -> float:
+    """Numbers that a block keeps of one token on one of `tp` ranks: they share out all but what
+    goes into attention and FFN."""
     kv = shape.n_kv_heads * shape.head_dim
-    return 6 * shape.dim + 2 * kv + 3 * shape.ffn_dim
+    return 2 * shape.dim + (4 * shape.dim + 2 * kv + 3 * shape.ffn_dim) / tp
 
 
 def looking(setting: Setting, tokens: int, head: str = "lm") -> Bytes:
     """A forward pass without gradients over `tokens` tokens."""
-    work = {"activations": float(setting.width * tokens * a_block(setting.shape))}
+    kept = a_block(setting.shape, setting.tp)
+    work = {"activations": float(setting.width * tokens * kept)}
     return gathered(setting, head) | work
 
 

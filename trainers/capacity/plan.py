@@ -74,7 +74,7 @@ def run(config: PlanConfig) -> bool:
     need = need_of(stage, settings, shape, config.gpus)
     title = f"{config.recipe} on {config.gpus:,} x {config.gpu}"
     show(title, need, device)
-    show_disk(config, stage, shape)
+    show_disk(config, stage, shape, settings.parallel.offload)
     show_time(config, stage, settings, shape, device)
     if (why := refusal(need, device)) is None:
         name, most = need.most
@@ -119,19 +119,29 @@ def need_of(stage: str, settings: Any, shape: ModelConfig, ranks: int) -> Need:
 
 def cannot(stage: str, settings: Any, shape: ModelConfig, ranks: int) -> str | None:
     """Why so many ranks cannot share the work."""
+    layout = settings.parallel
+    if ranks % (layout.replicate * layout.tp):
+        said = f"replicate = {layout.replicate}" + f" times tp = {layout.tp}" * (layout.tp > 1)
+        return f"{said} divides not all of {ranks:,} ranks"
+    if (why := cannot_cut("tp", layout.tp, shape, ranks)) is not None:
+        return why
+    groups = ranks // layout.tp
     for name, value in phases.shared(stage, settings).items():
-        if value % ranks:
-            return f"{name} = {value} cannot be shared equally by {ranks:,} ranks"
-    if ranks % settings.replicate:
-        return f"replicate = {settings.replicate} divides not all of {ranks:,} ranks"
-    tp = getattr(settings, "sampling_tp", 1)
+        if value % groups:
+            who = f"{groups:,} groups of {layout.tp} ranks" if layout.tp > 1 else f"{ranks:,} ranks"
+            return f"{name} = {value} cannot be shared equally by {who}"
+    return cannot_cut("sampling_tp", getattr(settings, "sampling_tp", 1), shape, ranks)
+
+
+def cannot_cut(name: str, tp: int, shape: ModelConfig, ranks: int) -> str | None:
+    """Why so many ranks cannot share one model."""
     if tp > 1 and (ranks % tp or shape.n_kv_heads % tp or shape.ffn_dim % tp):
         return (
-            f"sampling_tp = {tp} divides not all of {ranks:,} ranks, {shape.n_kv_heads} key/value "
+            f"{name} = {tp} divides not all of {ranks:,} ranks, {shape.n_kv_heads} key/value "
             f"heads and {shape.ffn_dim} hidden units"
         )
     if tp > A_NODE:
-        return f"sampling_tp = {tp} is more than the {A_NODE} GPUs of a machine"
+        return f"{name} = {tp} is more than the {A_NODE} GPUs of a machine"
     return None
 
 
@@ -149,16 +159,21 @@ def refusal(need: Need, device: Device) -> str | None:
 def smallest_change(
     stage: str, settings: Any, shape: ModelConfig, gpus: int, device: Device
 ) -> str:
-    """The first change that fits: of the recipe, then of the number of GPUs, then of both."""
+    """The first change that fits: of the recipe, then more GPUs, then fewer, then more of both."""
     for changed, other in phases.smaller(settings):
         if refusal(need_of(stage, other, shape, gpus), device) is None:
             return f"{changed} fits"
-    counts = [count for count in powers(MOST_GPUS) if count != gpus]
-    counts.sort(key=lambda count: (count < gpus, count))
-    for count in counts:
+    counts = powers(MOST_GPUS)
+    for count in [each for each in counts if each > gpus]:
         if refusal(need_of(stage, settings, shape, count), device) is None:
             return f"{count:,} GPUs fit"
-    for count in sorted(counts):
+    for count in [each for each in reversed(counts) if each < gpus]:
+        if refusal(need_of(stage, settings, shape, count), device) is None:
+            return f"{count:,} GPUs fit"
+        for changed, other in phases.smaller(settings):
+            if refusal(need_of(stage, other, shape, count), device) is None:
+                return f"{count:,} GPUs with {changed} fit"
+    for count in counts:
         for changed, other in reversed(phases.smaller(settings)):
             if refusal(need_of(stage, other, shape, count), device) is None:
                 return f"{count:,} GPUs with {changed} fit"
@@ -192,10 +207,10 @@ def show(title: str, need: Need, device: Device) -> None:
     say_table(rows, ("GB a rank", *need.phases), title)
 
 
-def show_disk(config: PlanConfig, stage: str, shape: ModelConfig) -> None:
+def show_disk(config: PlanConfig, stage: str, shape: ModelConfig, offload: bool) -> None:
     size = phases.checkpoint(stage, shape)
     took = duration_said(size / (config.disk * 1e9))
-    held = gb(phases.host(stage, shape, config.gpus))
+    held = gb(phases.host(stage, shape, config.gpus, offload))
     say(
         f"\ncheckpoint: {gb(size)} GB, {took} at {config.disk:g} GB/s; each rank holds {held} GB "
         "of its machine's memory while it is written"

@@ -9,6 +9,7 @@ from puna.core.model import Transformer
 from puna.trainers.rl.rewards import Reward, RewardModels
 from puna.trainers.train import loop
 from puna.trainers.train.kinds import FIXED, FREE, Kind
+from puna.trainers.train.layout import Parallel
 from puna.trainers.train.ranges import (
     Above,
     Batch,
@@ -228,6 +229,8 @@ class RLHFConfig(loop.DrawingConfig):
     """seconds that ranks wait for each other"""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """of the matrix products in what this loop samples and scores itself; each stage has its own"""
+    parallel: Annotated[Parallel, FREE] = field(default_factory=Parallel)
+    """how every stage's model is shared out, where the stage's own table does not say"""
     reward: dict[str, Any] = field(default_factory=dict)
     """table: options of `puna reward` for both reward models; a mix_share without mix is drawn from
     the other model's comparisons (paper: a tenth of helpfulness for the safety model)"""
@@ -265,16 +268,16 @@ class RLHFConfig(loop.DrawingConfig):
             )
 
 
-def frozen(path: Path, head: str, config: loop.FolderConfig) -> Transformer:
-    """A model to look with, not to train."""
-    return loop.load(open_model(path, head=head), config, frozen=True)
+def frozen(path: Path, head: str, config: loop.FolderConfig, tp: int = 1) -> Transformer:
+    """A model to look with, not to train; `tp` neighbouring ranks show it the same rows."""
+    return loop.load(open_model(path, head=head), config, frozen=True, tp=tp)
 
 
-def open_reward_models(config: SamplingConfig) -> RewardModels:
+def open_reward_models(config: SamplingConfig, tp: int = 1) -> RewardModels:
     """The default reward, Eq. 4; ValueError where no reward model is named."""
     return RewardModels(
-        frozen(config.helpfulness, "score", config) if config.helpfulness else None,
-        frozen(config.safety, "score", config) if config.safety else None,
+        frozen(config.helpfulness, "score", config, tp) if config.helpfulness else None,
+        frozen(config.safety, "score", config, tp) if config.safety else None,
         combine=config.combine,
         threshold=config.safety_threshold,
         max_tokens=config.micro_batch_tokens,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from puna.core import parallel
 from puna.core.chat import decode_answer
+from puna.core.generation.generate import Completion
 from puna.core.model import Transformer
 from puna.core.packed import forward_groups
 from puna.core.tensor_parallel import generate_together
@@ -105,8 +106,9 @@ def collect(
         raise ValueError("an empty prompt cannot be answered; it needs at least BOS")
     device = next(policy.parameters()).device
     with parallel.gathered(policy) as whole:  # once: a gather per layer and token is 20x slower
-        completions = generate_together(
+        completions = _drawn(
             whole,
+            parallel.tp_of(policy),
             list(prompts),
             max_new_tokens=max_new_tokens,
             eos_id=eos_id,
@@ -132,6 +134,32 @@ def collect(
         pad_answers(drawn, lengths, steps).to(device),
         torch.tensor([c.finished for c in completions], dtype=torch.bool).to(device),
     )
+
+
+def _drawn(
+    whole: Transformer,
+    tp: int,
+    prompts: list[list[int]],
+    *,
+    prompt_ids: list[int],
+    sample_ids: list[int],
+    **options: Any,
+) -> list[Completion]:
+    """A completion of each prompt; `tp` neighbouring ranks, which have the same prompts, draw a
+    part of them each."""
+    place = parallel.rank() % tp
+    completions = generate_together(
+        whole,
+        prompts[place::tp],
+        prompt_ids=prompt_ids[place::tp],
+        sample_ids=sample_ids[place::tp],
+        **options,
+    )
+    if tp == 1:
+        return completions
+    first = parallel.rank() - place
+    parts = parallel.gather([list(each) for each in completions])[first : first + tp]
+    return [Completion(*parts[i % tp][i // tp]) for i in range(len(prompts))]
 
 
 def sample_everywhere(

@@ -197,8 +197,11 @@ def check_first_ratio(logprobs: Tensor, old_logprobs: Tensor, tolerance: float) 
     )
 
 
-def rollout_metrics(experience: Experience, scores: Scores) -> dict[str, float]:
-    """What the answers of all ranks were like: scores, branches, KL, lengths, the critic's fit."""
+def rollout_metrics(
+    experience: Experience, scores: Scores, policy: Transformer
+) -> dict[str, float]:
+    """What the `policy`'s answers on all ranks were like: scores, branches, KL, lengths, the
+    critic's fit."""
     rollout = experience.rollout
     mask = rollout.mask
     kl = k1(rollout.logprobs, experience.ref_logprobs)
@@ -214,7 +217,7 @@ def rollout_metrics(experience: Experience, scores: Scores) -> dict[str, float]:
     totals.add("return", experience.returns[experience.counted])
     means = totals.means()
     for name, branch in scores.branches.items():
-        means[f"branch_{name}"] = int(parallel.all_sum(branch.sum()))
+        means[f"branch_{name}"] = parallel.counted(int(branch.sum()), policy)
     means["explained_variance"] = explained_variance(experience)
     return means
 

@@ -173,7 +173,7 @@ def changes(
     before: Mapping[str, Any], config: Any, tables: Tables
 ) -> tuple[list[str], list[str], list[str]]:
     """What differs from the recorded options, as phrases: (free, to be amended, fixed)."""
-    old = flat({**defaults(type(config)), **before})
+    old = renamed(flat({**defaults(type(config)), **before}), hasattr(config, "parallel"))
     new = flat({**defaults(type(config)), **plain(config)})
     found: dict[Kind, list[str]] = {kind: [] for kind in Kind}
     for key in sorted(old.keys() | new.keys()):
@@ -181,6 +181,22 @@ def changes(
             phrase = f"{key} {said(new.get(key))} where it was {said(old.get(key))}"
             found[kind_of(key, type(config), tables)].append(phrase)
     return found[Kind.FREE], found[Kind.AMENDED], found[Kind.FIXED]
+
+
+def renamed(options: dict[str, Any], has_layout: bool) -> dict[str, Any]:
+    """Options that a run recorded before there was a [parallel] table, as they are called now; what
+    trains nothing has no such table."""
+    found = {}
+    for key, value in options.items():
+        table, dot, name = key.rpartition(".")
+        if name == "activation_checkpointing":
+            name, value = "parallel.checkpointing", "full" if value else "none"
+        elif name in ("replicate", "compile") and not key.endswith(f"parallel.{name}"):
+            if not has_layout:
+                continue
+            name = f"parallel.{name}"
+        found[table + dot + name] = value
+    return found
 
 
 def kind_of(key: str, cls: type, tables: Tables) -> Kind:

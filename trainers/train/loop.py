@@ -8,7 +8,7 @@ so neither changes the result.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -22,8 +22,10 @@ from puna.core.errors import UserError
 from puna.core.generation.kv_cache import CACHE_BYTES
 from puna.core.model import Transformer
 from puna.core.native.loader import keep_freed_memory
+from puna.core.offload import at_hand, offload
 from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.kinds import FIXED, FREE
+from puna.trainers.train.layout import Parallel
 from puna.trainers.train.progress import meter
 from puna.trainers.train.ranges import (
     Above,
@@ -56,8 +58,6 @@ class FolderConfig(Options):
     """auto takes a GPU where there is one"""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """of the matrix products; all else, parameters and optimizer, is fp32"""
-    compile: Annotated[bool, FREE] = False
-    """torch.compile each block"""
     timeout: Annotated[float, Above(0), FREE] = 1800.0
     """seconds that ranks wait for each other, in a step or while one of them saves (until all have
     started, torchrun waits: --rdzv-conf timeout=900)"""
@@ -112,13 +112,10 @@ class TrainConfig(FolderConfig):
     """previous: where the newest checkpoint is damaged, set it aside and take the one before it"""
     log: Annotated[Literal["none", "tensorboard", "trackio"], FREE] = "none"
     """where else to show the metrics, by a package of its own: pip install "puna[tensorboard]" """
-    replicate: Annotated[Count, FREE] = 1
-    """copies of the model, each sharded over neighbouring ranks: with one a machine, blocks are
-    gathered inside machines and only gradients travel between them; 1 shards over all ranks"""
     plan: Annotated[bool, FREE] = True
     """refuse, before loading, what cannot fit the GPUs by the arithmetic of `puna plan`"""
-    activation_checkpointing: Annotated[bool, FREE] = False
-    """recompute each block in the backward pass: less memory, a third more work"""
+    parallel: Annotated[Parallel, FREE] = field(default_factory=Parallel)
+    """how the model is shared out over the ranks"""
 
 
 @dataclass(kw_only=True)
@@ -147,11 +144,14 @@ def device_of(config: FolderConfig) -> torch.device:
     return device_of_name(config.device)
 
 
-def load(source: Source, config: FolderConfig, *, frozen: bool = False) -> Transformer:
-    """The model on the device asked for; checkpointing (where it is to be trained), compilation and
-    sharding as configured, applied from outside. What is `frozen` is held in the dtype it computes
-    in."""
+def load(source: Source, config: FolderConfig, *, frozen: bool = False, tp: int = 1) -> Transformer:
+    """The model on the device asked for; shared out as configured, applied from outside. What is
+    `frozen` is held in the dtype it computes in, over all ranks, of which `tp` work on the same
+    rows."""
     device, lm = device_of(config), source.head == "lm"
+    layout = Parallel(tp=tp)
+    if isinstance(config, TrainConfig) and not frozen:
+        layout = config.parallel
     if device.type == "cpu":
         keep_freed_memory()
     return parallel.load(
@@ -159,23 +159,27 @@ def load(source: Source, config: FolderConfig, *, frozen: bool = False) -> Trans
         device,
         frozen=frozen,
         compute_dtype=DTYPES[config.dtype],
-        activation_checkpointing=isinstance(config, TrainConfig)
-        and config.activation_checkpointing,
-        compile=config.compile,
-        replicate=config.replicate if isinstance(config, TrainConfig) and not frozen else 1,
+        checkpointing=layout.checkpointing,
+        compile=layout.compile,
+        replicate=layout.replicate,
+        tp=layout.tp,
         sampling_tp=config.sampling_tp if isinstance(config, DrawingConfig) and lm else 1,
     )
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters; no weight decay on one-dimensional ones."""
+    """AdamW over all parameters; no weight decay on one-dimensional ones. With `offload` its
+    moments are on the host but for its steps."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    if config.parallel.offload:
+        offload(optimizer)
+    return optimizer
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
@@ -199,7 +203,8 @@ def step_optimizer(network: Trained, rate: float, clip: float) -> float:
     norm = parallel.clip_gradients(network.model, clip)
     if math.isfinite(norm):
         set_learning_rate(network.optimizer, rate)
-        network.optimizer.step()
+        with at_hand(network.optimizer):
+            network.optimizer.step()
     network.optimizer.zero_grad(set_to_none=True)
     return norm
 
@@ -256,7 +261,7 @@ def fit(
             norm = step_optimizer(network, rate, config.clip)
             check_finite(run, step + 1, loss=means["loss"], gradient=norm)
             step += 1
-            tokens = int(parallel.all_sum(torch.tensor(sum(objective.tokens(b) for b in batches))))
+            tokens = parallel.counted(sum(objective.tokens(b) for b in batches), network.model)
             row = {**means, "lr": rate, "grad_norm": norm, "tokens": tokens}
             if evaluate and (step % config.eval_every == 0 or step == steps):
                 row.update(evaluated(network.model, evaluate))

@@ -69,21 +69,25 @@ OBJECTIVE = loop.Objective(
 )
 
 
-def rank_part(indices: Sequence[int] | np.ndarray) -> tuple[list[int], int]:
-    """(this rank's part of a global batch, how many of it count).
+def rank_part(indices: Sequence[int] | np.ndarray, tp: int = 1) -> tuple[list[int], int]:
+    """(this rank's part of a global batch, how many of it count); `tp` neighbouring ranks have the
+    same part.
 
     The parts are equally long, since every rank must take part in every forward pass: what is
     missing at the end is filled up with the first index, to count for nothing.
     """
-    size = -(-len(indices) // parallel.world_size())
-    first = parallel.rank() * size
+    rank, ranks = parallel.share(tp)
+    size = -(-len(indices) // ranks)
+    first = rank * size
     mine = [int(index) for index in indices[first : first + size]]
     return mine + [int(indices[0])] * (size - len(mine)), len(mine)
 
 
-def parts(indices: Sequence[int] | np.ndarray, size: int) -> Iterator[tuple[list[int], int]]:
+def parts(
+    indices: Sequence[int] | np.ndarray, size: int, tp: int = 1
+) -> Iterator[tuple[list[int], int]]:
     """`rank_part` in pieces of at most `size`: (indices, how many of them count)."""
-    mine, real = rank_part(indices)
+    mine, real = rank_part(indices, tp)
     for start in range(0, len(mine), size):
         piece = mine[start : start + size]
         yield piece, min(len(piece), max(0, real - start))
@@ -113,6 +117,7 @@ def row_batches(
     seed: int,
     device: torch.device,
     order: Order | None = None,
+    tp: int = 1,
 ) -> Callable[[int], list[LMBatch]]:
     """`batch_at` for `loop.fit`: step -> this rank's micro-batches of at most `micro_batch` rows.
 
@@ -127,7 +132,7 @@ def row_batches(
             chosen = order(step)
         return [
             to_device(counted(rows.batch(piece), real), device)
-            for piece, real in parts(chosen, micro_batch)
+            for piece, real in parts(chosen, micro_batch, tp)
         ]
 
     return batch_at
@@ -146,7 +151,7 @@ def evaluation(
     def evaluate(model: Transformer) -> dict[str, float]:
         batches = [
             to_device(counted(rows.batch(piece), real), device)
-            for piece, real in parts(range(len(rows)), micro_batch)
+            for piece, real in parts(range(len(rows)), micro_batch, parallel.tp_of(model))
         ]
         return loop.mean_loss(model, batches, objective)
 
@@ -172,7 +177,8 @@ def train(
     says in words what the rows are; `order` which rows a step takes, where they are not shuffled
     anew in each epoch.
     """
-    check_shares(config.batch)
+    tp = config.parallel.tp
+    check_shares(config.batch, tp)
     announce(title, what, plan, config, config.batch)
     device = loop.device_of(config)
     objective = OBJECTIVE._replace(loss=loss)
@@ -180,7 +186,7 @@ def train(
         title,
         run,
         prepared(source, config),
-        row_batches(rows, plan, config.micro_batch, config.seed, device, order),
+        row_batches(rows, plan, config.micro_batch, config.seed, device, order, tp),
         plan.steps,
         objective,
         config,

@@ -28,12 +28,15 @@ def of_steps(rows: int, steps: int, batch: int) -> Plan:
     return Plan(rows, batch, steps, steps * batch)
 
 
-def check_shares(batch: int) -> None:
-    """ValueError where a batch cannot be shared equally."""
-    ranks = parallel.world_size()
-    if batch % ranks:
+def check_shares(batch: int, tp: int = 1, called: str = "a batch of") -> None:
+    """ValueError where a batch cannot be shared equally by the ranks, `tp` of which take one share
+    together."""
+    ranks = parallel.share(tp).ranks
+    if batch % max(1, ranks):
+        groups = f"groups of {tp} processes" if tp > 1 else "processes"
         raise ValueError(
-            f"a batch of {batch} cannot be shared equally by {ranks} processes; choose a multiple"
+            f"{called} {batch} cannot be shared equally by {ranks} {groups}; choose a multiple, or "
+            "let more work on the same rows (--parallel.tp)"
         )
 
 
