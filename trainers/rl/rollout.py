@@ -18,6 +18,7 @@ from puna.core.packed import forward_groups
 from puna.core.tensor_parallel import generate_together
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.prompts import EncodedPrompt
+from puna.trainers.rl.engine import Engine
 from puna.trainers.rl.rewards import Answer, check_finite
 
 
@@ -87,6 +88,7 @@ def collect(
     temperature: float,
     seed: int,
     round_index: int,
+    engine: Engine | None = None,
     **limits: int,
 ) -> Rollout:
     """Sample one answer to each of the prompts given (repeat a prompt for K answers).
@@ -94,8 +96,9 @@ def collect(
     The draw for token t of row s is a function of (seed, round_index, prompt_ids[s],
     sample_ids[s], t) alone: not of the batch, the order or the rank. Nothing is cut off the
     distribution (no top-k, no top-p): a ratio to a truncated one would not be a ratio of
-    probabilities. `limits` are `generate`'s, of what stands side by side. Raises ValueError for a
-    temperature that is not above 0 or an empty prompt.
+    probabilities. `limits` are `generate`'s, of what stands side by side. An `engine` draws in
+    place of this process, by a generator of its own; the log-probs are still the policy's. Raises
+    ValueError for a temperature that is not above 0, an empty prompt, or what the engine cannot do.
     """
     if temperature <= 0:
         raise ValueError(
@@ -104,6 +107,18 @@ def collect(
     if any(not prompt for prompt in prompts):
         raise ValueError("an empty prompt cannot be answered; it needs at least BOS")
     device = next(policy.parameters()).device
+    if engine is not None:
+        keys = [(seed, round_index, *key) for key in zip(prompt_ids, sample_ids, strict=True)]
+        drawn = engine.draw(
+            policy,
+            prompts,
+            keys,
+            max_new_tokens=max_new_tokens,
+            eos_id=eos_id,
+            temperature=temperature,
+            batch_size=limits["batch_size"],
+        )
+        return scored_again(policy, prompts, drawn, temperature, engine.max_tokens)
     with parallel.gathered(policy) as whole:  # once: a gather per layer and token is 20x slower
         completions = generate_together(
             whole,
@@ -120,18 +135,43 @@ def collect(
             called="the policy",
             **limits,
         )
-    lengths = torch.tensor([len(c.tokens) for c in completions], dtype=torch.int64)
+    logprobs = torch.tensor([p for c in completions for p in c.logprobs], dtype=torch.float32)
+    assert bool((logprobs <= 0).all()), "a log-probability is never positive"
+    return as_rollout(prompts, completions, logprobs, device)
+
+
+def as_rollout(
+    prompts: Sequence[list[int]],
+    answers: Sequence[Any],
+    logprobs: Tensor,
+    device: torch.device,
+) -> Rollout:
+    """Answers with their `tokens` and whether they are `finished`, and (A,) log-probs."""
+    lengths = torch.tensor([len(answer.tokens) for answer in answers], dtype=torch.int64)
     assert bool((lengths > 0).all()), "an answer has at least one token"
-    drawn = torch.tensor([p for c in completions for p in c.logprobs], dtype=torch.float32)
-    assert bool((drawn <= 0).all()), "a log-probability is never positive"
     steps = int(lengths.max()) if len(lengths) else 0
     return Rollout(
         list(prompts),
-        [c.tokens for c in completions],
+        [answer.tokens for answer in answers],
         lengths.to(device),
-        pad_answers(drawn, lengths, steps).to(device),
-        torch.tensor([c.finished for c in completions], dtype=torch.bool).to(device),
+        pad_answers(logprobs, lengths, steps).to(device),
+        torch.tensor([answer.finished for answer in answers], dtype=torch.bool).to(device),
     )
+
+
+def scored_again(
+    policy: Transformer,
+    prompts: Sequence[list[int]],
+    drawn: Sequence[Any],
+    temperature: float,
+    max_tokens: int,
+) -> Rollout:
+    """What somebody else drew, with the log-probs that the policy gives it (collective)."""
+    device = next(policy.parameters()).device
+    unknown = torch.zeros(sum(len(answer.tokens) for answer in drawn))
+    rollout = as_rollout(prompts, drawn, unknown, device)
+    logprobs, _ = answer_logprobs(policy, rollout, temperature=temperature, max_tokens=max_tokens)
+    return rollout._replace(logprobs=logprobs)
 
 
 def sample_everywhere(
