@@ -31,13 +31,18 @@ def hit_and_continued(fault: Fault, start, tiny, root) -> None:
 
 @pytest.mark.parametrize(
     ("moment", "victim", "harm"),
-    [("step", 0, "one"), ("write", 1, "one"), ("rollout", 1, "one"), ("writes", 0, "all")],
+    [
+        ("write", 1, "one"),
+        ("rollout", 1, "one"),
+        pytest.param("step", 0, "one", marks=pytest.mark.slow),
+        pytest.param("writes", 0, "all", marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_killed_in_the_middle_ends_the_other(moment, victim, harm, start, tiny, tmp_path):
     hit_and_continued(Fault(moment, victim, 2, 0.5, harm), start, tiny, tmp_path)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_stands_still_is_waited_for_no_longer_than_asked(victim, start, tiny, tmp_path):
     """Rank 0 is the one through which they meet, too."""
     hit_and_continued(Fault("step", victim, 2, 0.5, "stop"), start, tiny, tmp_path)
