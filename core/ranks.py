@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any
+from queue import Empty, Queue
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,14 @@ PARENT_SECONDS = 1.0  # between looks at whether torchrun is still there
 LAST_SECONDS = 300.0  # for a worker without torchrun to save a checkpoint before it is ended
 FAILED = "puna/failed"  # in the ranks' common store: "<rank>\n<why>"
 STUCK = "puna/stuck"  # the same: ranks that waited in vain
+ANSWER_SECONDS = 3.0  # for that store to answer; where it does not, nothing is said through it
+
+Answer = TypeVar("Answer")
+
+
+class NoAnswer(RuntimeError):
+    """The ranks' store did not answer in time."""
+
 
 _seconds: float | None = None  # that ranks wait for each other; None: what PyTorch says
 
@@ -235,11 +244,36 @@ def fail(why: str, *, by_others: bool) -> bool:
     if not dist.is_initialized():
         return True
     try:
-        store = dist.distributed_c10d._get_default_store()
-        first, _, said = store.compare_set(FAILED, "", f"{rank()}\n{why}").decode().partition("\n")
+        first, _, said = in_time(lambda: _first_to_fail(why)).partition("\n")
     except RuntimeError:
-        return True  # the store went with torchrun
+        return True  # the store went with torchrun, or cannot be reached
     return int(first) == rank() or not (by_others or said == why)
+
+
+def _first_to_fail(why: str) -> str:
+    store = dist.distributed_c10d._get_default_store()
+    return store.compare_set(FAILED, "", f"{rank()}\n{why}").decode()
+
+
+def in_time(ask: Callable[[], Answer]) -> Answer:
+    """What the ranks' store answers to `ask`; RuntimeError where it does not (NoAnswer: not
+    in time). PyTorch would wait for ever where its machine stands still or the network is cut."""
+    answers: Queue[Answer | RuntimeError] = Queue()
+
+    def wait() -> None:
+        try:
+            answers.put(ask())
+        except RuntimeError as error:
+            answers.put(error)
+
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        answer = answers.get(timeout=ANSWER_SECONDS)
+    except Empty:
+        raise NoAnswer from None
+    if isinstance(answer, RuntimeError):
+        raise answer
+    return answer
 
 
 def is_lost(error: Exception) -> bool:
@@ -257,9 +291,15 @@ def who_is_missing() -> str:
     were waiting, too."""
     try:
         store = dist.distributed_c10d._get_default_store()
-        store.set(f"{STUCK}/{rank()}", "1")
+        in_time(lambda: store.set(f"{STUCK}/{rank()}", "1"))
         time.sleep(2.0)
-        gone = [r for r in range(world_size()) if not store.check([f"{STUCK}/{r}"])]
+        everyone = range(world_size())
+        gone = in_time(lambda: [r for r in everyone if not store.check([f"{STUCK}/{r}"])])
+    except NoAnswer:
+        return (
+            f"{os.environ['MASTER_ADDR']}, where the ranks meet, no longer answers: its machine "
+            "stands still or the network is cut; the same command goes on from the last checkpoint"
+        )
     except RuntimeError:
         return "torchrun is gone"
     names = " and ".join(f"rank {r}" for r in gone) or "another rank"

@@ -325,6 +325,40 @@ def test_pieces_that_are_not_all_there_are_refused(made, tmp_path):
         networks(run)
 
 
+def finished(out: str, dtype: str) -> None:
+    """A run that ends with a model written in `dtype`, in files that only the group may read."""
+    os.umask(0o027)
+    parallel.init()
+    shards.SMALL = 2000  # bytes: several files
+    with open_run(TrainConfig(out=Path(out), model_dtype=dtype), tokenizer=None) as run:
+        trained = networks(run)
+        train(trained["model"], 0)
+        end = whole({"model": trained["model"]})
+        run.finish(trained["model"].model)
+    if parallel.is_main():
+        save_file(end, f"{out}-end.safetensors")
+    parallel.close()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_finished_model_is_written_in_the_dtype_asked_for(ranks, tmp_path, start):
+    """And transformers opens it in that dtype, with the trained weights, rounded once."""
+    transformers = pytest.importorskip("transformers")
+    out = tmp_path / "run"
+    here = str(Path(__file__).parent)
+    code = f"import sys; sys.path.insert(0, {here!r}); from test_saving import finished; "
+    finish(start(f"{code}finished({str(out)!r}, 'bf16')", ranks))
+    files = list((out / "model").iterdir())
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o640}
+    assert (out / "model" / "model.safetensors.index.json").exists() == (ranks > 1)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "model", dtype="auto")
+    found = dict(theirs.named_parameters())
+    assert {parameter.dtype for parameter in found.values()} == {torch.bfloat16}
+    for name, tensor in noted(out, "end").items():
+        _, parameter, kind = name.split()
+        assert kind != "weight" or torch.equal(found[parameter], tensor.to(torch.bfloat16)), name
+
+
 class Asked:
     """A tensor that notes how many of its numbers somebody takes."""
 

@@ -31,7 +31,13 @@ from puna.trainers.data.prompts import EncodedPrompt, common_tokenizer
 from puna.trainers.rejection import imitate
 from puna.trainers.rl.best_of import Sample, is_usable, read_samples, write_samples
 from puna.trainers.rl.chunks import append_chunks
-from puna.trainers.rl.config import AnsweringConfig, ImitationConfig, frozen, prompt_room
+from puna.trainers.rl.config import (
+    AnsweringConfig,
+    ImitationConfig,
+    engine_of,
+    frozen,
+    prompt_room,
+)
 from puna.trainers.rl.rewards import Reward, RewardModels, score_answers
 from puna.trainers.rl.rollout import as_answers, collect
 from puna.trainers.rl.sampling import scored_rows
@@ -133,6 +139,8 @@ def drawer(
 ) -> Callable[[Sequence[int]], list[Distilled]]:
     """What answers the prompts with given numbers, each without and with its pre-prompt."""
 
+    engine = engine_of(config, tokenizer)
+
     def draw(numbers: Sequence[int]) -> list[Distilled]:
         rows = [(number, under) for number in numbers for under in (0, 1)]
         rollout = collect(
@@ -145,6 +153,7 @@ def drawer(
             temperature=config.temperature,
             seed=config.seed,
             round_index=0,
+            engine=engine,
             **config.limits(),
         )
         # the judge, too, reads the prompt without the pre-prompt

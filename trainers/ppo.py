@@ -27,6 +27,7 @@ from puna.trainers.rl.comparisons import write_rows
 from puna.trainers.rl.config import (
     PPOConfig,
     check_reward,
+    engine_of,
     frozen,
     open_reward_models,
     prompt_room,
@@ -41,6 +42,7 @@ from puna.trainers.rl.early_stopping import (
     keep_if_best,
     too_far,
 )
+from puna.trainers.rl.engine import Engine
 from puna.trainers.rl.rewards import (
     Answer,
     Reward,
@@ -81,6 +83,7 @@ class Stage(NamedTuple):
     tokenizer: Tokenizer
     prompts: list[EncodedPrompt]
     eval_prompts: list[EncodedPrompt]
+    engine: Engine | None = None
 
 
 def run(config: PPOConfig, reward: Reward | None = None) -> Path:
@@ -197,7 +200,10 @@ def open_stage(
         skipped.merge(unusable)
     say(skipped)
     eval_prompts = eval_prompts[: config.eval_count]
-    return Stage(config, policy, critic, reference, reward, tokenizer, prompts, eval_prompts)
+    engine = engine_of(config, tokenizer)
+    return Stage(
+        config, policy, critic, reference, reward, tokenizer, prompts, eval_prompts, engine
+    )
 
 
 def trained(source: Any, config: PPOConfig) -> Trained:
@@ -292,6 +298,7 @@ def sample(
         temperature=stage.config.temperature,
         seed=stage.config.seed,
         round_index=round_index,
+        engine=stage.engine,
         **stage.config.limits(),
     )
 

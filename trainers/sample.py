@@ -80,7 +80,7 @@ def draw(config: SampleConfig, tokenizer: Tokenizer, reward: Reward | None) -> N
         context = min(context, reward.context)
     prompts, skipped = load_prompts(config.prompts, tokenizer, prompt_room(config, context))
     next_token.say(skipped)
-    drawing = drawing_of(config)
+    drawing = drawing_of(config, tokenizer)
     if reward is not None:
         drawing = drawing_at_best(config.out, config, tokenizer, policy, prompts, reward)
     sample_all(config.out / SAMPLES, drawing, tokenizer, policy, prompts, reward)

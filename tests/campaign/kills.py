@@ -105,10 +105,11 @@ def as_rank(code: str, rank: int, ranks: int, port: int) -> None:
     exec(code, {})
 
 
-def code_of(stage: str, tiny: Path, out: Path) -> str:
+def code_of(stage: str, tiny: Path, out: Path, more: str = "") -> str:
+    """What a rank of it executes; `more` are further options."""
     if stage == "rlhf":
         return RLHF.format(tiny=str(tiny), out=str(out))
-    argv = f"{stage} {COMMON} {STAGES[stage]}".format(tiny).split()
+    argv = f"{stage} {COMMON} {STAGES[stage]} {more}".format(tiny).split()
     return CALL.format(argv=[*argv, "--out", str(out)])
 
 

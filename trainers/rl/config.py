@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from puna.core.checkpoint.folder import open_model
 from puna.core.model import Transformer
+from puna.core.tokenizer import Tokenizer
+from puna.trainers.rl.engine import Engine, check_url
 from puna.trainers.rl.rewards import Reward, RewardModels
 from puna.trainers.train import loop
 from puna.trainers.train.kinds import FIXED, FREE, Kind
@@ -38,6 +40,13 @@ class AnsweringConfig(loop.DrawingConfig, loop.FolderConfig):
     """longest answer, tokens"""
     micro_batch_tokens: Annotated[Count, FREE] = 16384
     """most tokens in one forward pass over answers"""
+    engine: str = ""
+    """address of a vLLM server that draws the answers, http://127.0.0.1:8000 (docs/runs.md): it
+    takes the policy's weights from the folder `engine` in `out`; left out: this process draws"""
+
+    def check(self) -> None:
+        if self.engine:
+            check_url(self.engine)
 
 
 @dataclass(kw_only=True)
@@ -149,6 +158,7 @@ class PPOConfig(SamplingConfig, loop.TrainConfig):
     """iterations between looks at held-out prompts, and at whether the policy is the best so far"""
 
     def check(self) -> None:
+        super().check()
         if self.batch % self.minibatch:
             raise ValueError(
                 f"batch {self.batch} is not a multiple of minibatch {self.minibatch}; "
@@ -266,6 +276,19 @@ class RLHFConfig(loop.DrawingConfig):
             raise ValueError(
                 "patience in [ppo] needs eval_prompts to look at; name some or set it to 0"
             )
+
+
+def engine_of(config: AnsweringConfig, tokenizer: Tokenizer) -> Engine | None:
+    """The server that draws, where there is one; ValueError for an address that is none."""
+    if not config.engine:
+        return None
+    return Engine(
+        config.engine,
+        config.out / "engine",
+        tokenizer,
+        timeout=config.timeout,
+        max_tokens=config.micro_batch_tokens,
+    )
 
 
 def frozen(path: Path, head: str, config: loop.FolderConfig, tp: int = 1) -> Transformer:

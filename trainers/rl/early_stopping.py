@@ -154,7 +154,7 @@ def give_best(run: Run, when: str, reason: str) -> Path:
 
 def save_best(run: Run, policy: Transformer) -> None:
     """Keep the policy as `best/` in the run folder, in place of an earlier one (all ranks)."""
-    save_model(run.path / "best", policy, run.tokenizer)
+    save_model(run.path / "best", policy, run.tokenizer, run.dtype)
 
 
 def finish_with_best(run: Run) -> Path:

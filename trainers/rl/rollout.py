@@ -5,7 +5,7 @@ answer's length is stored, never searched for: Llama 2 has no padding piece, and
 the answer. S answers, T tokens of the longest one, A = sum of the lengths, C model width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from puna.core.packed import forward_groups
 from puna.core.tensor_parallel import generate_together
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.prompts import EncodedPrompt
+from puna.trainers.rl.engine import Engine
 from puna.trainers.rl.rewards import Answer, check_finite
 
 
@@ -88,6 +89,7 @@ def collect(
     temperature: float,
     seed: int,
     round_index: int,
+    engine: Engine | None = None,
     **limits: int,
 ) -> Rollout:
     """Sample one answer to each of the prompts given (repeat a prompt for K answers).
@@ -95,8 +97,9 @@ def collect(
     The draw for token t of row s is a function of (seed, round_index, prompt_ids[s],
     sample_ids[s], t) alone: not of the batch, the order or the rank. Nothing is cut off the
     distribution (no top-k, no top-p): a ratio to a truncated one would not be a ratio of
-    probabilities. `limits` are `generate`'s, of what stands side by side. Raises ValueError for a
-    temperature that is not above 0 or an empty prompt.
+    probabilities. `limits` are `generate`'s, of what stands side by side. An `engine` draws in
+    place of this process, by a generator of its own; the log-probs are still the policy's. Raises
+    ValueError for a temperature that is not above 0, an empty prompt, or what the engine cannot do.
     """
     if temperature <= 0:
         raise ValueError(
@@ -104,62 +107,94 @@ def collect(
         )
     if any(not prompt for prompt in prompts):
         raise ValueError("an empty prompt cannot be answered; it needs at least BOS")
-    device = next(policy.parameters()).device
+    device, tp = next(policy.parameters()).device, parallel.tp_of(policy)
+    if engine is not None:
+
+        def asked(numbers: range) -> list[Completion]:
+            found = engine.draw(
+                policy,
+                [prompts[i] for i in numbers],
+                [(seed, round_index, prompt_ids[i], sample_ids[i]) for i in numbers],
+                max_new_tokens=max_new_tokens,
+                eos_id=eos_id,
+                temperature=temperature,
+                batch_size=limits["batch_size"],
+            )
+            return [Completion(each.tokens, [], each.finished) for each in found]
+
+        answers = _in_parts(tp, len(prompts), asked)
+        return scored_again(policy, prompts, answers, temperature, engine.max_tokens)
     with parallel.gathered(policy) as whole:  # once: a gather per layer and token is 20x slower
-        completions = _drawn(
-            whole,
-            parallel.tp_of(policy),
-            list(prompts),
-            max_new_tokens=max_new_tokens,
-            eos_id=eos_id,
-            temperature=temperature,
-            top_k=0,
-            top_p=1.0,
-            seed=seed,
-            round_index=round_index,
-            prompt_ids=list(prompt_ids),
-            sample_ids=list(sample_ids),
-            called="the policy",
-            **limits,
-        )
-    lengths = torch.tensor([len(c.tokens) for c in completions], dtype=torch.int64)
+
+        def drawn(numbers: range) -> list[Completion]:
+            return generate_together(
+                whole,
+                [prompts[i] for i in numbers],
+                max_new_tokens=max_new_tokens,
+                eos_id=eos_id,
+                temperature=temperature,
+                top_k=0,
+                top_p=1.0,
+                seed=seed,
+                round_index=round_index,
+                prompt_ids=[prompt_ids[i] for i in numbers],
+                sample_ids=[sample_ids[i] for i in numbers],
+                called="the policy",
+                **limits,
+            )
+
+        completions = _in_parts(tp, len(prompts), drawn)
+    logprobs = torch.tensor([p for c in completions for p in c.logprobs], dtype=torch.float32)
+    assert bool((logprobs <= 0).all()), "a log-probability is never positive"
+    return as_rollout(prompts, completions, logprobs, device)
+
+
+def as_rollout(
+    prompts: Sequence[list[int]],
+    answers: Sequence[Any],
+    logprobs: Tensor,
+    device: torch.device,
+) -> Rollout:
+    """Answers with their `tokens` and whether they are `finished`, and (A,) log-probs."""
+    lengths = torch.tensor([len(answer.tokens) for answer in answers], dtype=torch.int64)
     assert bool((lengths > 0).all()), "an answer has at least one token"
-    drawn = torch.tensor([p for c in completions for p in c.logprobs], dtype=torch.float32)
-    assert bool((drawn <= 0).all()), "a log-probability is never positive"
     steps = int(lengths.max()) if len(lengths) else 0
     return Rollout(
         list(prompts),
-        [c.tokens for c in completions],
+        [answer.tokens for answer in answers],
         lengths.to(device),
-        pad_answers(drawn, lengths, steps).to(device),
-        torch.tensor([c.finished for c in completions], dtype=torch.bool).to(device),
+        pad_answers(logprobs, lengths, steps).to(device),
+        torch.tensor([answer.finished for answer in answers], dtype=torch.bool).to(device),
     )
 
 
-def _drawn(
-    whole: Transformer,
-    tp: int,
-    prompts: list[list[int]],
-    *,
-    prompt_ids: list[int],
-    sample_ids: list[int],
-    **options: Any,
+def _in_parts(
+    tp: int, count: int, draw: Callable[[range], Sequence[Completion]]
 ) -> list[Completion]:
-    """A completion of each prompt; `tp` neighbouring ranks, which have the same prompts, draw a
-    part of them each."""
+    """What `draw` gives for the prompts with numbers below `count`; `tp` neighbouring ranks, which
+    have the same prompts, draw a part of them each."""
     place = parallel.rank() % tp
-    completions = generate_together(
-        whole,
-        prompts[place::tp],
-        prompt_ids=prompt_ids[place::tp],
-        sample_ids=sample_ids[place::tp],
-        **options,
-    )
+    found = list(draw(range(place, count, tp)))
     if tp == 1:
-        return completions
+        return found
     first = parallel.rank() - place
-    parts = parallel.gather([list(each) for each in completions])[first : first + tp]
-    return [Completion(*parts[i % tp][i // tp]) for i in range(len(prompts))]
+    parts = parallel.gather([list(each) for each in found])[first : first + tp]
+    return [Completion(*parts[i % tp][i // tp]) for i in range(count)]
+
+
+def scored_again(
+    policy: Transformer,
+    prompts: Sequence[list[int]],
+    drawn: Sequence[Any],
+    temperature: float,
+    max_tokens: int,
+) -> Rollout:
+    """What somebody else drew, with the log-probs that the policy gives it (collective)."""
+    device = next(policy.parameters()).device
+    unknown = torch.zeros(sum(len(answer.tokens) for answer in drawn))
+    rollout = as_rollout(prompts, drawn, unknown, device)
+    logprobs, _ = answer_logprobs(policy, rollout, temperature=temperature, max_tokens=max_tokens)
+    return rollout._replace(logprobs=logprobs)
 
 
 def sample_everywhere(

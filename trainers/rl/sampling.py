@@ -16,7 +16,8 @@ from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.prompts import EncodedPrompt
 from puna.trainers.rl.best_of import Drawn, Sample, is_usable
 from puna.trainers.rl.chunks import append_chunks
-from puna.trainers.rl.config import BestOfConfig
+from puna.trainers.rl.config import BestOfConfig, engine_of
+from puna.trainers.rl.engine import Engine
 from puna.trainers.rl.rewards import Reward, Scores, score_answers
 from puna.trainers.rl.rollout import as_answers, collect
 from puna.trainers.train.notice import notice
@@ -33,9 +34,10 @@ class Drawing(NamedTuple):
     seed: int
     round: int  # part of the random numbers
     title: str = "sampling"  # beside the progress
+    engine: Engine | None = None  # what draws, where it is not this process
 
 
-def drawing_of(config: BestOfConfig) -> Drawing:
+def drawing_of(config: BestOfConfig, tokenizer: Tokenizer) -> Drawing:
     """As the options say."""
     return Drawing(
         samples=config.samples,
@@ -45,6 +47,7 @@ def drawing_of(config: BestOfConfig) -> Drawing:
         limits=config.limits(),
         seed=config.seed,
         round=config.round,
+        engine=engine_of(config, tokenizer),
     )
 
 
@@ -62,7 +65,7 @@ def drawing_at_best(
     """As the options say; where several temperatures are given, at the one whose best of K answers
     score highest for this policy under this reward, on the first chunk of prompts (paper section
     3.2.3, Fig. 8). What was found stays in TRIED."""
-    drawing = drawing_of(config)
+    drawing = drawing_of(config, tokenizer)
     if not config.temperatures:
         return drawing
     path = folder / TRIED
@@ -138,6 +141,7 @@ def sample_chunk(
         temperature=drawing.temperature,
         seed=drawing.seed,
         round_index=drawing.round,
+        engine=drawing.engine,
         **drawing.limits,
     )
     answers = as_answers(rollout, [prompts[number] for number, _ in rows], tokenizer)

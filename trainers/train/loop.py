@@ -106,6 +106,9 @@ class TrainConfig(FolderConfig):
     """steps between looks at held-out data"""
     keep: Annotated[Count, FREE] = 2
     """newest checkpoints to keep"""
+    model_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """what the finished model's weights are written in (checkpoints: fp32); what trains on from it
+    begins with the rounded ones"""
     amend: Annotated[bool, FREE] = False
     """go on with an interrupted or finished run under other options, or on other data, from here"""
     resume: Annotated[Literal["newest", "previous"], FREE] = "newest"

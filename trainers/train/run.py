@@ -47,6 +47,8 @@ STATE = "training/state.json"
 STATE_FILE = "-optimizer.safetensors"  # of one process, after the network's name
 STATE_FOLDER = "-optimizer"  # of several: a file of each
 PROOF = f"training/{HASHES}"
+# what a finished model's weights are written in, by the name in a recipe
+WRITTEN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @contextmanager
@@ -78,6 +80,7 @@ class Run:
         self.tokenizer = tokenizer
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
+        self.dtype = WRITTEN[getattr(config, "model_dtype", "fp32")]
         self._show = viewer(getattr(config, "log", "none"), self.path)
         fall_back = getattr(config, "resume", "newest") == "previous"
         parallel.on_main(self._open)
@@ -246,7 +249,7 @@ class Run:
     def finish(self, model: Transformer) -> Path:
         """Write the finished model and return its folder."""
         self.settle()
-        save_model(self.final, model, self.tokenizer)
+        save_model(self.final, model, self.tokenizer, self.dtype)
         return self.finished()
 
     def finished(self) -> Path:
@@ -350,16 +353,27 @@ def finish_checkpoint(
     write_hashes(folder, PROOF, known)
 
 
-def save_model(folder: Path, model: Transformer, tokenizer: Path | None) -> None:
-    """The model as a folder of its own, in place of an earlier one (all ranks take part)."""
+def save_model(
+    folder: Path,
+    model: Transformer,
+    tokenizer: Path | None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """The model as a folder of its own, its weights in `dtype`, in place of an earlier one (all
+    ranks take part). Raises ValueError where a number does not fit."""
     if parallel.world_size() == 1:
         with atomic_folder(folder) as partial:
-            write_model(partial, model, tokenizer)
+            write_model(partial, model, tokenizer, dtype)
     else:
-        saving.write(folder, saving.copy_model(model, tokenizer))
+        saving.write(folder, saving.copy_model(model, tokenizer, dtype=dtype))
 
 
-def write_model(folder: Path, model: Transformer, tokenizer: Path | None) -> None:
+def write_model(
+    folder: Path,
+    model: Transformer,
+    tokenizer: Path | None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """One process's model, one file in memory at a time."""
     write_tensors(
         folder,
@@ -367,7 +381,7 @@ def write_model(folder: Path, model: Transformer, tokenizer: Path | None) -> Non
         model.head,
         parallel.full_parameters(model),
         tokenizer,
-        dtype=torch.float32,
+        dtype=dtype,
     )
 
 

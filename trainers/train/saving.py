@@ -21,7 +21,7 @@ from puna.core.checkpoint.folder import write_texts
 from puna.core.checkpoint.hashes import digest
 from puna.core.checkpoint.pieces import metadata
 from puna.core.checkpoint.shards import file_names, save_tensors, shared_out, write_index
-from puna.core.checkpoint.source import parameter_shapes
+from puna.core.checkpoint.source import as_type, parameter_shapes
 from puna.core.model import Transformer
 
 
@@ -48,15 +48,23 @@ class Copied(NamedTuple):
     """writes what rank 0 writes alone, into the folder"""
 
 
-def copy_model(model: Transformer, tokenizer: Path | None, place: str = ".") -> Copied:
-    """This rank's files of a model folder in fp32, in `place` of what is written (collective)."""
+def copy_model(
+    model: Transformer,
+    tokenizer: Path | None,
+    place: str = ".",
+    dtype: torch.dtype = torch.float32,
+) -> Copied:
+    """This rank's files of a model folder, in `place` of what is written (collective).
+
+    Raises ValueError where a number does not fit `dtype`.
+    """
     shapes = parameter_shapes(model.config, model.head)
-    sizes = {name: 4 * torch.Size(shape).numel() for name, shape in shapes.items()}
+    sizes = {name: dtype.itemsize * torch.Size(shape).numel() for name, shape in shapes.items()}
     shards = shared_out(sizes, parallel.world_size())
     own = shards[parallel.rank() :: parallel.world_size()]
     mine = {name for names in own for name in names}
     held = {
-        name: tensor.to(torch.float32).contiguous()
+        name: as_type(name, tensor, dtype).contiguous()
         for name, tensor in parallel.full_parameters(model, mine.__contains__)
     }
     files = {
@@ -67,7 +75,7 @@ def copy_model(model: Transformer, tokenizer: Path | None, place: str = ".") -> 
 
     def texts(folder: Path) -> None:
         (folder / place).mkdir(parents=True, exist_ok=True)
-        write_texts(folder / place, model.config, model.head, tokenizer, dtype=torch.float32)
+        write_texts(folder / place, model.config, model.head, tokenizer, dtype=dtype)
         write_index(folder / place, shards, sum(sizes.values()))
 
     return Copied(files, texts)
