@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from puna.annotate import dialogues, statistics
+from puna.annotate import charts, dialogues, statistics
 from puna.annotate.guard import App, guarded
 from puna.annotate.visits import HERE, Desk, Form, Visit, render, sentence, to
 from puna.core.errors import UserError
@@ -168,7 +168,7 @@ def nothing_there(visit: Visit) -> Response:
     if supply is not None and not waits:
         progress = progress_of(visit.desk.store, supply.batch)
         waits = progress.done < progress.total
-    return visit.page("wait.html", waits=waits, problem=supply.problem if supply else "")
+    return visit.page("wait.html", waits=waits, problem=supply.background.problem if supply else "")
 
 
 def submitted(visit: Visit) -> Response:
@@ -219,4 +219,9 @@ def dashboard(visit: Visit) -> Response:
     """What is seen of the comparisons so far; for whoever started the server."""
     if not visit.is_owner:
         raise UserError("the dashboard is for whoever started the server")
-    return visit.page("dashboard.html", seen=statistics.seen(visit.desk.store))
+    return visit.page(
+        "dashboard.html",
+        seen=statistics.seen(visit.desk.store),
+        shares=lambda found: [charts.of_share(*each) for each in found],
+        degrees=list(zip(RATINGS, charts.COLOURS, strict=True)),
+    )

@@ -46,7 +46,7 @@ class Visit:
     def prod(self) -> None:
         """The thread that samples looks at once whether more is needed."""
         if self.desk.supply is not None:
-            self.desk.supply.wake.set()
+            self.desk.supply.background.wake.set()
 
 
 def render(name: str, status: int = 200, **values: Any) -> Response:

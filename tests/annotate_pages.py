@@ -1,6 +1,7 @@
 """Visitors of the page where people compare; without the extra `annotate` tests are skipped."""
 
 import re
+import socket
 from html.parser import HTMLParser
 
 import pytest
@@ -22,6 +23,13 @@ def visitor(store, guidelines=None, *, origin=HOST, **options):
 
     app = application(Desk(store, guidelines or {}, **options), {"127.0.0.1", "localhost"})
     return TestClient(app, base_url=HOST, headers={"origin": origin} if origin else {})
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
 
 
 def key_on(page: str) -> str:

@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from annotate_pages import httpx, key_on, visitor
+from annotate_pages import free_port, httpx, key_on, visitor
 from annotated import filled
 
 from puna.annotate.config import AnnotateConfig
@@ -150,12 +150,6 @@ def test_what_cannot_be_served_is_one_sentence(tiny, tmp_path):
     with pytest.raises(ValueError, match="guidelines are a Markdown file"):
         run(config_of(tiny, tmp_path, safety_guidelines=tmp_path / "none.md", port=free))
     assert hosts_of(AnnotateConfig(out="c.db", names=["Ex.org"])) >= {"ex.org", "localhost"}
-
-
-def free_port() -> int:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return place.getsockname()[1]
 
 
 class Server:

@@ -38,6 +38,20 @@
     }
   });
 
+  // Where answers are being written, the page looks whether they are there, and goes on then.
+  if (document.getElementById("waits")) {
+    setInterval(async () => {
+      try {
+        const answer = await fetch("/");
+        if (!(await answer.text()).includes('id="waits"')) {
+          location.reload();
+        }
+      } catch {
+        // The server is being started again.
+      }
+    }, 1000);
+  }
+
   const choose = (input) => {
     input.checked = true;
     input.focus();

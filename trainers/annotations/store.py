@@ -7,6 +7,7 @@ annotator  a person; of the token in their address only a hash is kept
 hand       an item that lies before somebody now, under a key
 verdict    what somebody said of an item, under the key it was handed out with: a key is taken
            once, so nothing counts twice however often it is sent
+score      by how much a reward model puts the chosen answer above the other one
 """
 
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 APPLICATION = 0x50756E61  # "Puna"
-SCHEMA = 1
+SCHEMA = 2
 BUSY_SECONDS = 10.0
 
 TABLES = """
@@ -53,6 +54,11 @@ CREATE TABLE verdict (
 CREATE UNIQUE INDEX verdict_once ON verdict (item, annotator) WHERE undone IS NULL;
 CREATE INDEX verdict_annotator ON verdict (annotator, id);
 """
+SCORE = """
+CREATE TABLE score (
+    verdict INTEGER NOT NULL REFERENCES verdict, version TEXT NOT NULL, model TEXT NOT NULL,
+    difference REAL, PRIMARY KEY (verdict, version));
+"""  # new in schema 2
 
 
 class Store:
@@ -166,13 +172,16 @@ def write_ahead(store: Store) -> None:
 
 
 def make_tables(store: Store) -> None:
-    """The tables of a new file, all or none, whichever of two programs is first."""
+    """The tables of a new file or what an older one lacks, all or none, whichever of two programs
+    is first."""
     with store.writing() as db:
-        if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            for statement in TABLES.split(";\n"):
-                db.execute(statement)
-            db.execute(f"PRAGMA application_id = {APPLICATION}")
-            db.execute(f"PRAGMA user_version = {SCHEMA}")
+        if db.execute("PRAGMA user_version").fetchone()[0] == SCHEMA:
+            return
+        is_new = not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        for statement in (TABLES * is_new + SCORE).split(";\n"):
+            db.execute(statement)
+        db.execute(f"PRAGMA application_id = {APPLICATION}")
+        db.execute(f"PRAGMA user_version = {SCHEMA}")
 
 
 @contextmanager
