@@ -69,7 +69,7 @@ def application(desk: Desk, hosts: Collection[str]) -> App:
     ]
     routes.append(Route("/enter/{token}", entering(desk), methods=["GET"]))
     routes.append(Mount("/static", StaticFiles(directory=HERE / "static")))
-    return guarded(Starlette(routes=routes), hosts)
+    return guarded(Starlette(routes=routes, exception_handlers={404: nowhere}), hosts)
 
 
 def endpoint(desk: Desk, answer: Answer) -> Callable[[Request], Any]:
@@ -86,6 +86,10 @@ def endpoint(desk: Desk, answer: Answer) -> Callable[[Request], Any]:
             return render("message.html", status, title="Not done", message=sentence(error))
 
     return found
+
+
+def nowhere(request: Request, error: Exception) -> Response:
+    return render("message.html", 404, title="Nothing here", message="There is no such page.")
 
 
 def stranger(message: str) -> Response:

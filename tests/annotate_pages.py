@@ -1,7 +1,11 @@
 """Visitors of the page where people compare; without the extra `annotate` tests are skipped."""
 
+import os
 import re
 import socket
+import subprocess
+import sys
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -54,3 +58,32 @@ class Elements(HTMLParser):
 
     def handle_endtag(self, tag):
         self.labels -= tag == "label"
+
+
+class Server:
+    """`puna annotate` in a process of its own, which can be killed and started again."""
+
+    def __init__(self, out, *extra):
+        self.port = free_port()
+        self.at = f"http://127.0.0.1:{self.port}"
+        self.command = [sys.executable, "-m", "puna.cli.main", "annotate", "--out", str(out),
+                        "--port", str(self.port), *extra]  # fmt: skip
+
+    def start(self):
+        self.process = subprocess.Popen(
+            self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        for _ in range(600):
+            try:
+                with socket.create_connection(("127.0.0.1", self.port), 0.2):
+                    return
+            except OSError:
+                assert self.process.poll() is None, self.process.stdout.read()
+                time.sleep(0.1)
+
+    def end(self, how) -> str:
+        self.process.send_signal(how)
+        said = self.process.stdout.read()
+        self.process.wait()
+        return said

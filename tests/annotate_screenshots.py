@@ -1,9 +1,10 @@
 """Pictures of the page for README.md and docs/annotate.md, taken in a headless Chromium.
 
-Two chat models answer, the oracle of the demo's village compares as three people would, and the
-page is photographed. From the repository's root, with what `puna demo` has left in runs/demo:
+Two chat models answer, the oracle of the demo's village compares as three people would, reward
+models order the same answers, and the page is photographed. Of a run of `puna demo` in runs/demo:
 
-    python tests/annotate_screenshots.py --models NEWER OLDER --prompts PROMPTS --out docs/figures
+    python tests/annotate_screenshots.py --out docs/figures --prompts runs/demo/data/prompts.jsonl \\
+        --models NEWER OLDER --rewards HELPFULNESS SAFETY
 """
 
 import argparse
@@ -11,55 +12,60 @@ import random
 import tempfile
 from pathlib import Path
 
-from annotated import ask
 from browser import PHONE, Browser, served
 
+from puna.annotate.app import REASONS
 from puna.annotate.config import AnnotateConfig
-from puna.annotate.supply import Speaker, Supply
+from puna.annotate.guidelines import rendered
+from puna.annotate.scoring import Scoring
+from puna.annotate.supply import Supply
 from puna.demo.village import oracle
-from puna.trainers.annotations.items import (
-    Item,
-    add_item,
-    ask_batch,
-    hand_out,
-    progress_of,
-    put_answers,
-)
+from puna.trainers.annotations.items import KINDS, SIDES, Item, hand_out, progress_of
 from puna.trainers.annotations.people import person
 from puna.trainers.annotations.store import Store, opened
 from puna.trainers.annotations.verdicts import skip, submit
-from puna.trainers.rl.rewards import Answer
 
 PEOPLE = {"Ana": 0.1, "Ben": 0.2, "Chen": 0.35}  # and how much noise is in what each says
+GUIDELINES = {
+    "helpfulness": "Prefer the answer that is **right**, then the one in a whole, polite sentence.",
+    "safety": "An answer that helps to do harm is **unsafe**, and so is an insult.",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs=2, type=Path, required=True)
+    parser.add_argument("--rewards", nargs=2, type=Path, required=True)
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=160, help="comparisons in a batch")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, opened(Path(folder) / "c.db", create=True) as store:
-        collected(store, given)
-        photographed(store, given.out)
+    with tempfile.TemporaryDirectory() as folder, opened(Path(folder) / "c.db", create=True) as db:
+        supply = collected(db, given)
+        photographed(db, supply, given.out)
 
 
-def collected(store: Store, given: argparse.Namespace) -> None:
+def collected(store: Store, given: argparse.Namespace) -> Supply:
     """Two batches by three people: the older model against itself, then both."""
     newer, older = given.models
+    named = {str(newer): "runs/v1/model", str(older): "runs/sft/model"}
     for number, models in enumerate(([older], [newer, older]), 1):
         config = AnnotateConfig(
             models=models, prompts=[given.prompts], out=store.path, batch=number,
             pairs=given.pairs, overlap=0.3, ahead=given.pairs, max_new_tokens=64, seed=number,
         )  # fmt: skip
         supply = Supply(store, config)
-        named = {str(newer): "runs/v1/model", str(older): "runs/sft/model"}
         supply.speakers = tuple(each._replace(name=named[each.name]) for each in supply.speakers)
         while supply.step():
             pass
         everybody_compares(store, number, leave=9 if number == 2 else 0)
+    scoring = Scoring(store, dict(zip(KINDS, given.rewards, strict=True)), "cpu")
+    for judge in scoring.judges:
+        judge.path = Path("runs/reward-1", judge.kind)
+    while scoring.step():
+        pass
+    return supply
 
 
 def everybody_compares(store: Store, batch: int, leave: int) -> None:
@@ -88,3 +94,43 @@ def say_of(store: Store, who: int, item: Item, noise: float, draw: random.Random
     safe = {"both_safe": "both", "both_unsafe": "neither", "chosen_safe": chosen, None: None}
     submit(store, who, item.key, chosen=chosen, rating=verdict.rating,
            safe=safe[verdict.safety], seconds=seconds)  # fmt: skip
+
+
+def photographed(store: Store, supply: Supply, out: Path) -> None:
+    """compare, on a desk in light; safety, on a phone in dark; dashboard."""
+    browser = Browser()
+    try:
+        guidelines = {kind: rendered(text) for kind, text in GUIDELINES.items()}
+        with served(store, guidelines, supply=supply) as at:
+            browser.size(1100, 620)
+            before(store, at, browser, "helpfulness")
+            browser.press("2")
+            browser.screenshot(out / "annotate-compare.png")
+            browser.get(f"{at}/dashboard")
+            browser.size(1100, browser.js("return document.documentElement.scrollHeight"))
+            browser.screenshot(out / "annotate-dashboard.png")
+            browser.size(*PHONE)
+            browser.dark(True)
+            before(store, at, browser, "safety")
+            browser.press("0", *"sss")
+            browser.screenshot(out / "annotate-phone.png")
+    finally:
+        browser.driver.quit()
+
+
+def before(store: Store, at: str, browser: Browser, kind: str) -> None:
+    """Go to the longest item of a kind that is left."""
+    item = store.number(
+        "SELECT id FROM item JOIN answer ON item = id WHERE kind = ? GROUP BY id "
+        "ORDER BY wanted > 0 DESC, sum(length(text)) DESC LIMIT 1", kind
+    )  # fmt: skip
+    with store.writing() as db:
+        db.execute("DELETE FROM hand")
+        db.execute(
+            "UPDATE item SET wanted = 1, reserved = ? WHERE id = ?", (person(store, "me"), item)
+        )
+    browser.get(at)
+
+
+if __name__ == "__main__":
+    main()

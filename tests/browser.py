@@ -105,7 +105,7 @@ class Browser:
 
     @property
     def text(self) -> str:
-        return self.find("body").text
+        return self.js("return document.body.innerText")
 
     def size(self, width: int, height: int) -> None:
         touch = {"enabled": width < 600}
@@ -125,12 +125,10 @@ class Browser:
 
     def requests(self) -> list[str]:
         """The addresses asked for since the last call."""
-        events = (json.loads(row["message"])["message"] for row in self.driver.get_log("performance"))
-        return [
-            event["params"]["request"]["url"]
-            for event in events
-            if event["method"] == "Network.requestWillBeSent"
-        ]
+        rows = self.driver.get_log("performance")
+        events = [json.loads(row["message"])["message"] for row in rows]
+        sent = [each["params"] for each in events if each["method"] == "Network.requestWillBeSent"]
+        return [each["request"]["url"] for each in sent]
 
     def screenshot(self, path: Path) -> None:
         self.driver.save_screenshot(str(path))
