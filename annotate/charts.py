@@ -33,7 +33,9 @@ def stacked(shares: Sequence[float], said: str) -> Markup:
     return drawing(parts, said)
 
 
-def interval(low: float, middle: float, high: float, said: str, mark: float | None = None) -> Markup:
+def interval(
+    low: float, middle: float, high: float, said: str, mark: float | None = None
+) -> Markup:
     """A dot with its interval on a line from 0 to 1, with `mark` marked."""
     low, middle, high = (100 * (0.03 + 0.94 * min(1.0, each)) for each in (low, middle, high))
     parts = ['<line class="track" x1="3%" x2="97%" y1="50%" y2="50%"/>']

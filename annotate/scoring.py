@@ -45,9 +45,7 @@ class Scoring:
 
     def __init__(self, store: Store, rewards: Mapping[str, Path], device: str):
         self.store = store
-        self.judges = [
-            Judge(kind, path, device_of_name(device)) for kind, path in rewards.items()
-        ]
+        self.judges = [Judge(kind, path, device_of_name(device)) for kind, path in rewards.items()]
         self.background = Background(self.step, "comparisons can no longer be scored")
 
     def step(self) -> bool:

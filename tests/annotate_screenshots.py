@@ -3,8 +3,8 @@
 Two chat models answer, the oracle of the demo's village compares as three people would, reward
 models order the same answers, and the page is photographed. Of a run of `puna demo` in runs/demo:
 
-    python tests/annotate_screenshots.py --out docs/figures --prompts runs/demo/data/prompts.jsonl \\
-        --models NEWER OLDER --rewards HELPFULNESS SAFETY
+    python tests/annotate_screenshots.py --out docs/figures \\
+        --prompts runs/demo/data/prompts.jsonl --models NEWER OLDER --rewards HELPFULNESS SAFETY
 """
 
 import argparse
@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from browser import PHONE, Browser, served
+from PIL import Image  # comes with matplotlib
 
 from puna.annotate.app import REASONS
 from puna.annotate.config import AnnotateConfig
@@ -105,17 +106,25 @@ def photographed(store: Store, supply: Supply, out: Path) -> None:
             browser.size(1100, 620)
             before(store, at, browser, "helpfulness")
             browser.press("2")
-            browser.screenshot(out / "annotate-compare.png")
+            photograph(browser, out / "annotate-compare.png")
             browser.get(f"{at}/dashboard")
-            browser.size(1100, browser.js("return document.documentElement.scrollHeight"))
-            browser.screenshot(out / "annotate-dashboard.png")
-            browser.size(*PHONE)
+            browser.size(1100, 1260)
+            photograph(browser, out / "annotate-dashboard.png")
+            browser.size(PHONE[0], 990)
             browser.dark(True)
             before(store, at, browser, "safety")
             browser.press("0", *"sss")
-            browser.screenshot(out / "annotate-phone.png")
+            photograph(browser, out / "annotate-phone.png")
     finally:
         browser.driver.quit()
+
+
+def photograph(browser: Browser, path: Path) -> None:
+    """A picture of at most 64 colours, which is a third as large."""
+    browser.screenshot(path)
+    with Image.open(path) as picture:
+        small = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)
 
 
 def before(store: Store, at: str, browser: Browser, kind: str) -> None:
