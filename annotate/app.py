@@ -179,27 +179,28 @@ def submitted(visit: Visit) -> Response:
     """A verdict; what cannot be said is explained above the item, which stays as filled in."""
     form = visit.form
     side, _, rating = form.get("degree", "").partition(" ")
+    store, who = visit.desk.store, visit.who
+    said = {"chosen": side, "rating": rating, "safe": form.get("safe")}
     try:
-        submit(
-            visit.desk.store,
-            visit.who,
-            form.get("key", ""),
-            chosen=side,
-            rating=rating,
-            safe=form.get("safe"),
-            seconds=seconds_of(form),
-        )
+        with store.writing():  # the disk is waited for once
+            submit(store, who, form.get("key", ""), **said, seconds=seconds_of(form))
+            goes_on = dialogues.may_go_on(visit)
+            if not goes_on:
+                hand_out(store, who)
     except ValueError as error:
         return compare(visit, form, sentence(error))
     visit.prod()
-    return to("/continue" if dialogues.may_go_on(visit) else "/")
+    return to("/continue" if goes_on else "/")
 
 
 def skipped(visit: Visit) -> Response:
     """An item passed over, with the reason."""
     form = visit.form
     reason = form.get("other", "").strip() or form.get("reason", "")
-    skip(visit.desk.store, visit.who, form.get("key", ""), reason[:500], seconds_of(form))
+    store, who = visit.desk.store, visit.who
+    with store.writing():
+        skip(store, who, form.get("key", ""), reason[:500], seconds_of(form))
+        hand_out(store, who)
     visit.prod()
     return to("/")
 

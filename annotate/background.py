@@ -2,12 +2,41 @@
 
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from puna.core.errors import UserError
 from puna.core.terminal import say
 
 PAUSE_SECONDS = 0.5  # before it is asked again whether there is something to do
+PATIENCE_SECONDS = 0.2  # the longest that a step waits for people, who may be many
+
+
+class Requests:
+    """How many people wait for a page now: the processor is theirs first."""
+
+    def __init__(self) -> None:
+        self.count, self.none = 0, threading.Event()
+        self.none.set()
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """A request; entered and left by one and the same thread always, the server's."""
+        self.count += 1
+        self.none.clear()
+        try:
+            yield
+        finally:
+            self.count -= 1
+            if not self.count:
+                self.none.set()
+
+    def give_way(self) -> None:
+        """Wait until nobody waits, but not for long."""
+        self.none.wait(PATIENCE_SECONDS)
+
+
+requests = Requests()  # of this process
 
 
 class Background:
@@ -21,6 +50,7 @@ class Background:
 
     def work(self) -> None:
         while not self.stop.is_set():
+            requests.give_way()
             try:
                 busy = self.step()
                 self.problem = ""

@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 
+from puna.annotate.background import requests
+
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Any, Any], Awaitable[None]]
 
@@ -23,8 +25,8 @@ HEADERS = {
     "referrer-policy": "same-origin",  # a token in an address is told to nobody else
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
-    "cache-control": "no-store",
 }
+KEPT = "public, max-age=604800, immutable"  # by a browser: their addresses name their contents
 
 
 def guarded(app: App, hosts: Collection[str]) -> App:
@@ -37,11 +39,15 @@ def guarded(app: App, hosts: Collection[str]) -> App:
 
         async def with_headers(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
+                headers = MutableHeaders(scope=message)
+                headers.update(HEADERS)
+                is_kept = scope["path"].startswith("/static/") and message["status"] == 200
+                headers["cache-control"] = KEPT if is_kept else "no-store"
             await send(message)
 
         refused = refusal(scope["method"], Headers(scope=scope), hosts)
-        await (refused or app)(scope, receive, with_headers)
+        with requests.one():
+            await (refused or app)(scope, receive, with_headers)
 
     return checked
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from puna.annotate.background import Background
+from puna.annotate.background import Background, requests
 from puna.annotate.config import AnnotateConfig
 from puna.core.chat import Message, check_text, decode_answer, encode_prompt
 from puna.core.checkpoint.folder import load_model, open_source
@@ -109,6 +109,7 @@ class Supply:
         found = []
         for speaker, which in zip(self.speakers, (first, second), strict=True):
             seed = int(random.integers(2**31))
+            requests.give_way()
             (drawn,) = generate(
                 speaker.model,
                 [prompt],
