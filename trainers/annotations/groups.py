@@ -47,6 +47,10 @@ class Writer:
             try:
                 with self.savepoint():
                     yield self.connection
+            except BaseException as error:
+                if not self.connection.in_transaction:  # a full disk has ended it for all
+                    group.error = error
+                raise
             finally:
                 self.end(group)
         group.ended.wait()
@@ -77,7 +81,7 @@ class Writer:
         try:
             yield
         except BaseException:
-            if self.connection.in_transaction:  # a full disk ends the whole one
+            if self.connection.in_transaction:
                 self.connection.execute("ROLLBACK TO block")
             raise
         finally:
@@ -88,10 +92,11 @@ class Writer:
     def end(self, group: Group) -> None:
         """Commit, unless another thread is about to add its part."""
         group.size += 1
-        if self.connection.in_transaction and self.waiting and group.size < MOST:
+        if group.error is None and self.waiting and group.size < MOST:
             return
         try:
-            self.connection.execute("COMMIT")  # an error where there is no transaction any more
+            if group.error is None:
+                self.connection.execute("COMMIT")
         except BaseException as error:
             group.error = error
             if self.connection.in_transaction:
