@@ -5,7 +5,9 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from html.parser import HTMLParser
 
 import pytest
@@ -27,6 +29,26 @@ def visitor(store, guidelines=None, *, origin=HOST, **options):
 
     app = application(Desk(store, guidelines or {}, **options), {"127.0.0.1", "localhost"})
     return TestClient(app, base_url=HOST, headers={"origin": origin} if origin else {})
+
+
+@contextmanager
+def served(store, guidelines=None, **options):
+    """The page in a thread of this process; gives its address."""
+    from puna.annotate.app import application
+    from puna.annotate.visits import Desk
+
+    port = free_port()
+    app = application(Desk(store, guidelines or {}, **options), {"127.0.0.1"})
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def free_port() -> int:

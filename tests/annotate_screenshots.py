@@ -12,7 +12,8 @@ import random
 import tempfile
 from pathlib import Path
 
-from browser import PHONE, Browser, served
+from annotate_pages import served
+from browser import PHONE, Browser
 from PIL import Image  # comes with matplotlib
 
 from puna.annotate.app import REASONS

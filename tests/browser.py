@@ -7,13 +7,10 @@ the page itself can be reached from it.
 import json
 import os
 import shutil
-import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from annotate_pages import free_port, uvicorn
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (the extra dev)")
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
@@ -32,26 +29,6 @@ ARGUMENTS = (
     "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
     "--force-device-scale-factor=1", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )  # fmt: skip
-
-
-@contextmanager
-def served(store, guidelines=None, **options):
-    """The page in a thread of this process; gives its address."""
-    from puna.annotate.app import application
-    from puna.annotate.visits import Desk
-
-    port = free_port()
-    app = application(Desk(store, guidelines or {}, **options), {"127.0.0.1"})
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 class Browser:

@@ -8,9 +8,9 @@ import re
 import signal
 
 import pytest
-from annotate_pages import Server, key_on
+from annotate_pages import Server, key_on, served
 from annotated import ask, filled
-from browser import DESKTOP, PHONE, Browser, needs_browser, served
+from browser import DESKTOP, PHONE, Browser, needs_browser
 from selenium.webdriver.common.keys import Keys
 
 from puna.annotate.guidelines import rendered
