@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 from markupsafe import Markup
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -135,10 +135,13 @@ def entering(desk: Desk) -> Callable[[Request], Any]:
 async def form_of(request: Request) -> Form:
     """The fields of a post; ValueError where it is too large or no form."""
     body = b""
-    async for piece in request.stream():
-        body += piece
-        if len(body) > LARGEST_POST:
-            raise ValueError(f"what you sent is longer than {LARGEST_POST:,} bytes; write less")
+    try:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > LARGEST_POST:
+                raise ValueError(f"what you sent is longer than {LARGEST_POST:,} bytes; write less")
+    except ClientDisconnect:
+        raise ValueError("what was sent ends in the middle") from None
     try:
         fields = parse_qsl(body.decode("ascii"), keep_blank_values=True, errors="strict")
     except ValueError:

@@ -38,12 +38,14 @@
     }
   });
 
-  // Where answers are being written, the page looks whether they are there, and goes on then.
+  // Where answers are being written, the page looks whether there is anything new, and shows it.
   if (document.getElementById("waits")) {
+    let first = null;
     setInterval(async () => {
       try {
-        const answer = await fetch("/");
-        if (!(await answer.text()).includes('id="waits"')) {
+        const found = await (await fetch("/")).text();
+        first ??= found;
+        if (found !== first || !found.includes('id="waits"')) {
           location.reload();
         }
       } catch {
