@@ -11,12 +11,12 @@ from urllib.parse import parse_qsl
 from markupsafe import Markup
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from puna.annotate import dialogues, statistics
+from puna.annotate import charts, dialogues, statistics
 from puna.annotate.guard import App, guarded
 from puna.annotate.visits import HERE, Desk, Form, Visit, render, sentence, to
 from puna.core.errors import UserError
@@ -69,7 +69,7 @@ def application(desk: Desk, hosts: Collection[str]) -> App:
     ]
     routes.append(Route("/enter/{token}", entering(desk), methods=["GET"]))
     routes.append(Mount("/static", StaticFiles(directory=HERE / "static")))
-    return guarded(Starlette(routes=routes), hosts)
+    return guarded(Starlette(routes=routes, exception_handlers={404: nowhere}), hosts)
 
 
 def endpoint(desk: Desk, answer: Answer) -> Callable[[Request], Any]:
@@ -86,6 +86,10 @@ def endpoint(desk: Desk, answer: Answer) -> Callable[[Request], Any]:
             return render("message.html", status, title="Not done", message=sentence(error))
 
     return found
+
+
+def nowhere(request: Request, error: Exception) -> Response:
+    return render("message.html", 404, title="Nothing here", message="There is no such page.")
 
 
 def stranger(message: str) -> Response:
@@ -131,10 +135,13 @@ def entering(desk: Desk) -> Callable[[Request], Any]:
 async def form_of(request: Request) -> Form:
     """The fields of a post; ValueError where it is too large or no form."""
     body = b""
-    async for piece in request.stream():
-        body += piece
-        if len(body) > LARGEST_POST:
-            raise ValueError(f"what you sent is longer than {LARGEST_POST:,} bytes; write less")
+    try:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > LARGEST_POST:
+                raise ValueError(f"what you sent is longer than {LARGEST_POST:,} bytes; write less")
+    except ClientDisconnect:
+        raise ValueError("what was sent ends in the middle") from None
     try:
         fields = parse_qsl(body.decode("ascii"), keep_blank_values=True, errors="strict")
     except ValueError:
@@ -168,34 +175,35 @@ def nothing_there(visit: Visit) -> Response:
     if supply is not None and not waits:
         progress = progress_of(visit.desk.store, supply.batch)
         waits = progress.done < progress.total
-    return visit.page("wait.html", waits=waits, problem=supply.problem if supply else "")
+    return visit.page("wait.html", waits=waits, problem=supply.background.problem if supply else "")
 
 
 def submitted(visit: Visit) -> Response:
     """A verdict; what cannot be said is explained above the item, which stays as filled in."""
     form = visit.form
     side, _, rating = form.get("degree", "").partition(" ")
+    store, who = visit.desk.store, visit.who
+    said = {"chosen": side, "rating": rating, "safe": form.get("safe")}
     try:
-        submit(
-            visit.desk.store,
-            visit.who,
-            form.get("key", ""),
-            chosen=side,
-            rating=rating,
-            safe=form.get("safe"),
-            seconds=seconds_of(form),
-        )
+        with store.writing():  # the disk is waited for once
+            submit(store, who, form.get("key", ""), **said, seconds=seconds_of(form))
+            goes_on = dialogues.may_go_on(visit)
+            if not goes_on:
+                hand_out(store, who)
     except ValueError as error:
         return compare(visit, form, sentence(error))
     visit.prod()
-    return to("/continue" if dialogues.may_go_on(visit) else "/")
+    return to("/continue" if goes_on else "/")
 
 
 def skipped(visit: Visit) -> Response:
     """An item passed over, with the reason."""
     form = visit.form
     reason = form.get("other", "").strip() or form.get("reason", "")
-    skip(visit.desk.store, visit.who, form.get("key", ""), reason[:500], seconds_of(form))
+    store, who = visit.desk.store, visit.who
+    with store.writing():
+        skip(store, who, form.get("key", ""), reason[:500], seconds_of(form))
+        hand_out(store, who)
     visit.prod()
     return to("/")
 
@@ -219,4 +227,9 @@ def dashboard(visit: Visit) -> Response:
     """What is seen of the comparisons so far; for whoever started the server."""
     if not visit.is_owner:
         raise UserError("the dashboard is for whoever started the server")
-    return visit.page("dashboard.html", seen=statistics.seen(visit.desk.store))
+    return visit.page(
+        "dashboard.html",
+        seen=statistics.seen(visit.desk.store),
+        shares=lambda found: [charts.of_share(*each) for each in found],
+        degrees=list(zip(RATINGS, charts.COLOURS, strict=True)),
+    )

@@ -53,6 +53,11 @@ class AnnotateConfig(Options):
     """Markdown file that is shown with helpfulness comparisons"""
     safety_guidelines: Path | None = None
     """the same for safety comparisons"""
+    helpfulness_reward: Path | None = None
+    """newest reward model of helpfulness: how often it orders the answers as people do stands on
+    the dashboard, for comparisons made after it was written"""
+    safety_reward: Path | None = None
+    """the same of safety"""
     host: str = "127.0.0.1"
     """address to listen at; 0.0.0.0 is every address of this machine"""
     names: list[str] = field(default_factory=list)

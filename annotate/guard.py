@@ -12,18 +12,21 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 
+from puna.annotate.background import requests
+
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Any, Any], Awaitable[None]]
 
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "img-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "same-origin",  # a token in an address is told to nobody else
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
-    "cache-control": "no-store",
 }
+KEPT = "public, max-age=604800, immutable"  # by a browser: their addresses name their contents
 
 
 def guarded(app: App, hosts: Collection[str]) -> App:
@@ -36,11 +39,15 @@ def guarded(app: App, hosts: Collection[str]) -> App:
 
         async def with_headers(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
+                headers = MutableHeaders(scope=message)
+                headers.update(HEADERS)
+                is_kept = scope["path"].startswith("/static/") and message["status"] == 200
+                headers["cache-control"] = KEPT if is_kept else "no-store"
             await send(message)
 
         refused = refusal(scope["method"], Headers(scope=scope), hosts)
-        await (refused or app)(scope, receive, with_headers)
+        with requests.one():
+            await (refused or app)(scope, receive, with_headers)
 
     return checked
 

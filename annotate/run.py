@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from puna.annotate.config import LOOPBACK, AnnotateConfig
 from puna.annotate.guidelines import read_guidelines
@@ -31,17 +32,21 @@ def run(config: AnnotateConfig) -> None:
             f"puna annotate needs {error.name}; install it with: pip install 'puna[annotate]'"
         ) from error
     guidelines = {
-        kind: read_guidelines(path)
-        for kind in KINDS
-        if (path := getattr(config, f"{kind}_guidelines")) is not None
+        kind: read_guidelines(path) for kind, path in of_kinds(config, "guidelines").items()
     }
     with listening(config) as place, opened(config.out, create=True) as store:
-        supply = None
+        supply, scoring = None, None
         if config.models:
             from puna.annotate.supply import Supply  # not before a model is wanted
 
             supply = Supply(store, config)
-            supply.thread.start()
+        if rewards := of_kinds(config, "reward"):
+            from puna.annotate.scoring import Scoring
+
+            scoring = Scoring(store, rewards, config.device)
+        beside = [each.background for each in (supply, scoring) if each is not None]
+        for each in beside:
+            each.start()
         say_addresses(store, config)
         desk = Desk(store, guidelines, supply, config.turns, bool(config.annotators))
         server = uvicorn.Server(
@@ -57,8 +62,8 @@ def run(config: AnnotateConfig) -> None:
         try:
             server.run(sockets=[place])
         finally:
-            if supply is not None:
-                supply.end()
+            for each in beside:
+                each.end()
 
 
 def check_models(config: AnnotateConfig) -> None:
@@ -67,6 +72,12 @@ def check_models(config: AnnotateConfig) -> None:
         raise ValueError(f"models names {len(config.models)}; two are compared")
     if bool(config.models) != bool(config.prompts):
         raise ValueError("models and prompts belong together; give both or neither")
+
+
+def of_kinds(config: AnnotateConfig, what: str) -> dict[str, Path]:
+    """The options helpfulness_`what` and safety_`what` that are given, by kind."""
+    given = {kind: getattr(config, f"{kind}_{what}") for kind in KINDS}
+    return {kind: path for kind, path in given.items() if path is not None}
 
 
 def hosts_of(config: AnnotateConfig) -> set[str]:

@@ -2,17 +2,18 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from statistics import median
+from statistics import median, quantiles
 from typing import Any, NamedTuple
 
-from markupsafe import Markup
+import torch
 
 from puna.annotate import charts
 from puna.annotate.agreement import ac2
 from puna.trainers.annotations.items import Progress, progress_of
+from puna.trainers.annotations.scores import Scored, scored
 from puna.trainers.annotations.store import Store
 from puna.trainers.data.formats import RATINGS
-from puna.trainers.rl.accuracy import Share, wilson
+from puna.trainers.rl.accuracy import Share, clustered, right, wilson
 
 # From the left answer being far better to the right one being so; an item's sides are the same for
 # everybody who compares it.
@@ -51,8 +52,9 @@ class Seen(NamedTuple):
     reasons: list[tuple[str, int]]  # why items were skipped
     biases: list[tuple[str, Share]]
     duels: list[tuple[str, Share]]
-    ratings: Markup
-    shares: Markup
+    rewards: list[tuple[str, Share]]  # a reward model on what it was not trained on
+    ratings: list[charts.Row]
+    times: list[charts.Row]
 
 
 def seen(store: Store) -> Seen:
@@ -75,8 +77,9 @@ def seen(store: Store) -> Seen:
         reasons=Counter(row["reason"] for row in rows if row["reason"]).most_common(12),
         biases=biases,
         duels=duels,
-        ratings=charts.stacked(ratings_of(chosen), [" ".join(r.split("_")) for r in RATINGS]),
-        shares=charts.intervals([*biases, *duels]),
+        rewards=rewards_of(scored(store)),
+        ratings=ratings_of(chosen),
+        times=times_of(rows),
     )
 
 
@@ -127,15 +130,16 @@ def lengths_of(sides: dict[str, Any]) -> dict[str, int]:
 
 def duels_of(rows: Sequence[Any], answers: dict[int, dict[str, Any]]) -> list[tuple[str, Share]]:
     """How often one model's answers are preferred to another's: the comparisons are an A/B test
-    that costs nothing. The interval counts an item once, however many people compared it."""
+    that costs nothing. The interval counts an item once, however many people compared it; the
+    model that came later is named first."""
     hits: dict[tuple[str, str], list[tuple[int, bool]]] = defaultdict(list)
     order: dict[str, int] = {}
-    for row in rows:
+    for number, row in enumerate(rows):
         names = {side: called(each) for side, each in answers[row["item"]].items()}
-        for name in sorted(set(names.values())):
-            order.setdefault(name, len(order))
+        for name in names.values():
+            order.setdefault(name, -number)
         if len(set(names.values())) == 2:
-            one, other = sorted(names.values(), key=order.__getitem__)
+            one, other = sorted(names.values(), key=lambda name: (order[name], name))
             hits[one, other].append((row["item"], names[row["chosen"]] == one))
     return [
         (
@@ -147,19 +151,56 @@ def duels_of(rows: Sequence[Any], answers: dict[int, dict[str, Any]]) -> list[tu
 
 
 def called(answer: Any) -> str:
-    """A model's name, short enough for a label, and its version."""
-    name = answer["model"] or "unknown"
-    short = name if len(name) <= 28 else f"…{name[-27:]}"
+    """A model's name, short enough for a label (of a folder what tells it apart), and its
+    version."""
+    parts = [part for part in answer["model"].split("/") if part] or ["unknown"]
+    if len(parts) > 1 and parts[-1] == "model":
+        parts.pop()
+    name = "/".join(parts[-2:])
+    short = name if len(name) <= 40 else f"…{name[-39:]}"
     return f"{short} ({answer['version'][:6]})" if answer["version"] else short
 
 
-def ratings_of(rows: Sequence[Any]) -> list[tuple[str, list[float]]]:
+def rewards_of(found: Sequence[Scored]) -> list[tuple[str, Share]]:
+    """How often reward models order the answers of a batch as people did."""
+    return [
+        (
+            f"batch {each.batch}, {each.kind}: {called(each._asdict())}",
+            clustered(right(torch.tensor(each.differences)), each.items),
+        )
+        for each in found
+    ]
+
+
+def times_of(rows: Sequence[Any]) -> list[charts.Row]:
+    """Seconds an item by person: the median with the quarters on both sides of it."""
+    times: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        if row["seconds"] is not None:
+            times[row["who"]].append(row["seconds"])
+    # Each counts twice, as one value alone has no quarters.
+    cut = {name: quantiles([*each, *each]) for name, each in sorted(times.items())}
+    most = max((each[2] for each in cut.values()), default=1.0) or 1.0
+    found = []
+    for name, (low, middle, high) in cut.items():
+        value = f"{middle:.0f} s"
+        said = f"{name}: {value}, half of them {low:.0f} to {high:.0f} s"
+        drawing = charts.interval(low / most, middle / most, high / most, said)
+        found.append(charts.Row(name, drawing, value))
+    return found
+
+
+def ratings_of(rows: Sequence[Any]) -> list[charts.Row]:
     """Of each batch the share of each degree, the strongest first."""
     found: dict[int, Counter[str]] = defaultdict(Counter)
     for row in rows:
         if row["rating"] is not None:
             found[row["batch"]][row["rating"]] += 1
-    return [
-        (f"batch {batch}", [counts[rating] / sum(counts.values()) for rating in RATINGS])
-        for batch, counts in sorted(found.items())
-    ]
+    made = []
+    for batch, counts in sorted(found.items()):
+        label, count = f"batch {batch}", sum(counts.values())
+        shares = [counts[rating] / count for rating in RATINGS]
+        named = (f"{r.replace('_', ' ')} {s:.0%}" for r, s in zip(RATINGS, shares, strict=True))
+        drawing = charts.stacked(shares, f"{label}: {', '.join(named)}")
+        made.append(charts.Row(label, drawing, str(count)))
+    return made

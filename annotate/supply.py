@@ -5,23 +5,20 @@ on the left is drawn, too. Each answer's own seed is kept: the same call gives i
 """
 
 import hashlib
-import threading
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from puna.annotate.background import Background, requests
 from puna.annotate.config import AnnotateConfig
 from puna.core.chat import Message, check_text, decode_answer, encode_prompt
 from puna.core.checkpoint.folder import load_model, open_source
 from puna.core.checkpoint.hashes import digests
 from puna.core.device import device_of_name
-from puna.core.errors import UserError
 from puna.core.generation.generate import generate
 from puna.core.model import Transformer
-from puna.core.terminal import say
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.annotations.items import (
     Given,
@@ -61,25 +58,7 @@ class Supply:
         self.pairs = config.pairs or len(self.prompts)
         self.batch = ask_batch(store, f"annotate:{config.batch}", self.pairs, config.batch)
         self.position = 0  # of the next prompt; one that has an item already is passed over
-        self.wake, self.stop = threading.Event(), threading.Event()
-        self.problem = ""
-        self.thread = threading.Thread(target=self.work, name="answers", daemon=True)
-
-    def work(self) -> None:
-        """The thread: answer what is most needed until there is enough, then wait."""
-        while not self.stop.is_set():
-            try:
-                busy = self.step()
-                self.problem = ""
-            except (UserError, OSError) as error:  # a locked file, a full disk: it may pass
-                self.problem, busy = str(error), False
-            except Exception as error:
-                self.problem = f"answers can no longer be sampled: {error}"
-                say("".join(traceback.format_exception(error)), error=True)
-                return
-            if not busy:
-                self.wake.wait(0.5)
-                self.wake.clear()
+        self.background = Background(self.step, "answers can no longer be sampled")
 
     def step(self) -> bool:
         """Answer one item, a new one if need be; returns whether there was something to do."""
@@ -130,6 +109,7 @@ class Supply:
         found = []
         for speaker, which in zip(self.speakers, (first, second), strict=True):
             seed = int(random.integers(2**31))
+            requests.give_way()
             (drawn,) = generate(
                 speaker.model,
                 [prompt],
@@ -151,13 +131,6 @@ class Supply:
                 f"the dialogue has {length} tokens and the models have room for {self.room}; "
                 "write less"
             )
-
-    def end(self) -> None:
-        """Let the thread finish its item."""
-        self.stop.set()
-        self.wake.set()
-        if self.thread.is_alive():
-            self.thread.join()
 
 
 def is_answer(given: Given) -> bool:
@@ -196,5 +169,10 @@ def speakers_of(config: AnnotateConfig) -> tuple[Speaker, Speaker]:
 
 def version_of(path: Path) -> str:
     """A short hash of a model's weights: the same folder can hold another model tomorrow."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    return hashlib.sha256("".join(each.sha256 for each in digests(files)).encode()).hexdigest()[:12]
+    hashes = "".join(each.sha256 for each in digests(files_of(path)))
+    return hashlib.sha256(hashes.encode()).hexdigest()[:12]
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of a model's weights."""
+    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]

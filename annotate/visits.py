@@ -1,5 +1,6 @@
 """One request by one person, and the pages that answer it."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -46,7 +47,7 @@ class Visit:
     def prod(self) -> None:
         """The thread that samples looks at once whether more is needed."""
         if self.desk.supply is not None:
-            self.desk.supply.wake.set()
+            self.desk.supply.background.wake.set()
 
 
 def render(name: str, status: int = 200, **values: Any) -> Response:
@@ -65,9 +66,17 @@ def pages() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    found.globals["static"] = static
     found.filters["spaced"] = lambda name: str(name).replace("_", " ")
     found.filters["percent"] = lambda share: f"{share:.0%}"
     return found
+
+
+@cache
+def static(name: str) -> str:
+    """The address of a file beside the pages, another one when the file is another."""
+    contents = (HERE / "static" / name).read_bytes()
+    return f"/static/{name}?{hashlib.sha256(contents).hexdigest()[:12]}"
 
 
 def to(place: str) -> RedirectResponse:

@@ -1,6 +1,13 @@
 """Visitors of the page where people compare; without the extra `annotate` tests are skipped."""
 
+import os
 import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
 from html.parser import HTMLParser
 
 import pytest
@@ -22,6 +29,33 @@ def visitor(store, guidelines=None, *, origin=HOST, **options):
 
     app = application(Desk(store, guidelines or {}, **options), {"127.0.0.1", "localhost"})
     return TestClient(app, base_url=HOST, headers={"origin": origin} if origin else {})
+
+
+@contextmanager
+def served(store, guidelines=None, **options):
+    """The page in a thread of this process; gives its address."""
+    from puna.annotate.app import application
+    from puna.annotate.visits import Desk
+
+    port = free_port()
+    app = application(Desk(store, guidelines or {}, **options), {"127.0.0.1"})
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
 
 
 def key_on(page: str) -> str:
@@ -46,3 +80,32 @@ class Elements(HTMLParser):
 
     def handle_endtag(self, tag):
         self.labels -= tag == "label"
+
+
+class Server:
+    """`puna annotate` in a process of its own, which can be killed and started again."""
+
+    def __init__(self, out, *extra):
+        self.port = free_port()
+        self.at = f"http://127.0.0.1:{self.port}"
+        self.command = [sys.executable, "-m", "puna.cli.main", "annotate", "--out", str(out),
+                        "--port", str(self.port), *extra]  # fmt: skip
+
+    def start(self):
+        self.process = subprocess.Popen(
+            self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        for _ in range(600):
+            try:
+                with socket.create_connection(("127.0.0.1", self.port), 0.2):
+                    return
+            except OSError:
+                assert self.process.poll() is None, self.process.stdout.read()
+                time.sleep(0.1)
+
+    def end(self, how) -> str:
+        self.process.send_signal(how)
+        said = self.process.stdout.read()
+        self.process.wait()
+        return said

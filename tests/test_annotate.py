@@ -104,7 +104,9 @@ def test_models_and_prompts_are_text_and_never_markup(tmp_path):
     client.post("/skip", data={"key": "x", "reason": EVIL})
     for shown in (page, client.get("/dashboard").text):
         elements = Elements(shown).found
-        assert {tag for tag, _, _ in elements}.isdisjoint({"img", "iframe"})
+        assert "iframe" not in {tag for tag, _, _ in elements}
+        images = [each for tag, each, _ in elements if tag == "img"]
+        assert [each["src"].split("?")[0] for each in images] == ["/static/icon.svg"]
         assert all("src" in each for tag, each, _ in elements if tag == "script")
         assert not [each for _, each, _ in elements for name in each if name.startswith("on")]
         assert not [each for _, each, _ in elements if "style" in each]
@@ -119,6 +121,7 @@ def test_headers_forbid_what_the_page_does_not_need(store):
         assert "default-src 'none'" in policy and "unsafe" not in policy
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["referrer-policy"] == "same-origin"
+        assert ("no-store" in headers["cache-control"]) == ("static" not in path)
 
 
 @pytest.mark.parametrize(
@@ -266,4 +269,5 @@ def test_the_dashboard_counts_what_was_said(tmp_path):
     items = [[1, 1]] * 4 + [[1, 6]] * 2
     assert found.agreement == pytest.approx(ac2(items, 8)) and found.shared == 6
     page = visitor(store).get("/dashboard").text
-    assert "83%" in page and f"{found.agreement:.2f}" in page and page.count("<svg") == 2
+    assert "83%" in page and f"{found.agreement:.2f}" in page
+    assert page.count("<svg") == 1 + 4 + 3 + 2  # ratings, their legend, shares, times

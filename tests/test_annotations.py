@@ -23,7 +23,7 @@ from puna.trainers.annotations.items import (
     waiting_ahead,
 )
 from puna.trainers.annotations.people import by_token, new_token, person
-from puna.trainers.annotations.store import open_store, opened
+from puna.trainers.annotations.store import SCHEMA, open_store, opened
 from puna.trainers.annotations.verdicts import safety_of, skip, submit, undo
 from puna.trainers.data.readers import read_preferences
 
@@ -202,8 +202,8 @@ def test_other_files_are_refused_in_one_sentence(tmp_path):
         open_store(tmp_path / "foreign.db", create=True)
     assert (tmp_path / "foreign.db").read_bytes() == before
     with opened(tmp_path / "c.db", create=True) as store:
-        store.connection.execute("PRAGMA user_version = 2")
-    with pytest.raises(ValueError, match=r"newer Puna \(schema 2, this one knows 1\)"):
+        store.connection.execute(f"PRAGMA user_version = {SCHEMA + 1}")
+    with pytest.raises(ValueError, match=rf"newer Puna \(schema {SCHEMA + 1}, this one"):
         open_store(tmp_path / "c.db")
 
 

@@ -6,14 +6,16 @@ import time
 import pytest
 
 from puna.core.documents import json_rows
+from puna.demo.pipeline import annotators
+from puna.demo.village import world
 from puna.trainers import rlhf
-from puna.trainers.annotations.items import ask_batch, hand_out, progress_of
+from puna.trainers.annotations.items import KINDS, ask_batch, hand_out, progress_of
 from puna.trainers.annotations.people import person
 from puna.trainers.annotations.store import opened
 from puna.trainers.annotations.verdicts import skip, submit
 from puna.trainers.data.readers import read_preferences
 from puna.trainers.rl import people
-from puna.trainers.rl.comparisons import Verdict
+from puna.trainers.rl.comparisons import Verdict, write_rows
 
 SMALL = {"batch": 8, "micro_batch": 8, "lr": 1e-3, "eval_share": 0.2}
 
@@ -127,3 +129,35 @@ def test_two_loops_in_one_file_have_batches_of_their_own(tmp_path):
     with opened(tmp_path / "c.db", create=True) as store:
         numbers = [ask_batch(store, f"rlhf:{name}", 3) for name in ("a", "b", "a")]
     assert numbers == [1, 2, 1]
+
+
+def test_two_versions_by_a_villager_on_the_page_are_those_by_the_oracle(tiny, tmp_path):
+    """What goes over HTTP and back is what a function of the same answers says, but for the
+    comparisons that the page does not take (the fourth safety case)."""
+    pages = pytest.importorskip("annotate_pages")
+    from villager import compares
+
+    for kind in KINDS:
+        write_rows(tmp_path / f"{kind}.jsonl", world.prompts(1, 24, kind))
+    prompts = {f"{kind}_prompts": [tmp_path / f"{kind}.jsonl"] for kind in KINDS}
+    path, stop = tmp_path / "c.db", threading.Event()
+    with opened(path, create=True) as store, pages.served(store) as at:
+        someone = threading.Thread(target=compares, args=(at, stop))
+        someone.start()
+        try:
+            rlhf.run(loop(tiny, tmp_path / "people", annotations=path, **prompts))
+        finally:
+            stop.set()
+            someone.join()
+    rlhf.run(loop(tiny, tmp_path / "oracle", **prompts), annotators(0))
+    left_out = 0
+    for number in (1, 2):
+        for kind in KINDS:
+            file = f"round-{number}/{kind}.jsonl"
+            mine, others = (
+                [row for _, row in json_rows(tmp_path / who / file)] for who in ("people", "oracle")
+            )
+            assert mine == [row for row in others if row.get("safety") != "chosen_unsafe"]
+            left_out += len(others) - len(mine)
+    with opened(path) as store:
+        assert store.number("SELECT count(*) FROM verdict WHERE chosen IS NULL") == left_out

@@ -38,6 +38,22 @@
     }
   });
 
+  // Where answers are being written, the page looks whether there is anything new, and shows it.
+  if (document.getElementById("waits")) {
+    let first = null;
+    setInterval(async () => {
+      try {
+        const found = await (await fetch("/")).text();
+        first ??= found;
+        if (found !== first || !found.includes('id="waits"')) {
+          location.reload();
+        }
+      } catch {
+        // The server is being started again.
+      }
+    }, 1000);
+  }
+
   const choose = (input) => {
     input.checked = true;
     input.focus();

@@ -12,6 +12,7 @@ from puna.trainers.annotations.store import Store
 KINDS = ("helpfulness", "safety")
 SIDES = ("left", "right")
 STALE_SECONDS = 3600.0  # an item that lay before somebody for so long goes to the next
+FRESH_SECONDS = 60.0  # since a look that was noted; another one is not
 
 
 class Given(NamedTuple):
@@ -145,6 +146,11 @@ def hand_out(store: Store, annotator: int) -> Item | None:
     """The item that lies before somebody, or the next one for them; None where none is ready. A
     second call, a reload or a second tab gets the same one."""
     now = time.time()
+    fresh = store.row("SELECT since FROM hand WHERE annotator = ?", annotator)
+    if fresh is not None and now - fresh["since"] < FRESH_SECONDS:
+        there = before(store, annotator)
+        if there is not None:
+            return there
     with store.writing() as db:
         db.execute("DELETE FROM hand WHERE since < ?", (now - STALE_SECONDS,))
         held = db.execute("SELECT item FROM hand WHERE annotator = ?", (annotator,)).fetchone()
@@ -157,7 +163,7 @@ def hand_out(store: Store, annotator: int) -> Item | None:
             place(db, row[0], annotator)
         else:
             db.execute("UPDATE hand SET since = ? WHERE annotator = ?", (now, annotator))
-        return before(db, annotator)
+        return before(store, annotator)
 
 
 def place(db: Any, item: int, annotator: int) -> None:
@@ -167,16 +173,19 @@ def place(db: Any, item: int, annotator: int) -> None:
                (annotator, item, key, time.time()))  # fmt: skip
 
 
-def before(db: Any, annotator: int) -> Item:
+def before(store: Store, annotator: int) -> Item | None:
     """What lies before somebody."""
-    row = db.execute(
-        "SELECT item.id, key, batch, kind, messages FROM hand JOIN item ON item.id = hand.item "
-        "WHERE annotator = ?",
-        (annotator,),
-    ).fetchone()
-    texts = dict(db.execute("SELECT side, text FROM answer WHERE item = ?", (row["id"],)))
+    row = store.row(
+        "SELECT item.id, key, batch, kind, messages, l.text AS left_text, r.text AS right_text "
+        "FROM hand JOIN item ON item.id = hand.item "
+        "JOIN answer AS l ON l.item = item.id AND l.side = 'left' "
+        "JOIN answer AS r ON r.item = item.id AND r.side = 'right' WHERE annotator = ?",
+        annotator,
+    )
+    if row is None:
+        return None
     named = {name: row[name] for name in ("id", "key", "batch", "kind")}
-    return Item(**named, messages=dialogue_in(row), left=texts["left"], right=texts["right"])
+    return Item(**named, messages=dialogue_in(row), left=row["left_text"], right=row["right_text"])
 
 
 def is_awaited(store: Store, annotator: int) -> bool:

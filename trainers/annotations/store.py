@@ -7,6 +7,7 @@ annotator  a person; of the token in their address only a hash is kept
 hand       an item that lies before somebody now, under a key
 verdict    what somebody said of an item, under the key it was handed out with: a key is taken
            once, so nothing counts twice however often it is sent
+score      by how much a reward model puts the chosen answer above the other one
 """
 
 import os
@@ -18,8 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from puna.trainers.annotations.groups import Writer
+
 APPLICATION = 0x50756E61  # "Puna"
-SCHEMA = 1
+SCHEMA = 2
 BUSY_SECONDS = 10.0
 
 TABLES = """
@@ -53,18 +56,28 @@ CREATE TABLE verdict (
 CREATE UNIQUE INDEX verdict_once ON verdict (item, annotator) WHERE undone IS NULL;
 CREATE INDEX verdict_annotator ON verdict (annotator, id);
 """
+SCORE = """
+CREATE TABLE score (
+    verdict INTEGER NOT NULL REFERENCES verdict, version TEXT NOT NULL, model TEXT NOT NULL,
+    difference REAL, PRIMARY KEY (verdict, version));
+"""  # new in schema 2
 
 
 class Store:
-    """An open file of comparisons; its methods may be called from several threads."""
+    """An open file of comparisons; its methods may be called from several threads. They read from
+    one connection, what is on the disk, and write to another."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection):
-        self.path, self.connection, self.lock = path, connection, threading.RLock()
+    def __init__(self, path: Path, connection: sqlite3.Connection, reader: sqlite3.Connection):
+        self.path, self.connection, self.reader = path, connection, reader
+        self.writer, self.reading = Writer(connection), threading.Lock()
 
     def rows(self, sql: str, *values: Any) -> list[sqlite3.Row]:
-        """What a query finds."""
-        with self.lock, naming(self.path):
-            return self.connection.execute(sql, values).fetchall()
+        """What a query finds; inside of a `writing` block with what was changed there."""
+        with naming(self.path):
+            if self.writer.is_mine():
+                return self.connection.execute(sql, values).fetchall()
+            with self.reading:
+                return self.reader.execute(sql, values).fetchall()
 
     def row(self, sql: str, *values: Any) -> sqlite3.Row | None:
         """The first row that a query finds."""
@@ -77,23 +90,17 @@ class Store:
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that is on the disk when the block has ended, or leaves no trace; inside
-        of another one, a part of that."""
-        with self.lock, naming(self.path):
-            if self.connection.in_transaction:
-                yield self.connection
-                return
-            self.connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield self.connection
-                self.connection.execute("COMMIT")
-            except BaseException:
-                if self.connection.in_transaction:
-                    self.connection.execute("ROLLBACK")
-                raise
+        """Changes that are on the disk when the block has ended, or leave no trace; inside of
+        another block, a part of it."""
+        if self.writer.is_mine():
+            yield self.connection
+            return
+        with naming(self.path), self.writer.block() as db:
+            yield db
 
     def close(self) -> None:
-        with self.lock:
+        with self.writer.turn, self.reading:
+            self.reader.close()
             self.connection.close()
 
 
@@ -119,11 +126,8 @@ def open_store(path: Path, *, create: bool = False) -> Store:
     if not path.exists():  # it holds what people said, so that it is readable for its owner alone
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
     with naming(path):
-        connection = sqlite3.connect(
-            path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
-        )
-        connection.row_factory = sqlite3.Row
-        store = Store(path, connection)
+        connection = connected(path)
+        store = Store(path, connection, connected(path))
         try:
             check_ours(store)
             write_ahead(store)
@@ -131,9 +135,18 @@ def open_store(path: Path, *, create: bool = False) -> Store:
             connection.execute("PRAGMA foreign_keys = ON")
             make_tables(store)
         except BaseException:
-            connection.close()
+            store.close()
             raise
     return store
+
+
+def connected(path: Path) -> sqlite3.Connection:
+    """A connection in autocommit mode, for any thread."""
+    made = sqlite3.connect(
+        path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+    )
+    made.row_factory = sqlite3.Row
+    return made
 
 
 def check_ours(store: Store) -> None:
@@ -166,13 +179,16 @@ def write_ahead(store: Store) -> None:
 
 
 def make_tables(store: Store) -> None:
-    """The tables of a new file, all or none, whichever of two programs is first."""
+    """The tables of a new file or what an older one lacks, all or none, whichever of two programs
+    is first."""
     with store.writing() as db:
-        if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            for statement in TABLES.split(";\n"):
-                db.execute(statement)
-            db.execute(f"PRAGMA application_id = {APPLICATION}")
-            db.execute(f"PRAGMA user_version = {SCHEMA}")
+        if db.execute("PRAGMA user_version").fetchone()[0] == SCHEMA:
+            return
+        is_new = not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        for statement in (TABLES * is_new + SCORE).split(";\n"):
+            db.execute(statement)
+        db.execute(f"PRAGMA application_id = {APPLICATION}")
+        db.execute(f"PRAGMA user_version = {SCHEMA}")
 
 
 @contextmanager
