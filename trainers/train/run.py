@@ -375,14 +375,8 @@ def write_model(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """One process's model, one file in memory at a time."""
-    write_tensors(
-        folder,
-        model.config,
-        model.head,
-        parallel.full_parameters(model),
-        tokenizer,
-        dtype=dtype,
-    )
+    tensors = parallel.full_parameters(model)
+    write_tensors(folder, model.config, model.head, tensors, tokenizer, dtype=dtype)
 
 
 def _step_of(row: str) -> float:
