@@ -2,7 +2,9 @@
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -11,22 +13,37 @@ from rich.table import Table
 from puna.benchmarks import machine
 from puna.benchmarks.models.decode import bench_decode
 from puna.benchmarks.models.decode_peers import llama_cpp_installed
-from puna.benchmarks.models.generate import BATCHES, bench_generate
+from puna.benchmarks.models.generate import BATCHES, GPU_BATCHES, bench_generate
 from puna.benchmarks.models.rollout import bench_rollout
-from puna.benchmarks.models.shapes import open_models
+from puna.benchmarks.models.shapes import Models, Shape, blocks_that_fit, open_models
 from puna.benchmarks.models.train import bench_train
 from puna.benchmarks.rows import Row
 from puna.core.checkpoint.atomic import write_text
 
-SHAPES = ("demo", "15m")
+SHAPES, GPU_SHAPES = ("demo", "15m"), ("7b",)
+TRAINED, LOOKED_AT = 16, 2  # bytes a parameter: fp32 with AdamW's state, and bf16
 RESULTS = Path(__file__).parent / "results"
+
+
+class Setting(NamedTuple):
+    """What is measured, and how."""
+
+    device: torch.device
+    rounds: int = 5
+    shapes: Sequence[str] = ()  # none: SHAPES, on a GPU GPU_SHAPES
+    layers: int = 0  # blocks kept of each; 0: on a GPU as many as fit, else all
+    peers: bool = True
+    dry: bool = False  # a GPU's rows on a CPU, with tiny models: whether all of it runs
+
+    @property
+    def gpu(self) -> bool:
+        return self.dry or self.device.type == "cuda"
 
 
 def run_suite(
     what: str,
+    setting: Setting,
     *,
-    rounds: int,
-    device: torch.device,
     command: str,
     save: bool = False,
     llama2c: Path | None = None,
@@ -36,26 +53,29 @@ def run_suite(
 
     Returns the document {"machine": ..., "command": ..., "rows": [...]}. With `save` it is also
     written to results/<machine>/<what>.json beside this file. `llama2c`: where its run lies.
+    Raises ValueError for a shape that is not known.
     """
+    shapes = [
+        Shape(name, setting.layers, tiny=setting.dry)
+        for name in setting.shapes or (GPU_SHAPES if setting.gpu else SHAPES)
+    ]
+    for shape in shapes:
+        assert shape.config
     console = Console(width=max(120, Console().width))  # never squeeze a figure away
-    card = machine.card(device)
+    card = machine.card(setting.device)
     console.print(card_table(card))
-    for line in left_out(what, device, llama2c):
+    for line in left_out(what, setting, llama2c):
         console.print(line)
     found: list[Row] = []
-    for shape in SHAPES:
-        with tempfile.TemporaryDirectory(prefix="puna-bench-") as folder:
-            models = open_models(shape, Path(folder) / shape, device)
+    for shape in shapes:
         # Generation first: the training bench moves the weights.
-        if what in ("generate", "all"):
-            for batch in BATCHES:
-                found += bench_generate(models, batch, rounds)
-        if what in ("decode", "all"):
-            found += bench_decode(models, rounds, llama2c)
-        if what == "rollout":  # minutes: not part of "all"
-            found += bench_rollout(models, rounds)
+        if what != "train":
+            models = opened(shape, setting, "bf16" if setting.gpu else "fp32")
+            found += looked_at(what, models, setting, llama2c)
         if what in ("train", "all"):
-            found += bench_train(models, rounds)
+            if what == "train" or setting.gpu:
+                models = opened(shape, setting, "fp32")
+            found += bench_train(models, setting.rounds)
     console.print(rows_table(found))
     document: dict[str, object] = {"machine": card, "command": command, "rows": found}
     if save:
@@ -64,12 +84,46 @@ def run_suite(
     return document
 
 
-def left_out(what: str, device: torch.device, llama2c: Path | None) -> list[str]:
+def opened(shape: Shape, setting: Setting, dtype: str) -> Models:
+    """A shape's models; on a GPU, where nothing else is asked for, of as many blocks as fit."""
+    if setting.device.type == "cuda" and not setting.layers:
+        copies = 2 if setting.peers else 1
+        each = LOOKED_AT if dtype == "bf16" else 2 * TRAINED  # trained in two ways
+        memory = torch.cuda.get_device_properties(setting.device).total_memory
+        shape = Shape(shape.size, blocks_that_fit(shape.size, memory, each * copies))
+    with tempfile.TemporaryDirectory(prefix="puna-bench-") as folder:
+        return open_models(
+            shape,
+            Path(folder) / shape.size,
+            setting.device,
+            dtype,
+            gpu=setting.gpu,
+            peers=setting.peers,
+        )
+
+
+def looked_at(what: str, models: Models, setting: Setting, llama2c: Path | None) -> list[Row]:
+    """The rows that leave the weights as they are."""
+    found: list[Row] = []
+    rounds = setting.rounds
+    if what in ("generate", "all"):
+        for batch in GPU_BATCHES if models.gpu else BATCHES:
+            found += bench_generate(models, batch, rounds)
+    if what in ("decode", "all"):
+        found += bench_decode(models, rounds, llama2c, peers=setting.peers)
+    if what == "rollout" or (what == "all" and models.gpu):  # on a CPU it takes minutes
+        found += bench_rollout(models, rounds)
+    return found
+
+
+def left_out(what: str, setting: Setting, llama2c: Path | None) -> list[str]:
     """One line for each peer whose rows will be missing: why, and how to have them."""
     lines = []
+    if not setting.peers:
+        return ["the peers are left out, as asked for"]
     if what in ("train", "generate", "all") and machine.installed("transformers") is None:
         lines.append("transformers is not installed: its rows are left out (extra `peers`)")
-    if what in ("decode", "all") and device.type == "cpu":
+    if what in ("decode", "all") and not setting.gpu:
         if llama2c is None:
             lines.append("llama2.c: its rows are left out (give its program: --llama2c run)")
         if not llama_cpp_installed():

@@ -10,7 +10,7 @@ from puna.benchmarks.compare import compare as compare_results
 from puna.benchmarks.kernels.run import run_kernels
 from puna.benchmarks.models.decode_peers import check_llama2c
 from puna.benchmarks.models.weights import bench_weights
-from puna.benchmarks.suite import run_suite
+from puna.benchmarks.suite import Setting, run_suite
 from puna.trainers.train.ranges import AtLeast, AtMost, Count, Options
 
 
@@ -29,7 +29,26 @@ class BenchConfig(Options):
 
 
 @dataclass(kw_only=True)
-class DecodeBenchConfig(BenchConfig):
+class ModelBenchConfig(BenchConfig):
+    """Measure Puna beside its peers; prints a table, and as the last line one JSON document."""
+
+    shape: list[str] = field(default_factory=list)
+    """sizes of Llama: demo, 15m, 110m, 1b, 7b, 13b, 34b, 70b; none given: demo and 15m, on a GPU
+    7b"""
+    layers: Annotated[int, AtLeast(0), AtMost(1024)] = 0
+    """blocks that are kept of each; 0: all, on a GPU as many as fit its memory"""
+    peers: bool = True
+    """measure the peers, too; without them a larger model fits"""
+    dry_run: bool = False
+    """a GPU's rows, on this CPU and with tiny models: to see that all of it runs"""
+
+    def check(self) -> None:
+        if self.dry_run and (self.save or self.device != "cpu"):
+            raise ValueError("a dry run measures nothing: leave out --save, and use --device cpu")
+
+
+@dataclass(kw_only=True)
+class DecodeBenchConfig(ModelBenchConfig):
     """Measure Puna beside its peers; prints a table, and as the last line one JSON document.
     llama.cpp takes part where the packages llama-cpp-python and gguf are installed."""
 
@@ -47,6 +66,12 @@ class KernelBenchConfig(BenchConfig):
     """times that each provider is timed, in turn; the median is shown"""
     operations: list[str] = field(default_factory=list)
     """only these, rms_norm or attention for example; none given: all"""
+    dry_run: bool = False
+    """a GPU's rows, on this CPU and with tiny shapes: to see that all of it runs"""
+
+    def check(self) -> None:
+        if self.dry_run and (self.save or self.device != "cpu"):
+            raise ValueError("a dry run measures nothing: leave out --save, and use --device cpu")
 
 
 @dataclass(kw_only=True)
@@ -83,20 +108,20 @@ def run(config: DecodeBenchConfig) -> None:
     measure(config, "all")
 
 
-def train(config: BenchConfig) -> None:
+def train(config: ModelBenchConfig) -> None:
     """The rows of training."""
     measure(config, "train")
 
 
-def generate(config: BenchConfig) -> None:
+def generate(config: ModelBenchConfig) -> None:
     """The rows of generation."""
     measure(config, "generate")
 
 
 def decode(config: DecodeBenchConfig) -> None:
     """The rows of decoding one row on the CPU, beside llama2.c and llama.cpp."""
-    if config.device.startswith("cuda"):
-        raise ValueError("decoding is compared on the CPU; use --device cpu")
+    if config.device.startswith("cuda") or config.dry_run:
+        raise ValueError("decoding is compared on the CPU; use --device cpu, without --dry-run")
     measure(config, "decode")
 
 
@@ -116,7 +141,7 @@ def weights(config: WeightsBenchConfig) -> None:
     )
 
 
-def rollout(config: BenchConfig) -> None:
+def rollout(config: ModelBenchConfig) -> None:
     """The rows of sampling 512 answers of different lengths; takes minutes."""
     measure(config, "rollout")
 
@@ -133,27 +158,30 @@ def kernels(config: KernelBenchConfig) -> None:
         command=command,
         only=config.operations,
         save=config.save,
+        dry=config.dry_run,
     )
 
 
-def measure(config: BenchConfig, what: str) -> None:
+def measure(config: ModelBenchConfig, what: str) -> None:
     device = prepare(config)
     verb = "bench" if what == "all" else f"bench {what}"
     command = f"puna {verb} --rounds {config.rounds} --device {config.device}"
+    if config.shape:
+        command += f" --shape {' '.join(config.shape)}"
+    if config.layers:
+        command += f" --layers {config.layers}"
+    if not config.peers:
+        command += " --no-peers"
     llama2c = config.llama2c if isinstance(config, DecodeBenchConfig) else None
     if llama2c is not None:
-        if device.type != "cpu":
+        if device.type != "cpu" or config.dry_run:
             raise ValueError("llama2.c decodes on the CPU; use --device cpu or leave out --llama2c")
         check_llama2c(llama2c)
         command += f" --llama2c {llama2c.name}"
-    run_suite(
-        what,
-        rounds=config.rounds,
-        device=device,
-        command=command,
-        save=config.save,
-        llama2c=llama2c,
+    setting = Setting(
+        device, config.rounds, config.shape, config.layers, config.peers, config.dry_run
     )
+    run_suite(what, setting, command=command, save=config.save, llama2c=llama2c)
 
 
 def prepare(config: BenchConfig) -> torch.device:

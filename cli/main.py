@@ -70,16 +70,16 @@ VERBS = {
         named=("source", "target"),
     ),
     "bench": Verb("puna.cli.bench", "DecodeBenchConfig", "the benchmark suite"),
-    "bench train": Verb("puna.cli.bench", "BenchConfig", "of training only", "train"),
+    "bench train": Verb("puna.cli.bench", "ModelBenchConfig", "of training only", "train"),
     "bench kernels": Verb(
         "puna.cli.bench", "KernelBenchConfig", "of kernels/, verified and timed", "kernels"
     ),
-    "bench generate": Verb("puna.cli.bench", "BenchConfig", "of generation only", "generate"),
+    "bench generate": Verb("puna.cli.bench", "ModelBenchConfig", "of generation only", "generate"),
     "bench decode": Verb("puna.cli.bench", "DecodeBenchConfig", "of decoding one row", "decode"),
     "bench weights": Verb(
         "puna.cli.bench", "WeightsBenchConfig", "of bf16 and int8 weights", "weights"
     ),
-    "bench rollout": Verb("puna.cli.bench", "BenchConfig", "of rollouts only", "rollout"),
+    "bench rollout": Verb("puna.cli.bench", "ModelBenchConfig", "of rollouts only", "rollout"),
     "bench compare": Verb(
         "puna.cli.bench", "CompareConfig", "what changed between two runs", "compare",
         named=("before", "after"),

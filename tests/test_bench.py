@@ -9,8 +9,8 @@ from puna.benchmarks import machine, readme, suite, timing
 from puna.benchmarks.models import decode, generate, rollout, steps, train
 from puna.benchmarks.models import shapes as models
 from puna.benchmarks.models.generate import PUNA
-from puna.benchmarks.models.shapes import multiplied_parameters, open_models
-from puna.cli.bench import BenchConfig, measure
+from puna.benchmarks.models.shapes import Shape, multiplied_parameters, open_models
+from puna.cli.bench import ModelBenchConfig, measure
 from puna.core.config import SIZES, ModelConfig, parameter_count
 from puna.core.native.loader import extension
 
@@ -38,7 +38,7 @@ def tiny(monkeypatch):
 def test_the_last_line_is_the_document(tiny, capsys, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(suite, "RESULTS", tmp_path)
-    suite.run_suite("all", rounds=2, device=CPU, command="puna bench", save=True)
+    suite.run_suite("all", suite.Setting(CPU, rounds=2), command="puna bench", save=True)
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     work = [(row["bench"], row["batch"], row["provider"], row["dtype"]) for row in document["rows"]]
     rounded = [] if extension() is None else ["bf16", "int8"]
@@ -66,7 +66,7 @@ def test_the_last_line_is_the_document(tiny, capsys, tmp_path, monkeypatch):
 def test_without_transformers_its_rows_are_left_out_and_this_is_said(tiny, capsys, monkeypatch):
     monkeypatch.setattr(models, "installed", lambda package: None)
     monkeypatch.setattr(machine, "installed", lambda package: None)
-    document = suite.run_suite("train", rounds=1, device=CPU, command="puna bench train")
+    document = suite.run_suite("train", suite.Setting(CPU, rounds=1), command="puna bench train")
     assert [row["provider"] for row in document["rows"]] == ["puna"]
     assert "its rows are left out" in capsys.readouterr().out
 
@@ -74,16 +74,16 @@ def test_without_transformers_its_rows_are_left_out_and_this_is_said(tiny, capsy
 def test_nothing_is_timed_when_losses_differ():
     steps = {"puna": lambda: 2.0, "other": lambda: 2.001}
     with pytest.raises(RuntimeError, match="nothing was timed: other trains to other losses"):
-        train.verify(steps)
+        train.verify(steps, 1e-4)
 
 
 def test_nothing_is_timed_when_a_loss_is_not_a_number():
     with pytest.raises(RuntimeError, match="nothing was timed"):
-        train.verify({"puna": lambda: 2.0, "other": lambda: float("nan")})
+        train.verify({"puna": lambda: 2.0, "other": lambda: float("nan")}, 1e-4)
 
 
 def test_nothing_is_timed_when_tokens_differ(tiny, tmp_path):
-    opened = open_models("tiny", tmp_path / "model", CPU)
+    opened = open_models(Shape("tiny"), tmp_path / "model", CPU)
     prompts = torch.tensor([[5, 6, 7, 8]])
     ours = generate.puna_answer(opened, prompts)()
     wrong = [[*ours[0][:3], (ours[0][3] + 1) % TINY.vocab_size, *ours[0][4:]]]
@@ -94,7 +94,7 @@ def test_nothing_is_timed_when_tokens_differ(tiny, tmp_path):
 
 
 def test_a_near_tie_is_no_mistake(tiny, tmp_path):
-    opened = open_models("tiny", tmp_path / "model", CPU)
+    opened = open_models(Shape("tiny"), tmp_path / "model", CPU)
     head = opened.puna.lm_head.weight
     prompts = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
@@ -145,10 +145,10 @@ def test_slug_names_a_folder():
 
 def test_settings_that_cannot_be_measured():
     with pytest.raises(ValueError, match="rounds is 0; it must be at least 1"):
-        measure(BenchConfig(rounds=0), "all")
+        measure(ModelBenchConfig(rounds=0), "all")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="use --device cpu"):
-            measure(BenchConfig(device="cuda"), "all")
+            measure(ModelBenchConfig(device="cuda"), "all")
 
 
 def test_rollouts_beside_pytorchs(tiny, monkeypatch, tmp_path, capsys):
@@ -157,8 +157,8 @@ def test_rollouts_beside_pytorchs(tiny, monkeypatch, tmp_path, capsys):
     for name, value in (("PROMPTS", 7), ("SLOTS", 3), ("MEAN", 4)):
         monkeypatch.setattr(rollout, name, value)
     monkeypatch.setattr(rollout, "PROMPT", 4)
-    rows = rollout.bench_rollout(open_models("tiny", tmp_path, CPU), rounds=1)
-    lengths = rollout.answer_lengths(7, TINY.context - 4)
+    rows = rollout.bench_rollout(open_models(Shape("tiny"), tmp_path, CPU), rounds=1)
+    lengths = rollout.answer_lengths(7, TINY.context - 4, 4)
     assert [row["provider"] for row in rows] == ["puna", "puna-no-refill", "puna-pytorch"]
     assert all(row["value"] > 0 and row["batch"] == 3 for row in rows)
     batches = [lengths[:3], lengths[3:6], lengths[6:]]

@@ -13,7 +13,7 @@ import torch
 
 from puna.benchmarks import suite
 from puna.benchmarks.models import decode, decode_peers
-from puna.benchmarks.models.shapes import open_models
+from puna.benchmarks.models.shapes import Shape, open_models
 from puna.benchmarks.rows import Row, Work, row
 from puna.benchmarks.timing import Timing
 from puna.cli.bench import DecodeBenchConfig
@@ -142,7 +142,7 @@ def test_other_tokens_are_not_timed(tiny, tmp_path):
 def test_a_program_that_fails(tiny, tmp_path):
     run = program(tmp_path / "run", [])
     run.write_text("#!/bin/sh\necho 'malloc failed!' >&2\nexit 1\n")
-    opened = open_models("tiny", tmp_path / "model", CPU)
+    opened = open_models(Shape("tiny"), tmp_path / "model", CPU)
     with pytest.raises(RuntimeError, match="ended with status 1: malloc failed!"):
         decode.bench_decode(opened, rounds=1, llama2c=run)
 

@@ -72,6 +72,11 @@ CPU = Sizes(
     heads=((6, 6), (6, 2)), head_dim=48, decoded=16, dim=288, vocabularies=(8192,),
     drawn=32, rollouts=(64, 128),
 )  # fmt: skip
+# A GPU's, small: whether all of it runs.
+DRY = Sizes(
+    dtype=torch.bfloat16, rows=32, widths=(64, 96), sequences=2, tokens=16, heads=((4, 4), (4, 1)),
+    head_dim=16, decoded=3, dim=32, vocabularies=(64, 96), drawn=4, rollouts=(3, 8),
+)  # fmt: skip
 
 
 def cases(sizes: Sizes, device: torch.device) -> list[Case]:

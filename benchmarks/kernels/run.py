@@ -7,13 +7,14 @@ operations ("puna-native").
 
 import json
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from puna.benchmarks import machine
-from puna.benchmarks.kernels.cases import CPU, GPU, Case, Sizes, cases
+from puna.benchmarks.kernels.cases import CPU, DRY, GPU, Case, Sizes, cases
 from puna.benchmarks.kernels.peers import Function
 from puna.benchmarks.kernels.verify import ABOVE, Verdict, prepared, verify, verify_timed
 from puna.benchmarks.machine import why_not_compiled
@@ -34,13 +35,17 @@ def run_kernels(
     only: Collection[str] = (),
     save: bool = False,
     sizes: Sizes | None = None,
+    dry: bool = False,
 ) -> dict[str, object]:
-    """Measure the operations (or `only` some); the last line printed is the document's JSON.
+    """Measure the operations (or `only` some); the last line printed is the document's JSON. `dry`:
+    a GPU's cases at tiny sizes, wherever this is.
 
     Raises RuntimeError after that where an operation of Puna was found wrong (a peer's row says
     so, and that is all), ValueError for an unknown operation.
     """
-    chosen = cases(sizes or (GPU if device.type == "cuda" else CPU), device)
+    chosen = cases(sizes or (DRY if dry else GPU if device.type == "cuda" else CPU), device)
+    if dry:
+        chosen = [replace(case, native=None) for case in chosen]
     known = dict.fromkeys(case.operation for case in chosen)
     for name in only:
         if name not in known:

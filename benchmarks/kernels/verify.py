@@ -7,6 +7,7 @@ was kept, or was still on its way when the call returned, is found.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -103,7 +104,7 @@ def verify(
     """Every provider's errors beside plain PyTorch's, against PyTorch in fp64."""
     truth = truth_of(case, inputs, backward, gradients_alone=False)
     return {
-        name: verdict_of(truth, lambda f=function: run_once(f, case, inputs, backward))
+        name: verdict_of(truth, partial(run_once, function, case, inputs, backward))
         for name, function in providers.items()
     }
 
@@ -123,7 +124,7 @@ def verify_timed(
         assert isinstance(found, tuple | list)
         return [result.clone() for result in found]  # at once, as whoever uses it would
 
-    return {name: verdict_of(truth, lambda t=timed: again(t)) for name, timed in calls.items()}
+    return {name: verdict_of(truth, partial(again, timed)) for name, timed in calls.items()}
 
 
 def verdict_of(truth: Truth, results: Callable[[], list[Tensor]]) -> Verdict:

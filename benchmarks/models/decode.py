@@ -37,16 +37,18 @@ from puna.core.native.loader import extension
 NEW = 255  # tokens; with BOS the budget of 256
 
 
-def bench_decode(models: Models, rounds: int, llama2c: Path | None) -> list[Row]:
+def bench_decode(
+    models: Models, rounds: int, llama2c: Path | None, *, peers: bool = True
+) -> list[Row]:
     """Rows of one shape, none on a GPU; llama2.c's where the path of its run is given.
     RuntimeError where the providers disagree."""
-    if models.device.type != "cpu":
+    if models.gpu:
         return []
     with tempfile.TemporaryDirectory(prefix="puna-bench-") as folder:
         decoders: dict[Variant, Decoder] = {PUNA: puna_decoder(models)}
         if llama2c is not None:
             decoders["llama2.c", "fp32"] = llama2c_decoder(llama2c, models.puna, NEW, Path(folder))
-        if llama_cpp_installed():
+        if peers and llama_cpp_installed():
             decoders["llama.cpp", "fp32"] = llama_cpp_decoder(models.puna, NEW, Path(folder))
         answers = {variant: [decode().tokens] for variant, decode in decoders.items()}
         errors = verify(models, torch.tensor([[BOS]]), answers)
@@ -74,7 +76,7 @@ def work_of(models: Models, dtype: str) -> Work:
         size = round(FORMATS[dtype] * multiplied_parameters(models.config))
         ceilings = Ceilings(ceilings.matmul, read_rate(models.device, size))
     bound = limit(models.config, ceilings, 1, (1 + NEW) / 2, FORMATS[dtype])
-    return Work("decode", models.shape, 1, NEW, bound, dtype)
+    return Work("decode", str(models.shape), 1, NEW, bound, dtype)
 
 
 def puna_decoder(models: Models, weights: str = "fp32") -> Decoder:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from puna.benchmarks.models.shapes import Ceilings, Models, multiplied_parameters
+from puna.benchmarks.models.shapes import DTYPES, Ceilings, Models, multiplied_parameters
 from puna.benchmarks.rows import Row, Work, row
 from puna.benchmarks.timing import Clock, Timing, interleaved, peak_mb
 from puna.core.config import ModelConfig
@@ -18,8 +18,8 @@ from puna.core.errors import UserError
 from puna.core.generation.generate import generate
 
 PROMPT, NEW = 16, 240  # tokens; together the budget of 256
-BATCHES = (1, 32)
-NEAR_TIE = 1e-3
+BATCHES, GPU_BATCHES = (1, 32), (1, 8, 32, 64, 128, 256)
+NEAR_TIE = {"fp32": 1e-3, "bf16": 0.1}
 
 Answer = Callable[[], list[list[int]]]
 Variant = tuple[str, str]  # provider, dtype
@@ -30,16 +30,19 @@ def bench_generate(models: Models, batch: int, rounds: int) -> list[Row]:
     """Rows of one shape and batch. RuntimeError where the providers disagree."""
     generator = torch.Generator().manual_seed(batch)
     prompts = torch.randint(models.config.vocab_size, (batch, PROMPT), generator=generator)
-    answers: dict[Variant, Answer] = {PUNA: puna_answer(models, prompts)}
+    answers: dict[Variant, Answer] = {("puna", models.dtype): puna_answer(models, prompts)}
     if models.transformers is not None:
-        answers["transformers", "fp32"] = transformers_answer(models, prompts)
+        answers["transformers", models.dtype] = transformers_answer(models, prompts)
     errors = verify(models, prompts, {variant: answer() for variant, answer in answers.items()})
     peaks = {variant: peak_mb(answer, models.device) for variant, answer in answers.items()}
     timings = take_turns(answers, rounds, models.device)
 
     def work(dtype: str) -> Work:
-        bound = limit(models.config, models.ceilings, batch, PROMPT + NEW / 2)
-        return Work("generate", models.shape, batch, batch * NEW, bound, dtype)
+        bytes_each = DTYPES[dtype].itemsize
+        bound = limit(
+            models.config, models.ceilings, batch, PROMPT + NEW / 2, bytes_each, bytes_each
+        )
+        return Work("generate", str(models.shape), batch, batch * NEW, bound, dtype)
 
     return [
         row(work(variant[1]), variant[0], timings[variant], errors[variant], peaks[variant])
@@ -61,14 +64,19 @@ def take_turns(
 
 
 def limit(
-    config: ModelConfig, ceilings: Ceilings, batch: int, positions: float, stored: float = 4.0
+    config: ModelConfig,
+    ceilings: Ceilings,
+    batch: int,
+    positions: float,
+    stored: float = 4.0,
+    kept: float = 4.0,
 ) -> float:
     """Tokens a second if a step took only its matrix products or only its reading, whichever
-    is longer: each step reads all weights once, `stored` bytes each, and every row's fp32 keys
-    and values so far, those of `positions` tokens in the mean."""
+    is longer: each step reads all weights once, `stored` bytes each, and every row's keys and
+    values so far, `kept` bytes each, those of `positions` tokens in the mean."""
     parameters = multiplied_parameters(config)
     cached = 2 * config.n_layers * config.n_kv_heads * config.head_dim * positions
-    reading = (stored * parameters + 4 * batch * cached) / ceilings.read
+    reading = (stored * parameters + kept * batch * cached) / ceilings.read
     computing = 2 * batch * parameters / ceilings.matmul
     return batch / max(reading, computing)
 
@@ -104,10 +112,10 @@ def verify(
     models: Models, prompts: Tensor, answers: Mapping[Variant, list[list[int]]]
 ) -> dict[Variant, float]:
     """Share of each provider's answers that leave Puna's, all at near-ties."""
-    errors = {}
+    errors, right = {}, answers["puna", models.dtype]
     for variant, found in answers.items():
         ties = 0
-        for prompt, ours, theirs in zip(prompts.tolist(), answers[PUNA], found, strict=True):
+        for prompt, ours, theirs in zip(prompts.tolist(), right, found, strict=True):
             if ours != theirs:
                 check_near_tie(models, prompt, ours, theirs, " ".join(variant))
                 ties += 1
@@ -125,7 +133,7 @@ def check_near_tie(
     seen = torch.tensor([prompt + ours[:place]], device=models.device)
     logits = models.puna.logits(models.puna(seen)[0, -1])
     gap = abs(float(logits[ours[place]] - logits[theirs[place]]))
-    if not gap < NEAR_TIE:
+    if not gap < NEAR_TIE[models.dtype]:
         raise UserError(
             f"nothing was timed: {name} wrote token {theirs[place]} where puna wrote "
             f"{ours[place]} (place {place}, logits {gap:.2g} apart); run `make test`"

@@ -7,10 +7,12 @@ every eighth step. Were a step's time the same for one row as for many, refillin
 `ideal_gain`; on a CPU it nearly grows with the rows.
 """
 
+from functools import partial
+
 import torch
 
 from puna.benchmarks.models.generate import PROMPT, limit
-from puna.benchmarks.models.shapes import Models
+from puna.benchmarks.models.shapes import DTYPES, Models
 from puna.benchmarks.rows import Row, Work, rows
 from puna.benchmarks.timing import interleaved, peak_mb
 from puna.core.errors import UserError
@@ -20,38 +22,46 @@ from puna.core.native.loader import extension
 from puna.core.ops import use_backend
 
 PROMPTS, SLOTS, MEAN = 512, 32, 48  # the longest of 32 answers is about four times the mean
+GPU_SLOTS, GPU_MEAN = 256, 256
 
 
-def answer_lengths(count: int, most: int, seed: int = 0) -> list[int]:
-    """`count` draws from a geometric distribution with mean `MEAN`, cut at `most`."""
+def answer_lengths(count: int, most: int, mean: int, seed: int = 0) -> list[int]:
+    """`count` draws from a geometric distribution, cut at `most`."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.empty(count).geometric_(1 / MEAN, generator=generator)
+    drawn = torch.empty(count).geometric_(1 / mean, generator=generator)
     return [min(int(length), most) for length in drawn]
 
 
-def ideal_gain(lengths: list[int]) -> float:
+def ideal_gain(lengths: list[int], slots: int) -> float:
     """Steps of static batches over the steps that full batches would need."""
-    batches = [lengths[i : i + SLOTS] for i in range(0, len(lengths), SLOTS)]
-    return sum(map(max, batches)) * SLOTS / sum(lengths)
+    batches = [lengths[i : i + slots] for i in range(0, len(lengths), slots)]
+    return sum(map(max, batches)) * slots / sum(lengths)
 
 
 def bench_rollout(models: Models, rounds: int) -> list[Row]:
-    """Rows of one shape; none on a GPU, or where the native engine is not built."""
-    if models.device.type != "cpu" or extension() is None:
+    """Rows of one shape; none on a CPU where the native engine is not built."""
+    if not models.gpu and extension() is None:
         return []
+    slots, mean = (GPU_SLOTS, GPU_MEAN) if models.gpu else (SLOTS, MEAN)
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(models.config.vocab_size, (PROMPTS, PROMPT), generator=generator)
-    lengths = answer_lengths(PROMPTS, models.config.context - PROMPT)
+    lengths = answer_lengths(PROMPTS, models.config.context - PROMPT, mean)
     ids = prompts.tolist()
-    print(f"rollout, {models.shape}: full slots could at best win {ideal_gain(lengths):.1f} times")
-    work = {
-        "puna": lambda: sample(models, ids, lengths, "native", PROMPTS),
-        "puna-no-refill": lambda: sample(models, ids, lengths, "native", SLOTS),
-        "puna-pytorch": lambda: sample(models, ids, lengths, "reference", PROMPTS),
+    gain = ideal_gain(lengths, slots)
+    print(f"rollout, {models.shape}: full slots could at best win {gain:.1f} times")
+    ways: dict[str, tuple[str, int]] = {
+        "puna": ("native", PROMPTS),
+        "puna-no-refill": ("native", slots),
+        "puna-pytorch": ("reference", PROMPTS),
     }
-    bound = limit(models.config, models.ceilings, SLOTS, PROMPT + MEAN)
+    if models.gpu:
+        ways = {"puna": ("auto", PROMPTS), "puna-no-refill": ("auto", slots)}
+    work = {name: partial(sample, models, ids, lengths, *way, slots) for name, way in ways.items()}
+    bytes_each = DTYPES[models.dtype].itemsize
+    bound = limit(models.config, models.ceilings, slots, PROMPT + mean, bytes_each, bytes_each)
+    done = Work("rollout", str(models.shape), slots, sum(lengths), bound, models.dtype)
     return rows(
-        Work("rollout", models.shape, SLOTS, sum(lengths), bound),
+        done,
         interleaved(work, rounds, models.device),
         dict.fromkeys(work, 0.0),
         {name: peak_mb(call, models.device) for name, call in work.items()},
@@ -60,9 +70,14 @@ def bench_rollout(models: Models, rounds: int) -> list[Row]:
 
 @torch.inference_mode()
 def sample(
-    models: Models, prompts: list[list[int]], lengths: list[int], backend: str, at_once: int
+    models: Models,
+    prompts: list[list[int]],
+    lengths: list[int],
+    backend: str,
+    at_once: int,
+    slots: int,
 ) -> None:
-    """Answers at temperature 1, `SLOTS` side by side; of `at_once` prompts before the next are
+    """Answers at temperature 1, `slots` side by side; of `at_once` prompts before the next are
     begun. RuntimeError unless they are as long as asked."""
     numbers = torch.arange(len(prompts))
     keys = row_keys(0, 0, numbers, torch.zeros_like(numbers))
@@ -71,7 +86,7 @@ def sample(
         some = slice(start, start + at_once)
         with use_backend(backend):
             found = complete(
-                models.puna, prompts[some], keys[some], lengths[some], Sampler(), None, SLOTS
+                models.puna, prompts[some], keys[some], lengths[some], Sampler(), None, slots
             )
         written += [len(completion.tokens) for completion in found]
     if written != lengths:

@@ -16,17 +16,18 @@ from typing import Any
 import torch
 import torch._dynamo  # the optimizers import it in their first step
 
+from puna.benchmarks.models.shapes import Shape
 from puna.benchmarks.models.steps import Step, compiled_step, puna_step, transformers_step
 from puna.benchmarks.timing import status_mb, tells_memory
 from puna.core.checkpoint.hf_config import config_json
-from puna.core.config import ModelConfig, size
+from puna.core.config import ModelConfig
 from puna.core.model import Transformer
 from puna.core.native.loader import extension
 
 PROVIDERS = ("puna", "transformers", "transformers-compiled")
 
 
-def fresh_peak_mb(provider: str, shape: str, batch: int, tokens: int) -> float | None:
+def fresh_peak_mb(provider: str, shape: Shape, batch: int, tokens: int) -> float | None:
     """Megabytes that training needs, measured in a new process with as many threads as this one.
 
     None where the system does not tell: anything but Linux.
@@ -35,7 +36,8 @@ def fresh_peak_mb(provider: str, shape: str, batch: int, tokens: int) -> float |
         return None
     command = [sys.executable, "-m", "puna.benchmarks.models.step_memory", "--provider", provider]
     numbers = {"batch": batch, "tokens": tokens, "threads": torch.get_num_threads()}
-    command += ["--shape", shape, *(f"--{name}={value}" for name, value in numbers.items())]
+    numbers["layers"] = shape.layers
+    command += ["--shape", shape.size, *(f"--{name}={value}" for name, value in numbers.items())]
     printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return float(printed.split()[-1])
 
@@ -65,11 +67,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Megabytes that training needs, from the start.")
     parser.add_argument("--provider", choices=PROVIDERS, required=True)
     parser.add_argument("--shape", required=True, help="a name of puna.core.config.SIZES")
+    parser.add_argument("--layers", type=int, default=0, help="blocks kept; 0: all")
     parser.add_argument("--batch", type=int, required=True, help="rows")
     parser.add_argument("--tokens", type=int, default=256, help="tokens a row")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
-    config = size(given.shape)
+    config = Shape(given.shape, given.layers).config
     torch.set_num_threads(given.threads)
     build = builder(given.provider)
     before = status_mb("VmRSS")

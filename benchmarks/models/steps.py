@@ -8,13 +8,21 @@ import torch
 from torch import Tensor
 
 from puna.benchmarks.machine import why_not_compiled
+from puna.core import parallel
 from puna.core.model import Transformer
 from puna.core.native.loader import keep_freed_memory
 
 Step = Callable[[], float]  # returns the loss before the update
 
 
-def puna_step(model: Transformer, tokens: Tensor) -> Step:
+def puna_step(
+    model: Transformer,
+    tokens: Tensor,
+    compute_dtype: torch.dtype | None = None,
+    checkpointing: str = "none",
+) -> Step:
+    """As the trainers do: applied from outside, weights in fp32 whatever they are multiplied in."""
+    model = parallel.prepare(model, compute_dtype=compute_dtype, checkpointing=checkpointing)
     if tokens.device.type == "cpu":
         keep_freed_memory()  # as the trainers do; who shares the process gains by it too
     targets = torch.full_like(tokens, -100)
@@ -26,15 +34,21 @@ def puna_step(model: Transformer, tokens: Tensor) -> Step:
     return training_step(model, loss)
 
 
-def transformers_step(model: Any, tokens: Tensor) -> Step:
+def transformers_step(model: Any, tokens: Tensor, dtype: torch.dtype | None = None) -> Step:
     model.train()
-    return training_step(model, lambda: model(tokens, labels=tokens, use_cache=False).loss)
+
+    def loss() -> Tensor:
+        with torch.autocast(tokens.device.type, dtype, enabled=dtype is not None):
+            found: Tensor = model(tokens, labels=tokens, use_cache=False).loss
+        return found
+
+    return training_step(model, loss)
 
 
-def compiled_step(model: Any, tokens: Tensor) -> Step:
+def compiled_step(model: Any, tokens: Tensor, dtype: torch.dtype | None = None) -> Step:
     """The peer under torch.compile, loss included; its first call compiles, for a minute."""
     torch.compiler.reset()  # what was compiled for another shape is not for this one
-    return transformers_step(torch.compile(model, dynamic=False), tokens)
+    return transformers_step(torch.compile(model, dynamic=False), tokens, dtype)
 
 
 @functools.cache
@@ -46,6 +60,14 @@ def compiles(device: torch.device) -> bool:
     return not why
 
 
+def clip(model: torch.nn.Module) -> None:
+    """The gradients' norm to 1, as each provider's own users do."""
+    if isinstance(model, Transformer):
+        parallel.clip_gradients(model, 1.0)
+    else:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+
 def training_step(model: torch.nn.Module, loss: Callable[[], Tensor]) -> Step:
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
@@ -55,7 +77,7 @@ def training_step(model: torch.nn.Module, loss: Callable[[], Tensor]) -> Step:
     def step() -> float:
         value = loss()
         value.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        clip(model)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return value.item()

@@ -6,6 +6,12 @@ gradients and its update are right. On the CPU all share a process that keeps th
 as Puna's trainers do; in a process of its own a peer is slower. `error` is the largest relative
 difference of those losses; `peak_mb` is, on the CPU, all that a fresh process needs to train (see
 step_memory.py). The limit is what the same matrix products take by themselves in the same rounds.
+
+On a GPU parameters and optimizer are fp32 and products bf16, rows are as long as Llama 2's, and
+"puna-recompute" is Puna with full activation checkpointing. The limit is then what the measured
+matrix-product rate allows by PaLM's count: 6 N + 12 L d S FLOPs a token for N multiplied
+parameters, L blocks of width d and rows of S tokens, recomputation not counted. So "of limit" is
+the MFU, of a rate that this GPU was seen to reach.
 """
 
 import copy
@@ -13,54 +19,83 @@ import copy
 import torch
 from torch import Tensor
 
+from puna.benchmarks import machine
 from puna.benchmarks.models import steps
 from puna.benchmarks.models.ceilings import ceiling
-from puna.benchmarks.models.shapes import Models
+from puna.benchmarks.models.shapes import DTYPES, Models, multiplied_parameters
 from puna.benchmarks.models.step_memory import fresh_peak_mb
 from puna.benchmarks.models.steps import Step
 from puna.benchmarks.rows import Row, Work, rows
 from puna.benchmarks.timing import interleaved, peak_mb
+from puna.core.config import ModelConfig
 from puna.core.errors import UserError
 
-TOKENS = 256
-BATCH = {"15m": 8, "demo": 16}
-TOLERANCE = 1e-4
+TOKENS, GPU_TOKENS, GPU_BATCH = 256, 4096, 2
+BATCH = {"15m": 8, "demo": 16}  # rows on a CPU; of larger shapes one
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 
 
 def bench_train(models: Models, rounds: int) -> list[Row]:
-    """Rows of one shape. RuntimeError where the providers disagree: nothing is timed then."""
-    batch = BATCH[models.shape]
+    """Rows of one shape. RuntimeError where the providers disagree: nothing is timed then.
+
+    The models are in fp32; on a GPU (`gpu`) they train in bf16.
+    """
+    batch, row_tokens = size_of_step(models)
     generator = torch.Generator().manual_seed(0)
-    shape = (batch, TOKENS)
+    shape = (batch, row_tokens)
     tokens = torch.randint(models.config.vocab_size, shape, generator=generator).to(models.device)
     work = provided(models, tokens)
-    errors = verify(work)
+    dtype = "bf16" if models.gpu else "fp32"
+    errors = verify(work, TOLERANCE[dtype])
     peaks = {name: peak(models, name, step) for name, step in work.items()}
-    best = ceiling(models.config, batch, TOKENS, models.device)
-    timings = interleaved({**work, "ceiling": best.run}, rounds, models.device)
-    limit = tokens.numel() / (timings.pop("ceiling").median * (1 + best.attention))
-    return rows(Work("train", models.shape, batch, tokens.numel(), limit), timings, errors, peaks)
+    if models.gpu:
+        limit = machine.matmul_rate(models.device, DTYPES[dtype]) / flops(models.config, row_tokens)
+        timings = interleaved(work, rounds, models.device)
+    else:
+        best = ceiling(models.config, batch, row_tokens, models.device)
+        timings = interleaved({**work, "ceiling": best.run}, rounds, models.device)
+        limit = tokens.numel() / (timings.pop("ceiling").median * (1 + best.attention))
+    done = Work("train", str(models.shape), batch, tokens.numel(), limit, dtype)
+    return rows(done, timings, errors, peaks)
+
+
+def size_of_step(models: Models) -> tuple[int, int]:
+    """(rows, tokens a row)."""
+    if models.gpu:
+        return GPU_BATCH, min(GPU_TOKENS, models.config.context)
+    return BATCH.get(models.shape.size, 1), min(TOKENS, models.config.context)
+
+
+def flops(config: ModelConfig, row_tokens: int) -> float:
+    """Of a token's forward and backward pass, as PaLM counts them (appendix B there)."""
+    attention = 12 * config.n_layers * config.dim * row_tokens
+    return 6 * multiplied_parameters(config) + attention
 
 
 def provided(models: Models, tokens: Tensor) -> dict[str, Step]:
     """Each provider's step from the same weights, which it will move."""
-    found = {"puna": steps.puna_step(models.puna, tokens)}
+    dtype = torch.bfloat16 if models.gpu else None
+    found = {}
+    if models.gpu:
+        again = copy.deepcopy(models.puna)
+        found["puna-recompute"] = steps.puna_step(again, tokens, dtype, checkpointing="full")
+    found = {"puna": steps.puna_step(models.puna, tokens, dtype), **found}
     if models.transformers is not None:
-        found["transformers"] = steps.transformers_step(models.transformers, tokens)
+        found["transformers"] = steps.transformers_step(models.transformers, tokens, dtype)
         if steps.compiles(models.device):
             peer = copy.deepcopy(models.transformers)
-            found["transformers-compiled"] = steps.compiled_step(peer, tokens)
+            found["transformers-compiled"] = steps.compiled_step(peer, tokens, dtype)
     return found
 
 
 def peak(models: Models, provider: str, step: Step) -> float | None:
     """Megabytes: of a fresh process on the CPU, of one step here on a GPU."""
-    if models.device.type == "cpu":
-        return fresh_peak_mb(provider, models.shape, BATCH[models.shape], TOKENS)
-    return peak_mb(step, models.device)
+    if models.gpu:
+        return peak_mb(step, models.device)
+    return fresh_peak_mb(provider, models.shape, *size_of_step(models))
 
 
-def verify(work: dict[str, Step]) -> dict[str, float]:
+def verify(work: dict[str, Step], tolerance: float) -> dict[str, float]:
     """Largest relative difference of each provider's first three losses from Puna's."""
     losses = {name: [step() for _ in range(3)] for name, step in work.items()}
     errors = {
@@ -68,7 +103,7 @@ def verify(work: dict[str, Step]) -> dict[str, float]:
         for name, found in losses.items()
     }
     for name, error in errors.items():
-        if not error <= TOLERANCE:
+        if not error <= tolerance:
             raise UserError(
                 f"nothing was timed: {name} trains to other losses than puna "
                 f"({losses[name]} against {losses['puna']}); run `make test`"
