@@ -183,10 +183,17 @@ def submitted(visit: Visit) -> Response:
     form = visit.form
     side, _, rating = form.get("degree", "").partition(" ")
     store, who = visit.desk.store, visit.who
-    said = {"chosen": side, "rating": rating, "safe": form.get("safe")}
     try:
         with store.writing():  # the disk is waited for once
-            submit(store, who, form.get("key", ""), **said, seconds=seconds_of(form))
+            submit(
+                store,
+                who,
+                form.get("key", ""),
+                chosen=side,
+                rating=rating,
+                safe=form.get("safe"),
+                seconds=seconds_of(form),
+            )
             goes_on = dialogues.may_go_on(visit)
             if not goes_on:
                 hand_out(store, who)

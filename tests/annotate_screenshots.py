@@ -121,10 +121,10 @@ def photographed(store: Store, supply: Supply, out: Path) -> None:
 
 
 def photograph(browser: Browser, path: Path) -> None:
-    """A picture of at most 64 colours, which is a third as large."""
+    """A picture of at most 200 colours, which is much smaller."""
     browser.screenshot(path)
     with Image.open(path) as picture:
-        small = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        small = picture.convert("RGB").quantize(200, dither=Image.Dither.NONE)
     small.save(path, optimize=True)
 
 
