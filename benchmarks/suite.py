@@ -37,7 +37,9 @@ def run_suite(
     Returns the document {"machine": ..., "command": ..., "rows": [...]}. With `save` it is also
     written to results/<machine>/<what>.json beside this file. `llama2c`: where its run lies.
     """
-    console = Console(width=max(120, Console().width))  # never squeeze a figure away
+    console = Console(
+        width=max(120, Console().width), markup=False, emoji=False
+    )  # never squeeze a figure away
     card = machine.card(device)
     console.print(card_table(card))
     for line in left_out(what, device, llama2c):
