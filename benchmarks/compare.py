@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from puna.core.documents import read_object
+from puna.core.documents import read_object, shortened, typed
 from puna.core.errors import UserError
+from puna.core.terminal import shown as visible
 
 LEAST = 0.05
 OURS = ("puna", "puna-native")
@@ -48,7 +49,8 @@ class Change(NamedTuple):
 
 def compare(before: Path, after: Path) -> list[Change]:
     """Print what changed, and return it. UserError where a row of Puna became slower, or wrong, or
-    is gone; ValueError for files that hold no results and for those of two machines."""
+    is gone; ValueError for files that hold no results, that timed nothing alike and that are of two
+    machines."""
     old, new = document(before), document(after)
     for name in MACHINE:
         was, now = (found["machine"].get(name) for found in (old, new))
@@ -61,7 +63,9 @@ def compare(before: Path, after: Path) -> list[Change]:
     changes = changed(then, now)
     worse = [f"{shown(c.key)} is slower" for c in changes if c.ours and c.verdict == "slower"]
     worse += lost(then, now)
-    console = Console(width=max(120, Console().width))
+    if not changes and not worse:
+        raise ValueError(f"{before} and {after} timed nothing alike; compare two runs of one bench")
+    console = Console(width=max(120, Console().width), markup=False, emoji=False)
     console.print(table(changes))
     if worse:
         raise UserError(f"worse than before: {'; '.join(worse)}")
@@ -83,14 +87,32 @@ def rows_of(path: Path, found: Mapping[str, Any]) -> Rows:
     for number, row in enumerate(found["rows"], 1):
         if not isinstance(row, dict) or not isinstance(row.get("provider"), str):
             raise ValueError(f"{path}: row {number} names no provider; measure again")
-        rows[(*(str(row.get(name, "")) for name in WORK), row["provider"])] = row
+        try:
+            slow, rate, fast = (rate_of(row, name) for name in ("p20", "value", "p80"))
+            if slow and rate and fast and not slow <= rate <= fast:
+                raise ValueError(f"value {rate} is not between p20 {slow} and p80 {fast}")
+        except ValueError as error:
+            raise ValueError(f"{path}: row {number}: {error}; measure again") from error
+        key = (*(str(row.get(name, "")) for name in WORK), row["provider"])
+        if key in rows:
+            raise ValueError(f"{path}: row {number} is of what an earlier row is; measure again")
+        rows[key] = row
     return rows
+
+
+def rate_of(row: Mapping[str, Any], name: str) -> float | None:
+    """A rate of a row, None where it was not timed; ValueError for what cannot be one."""
+    if row.get(name) is None:
+        return None
+    rate = typed(row[name], float, name)
+    if not 1e-30 < rate < 1e30:  # so that quotients of two are numbers, too
+        raise ValueError(f"{name} is {shortened(rate)}, expected a rate above 0")
+    return rate
 
 
 def timed(row: Mapping[str, Any] | None) -> bool:
     """Whether a row has a rate; one that was wrong has none."""
-    numbers = () if row is None else (row.get("value"), row.get("p20"), row.get("p80"))
-    return bool(numbers) and all(isinstance(n, int | float) and n > 0 for n in numbers)
+    return row is not None and None not in (row.get(name) for name in ("p20", "value", "p80"))
 
 
 def changed(before: Rows, after: Rows) -> list[Change]:
@@ -118,8 +140,8 @@ def lost(before: Rows, after: Rows) -> list[str]:
     found = []
     for key, row in before.items():
         if key[-1] in OURS and timed(row) and not timed(after.get(key)):
-            why = "is not there" if key not in after else after[key].get("failed") or "has no rate"
-            found.append(f"{shown(key)} {why}")
+            reason = after[key].get("failed") if key in after else "is not there"
+            found.append(f"{shown(key)} {reason if isinstance(reason, str) else 'has no rate'}")
     return found
 
 
@@ -135,8 +157,9 @@ def table(changes: Sequence[Change]) -> Table:
         found.add_column(heading, justify="right")
     found.add_column("verdict")
     for change in sorted(changes, key=lambda c: c.verdict == "as before"):
-        found.add_row(
+        cells = (
             shown(change.key), f"{change.before:,.4g}", f"{change.after:,.4g}", change.unit,
             f"{change.ratio:.2f}", f"{change.noise:.2f}", change.verdict,
         )  # fmt: skip
+        found.add_row(*map(visible, cells))
     return found

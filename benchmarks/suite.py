@@ -61,7 +61,8 @@ def run_suite(
     ]
     for shape in shapes:
         assert shape.config
-    console = Console(width=max(120, Console().width))  # never squeeze a figure away
+    # never squeeze a figure away
+    console = Console(width=max(120, Console().width), markup=False, emoji=False)
     card = machine.card(setting.device)
     console.print(card_table(card))
     for line in left_out(what, setting, llama2c):

@@ -118,13 +118,18 @@ def run_verb(name: str, arguments: Sequence[str]) -> int:
 
 
 def with_names(verb: Verb, arguments: Sequence[str]) -> list[str]:
-    """`puna convert SOURCE TARGET` as if the options had been named."""
-    given = list(arguments)
-    found = []
-    for name in verb.named:
-        if given and not given[0].startswith("-") and not given[0].endswith(".toml"):
-            found += [f"--{name}", given.pop(0)]
-    return found + given
+    """`puna convert SOURCE TARGET` as if the options had been named; other options, which take one
+    value each, may stand before, between and behind."""
+    flags = {argument.split("=")[0] for argument in arguments}
+    names = [f"--{name}" for name in verb.named if f"--{name}" not in flags]
+    found: list[str] = []
+    for number, argument in enumerate(arguments):
+        before = arguments[number - 1] if number else ""
+        is_value = before.startswith("--") and "=" not in before
+        if names and not (argument.startswith("-") or is_value or argument.endswith(".toml")):
+            found.append(names.pop(0))
+        found.append(argument)
+    return found
 
 
 def usage() -> str:

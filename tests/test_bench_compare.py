@@ -4,13 +4,16 @@ Run: python -m pytest tests/test_bench_compare.py -q
 """
 
 import copy
+import importlib
 import json
+import typing
 
 import pytest
 
 from puna.benchmarks.compare import compare
 from puna.cli.main import VERBS, main, with_names
 from puna.core.errors import UserError
+from puna.trainers.train.arguments import several_valued
 
 CARD = {"processor": "some CPU", "threads": 2, "commit": "abc"}
 
@@ -138,3 +141,54 @@ def test_options_without_their_names():
     assert with_names(converted, ["--source", "a"]) == ["--source", "a"]
     assert with_names(converted, ["a", "b", "--dtype", "float16"])[-2:] == ["--dtype", "float16"]
     assert with_names(VERBS["sft"], ["recipe.toml"]) == ["recipe.toml"]
+    assert with_names(compared, ["--after", "b", "a"]) == ["--after", "b", "--before", "a"]
+    assert with_names(compared, ["--before=a", "b"]) == ["--before=a", "--after", "b"]
+    between = ["--source", "a", "--dtype", "float16", "--target", "b"]
+    assert with_names(converted, ["a", "--dtype", "float16", "b"]) == between
+    first = ["--dtype", "float16", "--source", "a", "--target", "b"]
+    assert with_names(converted, ["--dtype", "float16", "a", "b"]) == first
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS.values() if verb.named], ids=str)
+def test_what_has_options_without_names_has_no_flag_that_takes_none_or_many(verb):
+    cls = getattr(importlib.import_module(verb.module), verb.config)
+    hints = typing.get_type_hints(cls)
+    assert set(verb.named) <= set(hints)
+    assert not several_valued(cls) and bool not in hints.values()
+
+
+@pytest.mark.parametrize(
+    "rate", ["100", float("nan"), float("inf"), 10**400, True, 0, -3.0, 1e-320, [1], {"a": 1}]
+)
+def test_a_rate_that_is_none_is_one_sentence(files, rate, capsys):
+    def odd(document):
+        document["rows"][0] |= {"value": rate, "p20": rate, "p80": rate}
+
+    before, after = files(odd)
+    assert main(["bench", "compare", str(before), str(after)]) == 1
+    said = capsys.readouterr().err.strip()
+    assert "after.json: row 1: p20 is " in said and "\n" not in said
+
+
+def test_rows_that_cannot_be_compared_are_one_sentence(files):
+    with pytest.raises(ValueError, match="row 1: value 1000.0 is not between p20"):
+        compare(*files(lambda document: document["rows"][0].update(p80=1.0)))
+    with pytest.raises(ValueError, match="row 6 is of what an earlier row is"):
+        compare(*files(lambda document: document["rows"].append(document["rows"][0])))
+
+
+def test_nothing_in_common_is_not_good_news(tmp_path, files):
+    empty = tmp_path / "empty.json"
+    empty.write_text(json.dumps({"machine": CARD, "rows": []}))
+    before, _ = files(lambda _: None)
+    for pair in ((empty, before), (empty, empty)):
+        with pytest.raises(ValueError, match="timed nothing alike"):
+            compare(*pair)
+
+
+def test_text_of_a_file_is_shown_as_it_is(files, capsys):
+    def odd(document):
+        document["rows"][1] |= {"unit": "[/b]:smile:\x1b[31m"}
+
+    compare(*files(odd))
+    assert "[/b]:smile:\\x1b[31m" in capsys.readouterr().out

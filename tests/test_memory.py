@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_memory.py -q
 """
 
 import random
+import threading
 
 import pytest
 import torch
@@ -194,3 +195,53 @@ def test_the_reference_takes_a_memory_and_runs_all(model):
 
     with use_backend("reference"):
         same(talk(model, Memory()), talk(model, None))
+
+
+def test_one_name_for_several_prompts_keeps_what_stands_in_its_slot(model):
+    memory = Memory()
+    told = {"max_new_tokens": 8, "eos_id": EOS, "temperature": 0.9}
+    a, b = [1] + [5] * 20, [1] + [7] * 20  # the two alike are run before the other
+    generate(model, [a, b, a], prompt_ids=[0, 0, 0], memory=memory, **told)
+    for prompt in ([*a, 3, 4], [*b, 3, 4]):
+        assert (
+            generate(model, [prompt], memory=memory, **told)[0].tokens
+            == generate(model, [prompt], **told)[0].tokens
+        )
+
+
+@needs_engine
+@pytest.mark.parametrize("second", [[1] + [9] * 12, [1] + [9] * 90])
+def test_a_stream_goes_on_only_while_the_memory_is_its_own(model, second):
+    memory = Memory()
+    told = {"max_new_tokens": 10, "eos_id": None, "temperature": 0.0}
+    first = stream(model, [1, 5, 5, 5], memory=memory, **told)
+    next(first)
+    other = stream(model, second, memory=memory, **told)
+    said = [next(other)]
+    with pytest.raises(RuntimeError, match="another call has taken this memory"):
+        next(first)
+    assert [*said, *other] == list(stream(model, second, **told))
+
+
+@needs_engine
+def test_threads_with_one_memory_answer_right_or_raise(model):
+    memory, wrong = Memory(), []
+
+    def talking(row):
+        for turn in range(20):
+            prompt = [1] + [row + 3] * 10 + [4] * (1 + turn % 5)
+            given = {"max_new_tokens": 8, "eos_id": EOS, "prompt_ids": [row], "round_index": turn}
+            try:
+                (mine,) = generate(model, [prompt], memory=memory, **given)
+            except RuntimeError as error:
+                wrong.extend([] if "this memory" in str(error) else [error])
+            else:
+                (theirs,) = generate(model, [prompt], **given)
+                wrong.extend([] if mine.tokens == theirs.tokens else [(row, turn)])
+
+    threads = [threading.Thread(target=talking, args=(row,)) for row in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -114,6 +114,11 @@ def check_targets(folder: Run, sampled: Sequence[list[Exchange]]) -> None:
     if parallel.is_main():
         turns_of(folder).unlink(missing_ok=True)
         written.forget(turns_of(folder).parent, turns_of(folder).name)
+    if not any(sampled):
+        raise ValueError(
+            "no dialogue can be sampled: with its instruction no first message leaves room for "
+            "max_new_tokens in the model's context; lower it or give shorter dialogues"
+        )
     raise ValueError(
         "no sampled answer may be a target: none ends within max_new_tokens and is accepted by the "
         "judge; raise max_new_tokens or samples, or start from a better chat model"

@@ -30,13 +30,15 @@ from puna.trainers.data.readers import read_preferences, read_prompts
 from puna.trainers.reward import RewardConfig, accuracies, margins_of
 from puna.trainers.reward import run as run_reward
 from puna.trainers.rl.comparisons import Annotator
-from puna.trainers.rl.config import PPOConfig, RLHFConfig
+from puna.trainers.rl.config import PPOConfig, RLHFConfig, SamplingConfig
 from puna.trainers.rl.rewards import Reward
 from puna.trainers.rl.rounds import (
     KINDS,
     check_people,
+    check_prompts,
     compare,
     comparisons,
+    keep_comparisons,
     newest_wins,
     other_than,
     own_answers,
@@ -206,6 +208,11 @@ def check_files(config: RLHFConfig) -> None:
     for name in (*prompts, "helpfulness_prompts", "safety_prompts"):
         for path in getattr(config, name):
             read_prompts(path)
+    sampled: list[SamplingConfig] = [
+        rejection_config(config, 1, config.prompts, config.model, None, {}),
+        *([ppo_config(config, 1, config.model, {})] if config.ppo_versions else []),
+    ]
+    check_prompts(config, sampled)
     for path in [*config.helpfulness_data, *config.safety_data]:
         read_preferences(path)
     if config.gatt_dialogues:
@@ -225,8 +232,7 @@ def play_round(
     last: Version | None,
     handed: Handed,
 ) -> Version:
-    """One version: compare, train the reward models, sample and fine-tune; Ghost Attention and PPO
-    where they are due."""
+    """One version: compare, train the reward models, sample and fine-tune, and what else is due."""
     folder = config.out / f"round-{number}"
     judges: dict[str, Path] = {}
     before: dict[str, dict[str, float]] = {}
@@ -238,6 +244,7 @@ def play_round(
             kind: once(reward_config(config, number, kind, models[-1], last), run_reward)
             for kind in KINDS
         }
+        keep_comparisons(folder)
     prompts = round_prompts(config, number, folder)
     sampled = rejection_config(config, number, prompts, models[-1], last, judges)
     steps = {"rejection": once(sampled, lambda stage: rejection.run(stage, reward))}

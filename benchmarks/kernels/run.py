@@ -50,7 +50,9 @@ def run_kernels(
     for name in only:
         if name not in known:
             raise ValueError(f"no operation is called {name!r}; there is {', '.join(known)}")
-    console = Console(width=max(180, Console().width))  # never squeeze a figure away
+    console = Console(
+        width=max(180, Console().width), markup=False, emoji=False
+    )  # never squeeze a figure away
     card = machine.card(device)
     card |= {name: machine.installed(name) for name in ("triton", "liger-kernel")}
     card["backend"] = choose(torch.empty(0, device=device))

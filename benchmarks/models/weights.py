@@ -38,7 +38,7 @@ def bench_weights(
         pieces.encode(text.read_text(encoding="utf-8")), pieces.bos_id, model.config.context
     )
     losses = {name: loss(model, sequences, name) for name in FORMATS}
-    console = Console(width=max(120, Console().width))
+    console = Console(width=max(120, Console().width), markup=False, emoji=False)
     card = machine.card(torch.device("cpu"))
     console.print(card_table(card))
     count = sum(len(ids) - 1 for ids in sequences)

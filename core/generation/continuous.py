@@ -8,7 +8,7 @@ token on that does not stand in its slot.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -36,10 +36,19 @@ class Drawn(NamedTuple):
 
 
 class Remembered(NamedTuple):
-    """A memory, and which conversation each prompt is."""
+    """A memory, which conversation each prompt is, and whose turn with the memory it is."""
 
     memory: Memory
     names: list[Name]
+    turn: int
+
+    def step(self) -> AbstractContextManager[None]:
+        return self.memory.during(self.turn)
+
+    def keep(self, number: int, tokens: Sequence[int]) -> None:
+        """Note what has been run of a prompt and its answer."""
+        with self.step():
+            self.memory.keep(self.names[number], tokens)
 
 
 class _Placed(NamedTuple):
@@ -85,8 +94,9 @@ def decode(
     longest = max(len(prompt) + limits[i] for prompt, members in groups.items() for i in members)
     opened: AbstractContextManager[Session] = engine.session(slots, longest)
     if remembered is not None:
-        opened = nullcontext(remembered.memory.session(engine, slots, longest))
-        slots = remembered.memory.slots
+        with remembered.step():
+            opened = nullcontext(remembered.memory.session(engine, slots, longest))
+            slots = remembered.memory.slots
     with opened as session:
         given = prompts, list(groups.values()), keys, limits
         yield from _decode(session, *given, sampler, eos_id, slots, steps, remembered)
@@ -113,22 +123,24 @@ def _decode(
     holds: dict[int, int] = {}  # slot -> whose prompt stands in it: the first with that text
     active = _Active(*(torch.empty(0, dtype=torch.int64) for _ in _Active._fields))
     waiting = deque(order)
+    step = nullcontext if remembered is None else remembered.step
     while True:
-        new: list[_Placed] = []
-        if len(free) >= together or not len(active.slots):
-            new, ready = _admit(session, prompts, first, waiting, free, holds, remembered)
-            active = _join(active, prompts, ready + new)
-        if not len(active.slots):
-            return
-        left = int((most[active.prompts] - active.counts).min())
-        ahead = torch.arange(1 if sampler.truncates else min(steps, left))[:, None]
-        tokens, logprobs = _draw(
-            session,
-            *_feed(active, prompts, new),
-            seeds=seeds[active.prompts, active.counts + ahead],
-            sampler=sampler,
-            eos_id=eos_id,
-        )
+        with step():
+            new: list[_Placed] = []
+            if len(free) >= together or not len(active.slots):
+                new, ready = _admit(session, prompts, first, waiting, free, holds, remembered)
+                active = _join(active, prompts, ready + new)
+            if not len(active.slots):
+                return
+            left = int((most[active.prompts] - active.counts).min())
+            ahead = torch.arange(1 if sampler.truncates else min(steps, left))[:, None]
+            tokens, logprobs = _draw(
+                session,
+                *_feed(active, prompts, new),
+                seeds=seeds[active.prompts, active.counts + ahead],
+                sampler=sampler,
+                eos_id=eos_id,
+            )
         count, last = len(tokens), tokens[-1]
         yield Drawn(
             active.prompts.repeat(count),

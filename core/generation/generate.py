@@ -140,8 +140,7 @@ def stream(
     keys = row_keys(seed, round_index, first, first)
     limits = _limits(model, [prompt], max_new_tokens)
     engine = engine_for(model, weight_format)
-    remembered = _remembered(memory, first, first)
-    return _drawn(model, engine, prompt, keys, limits, sampler, eos_id, called, remembered)
+    return _drawn(model, engine, prompt, keys, limits, sampler, eos_id, called, memory)
 
 
 @torch.inference_mode()
@@ -154,15 +153,17 @@ def _drawn(
     sampler: Sampler,
     eos_id: int | None,
     called: str,
-    remembered: Remembered | None,
+    memory: Memory | None,
 ) -> Iterator[int]:
     with blamed(called):
         if engine is not None:
             one = engine, [prompt], keys, limits, sampler, eos_id, 1
+            zero = torch.zeros(1, dtype=torch.int64)
+            remembered = _remembered(memory, zero, zero)
             told = list(prompt)  # what has been run: a token is, when the next one is drawn
             for drawn in continuous.decode(*one, steps=1, remembered=remembered):
                 if remembered is not None:
-                    remembered.memory.keep(remembered.names[0], told)
+                    remembered.keep(0, told)
                 told.append(int(drawn.tokens))
                 yield told[-1]
             return
@@ -206,9 +207,9 @@ def _by_engine(
         ended = length > 0 and ids[length - 1] == eos_id
         completions.append(Completion(ids[:length], scores[:length], ended))
     if remembered is not None:
-        for name, prompt, done in zip(remembered.names, prompts, completions, strict=True):
+        for number, (prompt, done) in enumerate(zip(prompts, completions, strict=True)):
             if done.tokens:
-                remembered.memory.keep(name, prompt + done.tokens[:-1])
+                remembered.keep(number, prompt + done.tokens[:-1])
     return completions
 
 
@@ -235,7 +236,8 @@ def _by_pytorch(
 def _remembered(memory: Memory | None, ids: Tensor, samples: Tensor) -> Remembered | None:
     if memory is None:
         return None
-    return Remembered(memory, list(zip(ids.tolist(), samples.tolist(), strict=True)))
+    names = list(zip(ids.tolist(), samples.tolist(), strict=True))
+    return Remembered(memory, names, memory.begin())
 
 
 def _limits(model: Transformer, prompts: list[list[int]], max_new_tokens: int) -> list[int]:

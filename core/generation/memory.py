@@ -1,6 +1,8 @@
 """What a conversation's earlier calls have computed, so that each call runs its new tokens only."""
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from puna.core.config import ModelConfig
 from puna.core.native.engine import Engine
@@ -16,20 +18,41 @@ class Memory:
     A conversation is known by the numbers of its prompt and sample. Of its next prompt what stands
     in the cache is not run again, up to the first token that differs; the answers are those
     without a memory, but for the rounding of last bits. It is the native engine's: elsewhere the
-    whole prompt is run. For one call at a time.
+    whole prompt is run. For one call at a time: a call that goes on after another has begun, in
+    another thread or as a stream that is half read, raises RuntimeError.
     """
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._turn = 0  # of the call that began last
         self._engine: Engine | None = None
         self._session: Session | None = None
         self._room = 0
         self._slots: dict[Name, int] = {}
         self._held: list[list[int]] = []  # by slot: the tokens that stand in it
+        self._asked: list[list[int]] = []  # by slot: the prompt that was given to it last
         self._names: list[Name | None] = []  # by slot: whose they are
 
     @property
     def slots(self) -> int:
         return len(self._held)
+
+    def begin(self) -> int:
+        """The turn of a call that begins now; those before it are over."""
+        with self._lock:
+            self._turn += 1
+            return self._turn
+
+    @contextmanager
+    def during(self, turn: int) -> Iterator[None]:
+        """A step of the call whose `turn` it is; RuntimeError where another has begun since."""
+        with self._lock:
+            if turn != self._turn:
+                raise RuntimeError(
+                    "another call has taken this memory before the call was done; read a stream "
+                    "to its end first, and give each thread a Memory of its own"
+                )
+            yield
 
     def session(self, engine: Engine, slots: int, longest: int) -> Session:
         """A session with room for `slots` rows of `longest` tokens. It forgets what it held where
@@ -43,6 +66,7 @@ class Memory:
             kept.reserve(slots, room)
             self._room, self._slots = room, {}
             self._held, self._names = [[] for _ in range(slots)], [None] * slots
+            self._asked = [[] for _ in range(slots)]
         self._engine, self._session = engine, kept
         return kept
 
@@ -58,13 +82,16 @@ class Memory:
             self._held[own] = []
         free.remove(own)
         self._slots[name], self._names[own] = own, name
+        self._asked[own] = prompt
         known = shared(self._held[own], prompt[:-1])
         del self._held[own][known:]
         return own, known
 
     def keep(self, name: Name, tokens: Sequence[int]) -> None:
-        """Note the tokens of a conversation that have been run, from its beginning."""
-        if (slot := self._slots.get(name)) is not None:
+        """Note the tokens of a conversation that have been run, from its beginning. Of two prompts
+        of one name only the one whose slot it is counts."""
+        slot = self._slots.get(name)
+        if slot is not None and shared(self._asked[slot], tokens) == len(self._asked[slot]):
             self._held[slot] = list(tokens)
 
 

@@ -325,7 +325,7 @@ def check_reward(config: SamplingConfig, reward: Reward | None) -> None:
         raise ValueError("name a reward model (helpfulness, safety) or hand a reward function over")
 
 
-def prompt_room(config: AnsweringConfig, context: int) -> int:
+def prompt_room(config: AnsweringConfig | RLHFConfig, context: int) -> int:
     """Tokens that a prompt may have; ValueError where the answer leaves none of `context`."""
     room = context - config.max_new_tokens
     if room < 1:

@@ -1,6 +1,6 @@
 """A round of the loop V1..Vn, as far as it is files: its prompts, its comparisons, its record."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from puna.trainers.data.split import opening
 from puna.trainers.rl.accuracy import clustered
 from puna.trainers.rl.best_of import read_samples
 from puna.trainers.rl.comparisons import Annotator, Variant, annotate, sample_pairs, write_rows
-from puna.trainers.rl.config import RLHFConfig
+from puna.trainers.rl.config import RLHFConfig, SamplingConfig, prompt_room
 from puna.trainers.rl.people import check_people as check_people
 from puna.trainers.rl.people import collect
 from puna.trainers.train import loop, written
@@ -62,7 +62,8 @@ def compare(
     annotators: Mapping[str, Annotator] | None,
 ) -> None:
     """Sample this round's pairs and have them compared: by a function, by people through their
-    file, or by a file of answers; raises Waiting where that is not there yet."""
+    file, or by a file of answers; raises Waiting where that is not there yet, and ValueError for
+    one that nothing can be learned from: it may be mended until the reward models are trained."""
     for kind in KINDS:
         pairs, answered = folder / f"{kind}-pairs.jsonl", folder / f"{kind}.jsonl"
         if not parallel.broadcast(answered.exists()):
@@ -78,13 +79,35 @@ def compare(
     parallel.on_main(lambda: written.check(folder, *there))
     missing = [kind for kind in KINDS if not (folder / f"{kind}.jsonl").exists()]
     if missing:
+        parallel.on_main(lambda: [written.forget(folder, f"{kind}.jsonl") for kind in missing])
         files = " and ".join(f"{kind}-pairs.jsonl" for kind in missing)
         answers = " and ".join(f"{kind}.jsonl" for kind in missing)
         raise Waiting(
             f"{files} in {folder} wait for an annotator: write the preferences to {answers} there "
             "(messages, chosen, rejected, rating, safety), then run the same command"
         )
+    for kind in KINDS:
+        read_preferences(folder / f"{kind}.jsonl")
+
+
+def keep_comparisons(folder: Path) -> None:
+    """From now on the round's comparisons may not change: models have learned from them."""
+    names = [f"{kind}{part}.jsonl" for kind in KINDS for part in ("-pairs", "")]
+    there = [name for name in names if (folder / name).exists()]
     parallel.on_main(lambda: written.note(folder, *there))
+
+
+def check_prompts(config: RLHFConfig, stages: Sequence[SamplingConfig]) -> None:
+    """ValueError where a kind, or one of the stages, has no prompt that leaves room for an answer:
+    some are sampled from days later."""
+    tokenizer = Tokenizer(tokenizer_path(config.model))
+    context = open_source(config.model).config.context
+    asked = [(getattr(config, f"{kind}_prompts"), prompt_room(config, context)) for kind in KINDS]
+    asked += [(stage.prompts, prompt_room(stage, context)) for stage in stages]
+    asked += [(config.eval_prompts, room) for _, room in asked[-1:]]
+    for paths, room in asked:
+        if paths:
+            load_prompts(paths, tokenizer, room)
 
 
 def sample_kind(
@@ -92,12 +115,7 @@ def sample_kind(
 ) -> None:
     """Answers of the two newest models to this kind's prompts, in pairs."""
     tokenizer = Tokenizer(tokenizer_path(config.model))
-    longest = open_source(models[-1]).config.context - config.max_new_tokens
-    if longest < 1:
-        raise ValueError(
-            f"max_new_tokens {config.max_new_tokens} leaves no room for a prompt in the model's "
-            "context; lower it"
-        )
+    longest = prompt_room(config, open_source(models[-1]).config.context)
     prompts, skipped = load_prompts(getattr(config, f"{kind}_prompts"), tokenizer, longest)
     say(skipped)
     temperatures = tuple(config.temperatures)
@@ -105,7 +123,7 @@ def sample_kind(
         Variant(model, temperatures, name)
         for model, name in zip(models[:-3:-1], names_of(number), strict=True)
     )
-    sample_pairs(
+    found = sample_pairs(
         pairs,
         (newest, before),
         tokenizer,
@@ -119,6 +137,15 @@ def sample_kind(
         compute_dtype=loop.DTYPES[config.dtype],
         sampling_tp=config.sampling_tp,
     )
+    if not found:
+        parallel.barrier()  # every rank has counted them
+        if parallel.is_main():
+            pairs.unlink()
+        raise ValueError(
+            f"there is nothing to compare for {kind}: of each two answers of {models[-1]} both are "
+            "alike or one is empty; go on with higher temperatures (--amend), or start from "
+            "another model"
+        )
 
 
 def names_of(number: int) -> tuple[str, str]:
