@@ -157,6 +157,7 @@ WRITERS = {
     "benchmarks/models/decode_peers.py": "a peer's input, in a temporary folder",
     "benchmarks/timing.py": "/proc/self/clear_refs",
     "trainers/train/command.py": "/dev/null, where a stream is closed",
+    "trainers/rl/engine.py": "a request over HTTP, no file",
 }
 
 

@@ -47,8 +47,6 @@ STATE = "training/state.json"
 STATE_FILE = "-optimizer.safetensors"  # of one process, after the network's name
 STATE_FOLDER = "-optimizer"  # of several: a file of each
 PROOF = f"training/{HASHES}"
-# what a finished model's weights are written in, by the name in a recipe
-WRITTEN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @contextmanager
@@ -80,7 +78,7 @@ class Run:
         self.tokenizer = tokenizer
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
-        self.dtype = WRITTEN[getattr(config, "model_dtype", "fp32")]
+        self.dtype = saving.WRITTEN[getattr(config, "model_dtype", "fp32")]
         self._show = viewer(getattr(config, "log", "none"), self.path)
         fall_back = getattr(config, "resume", "newest") == "previous"
         parallel.on_main(self._open)
@@ -354,10 +352,7 @@ def finish_checkpoint(
 
 
 def save_model(
-    folder: Path,
-    model: Transformer,
-    tokenizer: Path | None,
-    dtype: torch.dtype = torch.float32,
+    folder: Path, model: Transformer, tokenizer: Path | None, dtype: torch.dtype = torch.float32
 ) -> None:
     """The model as a folder of its own, its weights in `dtype`, in place of an earlier one (all
     ranks take part). Raises ValueError where a number does not fit."""
@@ -369,10 +364,7 @@ def save_model(
 
 
 def write_model(
-    folder: Path,
-    model: Transformer,
-    tokenizer: Path | None,
-    dtype: torch.dtype = torch.float32,
+    folder: Path, model: Transformer, tokenizer: Path | None, dtype: torch.dtype = torch.float32
 ) -> None:
     """One process's model, one file in memory at a time."""
     tensors = parallel.full_parameters(model)
