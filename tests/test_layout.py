@@ -35,9 +35,7 @@ def test_what_no_layout_is(values: dict, said: str) -> None:
         Parallel(**values)
 
 
-def test_what_a_model_does_not_allow_is_said_before_it_is_loaded(
-    tiny: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_be_is_said_before_anything_is_loaded(tiny: Path, tmp_path: Path) -> None:
     config = SFTConfig(
         model=tiny / "lm", data=[tiny / "dialogues.jsonl"], out=tmp_path / "run", device="cpu",
         parallel=Parallel(tp=2),
