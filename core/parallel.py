@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from puna.core import sequence_parallel, tensor_parallel
 from puna.core.checkpoint.source import Source
+from puna.core.config import ModelConfig
 from puna.core.model import Transformer, check_parameters
 from puna.core.offload import MOMENTS as MOMENTS
 from puna.core.optimizer_state import load_optimizer_state as load_optimizer_state
@@ -101,13 +102,7 @@ def prepare(
     cannot be shared out so.
     """
     tensor_parallel.check(model.config, sampling_tp)
-    tensor_parallel.check(model.config, tp, "tp")
-    if world_size() % (replicate * tp):
-        said = f"{replicate} and tp {tp}, together {replicate * tp}," if tp > 1 else f"{replicate}"
-        raise ValueError(
-            f"replicate is {said} and there are {world_size()} ranks, no multiple of it; take "
-            "a divisor"
-        )
+    check(model.config, replicate, tp)
     sharded = world_size() > 1 or compute_dtype is not None
     kind = torch.device(device or model.device).type
     blocks, root, group = _meshes(kind, replicate, tp) if sharded else (None, None, None)
@@ -136,6 +131,17 @@ def prepare(
         "tp": tp,
     }
     return model
+
+
+def check(config: ModelConfig, replicate: int, tp: int) -> None:
+    """ValueError where a model of this shape, or the ranks, cannot be shared out so."""
+    tensor_parallel.check(config, tp, "tp")
+    if world_size() % (replicate * tp):
+        said = f"{replicate} and tp {tp}, together {replicate * tp}," if tp > 1 else f"{replicate}"
+        raise ValueError(
+            f"replicate is {said} and there are {world_size()} ranks, no multiple of it; take "
+            "a divisor"
+        )
 
 
 def _meshes(kind: str, replicate: int, tp: int) -> tuple[DeviceMesh, DeviceMesh, DeviceMesh | None]:

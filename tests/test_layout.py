@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from test_recipes import config_of
 
-from puna.trainers import rlhf
+from puna.trainers import rlhf, sft
 from puna.trainers.pretrain import PretrainConfig
 from puna.trainers.sample import SampleConfig
 from puna.trainers.sft import SFTConfig
@@ -33,6 +33,15 @@ def test_flags_are_the_tables() -> None:
 def test_what_no_layout_is(values: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Parallel(**values)
+
+
+def test_what_cannot_be_is_said_before_anything_is_loaded(tiny: Path, tmp_path: Path) -> None:
+    config = SFTConfig(
+        model=tiny / "lm", data=[tiny / "dialogues.jsonl"], out=tmp_path / "run", device="cpu",
+        parallel=Parallel(tp=2),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="tp is 2 and there is 1 rank, no multiple of it; start"):
+        sft.run(config)
 
 
 def test_a_loops_stages_take_its_layout_but_for_what_their_own_tables_say() -> None:

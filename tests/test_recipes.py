@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -196,7 +197,9 @@ def test_loop_uses_the_stages_numbers(name: str) -> None:
         ("ppo", "ppo"),
     ):
         alone = config_of(f"{name}/{recipe}.toml")
-        values = getattr(config, table)
+        values = dict(getattr(config, table))
+        for field, value in values.pop("parallel").items():
+            assert getattr(alone.parallel, field) == value
         assert values == {field: getattr(alone, field) for field in values}
 
 
@@ -216,12 +219,19 @@ def fake_ranks(monkeypatch: pytest.MonkeyPatch, ranks: int) -> Iterator[None]:
     rows count, where sequences begin.
     """
 
-    def mesh(*arguments: Any, **options: Any) -> Any:
-        with unset_fake_temporarily():
-            return real_mesh(*arguments, **options)
+    def really(function: Any) -> Any:
+        """Meshes are of real tensors."""
 
-    real_mesh = parallel.init_device_mesh
-    monkeypatch.setattr(parallel, "init_device_mesh", mesh)
+        def called(*arguments: Any, **options: Any) -> Any:
+            with unset_fake_temporarily():
+                return function(*arguments, **options)
+
+        return called
+
+    monkeypatch.setattr(parallel, "init_device_mesh", really(parallel.init_device_mesh))
+    joined = staticmethod(really(DeviceMesh._concatenate))
+    monkeypatch.setattr(DeviceMesh, "_concatenate", joined)
+    monkeypatch.setattr(DeviceMesh, "mesh", property(really(DeviceMesh.mesh.fget)))
     monkeypatch.setattr(fake_tensor, "CONSTANT_NUMEL_LIMIT", 1 << 20)
     monkeypatch.setattr(torch, "arange", lambda *a, **_: torch.tensor(list(range(*a))))
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
@@ -279,22 +289,25 @@ def three_steps(name: str, head: str, config: Any, step: Any) -> dict[str, torch
     return {name: p.to_local().shape for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("replicate", "tp"), [(1, 2), (8, 8)])
+@pytest.mark.parametrize(
+    ("ranks", "replicate", "tp"),
+    [(64, 2, 8), pytest.param(2048, 1, 2, marks=pytest.mark.slow)],  # four minutes
+)
 def test_dry_run_of_ranks_that_work_on_the_same_rows(
-    replicate: int, tp: int, monkeypatch: pytest.MonkeyPatch
+    ranks: int, replicate: int, tp: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """70B on 2,048 ranks: more than a batch of 1,024 has rows."""
+    """70B; on 2,048 ranks, which are more than a batch of 1,024 has rows."""
     config = config_of("70b/pretrain.toml")
     config.device, config.parallel.replicate, config.parallel.tp = "cpu", replicate, tp
-    with fake_ranks(monkeypatch, 2048):
+    with fake_ranks(monkeypatch, ranks):
         check_shares(config.batch, tp)
         local = three_steps("70b", "lm", config, language_step)
-    rows = size("70b").dim // tp // (2048 // replicate // tp)
+    rows = size("70b").dim // tp // (ranks // replicate // tp)
     assert local["model.layers.0.self_attn.q_proj.weight"] == (rows, size("70b").dim)
     columns = size("70b").ffn_dim // tp
-    rows = size("70b").dim // (2048 // replicate // tp)
+    rows = size("70b").dim // (ranks // replicate // tp)
     assert local["model.layers.1.mlp.down_proj.weight"] == (rows, columns)
-    assert local["model.embed_tokens.weight"][0] == -(-32000 // (2048 // replicate))
+    assert local["model.embed_tokens.weight"][0] == -(-32000 // (ranks // replicate))
 
 
 DRY_RUNS = [

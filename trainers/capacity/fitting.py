@@ -14,12 +14,15 @@ from puna.trainers.train import loop
 
 
 def check(stage: str, config: Any, model: Path | ModelConfig) -> None:
-    """DoesNotFit where, by the arithmetic of `puna plan`, this rank's GPU is too small for a stage
-    with a `model`, its folder or its shape; nothing is asked of a CPU, nor where the
-    configuration's `plan` is off."""
+    """ValueError where a `model`, its folder or its shape, cannot be shared out as configured.
+
+    DoesNotFit where, by the arithmetic of `puna plan`, this rank's GPU is too small for a stage
+    with it; that is not asked of a CPU, nor where the configuration's `plan` is off.
+    """
+    shape = open_source(model).config if isinstance(model, Path) else model
+    parallel.check(shape, config.parallel.replicate, config.parallel.tp)
     if not config.plan or loop.device_of(config).type != "cuda":
         return
-    shape = open_source(model).config if isinstance(model, Path) else model
     device = Device(float(torch.cuda.get_device_properties().total_memory), 0.0, 0.0)
     ranks = parallel.world_size()
     why = refusal(need_of(stage, config, shape, ranks), device)

@@ -152,9 +152,9 @@ def load(source: Source, config: FolderConfig, *, frozen: bool = False, tp: int 
     `frozen` is held in the dtype it computes in, over all ranks, of which `tp` work on the same
     rows."""
     device, lm = device_of(config), source.head == "lm"
-    layout = Parallel(tp=tp)
-    if isinstance(config, TrainConfig) and not frozen:
-        layout = config.parallel
+    layout = config.parallel if isinstance(config, TrainConfig) else Parallel()
+    if frozen:
+        layout = Parallel(tp=tp, compile=layout.compile)
     if device.type == "cpu":
         keep_freed_memory()
     return parallel.load(
