@@ -24,6 +24,7 @@ from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_ope
 import torch
 
 from puna.core import parallel
+from puna.core.documents import parse_json
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.train.run import save_model
@@ -194,7 +195,6 @@ class Engine:
         try:
             with OPENER.open(request, timeout=self.timeout) as reply:
                 text = reply.read(MOST_BYTES + 1)
-            found = json.loads(text) if text else {}
         except HTTPError as error:
             why = " ".join(error.read(400).decode("utf-8", "replace").split())
             if error.code == 404 and remedy:
@@ -205,8 +205,8 @@ class Engine:
             raise ValueError(
                 f"{self.url} does not answer ({why}): start the server; the same command goes on"
             ) from error
-        except ValueError as error:
-            raise ValueError(f"{self.url}{path} answers with something else than JSON") from error
+        where = self.url + path
+        found = parse_json(text, where, "is a vLLM server there?") if text else {}
         if not isinstance(found, dict) or len(text) > MOST_BYTES:
             raise ValueError(f"{self.url}{path} answers with something else than vLLM does")
         return found
