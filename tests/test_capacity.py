@@ -92,6 +92,9 @@ def test_a_step_takes_what_pytorch_counts(
         "whole gradients": found["UNSHARDED_GRAD"] + found["TEMP"],
         "reduction": found["REDUCE_SCATTER"],
     }
+    if tp > 1:  # most is taken when the root's are added up, which are then counted as one kind
+        sides["whole gradients"] += sides.pop("reduction")
+        ours["whole gradients"] += ours.pop("reduction")
     for kind, theirs in sides.items():
         assert ours[kind] == pytest.approx(theirs, rel=0.1), kind
     assert 0 < found["SHARDED_GRAD"] <= ours["gradients"] * 1.01  # they grow until the end

@@ -104,7 +104,7 @@ def step(setting: Setting, tokens: int, head: str = "lm") -> Bytes:
         "reduction": float(FP32 * block),
     }
     at_the_end = {
-        "gathered": float(width * root),
+        "gathered": 0.0,  # dropped before its gradients are added up
         "whole gradients": float(width * root),
         "reduction": float(FP32 * root),
     }
