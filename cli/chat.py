@@ -12,7 +12,8 @@ from puna.trainers.train.ranges import Above, AtMost, Count, Options, Seed, Temp
 
 @dataclass(kw_only=True)
 class ChatConfig(Options):
-    """Talk to a chat model. An empty line or Ctrl-D ends, /new starts a new dialogue."""
+    """Talk to a chat model. An empty line or Ctrl-D ends, /new starts a new dialogue, Ctrl-C stops
+    an answer and takes the message back."""
 
     model: Path
     """a model folder (ours, Hugging Face's or Meta's) or a llama2.c .bin"""
@@ -52,6 +53,9 @@ def run(config: ChatConfig) -> None:
             answer = _answer(llama, asked, memory, config)
             answered: list[Message] = [*asked, {"role": "assistant", "content": answer}]
             check_dialogue(answered)  # a model can write a chat tag, too
+        except KeyboardInterrupt:
+            say("\n(stopped; the message is taken back)")
+            continue
         except ValueError as error:
             say(f"({error}; say it otherwise, or /new to start again)", error=True)
             continue

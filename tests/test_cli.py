@@ -61,6 +61,22 @@ def test_chat_reads_stdin_refuses_a_forged_turn_politely_and_goes_on(tiny):
     assert refused == started_again == ended == ""
 
 
+def test_ctrl_c_in_an_answer_takes_the_message_back(tiny, monkeypatch, capsys):
+    asked, said = [], iter(["red cup", "blue cup", "how", ""])
+
+    def stopped_once(llama, messages, *rest):
+        asked.append([message["content"] for message in messages])
+        if asked[-1][-1] == "blue cup":
+            raise KeyboardInterrupt
+        return "yes"
+
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    monkeypatch.setattr("puna.cli.chat._answer", stopped_once)
+    assert main(["chat", "--model", str(tiny / "chat")]) == 0
+    assert asked == [["red cup"], ["red cup", "yes", "blue cup"], ["red cup", "yes", "how"]]
+    assert "(stopped; the message is taken back)" in capsys.readouterr().out
+
+
 def test_generate_says_the_same_in_a_process_of_its_own(tiny, capsys):
     command = ["generate", "--model", tiny / "chat", "--chat", "--prompt", "red cup"]
     one = puna(*command, "--temperature", 0)

@@ -258,8 +258,8 @@ def test_columns_that_are_not_used_are_named_once(tmp_path: Path) -> None:
     columns = Columns(prompt="instruction", response="output")
     _, skipped = read_dialogues(file, columns)
     assert str(skipped) == (
-        f"{file}: the columns 'input', 'id', 'more' are not used; what belongs to the rows is "
-        "mapped in the recipe's [columns]"
+        f"{file}: the columns 'input', 'id', 'more' are not used; a recipe's [columns], where the "
+        "command has them, maps what belongs to a row"
     )
     both = {"messages": [USER, ANSWER], "prompt": "q", "response": "a"}
     _, skipped = read_dialogues(lines(tmp_path / "b.jsonl", both))

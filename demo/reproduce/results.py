@@ -26,13 +26,16 @@ def note(out: Path, arm: str, seed: int, figures: Values) -> None:
 def figures_of(out: Path, arm: str, seed: int) -> Values | None:
     """What was measured of an arm; None where nothing was, or the file is damaged."""
     found = kept(folder_of(out, arm, seed).with_suffix(".json"), dict)
-    if found is None or not all(is_row(values) for values in found.values()):
+    if not found or not all(is_row(values) for values in found.values()):
         return None
     return found
 
 
 def is_row(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) in (int, float) for value in values)
+    """Whether these can be figures: numbers, of which means and differences are numbers, too."""
+    return isinstance(values, list) and all(
+        type(value) in (int, float) and -1e30 < value < 1e30 for value in values
+    )
 
 
 def read_results(out: Path, seeds: int) -> Results:

@@ -353,7 +353,7 @@ def _missing(row: Row, expected: str) -> Malformed:
     columns = listed(row) or "none"
     return Malformed(
         f"the row has the columns {columns}, expected {expected}; "
-        "name the file's own columns in the recipe's [columns]"
+        "rename them or, where the command has [columns], name the file's own in the recipe"
     )
 
 

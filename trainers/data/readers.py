@@ -223,6 +223,6 @@ def _each(
         several = len(never) > 1
         own.notes.append(
             f"{source}: the column{'s' * several} {listed(never)} {'are' if several else 'is'} "
-            "not used; what belongs to the rows is mapped in the recipe's [columns]"
+            "not used; a recipe's [columns], where the command has them, maps what belongs to a row"
         )
     skipped.merge(own)

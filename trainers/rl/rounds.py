@@ -79,7 +79,7 @@ def compare(
     parallel.on_main(lambda: written.check(folder, *there))
     missing = [kind for kind in KINDS if not (folder / f"{kind}.jsonl").exists()]
     if missing:
-        parallel.on_main(lambda: [written.forget(folder, f"{kind}.jsonl") for kind in missing])
+        parallel.on_main(lambda: written.forget(folder, *(f"{kind}.jsonl" for kind in missing)))
         files = " and ".join(f"{kind}-pairs.jsonl" for kind in missing)
         answers = " and ".join(f"{kind}.jsonl" for kind in missing)
         raise Waiting(

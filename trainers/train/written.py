@@ -19,10 +19,13 @@ def note(folder: Path, *names: str) -> None:
     write_text(folder / WRITTEN, json.dumps(found, indent=2) + "\n")
 
 
-def forget(folder: Path, name: str) -> None:
-    """The file was removed, so that it is made anew."""
+def forget(folder: Path, *names: str) -> None:
+    """The files of these names were removed, so that they are made anew."""
     found = noted(folder)
-    found.pop(name, None)
+    if not found.keys() & set(names):
+        return
+    for name in names:
+        found.pop(name, None)
     write_text(folder / WRITTEN, json.dumps(found, indent=2) + "\n")
 
 
