@@ -29,22 +29,11 @@ from puna.trainers.data.prompts import common_tokenizer
 from puna.trainers.data.readers import read_preferences, read_prompts
 from puna.trainers.reward import RewardConfig, accuracies, margins_of
 from puna.trainers.reward import run as run_reward
+from puna.trainers.rl import rounds
 from puna.trainers.rl.comparisons import Annotator
 from puna.trainers.rl.config import PPOConfig, RLHFConfig, SamplingConfig
 from puna.trainers.rl.rewards import Reward
-from puna.trainers.rl.rounds import (
-    KINDS,
-    check_people,
-    check_prompts,
-    compare,
-    comparisons,
-    keep_comparisons,
-    newest_wins,
-    other_than,
-    own_answers,
-    record,
-    round_prompts,
-)
+from puna.trainers.rl.rounds import KINDS
 from puna.trainers.rl.rounds import Waiting as Waiting
 from puna.trainers.train import loop
 from puna.trainers.train.claim import CONFIG, changes, is_finished, owned
@@ -123,7 +112,7 @@ def run(
     """
     check(config, reward)
     check_handed(config, annotators, reward, judge)
-    check_people(config, annotators, reward)
+    rounds.check_people(config, annotators, reward)
     check_files(config)
     tables = {name: cls for name, (cls, _) in STAGES.items()}
     with owned(config, tables=tables, given={"reward": reward, "judge": judge}):
@@ -212,7 +201,7 @@ def check_files(config: RLHFConfig) -> None:
         rejection_config(config, 1, config.prompts, config.model, None, {}),
         *([ppo_config(config, 1, config.model, {})] if config.ppo_versions else []),
     ]
-    check_prompts(config, sampled)
+    rounds.check_prompts(config, sampled)
     for path in [*config.helpfulness_data, *config.safety_data]:
         read_preferences(path)
     if config.gatt_dialogues:
@@ -238,14 +227,14 @@ def play_round(
     before: dict[str, dict[str, float]] = {}
     reward = handed.reward
     if reward is None:
-        compare(config, number, folder, models, handed.annotators)
+        rounds.compare(config, number, folder, models, handed.annotators)
         before = accuracy_of(config, last, folder)
         judges = {
             kind: once(reward_config(config, number, kind, models[-1], last), run_reward)
             for kind in KINDS
         }
-        keep_comparisons(folder)
-    prompts = round_prompts(config, number, folder)
+        rounds.keep_comparisons(folder)
+    prompts = rounds.round_prompts(config, number, folder)
     sampled = rejection_config(config, number, prompts, models[-1], last, judges)
     steps = {"rejection": once(sampled, lambda stage: rejection.run(stage, reward))}
     selected, pool = (folder / "rejection" / f"{name}.jsonl" for name in ("selected", "pool"))
@@ -253,7 +242,7 @@ def play_round(
         teach(config, folder, config.student, selected)
     start = start_of(config, last)
     if number == config.gatt_version:
-        own_answers(config, selected, folder / "gatt-mix.jsonl")
+        rounds.own_answers(config, selected, folder / "gatt-mix.jsonl")
         ghost = gatt_config(config, number, steps["rejection"])
         start = steps["gatt"] = once(ghost, lambda stage: gatt.run(stage, handed.judge))
     improved = ppo_config(config, number, [*steps.values()][-1], judges)
@@ -264,8 +253,8 @@ def play_round(
     version = Version(number, [*steps.values()][-1], judges, selected, pools, start)
     after = accuracy_of(config, version, folder)
     if parallel.is_main():
-        wins = newest_wins(folder, number) if judges else {}
-        record(config.out / "rounds.jsonl", number, steps, before, after, wins)
+        wins = rounds.newest_wins(folder, number) if judges else {}
+        rounds.record(config.out / "rounds.jsonl", number, steps, before, after, wins)
     return version
 
 
@@ -358,7 +347,9 @@ def reward_config(
     start, first = chat, 1
     if config.go_on and last is not None:
         start, first = last.judges[kind], number
-    data, others = (comparisons(config, k, first, number) for k in (kind, other_than(kind)))
+    data, others = (
+        rounds.comparisons(config, k, first, number) for k in (kind, rounds.other_than(kind))
+    )
     options = {
         "seed": config.seed,
         "amend": config.amend,
