@@ -255,7 +255,7 @@ def test_the_loop_reads_the_files_of_a_mix_before_it_begins(tiny, tmp_path):
     prompts = [tiny / "prompts.jsonl"]
     config = rlhf.RLHFConfig(
         out=tmp_path / "o", model=tiny / "chat", prompts=prompts, helpfulness_prompts=prompts,
-        safety_prompts=prompts, ppo_versions=0, device="cpu",
+        safety_prompts=prompts, ppo_versions=0, device="cpu", max_new_tokens=8,
         helpfulness={"mix": [str(tmp_path / "none.jsonl")], "mix_share": 0.5},
     )  # fmt: skip
     with pytest.raises(ValueError, match="none.jsonl: no such file"):

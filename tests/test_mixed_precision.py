@@ -76,7 +76,7 @@ def step(model: Transformer, tokens: Tensor) -> dict[str, Tensor]:
     found = {"loss": loss.detach()}
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
-        found[name] = parallel._full(gradient).float()
+        found[name] = parallel.full(gradient).float()
         found[f"dtype of {name}"] = torch.tensor(float(gradient.dtype == torch.float32))
     found["norms saw fp32"] = torch.tensor(float(torch.float32 in seen))
     return {name: tensor.contiguous() for name, tensor in found.items()}

@@ -62,7 +62,7 @@ def test_trap_10_k1_is_in_the_reward_and_k3_is_logged_beside_it():
     difference = zero_beta.returns[:, 0] - experience.returns[:, 0]
     kl = k1(rollout.logprobs, experience.ref_logprobs).sum(1)
     assert torch.allclose(difference, 0.1 * kl, atol=1e-4)
-    metrics = rollout_metrics(experience, scores)
+    metrics = rollout_metrics(experience, scores, nets.policy)
     expected = k3(rollout.logprobs, experience.ref_logprobs)[rollout.mask].mean().item()
     assert metrics["kl_token_k3"] == pytest.approx(expected, abs=1e-5) and expected >= 0
     assert metrics["kl"] == pytest.approx(kl.mean().item(), abs=1e-4)
@@ -204,7 +204,7 @@ def test_ppo_learns_to_say_what_is_rewarded():
     for iteration in range(20):
         rollout = sample(policy, PROMPTS * 16, iteration, max_new_tokens=6, temperature=1.0)
         scores, experience = prepare(nets, config, rollout=rollout)
-        metrics = rollout_metrics(experience, scores)
+        metrics = rollout_metrics(experience, scores, nets.policy)
         history.append((metrics["reward_helpfulness"], metrics["kl"]))
         trainer.update(experience, config)
     assert history[-1][0] > history[0][0] + 1.0
@@ -217,7 +217,7 @@ def test_metrics_count_the_branches_of_the_switch():
     nets = models()
     rollout = sample(nets.policy, PROMPTS)
     scores, experience = prepare(nets, rollout=rollout, is_safety=[True, False, False, True])
-    metrics = rollout_metrics(experience, scores)
+    metrics = rollout_metrics(experience, scores, nets.policy)
     assert metrics["branch_is_safety"] == 2
     names = ("is_safety", "unsafe", "helpfulness")
     assert sum(metrics[f"branch_{name}"] for name in names) == 4

@@ -30,7 +30,7 @@ GIVES = {
     "repeat": ("repeat",),
     "helpfulness pairs": ("right all", "right significantly", "right negligibly", "at the ends"),
     "branches": ("branch",),
-    "safety pairs": ("right safety", "recall", "precision"),
+    "safety pairs": ("right safety", "right both", "recall", "precision"),
 }
 
 

@@ -23,6 +23,7 @@ from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.capacity import fitting
 from puna.trainers.data.prompts import EncodedPrompt, common_tokenizer, draw, load_prompts
+from puna.trainers.rl import early_stopping
 from puna.trainers.rl.comparisons import write_rows
 from puna.trainers.rl.config import (
     PPOConfig,
@@ -32,15 +33,6 @@ from puna.trainers.rl.config import (
     open_reward_models,
     prompt_room,
     reward_paths,
-)
-from puna.trainers.rl.early_stopping import (
-    broken,
-    check_kept,
-    finish_with_best,
-    give_best,
-    history,
-    keep_if_best,
-    too_far,
 )
 from puna.trainers.rl.engine import Engine
 from puna.trainers.rl.rewards import (
@@ -119,9 +111,9 @@ def train(stage: Stage, folder: Run) -> Path:
     iteration = folder.resume_step()
     networks = {"model": stage.policy, "critic": stage.critic}
     folder.restore_optimizers(networks)
-    if stage.eval_prompts and parallel.broadcast(not history(folder.metrics)):
+    if stage.eval_prompts and parallel.broadcast(not early_stopping.history(folder.metrics)):
         folder.log(0, **evaluate(stage))
-    check_kept(folder, iteration)
+    early_stopping.check_kept(folder, iteration)
     bar = meter("ppo", config.iterations, start=iteration, unit="answers", show=parallel.is_main())
     with bar as progress, stop_requests() as stop:
         while iteration < config.iterations:
@@ -132,18 +124,20 @@ def train(stage: Stage, folder: Run) -> Path:
                     f"stopped at iteration {iteration}; the same command continues {folder.path}"
                 )
             found = look(stage, iteration)
-            if reason := too_far(config, folder, found.row):
+            if reason := early_stopping.too_far(config, folder, found.row):
                 folder.log(iteration + 1, **found.row)
-                return give_best(folder, f"before iteration {iteration + 1}", reason)
-            row = found.row | keep_if_best(config, folder, stage.policy.model, iteration, found.row)
+                return early_stopping.give_best(folder, f"before iteration {iteration + 1}", reason)
+            row = found.row | early_stopping.keep_if_best(
+                config, folder, stage.policy.model, iteration, found.row
+            )
             row |= learn(stage, folder, iteration, found)
             iteration += 1
             if stage.eval_prompts and iteration % config.eval_every == 0:
                 row |= evaluate(stage)
             folder.log(iteration, **row)
             progress.advance(config.batch, f"reward {row['reward']:.3f} kl {row['kl']:.2f}")
-            if reason := broken(config, folder):
-                return give_best(folder, f"after iteration {iteration}", reason)
+            if reason := early_stopping.broken(config, folder):
+                return early_stopping.give_best(folder, f"after iteration {iteration}", reason)
             if iteration % config.save_every == 0 and iteration < config.iterations:
                 folder.save(iteration, networks, keep=config.keep)
     return finished(stage, folder, iteration)
@@ -155,11 +149,11 @@ def finished(stage: Stage, folder: Run, iteration: int) -> Path:
     config = stage.config
     if config.patience or config.max_kl is not None:
         found = look(stage, iteration)
-        if reason := too_far(config, folder, found.row):
-            return give_best(folder, f"after iteration {iteration}", reason)
+        if reason := early_stopping.too_far(config, folder, found.row):
+            return early_stopping.give_best(folder, f"after iteration {iteration}", reason)
         if config.patience:
-            keep_if_best(config, folder, stage.policy.model, iteration, found.row)
-            return finish_with_best(folder)
+            early_stopping.keep_if_best(config, folder, stage.policy.model, iteration, found.row)
+            return early_stopping.finish_with_best(folder)
     return folder.finish(stage.policy.model)
 
 
@@ -199,11 +193,9 @@ def open_stage(
         eval_prompts, unusable = load_prompts(config.eval_prompts, tokenizer, room)
         skipped.merge(unusable)
     say(skipped)
-    eval_prompts = eval_prompts[: config.eval_count]
+    held = eval_prompts[: config.eval_count]
     engine = engine_of(config, tokenizer)
-    return Stage(
-        config, policy, critic, reference, reward, tokenizer, prompts, eval_prompts, engine
-    )
+    return Stage(config, policy, critic, reference, reward, tokenizer, prompts, held, engine)
 
 
 def trained(source: Any, config: PPOConfig) -> Trained:
