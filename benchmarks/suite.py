@@ -60,7 +60,7 @@ def run_suite(
         for name in setting.shapes or (GPU_SHAPES if setting.gpu else SHAPES)
     ]
     for shape in shapes:
-        assert shape.config
+        shape.check()
     # never squeeze a figure away
     console = Console(width=max(120, Console().width), markup=False, emoji=False)
     card = machine.card(setting.device)
@@ -70,11 +70,13 @@ def run_suite(
     found: list[Row] = []
     for shape in shapes:
         # Generation first: the training bench moves the weights.
+        models = None
         if what != "train":
             models = opened(shape, setting, "bf16" if setting.gpu else "fp32")
             found += looked_at(what, models, setting, llama2c)
         if what in ("train", "all"):
-            if what == "train" or setting.gpu:
+            if models is None or setting.gpu:
+                models = None  # or a GPU would hold what generated beside what trains
                 models = opened(shape, setting, "fp32")
             found += bench_train(models, setting.rounds)
     console.print(rows_table(found))

@@ -29,7 +29,19 @@ class BenchConfig(Options):
 
 
 @dataclass(kw_only=True)
-class ModelBenchConfig(BenchConfig):
+class DryBenchConfig(BenchConfig):
+    """What can also be walked through without measuring."""
+
+    dry_run: bool = False
+    """a GPU's rows, on this CPU and at tiny sizes: to see that all of it runs"""
+
+    def check(self) -> None:
+        if self.dry_run and (self.save or self.device != "cpu"):
+            raise ValueError("a dry run measures nothing: leave out --save, and use --device cpu")
+
+
+@dataclass(kw_only=True)
+class ModelBenchConfig(DryBenchConfig):
     """Measure Puna beside its peers; prints a table, and as the last line one JSON document."""
 
     shape: list[str] = field(default_factory=list)
@@ -39,12 +51,11 @@ class ModelBenchConfig(BenchConfig):
     """blocks that are kept of each; 0: all, on a GPU as many as fit its memory"""
     peers: bool = True
     """measure the peers, too; without them a larger model fits"""
-    dry_run: bool = False
-    """a GPU's rows, on this CPU and with tiny models: to see that all of it runs"""
 
     def check(self) -> None:
-        if self.dry_run and (self.save or self.device != "cpu"):
-            raise ValueError("a dry run measures nothing: leave out --save, and use --device cpu")
+        super().check()
+        if self.dry_run and self.layers:
+            raise ValueError("a dry run's models are tiny as they are: leave out --layers")
 
 
 @dataclass(kw_only=True)
@@ -57,7 +68,7 @@ class DecodeBenchConfig(ModelBenchConfig):
 
 
 @dataclass(kw_only=True)
-class KernelBenchConfig(BenchConfig):
+class KernelBenchConfig(DryBenchConfig):
     """Verify each operation of kernels/ against fp64, then time it beside PyTorch, torch.compile,
     liger-kernel and SDPA; what is wrong is not timed, and the exit status says so. Prints a
     table, and as the last line of stdout one JSON document."""
@@ -66,12 +77,6 @@ class KernelBenchConfig(BenchConfig):
     """times that each provider is timed, in turn; the median is shown"""
     operations: list[str] = field(default_factory=list)
     """only these, rms_norm or attention for example; none given: all"""
-    dry_run: bool = False
-    """a GPU's rows, on this CPU and with tiny shapes: to see that all of it runs"""
-
-    def check(self) -> None:
-        if self.dry_run and (self.save or self.device != "cpu"):
-            raise ValueError("a dry run measures nothing: leave out --save, and use --device cpu")
 
 
 @dataclass(kw_only=True)
@@ -176,6 +181,8 @@ def measure(config: ModelBenchConfig, what: str) -> None:
     if llama2c is not None:
         if device.type != "cpu" or config.dry_run:
             raise ValueError("llama2.c decodes on the CPU; use --device cpu or leave out --llama2c")
+        if not config.peers:
+            raise ValueError("llama2.c is a peer: leave out --llama2c or --no-peers")
         check_llama2c(llama2c)
         command += f" --llama2c {llama2c.name}"
     setting = Setting(

@@ -4,7 +4,9 @@ Run: python -m pytest tests/test_bench_dry_run.py -q
 """
 
 import functools
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -119,6 +121,11 @@ def test_a_shape_on_the_cpu(small, capsys, monkeypatch):
         (["bench", "--dry-run", "--save"], "leave out --save"),
         (["bench", "kernels", "--dry-run", "--device", "cuda"], "use --device cpu"),
         (["bench", "decode", "--dry-run"], "without --dry-run"),
+        (["bench", "train", "--dry-run", "--layers", "2"], "leave out --layers"),
+        (
+            ["bench", "decode", "--no-peers", "--llama2c", "run"],
+            "leave out --llama2c or --no-peers",
+        ),
         (["bench", "train", "--shape", "8b"], "unknown model size '8b'"),
         (["bench", "train", "--shape", "demo", "--layers", "7"], "layers is 7 and demo has 6"),
     ],
@@ -128,5 +135,16 @@ def test_what_cannot_be_measured_is_said(flags, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_nothing_of_a_dry_run_is_a_result(small):
-    assert suite.Setting(torch.device("cpu"), dry=True).gpu
+def test_what_generated_is_gone_before_what_trains_is_opened(small, monkeypatch):
+    """A GPU has no room for both."""
+    alive, opening = weakref.WeakSet(), suite.open_models
+
+    def watched(*args, **options):
+        gc.collect()
+        assert not alive
+        found = opening(*args, **options)
+        alive.add(found.puna)
+        return found
+
+    monkeypatch.setattr(suite, "open_models", watched)
+    assert main(["bench", "--dry-run", "--rounds", "1", "--no-peers"]) == 0

@@ -30,14 +30,18 @@ class Shape:
     layers: int = 0  # blocks kept; 0: all
     tiny: bool = False  # another model in its place, to see that all runs
 
+    def check(self) -> None:
+        """ValueError for an unknown size, and for more blocks than it has."""
+        if self.layers > (blocks := size(self.size).n_layers):
+            raise ValueError(
+                f"layers is {self.layers} and {self.size} has {blocks} blocks; keep fewer"
+            )
+
     @property
     def config(self) -> ModelConfig:
-        """ValueError for an unknown size, and for more blocks than it has."""
+        """Raises ValueError as `check` does."""
+        self.check()
         whole = size(self.size)
-        if self.layers > whole.n_layers:
-            raise ValueError(
-                f"layers is {self.layers} and {self.size} has {whole.n_layers} blocks; keep fewer"
-            )
         if self.tiny:
             group = whole.n_heads // whole.n_kv_heads
             return ModelConfig(16 * group, 2, group, 1, 32, 128, context=64)
