@@ -7,6 +7,7 @@ that will not come: one that fails says so to the others (`fail`) and leaves wit
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -102,6 +103,12 @@ def close() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        # DTensor remembers what it worked out by shape and mesh, and equal meshes of the next
+        # process group would be given the groups of this one.
+        if "torch.distributed.tensor" in sys.modules:  # else there is nothing, and it imports slowly
+            from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+            _clear_sharding_prop_cache()
         time.sleep(0.2)
 
 
