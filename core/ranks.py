@@ -104,8 +104,9 @@ def close() -> None:
         dist.barrier()
         dist.destroy_process_group()
         # DTensor remembers what it worked out by shape and mesh, and equal meshes of the next
-        # process group would be given the groups of this one.
-        if "torch.distributed.tensor" in sys.modules:  # else there is nothing, and it imports slowly
+        # process group would be given the groups of this one. Where it is not imported there is
+        # nothing to forget, and importing it takes a second.
+        if "torch.distributed.tensor" in sys.modules:
             from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
             _clear_sharding_prop_cache()
