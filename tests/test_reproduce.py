@@ -219,6 +219,14 @@ def test_a_difference_is_taken_prompt_by_prompt_of_common_seeds():
     assert tables.figure({}, "a", "wins") is None
 
 
+def test_where_no_prompt_differs_others_could():
+    same = {seed: {"wins": [0.5, 1.0] * 100, "reward": [0.5, 1.0] * 100} for seed in (0, 1, 2)}
+    found = tables.difference({"a": same, "b": same}, "a", "b", "wins")
+    assert found.mean == 0
+    assert -found.low == found.high == pytest.approx(0.0188, abs=1e-4)  # Wilson: none of 200
+    assert tables.difference({"a": same, "b": same}, "a", "b", "reward").high == 0
+
+
 @pytest.mark.parametrize(
     ("sign", "low", "high", "said"),
     [

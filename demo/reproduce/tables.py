@@ -120,6 +120,9 @@ def difference(results: Results, arm: str, other: str, name: str) -> Estimate | 
     found = estimate(rows, signed=True)
     if is_score(name):
         return found
+    if not any(map(any, rows)):  # none differs; of other prompts so many could (Wilson)
+        unseen = wilson(0.0, found.items)[1]
+        found = found._replace(low=-unseen, high=unseen)
     return found._replace(low=max(found.low, -1.0), high=min(found.high, 1.0))
 
 
