@@ -154,7 +154,7 @@ def test_scores_in_transformers(tokenizer: Path, tmp_path: Path) -> None:
 def test_a_fresh_score_head_only_when_asked(tmp_path: Path) -> None:
     model = random_model(MHA)
     save_model(tmp_path / "lm", model)
-    with pytest.raises(ValueError, match="lm head and no score head; .* fresh_head=True"):
+    with pytest.raises(ValueError, match="lm head and no score head; .* `puna reward`"):
         load_model(tmp_path / "lm", head="score")
     state = torch.get_rng_state()
     scorer = load_model(tmp_path / "lm", head="score", fresh_head=True, seed=4)

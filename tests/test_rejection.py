@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from puna.core import parallel
 from puna.core.chat import encode_prompt
 from puna.core.checkpoint.folder import load_model, save_model
 from puna.core.config import ModelConfig
@@ -145,6 +146,20 @@ def test_a_smaller_student_learns_from_the_teachers_answers(world, tmp_path):
     selected = read_samples(config.out / "selected.jsonl")
     rows = rejection.pack(Tokenizer(world / "t.model"), selected, 64)
     assert loss_on(rows, final) < loss_on(rows, world / "student")
+
+
+def test_a_student_that_cannot_be_shared_out_is_refused_before_sampling(
+    world, tmp_path, monkeypatch
+):
+    def check(shape, replicate, tp):
+        if shape.dim == 8:
+            raise ValueError("the student cannot be shared out")
+
+    monkeypatch.setattr(parallel, "check", check)
+    config = configured(world, tmp_path / "run", student=world / "student")
+    with pytest.raises(ValueError, match="the student cannot"):
+        rejection.run(config)
+    assert not (config.out / "samples.jsonl").exists()
 
 
 def test_the_best_few_are_handed_on(whole):

@@ -103,6 +103,8 @@ def fit(
 ) -> Path:
     """What there is still to do in an open run."""
     fitting.check("rejection", config, config.policy)
+    if student != config.policy:  # before anything is sampled
+        fitting.check("sft", config, student)
     selected = config.selected or folder.path / SELECTED
     if config.selected is None:
         parallel.on_main(lambda: written.check(folder.path, SELECTED, POOL))

@@ -176,7 +176,7 @@ def open_model(
     if fresh_head and head != "score":
         raise ValueError("fresh_head is for a score head; ask for head='score'")
     if head != source.head and not fresh_head:
-        remedy = "train it first, or start one with fresh_head=True"
+        remedy = "train a reward model from it first, with `puna reward`"
         if head == "lm":
             remedy = "take the language model it was trained from"
         raise ValueError(f"{path} holds a {source.head} head and no {head} head; {remedy}")
