@@ -1,21 +1,18 @@
 """Two processes must train, save, resume and generate as one does.
 
-This file is also what torchrun starts: `torchrun tests/test_parallel.py JOBS.json` runs the jobs
-listed there on the ranks it is given. The same jobs run in the test's own process as one rank.
+Jobs run on the ranks, and in the test's own process as one rank.
 """
 
 import copy
 import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from launch import succeed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -128,7 +125,7 @@ def train(
     return {"losses": losses, "norms": norms, "answers": answers, "tensors": tensors}
 
 
-def run_jobs(path: Path) -> None:
+def run_jobs(folder: Path, jobs: dict[str, dict[str, Any]]) -> None:
     """What each rank does: all jobs in order; rank 0 writes what came out."""
     torch.set_num_threads(1)
     parallel.init()
@@ -142,13 +139,13 @@ def run_jobs(path: Path) -> None:
         "gathered": parallel.gather(["x" * parallel.rank(), {"rank": parallel.rank()}]),
     }
     parallel.barrier()
-    for name, job in json.loads(path.read_text()).items():
+    for name, job in jobs.items():
         result = train(**job)
         if parallel.is_main():
-            save_file(result.pop("tensors"), path.with_name(f"{name}.safetensors"))
-            path.with_name(f"{name}.json").write_text(json.dumps(result))
+            save_file(result.pop("tensors"), folder / f"{name}.safetensors")
+            (folder / f"{name}.json").write_text(json.dumps(result))
     if parallel.is_main():
-        path.with_name("checks.json").write_text(json.dumps(checks))
+        (folder / "checks.json").write_text(json.dumps(checks))
     parallel.close()
 
 
@@ -179,20 +176,13 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(before["tensors"], folder / "before.safetensors")
     middle = {"start": str(folder / "before.safetensors"), "first": 4, "last": 7}
     jobs = {name: {**job, "last": steps_of(name)} for name, job in JOBS.items()}
-    on_ranks(2, folder, {**jobs, "middle": middle})
+    do(2, folder, {**jobs, "middle": middle})
     return folder
 
 
-def on_ranks(ranks: int, folder: Path, jobs: dict[str, dict[str, Any]]) -> None:
+def do(ranks: int, folder: Path, jobs: dict[str, dict[str, Any]]) -> None:
     """Do the jobs on so many ranks, in the folder."""
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    subprocess.run(
-        [*command, f"--nproc-per-node={ranks}", __file__, str(folder / "jobs.json")],
-        check=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    succeed(ranks, run_jobs, folder, jobs, folder=folder, seconds=600)
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
@@ -217,7 +207,7 @@ def test_two_ranks_equal_one(two: Path, job: str) -> None:
 def test_ranks_in_every_layout_equal_one(tmp_path: Path, ranks: int, steps: int) -> None:
     """Four hold copies of parts."""
     jobs = JOBS if ranks == 2 else FOUR
-    on_ranks(ranks, tmp_path, {name: {**job, "last": steps} for name, job in jobs.items()})
+    do(ranks, tmp_path, {name: {**job, "last": steps} for name, job in jobs.items()})
     for name, job in jobs.items():
         assert_same(read(tmp_path, name), one(job, steps))
 
@@ -388,7 +378,3 @@ def test_another_models_optimizer_state_is_refused(
     tensors[key] = torch.zeros(shape)
     with pytest.raises(ValueError, match=message):
         parallel.load_optimizer_state(model, optimizer, tensors)
-
-
-if __name__ == "__main__":
-    run_jobs(Path(sys.argv[1]))

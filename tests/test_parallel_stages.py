@@ -1,16 +1,14 @@
 """Each stage on two processes writes the metrics that it writes on one.
 
-`torchrun tests/test_parallel_stages.py STAGES.json` runs the stages listed there one after the
-other, each through its own `main` with the arguments of a command line.
+The ranks run one stage after the other, each through its own `main` with the arguments of a command
+line.
 """
 
 import functools
 import importlib
 import json
-import os
 import random
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from launch import succeed
 
 from puna.core import ranks
 from puna.core.checkpoint.folder import load_model, save_model
@@ -212,16 +211,9 @@ def together(inputs: Path, folder: Path, ranks: int) -> dict[str, list[str]]:
     }
 
 
-def on_ranks(ranks: int, folder: Path, jobs: dict[str, list[str]]) -> None:
-    """Run the stages on so many ranks, in the folder."""
-    (folder / "stages.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    subprocess.run(
-        [*command, f"--nproc-per-node={ranks}", __file__, str(folder / "stages.json")],
-        check=True,
-        timeout=900,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def on_ranks(number: int, folder: Path, jobs: dict[str, list[str]]) -> None:
+    """Run the stages on so many ranks."""
+    succeed(number, run_stages, jobs, folder=folder, seconds=900)
 
 
 @pytest.fixture(scope="module")
@@ -318,14 +310,10 @@ def answers(path: Path) -> list[list[Any]]:
     return [[row.get(key) for key in ("messages", "a", "b", "answer")] for row in rows]
 
 
-def main(path: Path) -> None:
+def run_stages(jobs: dict[str, list[str]]) -> None:
     torch.set_num_threads(1)
     ranks.init()
     leave, ranks.close = ranks.close, lambda: None  # a group cannot be joined twice
-    for stage, argv in json.loads(path.read_text()).items():
+    for stage, argv in jobs.items():
         run_stage(stage, argv)
     leave()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,15 +1,12 @@
-"""A model over several ranks draws what one process draws. `torchrun tests/test_tensor_parallel.py
-OUT TP` is a worker; pytest starts it."""
+"""A model over several ranks draws what one process draws."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from launch import succeed
 
 from puna.core import parallel, tensor_parallel
 from puna.core.checkpoint.source import fresh
@@ -75,13 +72,7 @@ def alone() -> dict[str, Transformer]:
 def test_the_same_tokens_as_one_process(
     tmp_path: Path, alone: dict[str, Transformer], ranks: int, tp: int
 ) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    subprocess.run(
-        [*command, f"--nproc-per-node={ranks}", __file__, str(tmp_path), str(tp)],
-        check=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    succeed(ranks, work, tmp_path, tp, folder=tmp_path)
     for name, model in alone.items():
         whole = sum(p.numel() for p in model.parameters())
         for rank in range(ranks):
@@ -122,7 +113,3 @@ def test_what_cannot_be_cut_is_found_before_loading(
     source = fresh(CONFIG, 1, "lm")._replace(tensors=lambda: pytest.fail("it was read"))
     with pytest.raises(ValueError, match=message.replace("sampling_tp", option)):
         parallel.load(source, "cpu", **{option: size})
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]), int(sys.argv[2]))

@@ -9,11 +9,9 @@ that are being written included); the same, and what was being written is cut of
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -25,6 +23,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
+import launch  # noqa: E402
 
 COMMON = "--device cpu --save-every 1 --lr 1e-3 --batch 4"
 STAGES = {
@@ -74,33 +74,11 @@ Start = Callable[[str], BaseProcess]
 
 
 def starter() -> Callable[..., list[BaseProcess]]:
-    """Starts code in fresh processes, forked from one that has imported everything already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["puna.trainers.rlhf", "puna.trainers.gatt", "puna.cli.main"])
-
-    def start(code: str, ranks: int = 1) -> list[BaseProcess]:
-        port = free_port()
-        processes = [
-            context.Process(target=as_rank, args=(code, rank, ranks, port)) for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
-        return processes
-
-    return start
+    """Starts code in fresh processes."""
+    return lambda code, ranks=1: launch.start(ranks, execute, code)
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-def as_rank(code: str, rank: int, ranks: int, port: int) -> None:
-    if ranks > 1:
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in names.items()})
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
+def execute(code: str) -> None:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     exec(code, {})
 
