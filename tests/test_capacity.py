@@ -20,6 +20,7 @@ from puna.trainers.capacity import fitting, memory, phases, plan
 from puna.trainers.capacity.devices import DEVICES, usable
 from puna.trainers.capacity.memory import Setting
 from puna.trainers.train import loop
+from puna.trainers.train.command import command
 from puna.trainers.train.layout import Parallel
 
 ROOT = Path(__file__).parent.parent
@@ -133,6 +134,39 @@ def test_shipped_recipes(recipe: str, gpus: int, fits: bool) -> None:
     else:
         with pytest.raises(plan.DoesNotFit, match=r"does not run: it needs .* GB of a rank"):
             plan.run(config)
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ("tp = 2", "{} --parallel.tp 2"),
+        (
+            "tp = 8\noffload = true\nreplicate = 2",
+            "--parallel.tp=8 --recipe={} --parallel.offload --parallel.replicate 2",
+        ),
+        ('checkpointing = "none"', "--recipe {} --parallel.checkpointing none"),
+        ("", "{}"),
+    ],
+)
+def test_flags_plan_what_a_recipe_with_their_values_does(
+    table: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "ppo.toml"
+    own.write_text(f'base = "70b/ppo.toml"\n[parallel]\n{table}\n')
+
+    def planned(words: str, recipe: str) -> str:
+        """What is said under the title, which names the recipe."""
+        argv = [word.format(recipe) for word in f"{words} --gpus 64 --model 70b".split()]
+        status = command("puna plan", plan.PlanConfig, plan.run, argv)
+        assert status == ("checkpointing" in table)  # that does not fit
+        said = capsys.readouterr()
+        return (said.out[said.out.index("┏") :] + said.err).replace(recipe, "")
+
+    found = planned(words, "70b/ppo.toml")
+    assert found == planned("{}", str(own))
+    if table:
+        with_flags = plan.PlanConfig(recipe=str(own)).parallel
+        assert with_flags != plan.PlanConfig(recipe="70b/ppo.toml").parallel
 
 
 def test_copies_of_a_model_hold_it_so_often() -> None:
