@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_recipes import SIZES, config_of, fake_ranks, language_step, reward_step
+from test_recipes import SIZES, STAGES, config_of, fake_ranks, language_step, reward_step
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
 from puna.core.checkpoint.source import fresh, parameter_shapes
@@ -274,13 +274,39 @@ def test_the_table_of_70b_is_what_the_plan_says() -> None:
 
 
 def least_tp(recipe: str, gpus: int) -> str:
+    found = least(recipe, gpus)
+    if found is None:
+        return "no"
+    tp, need = found
+    return f"tp = {tp}: " * (tp > 1) + plan.gb(need.most[1])
+
+
+def least(recipe: str, gpus: int) -> tuple[int, plan.Need] | None:
+    """The least `tp` with which it runs on so many GPUs of 80 GB, and what it needs then."""
     stage, settings = plan.stage_of(recipe)
     for tp in (1, 2, 4, 8):
         settings.parallel.tp = tp
-        need = plan.need_of(stage, settings, size("70b"), gpus)
+        need = plan.need_of(stage, settings, size(recipe.split("/")[0]), gpus)
         if plan.refusal(need, DEVICES["a100-80"]) is None:
-            return f"tp = {tp}: " * (tp > 1) + plan.gb(need.most[1])
-    return "no"
+            return tp, need
+    return None
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_table_of_clusters_is_what_the_plan_says(name: str) -> None:
+    """docs/scale.md: every recipe on 64 to 2,048 GPUs."""
+    text = (ROOT / "docs" / "scale.md").read_text()
+    (head, body) = re.findall(r"(\| GPUs \| 64 .*)\n\|[-|]+\n((?:\|.*\n)+)", text)[0]
+    counts = [int(cell.replace(",", "")) for cell in head.strip("|").split("|")[1:]]
+    told = set()
+    for row in body.splitlines():
+        first, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        for recipe in re.findall(r"`(\w+\.toml)`", first):
+            told.add(recipe)
+            for count, cell in zip(counts, cells, strict=True):
+                found = least(f"{name}/{recipe}", count)
+                assert cell == ("no" if found is None else str(found[0])), (recipe, count)
+    assert told == {f"{stage}.toml" for stage in STAGES if stage != "rlhf"}
 
 
 def test_moments_on_the_host_are_not_on_the_gpu() -> None:
