@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_recipes import SIZES, config_of, fake_ranks, language_step, reward_step
+from test_recipes import SIZES, STAGES, config_of, fake_ranks, language_step, reward_step
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
 from puna.core.checkpoint.source import fresh, parameter_shapes
@@ -20,6 +20,7 @@ from puna.trainers.capacity import fitting, memory, phases, plan
 from puna.trainers.capacity.devices import DEVICES, usable
 from puna.trainers.capacity.memory import Setting
 from puna.trainers.train import loop
+from puna.trainers.train.command import command
 from puna.trainers.train.layout import Parallel
 
 ROOT = Path(__file__).parent.parent
@@ -135,6 +136,39 @@ def test_shipped_recipes(recipe: str, gpus: int, fits: bool) -> None:
             plan.run(config)
 
 
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ("tp = 2", "{} --parallel.tp 2"),
+        (
+            "tp = 8\noffload = true\nreplicate = 2",
+            "--parallel.tp=8 --recipe={} --parallel.offload --parallel.replicate 2",
+        ),
+        ('checkpointing = "none"', "--recipe {} --parallel.checkpointing none"),
+        ("", "{}"),
+    ],
+)
+def test_flags_plan_what_a_recipe_with_their_values_does(
+    table: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "ppo.toml"
+    own.write_text(f'base = "70b/ppo.toml"\n[parallel]\n{table}\n')
+
+    def planned(words: str, recipe: str) -> str:
+        """What is said under the title, which names the recipe."""
+        argv = [word.format(recipe) for word in f"{words} --gpus 64 --model 70b".split()]
+        status = command("puna plan", plan.PlanConfig, plan.run, argv)
+        assert status == ("checkpointing" in table)  # that does not fit
+        said = capsys.readouterr()
+        return (said.out[said.out.index("┏") :] + said.err).replace(recipe, "")
+
+    found = planned(words, "70b/ppo.toml")
+    assert found == planned("{}", str(own))
+    if table:
+        with_flags = plan.PlanConfig(recipe=str(own)).parallel
+        assert with_flags != plan.PlanConfig(recipe="70b/ppo.toml").parallel
+
+
 def test_copies_of_a_model_hold_it_so_often() -> None:
     _, settings = plan.stage_of("7b/pretrain.toml")
     one = phases.training(settings, size("7b"), 8)["train"]
@@ -240,13 +274,39 @@ def test_the_table_of_70b_is_what_the_plan_says() -> None:
 
 
 def least_tp(recipe: str, gpus: int) -> str:
+    found = least(recipe, gpus)
+    if found is None:
+        return "no"
+    tp, need = found
+    return f"tp = {tp}: " * (tp > 1) + plan.gb(need.most[1])
+
+
+def least(recipe: str, gpus: int) -> tuple[int, plan.Need] | None:
+    """The least `tp` with which it runs on so many GPUs of 80 GB, and what it needs then."""
     stage, settings = plan.stage_of(recipe)
     for tp in (1, 2, 4, 8):
         settings.parallel.tp = tp
-        need = plan.need_of(stage, settings, size("70b"), gpus)
+        need = plan.need_of(stage, settings, size(recipe.split("/")[0]), gpus)
         if plan.refusal(need, DEVICES["a100-80"]) is None:
-            return f"tp = {tp}: " * (tp > 1) + plan.gb(need.most[1])
-    return "no"
+            return tp, need
+    return None
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_table_of_clusters_is_what_the_plan_says(name: str) -> None:
+    """docs/scale.md: every recipe on 64 to 2,048 GPUs."""
+    text = (ROOT / "docs" / "scale.md").read_text()
+    (head, body) = re.findall(r"(\| GPUs \| 64 .*)\n\|[-|]+\n((?:\|.*\n)+)", text)[0]
+    counts = [int(cell.replace(",", "")) for cell in head.strip("|").split("|")[1:]]
+    told = set()
+    for row in body.splitlines():
+        first, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        for recipe in re.findall(r"`(\w+\.toml)`", first):
+            told.add(recipe)
+            for count, cell in zip(counts, cells, strict=True):
+                found = least(f"{name}/{recipe}", count)
+                assert cell == ("no" if found is None else str(found[0])), (recipe, count)
+    assert told == {f"{stage}.toml" for stage in STAGES if stage != "rlhf"}
 
 
 def test_moments_on_the_host_are_not_on_the_gpu() -> None:

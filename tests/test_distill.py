@@ -162,13 +162,13 @@ def test_answers_are_drawn_under_the_preprompt_and_scored_without_it(tiny, files
 
 def test_the_preprompt_reaches_the_policy(tiny, files, tmp_path, monkeypatch):
     seen = []
-    collect = distill.collect
+    draw = distill.draw_answers
 
     def watched(policy, prompts, **options):
         seen.extend(prompts)
-        return collect(policy, prompts, **options)
+        return draw(policy, prompts, **options)
 
-    monkeypatch.setattr(distill, "collect", watched)
+    monkeypatch.setattr(distill, "draw_answers", watched)
     distill.run(configured(tiny, files, tmp_path / "run"))
     tokenizer = Tokenizer(tiny / "tokenizer.model")
     texts = [tokenizer.decode(ids) for ids in seen]

@@ -14,9 +14,15 @@ from fake_vllm import FakeVLLM, served
 from puna.core.checkpoint.folder import load_model
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
-from puna.trainers import distill, ppo, rejection, sample
+from puna.trainers import distill, gatt, ppo, rejection, rlhf, sample
+from puna.trainers.data.prompts import load_prompts
+from puna.trainers.evaluation import chat
+from puna.trainers.evaluation.config import EvaluateChatConfig
+from puna.trainers.rl import rollout as rollouts
+from puna.trainers.rl.comparisons import Variant, sample_pairs
+from puna.trainers.rl.config import engine_of
 from puna.trainers.rl.engine import TOKEN, Engine
-from puna.trainers.rl.rollout import answer_logprobs, collect
+from puna.trainers.rl.rollout import answer_logprobs, collect, draw_answers
 
 CONTEXT = 200
 
@@ -35,12 +41,12 @@ def url(fake):
 def rollout(tiny: Path, folder: Path, url: str, policy: Transformer | None = None, most: int = 12):
     tokenizer = Tokenizer(tiny / "tokenizer.model")
     policy = policy or load_model(tiny / "chat")
-    engine = Engine(url, folder, tokenizer, timeout=10, max_tokens=256)
+    engine = Engine(url, folder, tokenizer, timeout=10)
     prompts = [[1, 5, 9], [1, 7, 40, 41], [1, 12]] * 3
     return collect(
         policy, prompts, prompt_ids=range(9), sample_ids=[0] * 9, max_new_tokens=most,
         eos_id=tokenizer.eos_id, temperature=0.7, seed=3, round_index=1, batch_size=4,
-        engine=engine,
+        engine=engine, max_tokens=256,
     )  # fmt: skip
 
 
@@ -115,7 +121,7 @@ def test_a_server_that_says_nothing_is_waited_for_no_longer_than_asked(tiny, tmp
         silent.listen()
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         tokenizer = Tokenizer(tiny / "tokenizer.model")
-        engine = Engine(url, tmp_path, tokenizer, timeout=0.2, max_tokens=64)
+        engine = Engine(url, tmp_path, tokenizer, timeout=0.2)
         with pytest.raises(ValueError, match=r"does not answer \(timed out\)"):
             engine.draw(
                 load_model(tiny / "chat"), [[1]], [(0,)], max_new_tokens=4, eos_id=2,
@@ -214,6 +220,61 @@ def test_every_stage_that_draws_takes_it(fake, url, tiny, tmp_path):
         reward=lambda answers: [float(len(answer.text)) for answer in answers],
     )
     assert len(fake.asked) == 12 + 32 + 32 + 12  # six of the prompts are about safety
+
+
+def test_what_every_rank_needs_is_drawn_there_too(fake, url, tiny, tmp_path, monkeypatch):
+    """Ghost Attention, dialogues that are evaluated, pairs to compare."""
+
+    def not_here(*_, **__):
+        raise AssertionError("this process draws")
+
+    monkeypatch.setattr(rollouts, "generate_together", not_here)
+    fake.context = 256
+    options = dict(device="cpu", max_new_tokens=8, timeout=60, engine=url)
+    gatt.run(
+        gatt.GAttConfig(
+            **options, model=tiny / "chat", dialogues=[tiny / "ghosts.jsonl"], samples=2, batch=2,
+            out=tmp_path / "gatt",
+        )
+    )  # fmt: skip
+    answers = rows(tmp_path / "gatt" / "samples" / "turns.jsonl")
+    asked = len(fake.asked)
+    assert answers and len(fake.loaded) == 4 and asked == 2 * sum(2 + i % 3 for i in range(8))
+    chat.run(
+        EvaluateChatConfig(
+            **options, model=[tiny / "chat"], dialogues=[tiny / "ghosts.jsonl"],
+            out=tmp_path / "evaluation",
+        ),
+        keeps=lambda answers: [True] * len(answers),
+    )  # fmt: skip
+    assert len(fake.asked) - asked == asked // 2 and len(fake.loaded) == 8
+    loop = rlhf.RLHFConfig(model=tiny / "chat", prompts=[], out=tmp_path / "rlhf", engine=url)
+    assert rlhf.stage_options(loop, {}, {})["engine"] == url
+    tokenizer = Tokenizer(tiny / "tokenizer.model")
+    prompts, _ = load_prompts([tiny / "prompts.jsonl"], tokenizer, 100)
+    variants = tuple(Variant(tiny / name, (0.8, 1.2)) for name in ("chat", "lm"))
+    sample_pairs(
+        tmp_path / "pairs.jsonl", variants, tokenizer, prompts, 12, max_new_tokens=8, seed=0,
+        round_index=1, device=torch.device("cpu"), engine=engine_of(loop, tokenizer),
+    )  # fmt: skip
+    assert len(fake.loaded) == 12
+    last = dict(load_model(tiny / "lm").named_parameters())
+    for name, parameter in fake.model.named_parameters():  # not those of the model before it
+        assert torch.equal(parameter, last[name]), name
+
+
+def test_an_answer_ends_where_the_policys_context_does(fake, url, tiny, tmp_path):
+    policy = load_model(tiny / "chat")
+    fake.context = policy.config.context
+    room = [3, 100]
+    prompts = [[1] + [7] * (fake.context - 1 - each) for each in room]
+    engine = Engine(url, tmp_path, Tokenizer(tiny / "tokenizer.model"), timeout=10)
+    found = draw_answers(
+        policy, prompts, prompt_ids=[0, 1], sample_ids=[0, 0], max_new_tokens=12, eos_id=2,
+        temperature=1.0, seed=0, round_index=0, engine=engine,
+    )  # fmt: skip
+    assert sorted(body["max_tokens"] for body in fake.asked) == [3, 12]
+    assert all(each.finished or len(each.tokens) in (3, 12) for each in found)
 
 
 def test_two_ranks_share_one_server(fake, url, tiny, tmp_path):

@@ -7,8 +7,9 @@ import threading
 
 import pytest
 from campaign import links
-from campaign.faults import MOMENTS, RANKS, Fault, armed, befall, emptied
-from campaign.kills import code_of, differences, finish, starter
+from campaign.faults import RANKS, Fault, armed, befall, emptied, unarmed
+from campaign.kills import differences, finish, starter
+from tiny import make_tiny
 
 from puna.core import ranks
 
@@ -21,7 +22,7 @@ def start():
 def hit_and_continued(fault: Fault, start, tiny, root) -> None:
     """The fault hits, the others end as they should, and the same command ends as without it."""
     notes, out, whole = root / "notes", root / "run", root / "whole"
-    code = code_of(MOMENTS[fault.moment][2], tiny, out)
+    code = unarmed(fault.moment, tiny, out)
     finish(start(code.replace(str(out), str(whole)), RANKS))
     hit, wrong = befall(fault, start, tiny, out, notes)
     assert hit and not wrong
@@ -40,6 +41,24 @@ def hit_and_continued(fault: Fault, start, tiny, root) -> None:
 )
 def test_a_rank_killed_in_the_middle_ends_the_other(moment, victim, harm, start, tiny, tmp_path):
     hit_and_continued(Fault(moment, victim, 2, 0.5, harm), start, tiny, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """Models that two ranks can cut."""
+    return make_tiny(tmp_path_factory.mktemp("halves"), n_kv_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("moment", "victim", "harm"),
+    [
+        ("tp-rollout", 1, "one"),
+        pytest.param("tp-step", 0, "one", marks=pytest.mark.slow),
+        pytest.param("tp-writes", 0, "all", marks=pytest.mark.slow),
+    ],
+)
+def test_of_two_ranks_on_the_same_rows_one_is_killed(moment, victim, harm, start, halves, tmp_path):
+    hit_and_continued(Fault(moment, victim, 2, 0.5, harm), start, halves, tmp_path)
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])

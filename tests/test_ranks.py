@@ -16,7 +16,11 @@ import pytest
 from puna.trainers import sft
 from puna.trainers.train.command import command
 
+SLOW = pytest.mark.slow
 SECONDS = 100  # a rank that hangs waits for half an hour; a busy machine takes half a minute
+
+
+LAYOUTS = {"together": "parallel.tp", "copies": "parallel.replicate"}
 
 
 def arguments(inputs: Path, out: Path, case: str, rank: int) -> list[str]:
@@ -24,19 +28,18 @@ def arguments(inputs: Path, out: Path, case: str, rank: int) -> list[str]:
         "model": inputs / "lm", "data": inputs / "dialogues.jsonl", "out": out, "batch": 4,
         "device": "cpu", "epochs": 3, "save-every": 2, "lr": 1e-3, "eval-share": 0.3,
     }  # fmt: skip
+    layout, _, what = case.partition(", ")
+    if layout in LAYOUTS:
+        given[LAYOUTS[layout]], case = 2, what
     if case == "wrong lr":
         given["lr"] = -1
     if case == "long":
         given["epochs"] = 4000
     if case == "one stands still":
         given["timeout"] = 5
-    if case == "together, another seed":
-        given["parallel.tp"] = 2
     if rank == 1:
         if case == "another layout":
             given["parallel.tp"] = 2
-        if case == "together, another seed":
-            given["seed"] = 1
         if case == "another lr":
             given["lr"] = 2e-3
         if case == "another seed":
@@ -99,6 +102,16 @@ def said(text: str) -> list[str]:
         ("another layout", "rank 1 has another option parallel.tp than rank 0 (2, not 1)"),
         ("together, another seed", "rank 1 has another option seed than rank 0 (1, not 0)"),
         ("other rows", "rank 1 has another contents of data than rank 0"),
+        *[
+            pytest.param(f"{layout}, {what}", f"rank 1 has another {said}", marks=SLOW)
+            for layout in LAYOUTS
+            for what, said in (
+                ("another lr", "option lr than rank 0 (0.002, not 0.001)"),
+                ("another seed", "option seed than rank 0 (1, not 0)"),
+                ("other rows", "contents of data than rank 0"),
+            )
+            if (layout, what) != ("together", "another seed")
+        ],
         ("one fails", "puna sft: a file of rank 1 is not there"),
         ("one is wrong", "this is a mistake in Puna"),
     ],
@@ -133,13 +146,17 @@ def test_a_rank_that_stands_still_is_waited_for_as_long_as_asked(tmp_path, input
     assert time.monotonic() - began < SECONDS
 
 
-def test_a_checkpoint_that_one_rank_does_not_see_is_refused(tmp_path, inputs):
+@pytest.mark.parametrize(
+    "layout",
+    ["", pytest.param("together, ", marks=SLOW), pytest.param("copies, ", marks=SLOW)],
+)
+def test_a_checkpoint_that_one_rank_does_not_see_is_refused(tmp_path, inputs, layout):
     out = tmp_path / "run"
     alone = arguments(inputs, out, "one process", 0)
     assert command("puna sft", sft.SFTConfig, sft.run, alone) == 0
     (out / "finished.json").unlink()
     result = subprocess.run(
-        torchrun(out, inputs, "no checkpoint"),
+        torchrun(out, inputs, f"{layout}no checkpoint"),
         capture_output=True, text=True, env=ENVIRONMENT, timeout=SECONDS,
     )  # fmt: skip
     found = [line for line in said(result.stderr) if line.startswith("puna sft")]

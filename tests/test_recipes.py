@@ -8,6 +8,7 @@ blocks stand for all; that a full-depth model has the right parameters is checke
 import dataclasses
 import importlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,8 @@ from puna.core.checkpoint.source import fresh, parameter_shapes
 from puna.core.config import parameter_count, size
 from puna.core.model import Transformer
 from puna.trainers import reward
+from puna.trainers.capacity.plan import DoesNotFit, PlanConfig
+from puna.trainers.capacity.plan import run as run_plan
 from puna.trainers.data.packing import PackedRows, Pair, pair_batch
 from puna.trainers.rl import update
 from puna.trainers.rl.losses import MARGINS
@@ -34,6 +37,7 @@ from puna.trainers.rl.rollout import Rollout
 from puna.trainers.rlhf import check as check_rlhf
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.config import from_values, load_recipe
+from puna.trainers.train.layout import Parallel
 from puna.trainers.train.plan import check_shares
 from puna.trainers.train.recipes import known_recipes, read_recipe
 
@@ -308,6 +312,26 @@ def test_dry_run_of_ranks_that_work_on_the_same_rows(
     rows = size("70b").dim // (ranks // replicate // tp)
     assert local["model.layers.1.mlp.down_proj.weight"] == (rows, columns)
     assert local["model.embed_tokens.weight"][0] == -(-32000 // (ranks // replicate))
+
+
+@pytest.mark.slow  # as many ranks as PPO's minibatch and a machine allow
+@pytest.mark.parametrize("head", ["lm", "score"])
+def test_dry_run_of_what_a_refusal_advises(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """70B's PPO on 1,024 GPUs is refused, with what runs instead: that does run."""
+    with pytest.raises(DoesNotFit) as refused:
+        run_plan(PlanConfig(recipe="70b/ppo.toml", gpus=1024))
+    advice = re.search(r"; (\d+) GPUs with \[parallel\] tp = (\d) fit", str(refused.value))
+    assert advice is not None
+    ranks, tp = map(int, advice.groups())
+    layout = Parallel(tp=tp, checkpointing="full")
+    assert run_plan(PlanConfig(recipe="70b/ppo.toml", gpus=ranks, parallel=layout))
+    config = config_of("70b/ppo.toml")
+    config.device, config.parallel.tp = "cpu", tp
+    with fake_ranks(monkeypatch, ranks):
+        check_shares(config.minibatch, tp, "minibatch")
+        local = three_steps("70b", head, config, ppo_pass)
+    rows = size("70b").dim // tp // (ranks // tp)
+    assert local["model.layers.0.self_attn.q_proj.weight"] == (rows, size("70b").dim)
 
 
 DRY_RUNS = [

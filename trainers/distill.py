@@ -39,7 +39,7 @@ from puna.trainers.rl.config import (
     prompt_room,
 )
 from puna.trainers.rl.rewards import Reward, RewardModels, score_answers
-from puna.trainers.rl.rollout import as_answers, collect
+from puna.trainers.rl.rollout import as_answers, draw_answers
 from puna.trainers.rl.sampling import scored_rows
 from puna.trainers.train import next_token, written
 from puna.trainers.train.command import command
@@ -143,7 +143,7 @@ def drawer(
 
     def draw(numbers: Sequence[int]) -> list[Distilled]:
         rows = [(number, under) for number in numbers for under in (0, 1)]
-        rollout = collect(
+        completions = draw_answers(
             policy,
             [prompts[n].prefixed if under else prompts[n].ids for n, under in rows],
             prompt_ids=[number for number, _ in rows],
@@ -158,8 +158,10 @@ def drawer(
         )
         # the judge, too, reads the prompt without the pre-prompt
         plain = [EncodedPrompt(prompts[n].messages, prompts[n].ids, True) for n, _ in rows]
-        answers = as_answers(rollout, plain, tokenizer)
-        scored = scored_rows(score_answers(reward, answers, rollout.lengths.device))
+        drawn = [each.tokens for each in completions]
+        ended = [each.finished for each in completions]
+        answers = as_answers(drawn, ended, plain, tokenizer)
+        scored = scored_rows(score_answers(reward, answers, policy.device))
         return [
             Distilled(
                 messages=answer.messages,

@@ -29,10 +29,12 @@ from puna.trainers.capacity import fitting
 from puna.trainers.data.formats import Columns
 from puna.trainers.data.ghost import GhostDialogue, read_ghost_dialogues
 from puna.trainers.data.packing import PackedRows
+from puna.trainers.rl.config import EngineConfig, engine_of
+from puna.trainers.rl.engine import Engine
 from puna.trainers.rl.exchanges import Exchange, append_turn, load_turns, whole_turns
 from puna.trainers.rl.judges import Judge, judged
 from puna.trainers.rl.rewards import Answer
-from puna.trainers.rl.rollout import sample_everywhere
+from puna.trainers.rl.rollout import at_hand, sample_everywhere
 from puna.trainers.sft import load_dialogues
 from puna.trainers.train import loop, next_token, written
 from puna.trainers.train.command import command
@@ -43,7 +45,7 @@ from puna.trainers.train.run import Run, open_run, open_start
 
 
 @dataclass(kw_only=True)
-class GAttConfig(loop.DrawingConfig, loop.RowsConfig):
+class GAttConfig(EngineConfig, loop.RowsConfig):
     """Ghost Attention (paper section 3.3): teach a chat model to keep a system message."""
 
     model: Path
@@ -75,6 +77,7 @@ class GAttConfig(loop.DrawingConfig, loop.RowsConfig):
     """peak (the paper does not say; this is SFT's)"""
 
     def check(self) -> None:
+        super().check()
         if self.window and not self.repeat:
             raise ValueError("without repeat the window leaves the instruction out: set it to 0")
 
@@ -144,8 +147,9 @@ def sampled_exchanges(
     longest = max(len(d.turns) for d in dialogues)
     if done < longest:
         model = loop.load(open_model(config.model, head="lm"), config, frozen=True)
-        with parallel.gathered(model) as whole:
-            _sample(config, whole, tokenizer, dialogues, judge, path, done, longest)
+        engine = engine_of(config, tokenizer)
+        with at_hand(model, engine) as whole:
+            _sample(config, whole, engine, tokenizer, dialogues, judge, path, done, longest)
     else:
         of_sampling = ("samples", "window", "repeat", "temperature", "max_new_tokens")
         folder.say_idle(of_sampling, f"the answers are drawn; {path} has them")
@@ -156,6 +160,7 @@ def sampled_exchanges(
 def _sample(
     config: GAttConfig,
     model: Transformer,
+    engine: Engine | None,
     tokenizer: Tokenizer,
     dialogues: Sequence[GhostDialogue],
     judge: Judge | None,
@@ -183,7 +188,7 @@ def _sample(
             prompts = [_context(config, tokenizer, dialogues[i], history[i]) for i in going]
             fitting = [n for n, ids in enumerate(prompts) if len(ids) <= room]
             going, prompts = [going[n] for n in fitting], [prompts[n] for n in fitting]
-            drawn = _candidates(config, model, tokenizer, prompts, going, turn, memory)
+            drawn = _candidates(config, model, engine, tokenizer, prompts, going, turn, memory)
             exchanges = {
                 i: _choose(tokenizer, dialogues[i], history[i], ids, candidates, judge)
                 for i, ids, candidates in zip(going, prompts, drawn, strict=True)
@@ -218,6 +223,7 @@ def encode_turn(tokenizer: Tokenizer, user: str, instruction: str = "") -> list[
 def _candidates(
     config: GAttConfig,
     model: Transformer,
+    engine: Engine | None,
     tokenizer: Tokenizer,
     prompts: list[list[int]],
     going: list[int],
@@ -237,6 +243,7 @@ def _candidates(
         prompt_ids=[i for i in going for _ in range(count)],
         sample_ids=list(range(count)) * len(going),
         memory=memory,
+        engine=engine,
         **config.limits(),
         called=str(config.model),
     )

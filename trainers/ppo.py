@@ -213,7 +213,7 @@ def look(stage: Stage, iteration: int) -> Look:
     rollout = sample(stage, prompts, [i for i, _ in picks], [e for _, e in picks], iteration)
     sampled = time.monotonic()
     check_finished(config, rollout)
-    answers = as_answers(rollout, prompts, stage.tokenizer)
+    answers = said(stage, rollout, prompts)
     scores = score_answers(stage.reward, answers, rollout.lengths.device)
     experience = make_experience(stage.reference, stage.critic.model, rollout, scores.raw, config)
     row = rollout_metrics(experience, scores, stage.policy.model)
@@ -291,8 +291,14 @@ def sample(
         seed=stage.config.seed,
         round_index=round_index,
         engine=stage.engine,
+        max_tokens=stage.config.micro_batch_tokens,
         **stage.config.limits(),
     )
+
+
+def said(stage: Stage, rollout: Rollout, prompts: list[EncodedPrompt]) -> list[Answer]:
+    """The answers as the reward is given them."""
+    return as_answers(rollout.answers, rollout.finished.tolist(), prompts, stage.tokenizer)
 
 
 def evaluate(stage: Stage) -> dict[str, float]:
@@ -302,7 +308,7 @@ def evaluate(stage: Stage) -> dict[str, float]:
     numbers = range(rank, len(stage.eval_prompts), ranks)
     prompts = [stage.eval_prompts[i] for i in numbers]
     rollout = sample(stage, prompts, list(numbers), [0] * len(prompts), EVAL_ROUND)
-    answers = as_answers(rollout, prompts, stage.tokenizer)
+    answers = said(stage, rollout, prompts)
     scores = score_answers(stage.reward, answers, rollout.lengths.device)
     totals = Totals(rollout.lengths.device)
     totals.add(

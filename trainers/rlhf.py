@@ -262,9 +262,9 @@ def stage_options(
     config: RLHFConfig, table: Mapping[str, Any], judges: Mapping[str, Path]
 ) -> dict[str, Any]:
     """A sampling stage's options: the loop's, its table's over them, and the reward models."""
-    names = ("seed", "amend", "device", "timeout", "max_new_tokens", "cache_gb", "sampling_tp")
+    names = "seed amend device timeout max_new_tokens cache_gb sampling_tp engine"
     return {
-        **{name: getattr(config, name) for name in names},
+        **{name: getattr(config, name) for name in names.split()},
         **table,
         **{kind: str(path) for kind, path in judges.items()},
         "parallel": of_stage(config.parallel, table),

@@ -31,14 +31,20 @@ RANKS = 2
 TIMEOUT = 5  # seconds, the runs' own
 ENDS = 15.0  # more, in which a rank that waited in vain is gone
 KILLS = 4  # of one run, before it may end
-MOMENTS = {  # where: what does it, and a stage that comes there
-    "step": ("puna.trainers.train.loop", "backward", "sft"),
-    "update": ("puna.trainers.ppo", "update", "ppo"),
-    "rollout": ("puna.trainers.rl.rollout", "generate_together", "ppo"),
-    "chunk": ("puna.trainers.rl.rollout", "generate_together", "rejection"),
-    "write": ("puna.trainers.train.saving", "write_files", "sft"),
-    "writes": ("puna.trainers.train.saving", "write_files", "ppo"),
-}
+TP = "--parallel.tp 2"  # both ranks work on the same rows
+MOMENTS = {  # where: what does it, and a stage that comes there, with which options
+    "step": ("puna.trainers.train.loop", "backward", "sft", ""),
+    "update": ("puna.trainers.ppo", "update", "ppo", ""),
+    "rollout": ("puna.trainers.rl.rollout", "generate_together", "ppo", ""),
+    "chunk": ("puna.trainers.rl.rollout", "generate_together", "rejection", ""),
+    "write": ("puna.trainers.train.saving", "write_files", "sft", ""),
+    "writes": ("puna.trainers.train.saving", "write_files", "ppo", ""),
+    "tp-step": ("puna.trainers.train.loop", "backward", "sft", TP),
+    "tp-rollout": (
+        "puna.trainers.rl.rollout", "generate_together", "ppo", f"{TP} --sampling-tp 2"
+    ),
+    "tp-writes": ("puna.trainers.train.saving", "write_files", "ppo", f"{TP} --parallel.offload"),
+}  # fmt: skip
 SIGNALS = {"one": signal.SIGKILL, "all": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
@@ -58,7 +64,7 @@ def arm(fault: Fault, notes: Path) -> None:
     moment; a file `inside` or `after` says where it was hit."""
     rank = int(os.environ["RANK"])
     os.dup2(os.open(notes / f"said-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    module, name, _ = MOMENTS[fault.moment]
+    module, name, *_ = MOMENTS[fault.moment]
     place = importlib.import_module(module)
     work: Callable = getattr(place, name)
     times, took, inside = 0, 0.0, False
@@ -90,8 +96,14 @@ def armed(fault: Fault, tiny: Path, out: Path, notes: Path) -> str:
         f"import sys; sys.path.insert(0, {here!r}); from pathlib import Path; "
         "from campaign.faults import Fault, arm; "
         f"arm(Fault(*{tuple(fault)!r}), Path({str(notes)!r})); "
-        + code_of(MOMENTS[fault.moment][2], tiny, out, f"--timeout {TIMEOUT}")
+        + unarmed(fault.moment, tiny, out, f"--timeout {TIMEOUT}")
     )
+
+
+def unarmed(moment: str, tiny: Path, out: Path, more: str = "") -> str:
+    """Code of a rank of a run that comes there; `more` are further options."""
+    *_, stage, options = MOMENTS[moment]
+    return code_of(stage, tiny, out, f"{options} {more}")
 
 
 def emptied(folder: Path) -> Path:
@@ -164,7 +176,7 @@ def campaign(kills: int, stops: int, seed: int, moments: list[str]) -> int:
     began, hits, wrong = time.monotonic(), Counter[str](), []
     start = starter()
     root = Path(tempfile.mkdtemp(prefix="faults-"))
-    tiny = make_tiny(Path(tempfile.mkdtemp(prefix="tiny-", dir=root)))
+    tiny = make_tiny(Path(tempfile.mkdtemp(prefix="tiny-", dir=root)), n_kv_heads=2)
     notes, times = root / "notes", {}
     for moment in moments:
         finish(start(armed(Fault(moment), tiny, root / f"whole-{moment}", emptied(notes)), RANKS))
@@ -185,7 +197,7 @@ def campaign(kills: int, stops: int, seed: int, moments: list[str]) -> int:
                 wrong.append((fault, hit, found))
                 print(f"WRONG: {wrong[-1]}", flush=True)
         try:
-            finish(start(code_of(MOMENTS[moment][2], tiny, out), RANKS))
+            finish(start(unarmed(moment, tiny, out), RANKS))
             found = differences(out, root / f"whole-{moment}")
         except AssertionError as error:
             found = [str(error)]

@@ -5,9 +5,11 @@ where it does not fit, the smallest change that does. All of it is arithmetic (`
 """
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
+
+from tyro import MISSING
 
 from puna.core.checkpoint.folder import open_source
 from puna.core.config import SIZES, ModelConfig, size
@@ -16,6 +18,7 @@ from puna.core.terminal import say, say_table
 from puna.trainers.capacity import duration, memory, phases
 from puna.trainers.capacity.devices import A_NODE, DEVICES, Device, usable
 from puna.trainers.train.config import find_recipe, from_values, load_recipe
+from puna.trainers.train.layout import Parallel
 from puna.trainers.train.ranges import Above, AtMost, Count, Options
 
 CONFIGS = {
@@ -28,6 +31,7 @@ CONFIGS = {
     "ppo": "PPOConfig",
 }
 MOST_GPUS = 1 << 14
+AS_THE_RECIPE = Parallel()  # itself, not one like it
 
 
 class DoesNotFit(UserError):
@@ -50,6 +54,13 @@ class PlanConfig(Options):
     """share of the GPUs' products that training is assumed to reach (nothing was measured)"""
     disk: Annotated[float, Above(0)] = 2.0
     """GB (10^9 bytes) a second that checkpoints are written with"""
+    parallel: Parallel = field(default_factory=lambda: AS_THE_RECIPE)
+    """how the model is shared out; left out: as the recipe says"""
+
+    def __post_init__(self) -> None:
+        if self.parallel is AS_THE_RECIPE and self.recipe is not MISSING:
+            self.parallel = stage_of(self.recipe)[1].parallel
+        super().__post_init__()
 
 
 class Need(NamedTuple):
@@ -69,6 +80,7 @@ class Need(NamedTuple):
 def run(config: PlanConfig) -> bool:
     """Print the plan; returns whether it fits. Raises DoesNotFit where not."""
     stage, settings = stage_of(config.recipe)
+    settings = replace(settings, parallel=config.parallel)
     shape = shape_of(config, settings)
     device = DEVICES[config.gpu]
     need = need_of(stage, settings, shape, config.gpus)

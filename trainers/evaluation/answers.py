@@ -19,7 +19,7 @@ from puna.trainers.data.prompts import EncodedPrompt
 from puna.trainers.data.readers import Skipped, read_prompts
 from puna.trainers.evaluation.config import EvaluateChatConfig, policies
 from puna.trainers.rl.best_of import Drawn, read_drawn
-from puna.trainers.rl.config import frozen
+from puna.trainers.rl.config import engine_of, frozen
 from puna.trainers.rl.rewards import Answer, check_finite
 from puna.trainers.rl.sampling import Drawing, sample_all
 from puna.trainers.train import next_token
@@ -96,6 +96,7 @@ def draw(
 ) -> None:
     """The missing answers of chat model `number` to each (name, prompts, how to draw)."""
     tokenizer = Tokenizer(tokenizer_path(policies(config)[number]))
+    engine = engine_of(config, tokenizer)
     for name, prompts, drawing in work:
         path = kept_in(config, number, name)
         encoded = [
@@ -103,6 +104,7 @@ def draw(
             for p in prompts
         ]
         parallel.on_main(partial(path.parent.mkdir, exist_ok=True))
+        drawing = drawing._replace(engine=engine)
         sample_all(path, drawing, tokenizer, policy, encoded, None)
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from puna.core.checkpoint.folder import open_source
 from puna.trainers.rl.comparisons import Annotator
+from puna.trainers.rl.config import EngineConfig
 from puna.trainers.rl.judges import Judge
 from puna.trainers.train import loop
 from puna.trainers.train.kinds import FREE
@@ -16,7 +17,7 @@ TEMPERATURES = tuple(tenth / 10 for tenth in range(1, 16))
 
 
 @dataclass(kw_only=True)
-class EvaluateChatConfig(loop.DrawingConfig, loop.FolderConfig):
+class EvaluateChatConfig(EngineConfig, loop.FolderConfig):
     """Measure chat models: win rate, violations, false refusals, instructions kept, diversity."""
 
     model: list[Path]

@@ -20,10 +20,12 @@ from puna.trainers.evaluation.config import EvaluateChatConfig, policies
 from puna.trainers.gatt import dialogue_so_far, encode_turn
 from puna.trainers.rl.accuracy import wilson
 from puna.trainers.rl.comparisons import write_rows
+from puna.trainers.rl.config import engine_of
+from puna.trainers.rl.engine import Engine
 from puna.trainers.rl.exchanges import Exchange
 from puna.trainers.rl.judges import Judge, judged
 from puna.trainers.rl.rewards import Answer
-from puna.trainers.rl.rollout import sample_everywhere
+from puna.trainers.rl.rollout import at_hand, sample_everywhere
 from puna.trainers.train import written
 from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.progress import meter
@@ -49,16 +51,17 @@ def talk(
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
         "memory": Memory(),
+        "engine": engine_of(config, tokenizer),
         **config.limits(),
     }
     bar = meter("dialogues", longest, start=len(said), unit="answers", show=parallel.is_main())
-    with bar as progress, stop_requests() as stop:
+    with bar as progress, stop_requests() as stop, at_hand(policy, options["engine"]) as whole:
         while len(said) < longest:
             if parallel.all_max(int(stop())):
                 raise SystemExit(
                     f"stopped after turn {len(said)}; the same command continues {config.out}"
                 )
-            said.append(next_turn(policy, tokenizer, dialogues, said, **options))
+            said.append(next_turn(whole, tokenizer, dialogues, said, **options))
             if parallel.is_main():
                 write_rows(path, [{"dialogues": len(dialogues), "answers": row} for row in said])
                 written.note(path.parent, path.name)
@@ -75,6 +78,7 @@ def next_turn(
     max_new_tokens: int,
     seed: int,
     memory: Memory,
+    engine: Engine | None,
     **limits: int,
 ) -> list[list[int]]:
     """The answer of each dialogue to its next message; none where it has no further one, or is
@@ -86,21 +90,21 @@ def next_turn(
         if turn < len(dialogue.turns) and all(row[i] for row in said)
     }
     going = [i for i, ids in contexts.items() if len(ids) < policy.config.context]
-    with parallel.gathered(policy) as whole:
-        drawn = sample_everywhere(
-            whole,
-            [contexts[i] for i in going],
-            max_new_tokens=max_new_tokens,
-            eos_id=tokenizer.eos_id,
-            temperature=temperature,
-            seed=seed,
-            round_index=turn,
-            prompt_ids=going,
-            sample_ids=[0] * len(going),
-            memory=memory,
-            called="the chat model",
-            **limits,
-        )
+    drawn = sample_everywhere(
+        policy,
+        [contexts[i] for i in going],
+        max_new_tokens=max_new_tokens,
+        eos_id=tokenizer.eos_id,
+        temperature=temperature,
+        seed=seed,
+        round_index=turn,
+        prompt_ids=going,
+        sample_ids=[0] * len(going),
+        memory=memory,
+        engine=engine,
+        called="the chat model",
+        **limits,
+    )
     answers = dict(zip(going, drawn, strict=True))
     return [answers.get(i, []) for i in range(len(dialogues))]
 

@@ -21,8 +21,9 @@ from puna.core.documents import are_ids, field, json_rows, shortened
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.formats import RATINGS, SAFETY, Columns, parse_prompt
 from puna.trainers.data.prompts import EncodedPrompt, draw
+from puna.trainers.rl.engine import Engine
 from puna.trainers.rl.rewards import Answer, one_each
-from puna.trainers.rl.rollout import sample_everywhere
+from puna.trainers.rl.rollout import at_hand, sample_everywhere
 
 
 class Verdict(NamedTuple):
@@ -59,12 +60,13 @@ def sample_pairs(
     limits: Mapping[str, int] = MappingProxyType({}),
     compute_dtype: torch.dtype | None = None,
     sampling_tp: int = 1,
+    engine: Engine | None = None,
 ) -> int:
     """Write `count` rows of {"messages", "is_safety", "a", "b", "a_ids", "b_ids", and of both
     "_model" and "_temperature"} to `path`, less those whose answers are equal or empty (nobody
     could rank them); returns how many were written. Which variant is a is drawn. Where both are
     one model, as in V1, no pair has one temperature, unless there is but one. `limits` are
-    `generate`'s, of what stands side by side.
+    `generate`'s, of what stands side by side; an `engine` draws in place of this process.
 
     The draws depend on (seed, round_index, prompt, variant) only, so that a repeated call writes
     the same file. All ranks take part and rank 0 writes.
@@ -90,7 +92,7 @@ def sample_pairs(
             sampling_tp=sampling_tp,
         )
         drawn: list[dict[str, Any]] = [{}] * count
-        with parallel.gathered(model) as whole:
+        with at_hand(model, engine) as whole:
             for index, temperature in enumerate(variant.temperatures):
                 rows = np.flatnonzero(which == index).tolist()
                 sampled = sample_everywhere(
@@ -103,6 +105,7 @@ def sample_pairs(
                     round_index=round_index,
                     prompt_ids=rows,
                     sample_ids=[number] * len(rows),
+                    engine=engine,
                     called=str(variant.model),
                     **limits,
                 )

@@ -27,7 +27,20 @@ from puna.trainers.train.ranges import (
 
 
 @dataclass(kw_only=True)
-class AnsweringConfig(loop.DrawingConfig, loop.FolderConfig):
+class EngineConfig(loop.DrawingConfig):
+    """How answers are drawn, and by whom."""
+
+    engine: str = ""
+    """address of a vLLM server that draws the answers, http://127.0.0.1:8000 (docs/runs.md): it
+    takes the model's weights from the folder `engine` in `out`; left out: this process draws"""
+
+    def check(self) -> None:
+        if self.engine:
+            check_url(self.engine)
+
+
+@dataclass(kw_only=True)
+class AnsweringConfig(EngineConfig, loop.FolderConfig):
     """Options of a stage that samples answers."""
 
     policy: Path
@@ -40,13 +53,6 @@ class AnsweringConfig(loop.DrawingConfig, loop.FolderConfig):
     """longest answer, tokens"""
     micro_batch_tokens: Annotated[Count, FREE] = 16384
     """most tokens in one forward pass over answers"""
-    engine: str = ""
-    """address of a vLLM server that draws the answers, http://127.0.0.1:8000 (docs/runs.md): it
-    takes the policy's weights from the folder `engine` in `out`; left out: this process draws"""
-
-    def check(self) -> None:
-        if self.engine:
-            check_url(self.engine)
 
 
 @dataclass(kw_only=True)
@@ -174,7 +180,7 @@ class PPOConfig(SamplingConfig, loop.TrainConfig):
 
 
 @dataclass(kw_only=True)
-class RLHFConfig(loop.DrawingConfig):
+class RLHFConfig(EngineConfig):
     """The loop V1..Vn: comparisons, reward models, rejection sampling, PPO in the last ones."""
 
     out: Path
@@ -256,6 +262,7 @@ class RLHFConfig(loop.DrawingConfig):
     """table: options of `puna ppo`"""
 
     def check(self) -> None:
+        super().check()
         if self.ppo_versions > self.versions:
             raise ValueError(
                 f"versions is {self.versions} and ppo_versions {self.ppo_versions}; there must "
@@ -278,17 +285,12 @@ class RLHFConfig(loop.DrawingConfig):
             )
 
 
-def engine_of(config: AnsweringConfig, tokenizer: Tokenizer) -> Engine | None:
-    """The server that draws, where there is one; ValueError for an address that is none."""
+def engine_of(config: Any, tokenizer: Tokenizer) -> Engine | None:
+    """The server that draws, where an EngineConfig with `out` and `timeout` names one; ValueError
+    for an address that is none."""
     if not config.engine:
         return None
-    return Engine(
-        config.engine,
-        config.out / "engine",
-        tokenizer,
-        timeout=config.timeout,
-        max_tokens=config.micro_batch_tokens,
-    )
+    return Engine(config.engine, config.out / "engine", tokenizer, timeout=config.timeout)
 
 
 def frozen(path: Path, head: str, config: loop.FolderConfig, tp: int = 1) -> Transformer:

@@ -12,7 +12,8 @@ server's, seeded, but not the same again on another machine or beside other requ
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
@@ -55,19 +56,17 @@ OPENER = build_opener(ProxyHandler({}), NoRedirect)
 class Engine:
     """The server at `url`, which finds the policy's weights in `folder`.
 
-    It waits `timeout` seconds for each reply; `max_tokens` is how many tokens the trainer scores in
-    one forward pass. Raises ValueError, one sentence, for an address that is none.
+    It waits `timeout` seconds for each reply. Raises ValueError, one sentence, for an address that
+    is none.
     """
 
-    def __init__(
-        self, url: str, folder: Path, tokenizer: Tokenizer, *, timeout: float, max_tokens: int
-    ):
+    def __init__(self, url: str, folder: Path, tokenizer: Tokenizer, *, timeout: float):
         self.url = check_url(url)
         self.folder, self.tokenizer = folder.resolve(), tokenizer
-        self.timeout, self.max_tokens = timeout, max_tokens
+        self.timeout = timeout
         self._model = ""  # what the server calls it
         self._context = 0  # tokens of prompt and answer
-        self._saved: Transformer | None = None  # the policy whose weights lie in `folder`
+        self._saved: Callable[[], Any] = lambda: None  # the policy whose weights lie in `folder`
 
     def draw(
         self,
@@ -80,7 +79,8 @@ class Engine:
         temperature: float,
         batch_size: int,
     ) -> list[Drawn]:
-        """An answer to each prompt by `policy` as it is now (collective; `keys` become the seeds).
+        """An answer to each prompt by `policy` as it is now (collective; `keys` become the seeds),
+        up to EOS, `max_new_tokens` or the end of the policy's context.
 
         Raises ValueError where the server does not answer, has another vocabulary, a shorter
         context or other weights than could be given to it, or cuts an answer short.
@@ -88,19 +88,21 @@ class Engine:
         parallel.on_main(self._meet)
         self._model, self._context = parallel.broadcast([self._model, self._context])
         longest = parallel.all_max(max(map(len, prompts), default=0))
-        if longest + max_new_tokens > self._context:
+        needed = min(longest + max_new_tokens, policy.config.context)
+        if needed > self._context:
             raise ValueError(
                 f"{self.url} has room for {self._context} tokens, and a prompt of {longest} with "
                 f"max_new_tokens {max_new_tokens} has more: start it with --max-model-len "
-                f"{longest + max_new_tokens}, or lower max_new_tokens"
+                f"{needed}, or lower max_new_tokens"
             )
         self._give(policy)
 
         def answer(prompt: list[int], key: tuple[int, ...]) -> Drawn:
+            most = min(max_new_tokens, policy.config.context - len(prompt))
             asked = {
                 "model": self._model,
                 "prompt": prompt,
-                "max_tokens": max_new_tokens,
+                "max_tokens": most,
                 "temperature": temperature,
                 "seed": seed_of(key),
                 "stop_token_ids": [eos_id],
@@ -108,7 +110,7 @@ class Engine:
                 **WHOLE,
             }
             reply = self._post("/v1/completions", asked)
-            return self._checked(reply, prompt, max_new_tokens, eos_id)
+            return self._checked(reply, prompt, most, eos_id)
 
         side_by_side = ThreadPoolExecutor(max(1, min(batch_size, len(prompts))))
         try:
@@ -138,11 +140,11 @@ class Engine:
         """The policy's weights to the server (collective). It takes them each time, since it may
         have been started anew; those of a frozen policy are written once."""
         frozen = not any(parameter.requires_grad for parameter in policy.parameters())
-        if not (frozen and policy is self._saved):
+        if not (frozen and policy is self._saved()):
             dtype = policy.__dict__.get("compute_dtype") or torch.float32
             save_model(self.folder, policy, None, dtype)
         parallel.on_main(self._reload)
-        self._saved = policy
+        self._saved = weakref.ref(policy)
 
     def _reload(self) -> None:
         self._post("/pause?mode=wait", {}, DEVELOPER)

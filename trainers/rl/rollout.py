@@ -5,7 +5,8 @@ answer's length is stored, never searched for: Llama 2 has no padding piece, and
 the answer. S answers, T tokens of the longest one, A = sum of the lengths, C model width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from puna.core import parallel
 from puna.core.chat import decode_answer
 from puna.core.generation.generate import Completion
+from puna.core.generation.memory import Memory
 from puna.core.model import Transformer
 from puna.core.packed import forward_groups
 from puna.core.tensor_parallel import generate_together
@@ -55,13 +57,16 @@ class Rollout(NamedTuple):
 
 
 def as_answers(
-    rollout: Rollout, prompts: Sequence[EncodedPrompt], tokenizer: Tokenizer
+    answers: Sequence[list[int]],
+    finished: Sequence[bool],
+    prompts: Sequence[EncodedPrompt],
+    tokenizer: Tokenizer,
 ) -> list[Answer]:
-    """A rollout as rewards, annotators and judges are given it; one prompt for each answer."""
-    rows = zip(prompts, rollout.answers, rollout.finished.tolist(), strict=True)
+    """Ids as rewards, annotators and judges are given them; one prompt for each answer."""
+    rows = zip(prompts, answers, finished, strict=True)
     return [
-        Answer(p.messages, decode_answer(tokenizer, ids), p.ids, ids, finished, p.is_safety)
-        for p, ids, finished in rows
+        Answer(p.messages, decode_answer(tokenizer, ids), p.ids, ids, ended, p.is_safety)
+        for p, ids, ended in rows
     ]
 
 
@@ -77,8 +82,18 @@ def pad_answers(flat: Tensor, lengths: Tensor, steps: int) -> Tensor:
     return padded
 
 
-@torch.no_grad()
-def collect(
+@contextmanager
+def at_hand(policy: Transformer, engine: Engine | None) -> Iterator[Transformer]:
+    """What answers several times in a row: the policy with its weights gathered once (collective),
+    or as it is where an `engine` draws."""
+    if engine is not None:
+        yield policy
+        return
+    with parallel.gathered(policy) as whole:
+        yield whole
+
+
+def draw_answers(
     policy: Transformer,
     prompts: Sequence[list[int]],
     *,
@@ -89,17 +104,76 @@ def collect(
     temperature: float,
     seed: int,
     round_index: int,
+    among: int = 1,
     engine: Engine | None = None,
+    memory: Memory | None = None,
+    called: str = "the policy",
     **limits: int,
-) -> Rollout:
-    """Sample one answer to each of the prompts given (repeat a prompt for K answers).
+) -> list[Completion]:
+    """An answer to each prompt, of which `among` neighbouring ranks have the same ones and draw a
+    part each (collective). `policy` may be gathered already.
 
     The draw for token t of row s is a function of (seed, round_index, prompt_ids[s],
-    sample_ids[s], t) alone: not of the batch, the order or the rank. Nothing is cut off the
-    distribution (no top-k, no top-p): a ratio to a truncated one would not be a ratio of
-    probabilities. `limits` are `generate`'s, of what stands side by side. An `engine` draws in
-    place of this process, by a generator of its own; the log-probs are still the policy's. Raises
-    ValueError for a temperature that is not above 0, an empty prompt, or what the engine cannot do.
+    sample_ids[s], t) alone: not of the batch, the order or the rank. `limits` are `generate`'s, of
+    what stands side by side, and `memory` of what was computed before. An `engine` draws in place
+    of this process, by a generator of its own, and says no log-probs.
+    """
+    place = parallel.rank() % among
+    mine = range(place, len(prompts), among)
+    asked, numbers, samples = (
+        [each[i] for i in mine] for each in (prompts, prompt_ids, sample_ids)
+    )
+    if engine is not None:
+        answers = engine.draw(
+            policy,
+            asked,
+            [(seed, round_index, *key) for key in zip(numbers, samples, strict=True)],
+            max_new_tokens=max_new_tokens,
+            eos_id=eos_id,
+            temperature=temperature,
+            batch_size=limits.get("batch_size", 256),
+        )
+        found = [Completion(each.tokens, [], each.finished) for each in answers]
+    else:
+        with parallel.gathered(policy) as whole:  # once: from shards it is 20x slower
+            found = generate_together(
+                whole,
+                asked,
+                max_new_tokens=max_new_tokens,
+                eos_id=eos_id,
+                temperature=temperature,
+                seed=seed,
+                round_index=round_index,
+                prompt_ids=numbers,
+                sample_ids=samples,
+                memory=memory,
+                called=called,
+                **limits,
+            )
+    if among == 1:
+        return found
+    first = parallel.rank() - place
+    parts = parallel.gather([list(each) for each in found])[first : first + among]
+    return [Completion(*parts[i % among][i // among]) for i in range(len(prompts))]
+
+
+@torch.no_grad()
+def collect(
+    policy: Transformer,
+    prompts: Sequence[list[int]],
+    *,
+    temperature: float,
+    engine: Engine | None = None,
+    max_tokens: int = 16384,
+    **options: Any,
+) -> Rollout:
+    """Sample one answer to each of this rank's prompts (repeat a prompt for K answers), as
+    `draw_answers` does with these `options`.
+
+    Nothing is cut off the distribution (no top-k, no top-p): a ratio to a truncated one would not
+    be a ratio of probabilities. The log-probs are the policy's also where an `engine` draws: then
+    it scores the answers, `max_tokens` in one forward pass. Raises ValueError for a temperature
+    that is not above 0, an empty prompt, or what the engine cannot do.
     """
     if temperature <= 0:
         raise ValueError(
@@ -107,46 +181,15 @@ def collect(
         )
     if any(not prompt for prompt in prompts):
         raise ValueError("an empty prompt cannot be answered; it needs at least BOS")
-    device, tp = next(policy.parameters()).device, parallel.tp_of(policy)
+    tp = parallel.tp_of(policy)
+    drawn = draw_answers(
+        policy, prompts, temperature=temperature, engine=engine, among=tp, **options
+    )
     if engine is not None:
-
-        def asked(numbers: range) -> list[Completion]:
-            found = engine.draw(
-                policy,
-                [prompts[i] for i in numbers],
-                [(seed, round_index, prompt_ids[i], sample_ids[i]) for i in numbers],
-                max_new_tokens=max_new_tokens,
-                eos_id=eos_id,
-                temperature=temperature,
-                batch_size=limits["batch_size"],
-            )
-            return [Completion(each.tokens, [], each.finished) for each in found]
-
-        answers = _in_parts(tp, len(prompts), asked)
-        return scored_again(policy, prompts, answers, temperature, engine.max_tokens)
-    with parallel.gathered(policy) as whole:  # once: a gather per layer and token is 20x slower
-
-        def drawn(numbers: range) -> list[Completion]:
-            return generate_together(
-                whole,
-                [prompts[i] for i in numbers],
-                max_new_tokens=max_new_tokens,
-                eos_id=eos_id,
-                temperature=temperature,
-                top_k=0,
-                top_p=1.0,
-                seed=seed,
-                round_index=round_index,
-                prompt_ids=[prompt_ids[i] for i in numbers],
-                sample_ids=[sample_ids[i] for i in numbers],
-                called="the policy",
-                **limits,
-            )
-
-        completions = _in_parts(tp, len(prompts), drawn)
-    logprobs = torch.tensor([p for c in completions for p in c.logprobs], dtype=torch.float32)
+        return scored_again(policy, prompts, drawn, temperature, max_tokens)
+    logprobs = torch.tensor([p for c in drawn for p in c.logprobs], dtype=torch.float32)
     assert bool((logprobs <= 0).all()), "a log-probability is never positive"
-    return as_rollout(prompts, completions, logprobs, device)
+    return as_rollout(prompts, drawn, logprobs, next(policy.parameters()).device)
 
 
 def as_rollout(
@@ -168,20 +211,6 @@ def as_rollout(
     )
 
 
-def _in_parts(
-    tp: int, count: int, draw: Callable[[range], Sequence[Completion]]
-) -> list[Completion]:
-    """What `draw` gives for the prompts with numbers below `count`; `tp` neighbouring ranks, which
-    have the same prompts, draw a part of them each."""
-    place = parallel.rank() % tp
-    found = list(draw(range(place, count, tp)))
-    if tp == 1:
-        return found
-    first = parallel.rank() - place
-    parts = parallel.gather([list(each) for each in found])[first : first + tp]
-    return [Completion(*parts[i % tp][i // tp]) for i in range(count)]
-
-
 def scored_again(
     policy: Transformer,
     prompts: Sequence[list[int]],
@@ -198,29 +227,16 @@ def scored_again(
 
 
 def sample_everywhere(
-    whole: Transformer,
-    prompts: Sequence[list[int]],
-    *,
-    prompt_ids: Sequence[int],
-    sample_ids: Sequence[int],
-    **options: Any,
+    policy: Transformer, prompts: Sequence[list[int]], **options: Any
 ) -> list[list[int]]:
-    """The ids of an answer to each prompt, on every rank: each draws its share of them.
+    """The ids of an answer to each prompt, on every rank: each draws its share of them, as
+    `draw_answers` does with these `options`.
 
-    `whole` is a gathered model; prompts and options are the same on all ranks, and the answers
-    do not depend on how many there are.
+    Prompts and options are the same on all ranks, and the answers do not depend on how many there
+    are.
     """
-    ranks = parallel.world_size()
-    mine = range(parallel.rank(), len(prompts), ranks)
-    completions = generate_together(
-        whole,
-        [prompts[i] for i in mine],
-        prompt_ids=[prompt_ids[i] for i in mine],
-        sample_ids=[sample_ids[i] for i in mine],
-        **options,
-    )
-    parts = parallel.gather([completion.tokens for completion in completions])
-    return [parts[i % ranks][i // ranks] for i in range(len(prompts))]
+    drawn = draw_answers(policy, prompts, among=parallel.world_size(), **options)
+    return [completion.tokens for completion in drawn]
 
 
 def answer_states(

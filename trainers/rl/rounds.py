@@ -18,7 +18,7 @@ from puna.trainers.data.split import opening
 from puna.trainers.rl.accuracy import clustered
 from puna.trainers.rl.best_of import read_samples
 from puna.trainers.rl.comparisons import Annotator, Variant, annotate, sample_pairs, write_rows
-from puna.trainers.rl.config import RLHFConfig, SamplingConfig, prompt_room
+from puna.trainers.rl.config import RLHFConfig, SamplingConfig, engine_of, prompt_room
 from puna.trainers.rl.people import check_people as check_people
 from puna.trainers.rl.people import collect
 from puna.trainers.train import loop, written
@@ -136,6 +136,7 @@ def sample_kind(
         limits=config.limits(),
         compute_dtype=loop.DTYPES[config.dtype],
         sampling_tp=config.sampling_tp,
+        engine=engine_of(config, tokenizer),
     )
     if not found:
         parallel.barrier()  # every rank has counted them

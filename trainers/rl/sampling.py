@@ -19,7 +19,7 @@ from puna.trainers.rl.chunks import append_chunks
 from puna.trainers.rl.config import BestOfConfig, engine_of
 from puna.trainers.rl.engine import Engine
 from puna.trainers.rl.rewards import Reward, Scores, score_answers
-from puna.trainers.rl.rollout import as_answers, collect
+from puna.trainers.rl.rollout import as_answers, draw_answers
 from puna.trainers.train.notice import notice
 
 
@@ -131,7 +131,7 @@ def sample_chunk(
 ) -> Sequence[Drawn]:
     """K answers to each of the prompts with these numbers, scored where there is a reward."""
     rows = [(number, k) for number in numbers for k in range(drawing.samples)]
-    rollout = collect(
+    completions = draw_answers(
         policy,
         [prompts[number].ids for number, _ in rows],
         prompt_ids=[number for number, _ in rows],
@@ -144,7 +144,12 @@ def sample_chunk(
         engine=drawing.engine,
         **drawing.limits,
     )
-    answers = as_answers(rollout, [prompts[number] for number, _ in rows], tokenizer)
+    answers = as_answers(
+        [each.tokens for each in completions],
+        [each.finished for each in completions],
+        [prompts[number] for number, _ in rows],
+        tokenizer,
+    )
     drawn = [
         Drawn(
             messages=answer.messages,
@@ -160,7 +165,7 @@ def sample_chunk(
     ]
     if reward is None:
         return drawn
-    return with_scores(drawn, score_answers(reward, answers, rollout.lengths.device))
+    return with_scores(drawn, score_answers(reward, answers, policy.device))
 
 
 def with_scores(drawn: Sequence[Drawn], scores: Scores) -> list[Sample]:

@@ -30,6 +30,21 @@ def joined(cls: type, arguments: Sequence[str]) -> list[str]:
     return [argument for group in groups for argument in group]
 
 
+def in_front(flag: str, arguments: Sequence[str]) -> list[str]:
+    """The value that follows `flag`, where it is given, before all others: `--gpus 8 --recipe r`
+    as `r --gpus 8`."""
+    split = [part for each in arguments for part in parted(flag, each)]
+    if flag not in split[:-1]:
+        return list(arguments)
+    place = split.index(flag)
+    return [split[place + 1], *split[:place], *split[place + 2 :]]
+
+
+def parted(flag: str, argument: str) -> list[str]:
+    """`flag=value` as two arguments."""
+    return [flag, argument[len(flag) + 1 :]] if argument.startswith(f"{flag}=") else [argument]
+
+
 def several_valued(cls: type, prefix: str = "") -> set[str]:
     """The flags of a dataclass, without dashes, that take any number of values."""
     found = set()

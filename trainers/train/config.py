@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from puna.trainers.train.arguments import joined
+from puna.trainers.train.arguments import in_front, joined
 from puna.trainers.train.ranges import Options, check_ranges, drafts, enforce
 from puna.trainers.train.recipes import find_recipe, read_recipe
 from puna.trainers.train.values import convert
@@ -33,11 +33,11 @@ def parse(cls: type[Config], argv: Sequence[str], prog: str) -> Config:
     of the wrong type, and for options that cannot be (`ranges`); prints usage and exits for wrong
     flags, as command lines do.
     """
-    arguments = list(argv)
+    about = any(field.name == "recipe" for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+    arguments = in_front("--recipe", argv) if about else list(argv)
     values: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("-"):
         first = arguments.pop(0)
-        about = any(field.name == "recipe" for field in dataclasses.fields(cls))  # type: ignore[arg-type]
         values = {"recipe": first} if about else load_recipe(cls, find_recipe(first))
     with drafts():
         config = tyro.cli(
