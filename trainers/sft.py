@@ -19,7 +19,8 @@ from puna.core.checkpoint.folder import tokenizer_path
 from puna.core.documents import as_name
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.capacity import fitting
-from puna.trainers.data.formats import Columns, Dialogue
+from puna.trainers.data.columns import ReadingMessages
+from puna.trainers.data.formats import Dialogue
 from puna.trainers.data.mix import MixShare, mixed
 from puna.trainers.data.packing import PackedRows
 from puna.trainers.data.readers import Skipped, parse_dialogues, read_dialogues
@@ -35,15 +36,13 @@ from puna.trainers.train.run import Run, open_run, open_start
 
 
 @dataclass(kw_only=True)
-class SFTConfig(loop.RowsConfig):
+class SFTConfig(loop.RowsConfig, ReadingMessages):
     """Fine-tune a language model on demonstrations."""
 
     model: Path
     """model folder to start from"""
     data: list[Path] = field(default_factory=list)
-    """.jsonl of `messages`, or of `prompt` and `response`"""
-    columns: Columns = field(default_factory=Columns)
-    """names of the file's columns"""
+    """files of `messages`, or of `prompt` and `response`"""
     in_order: bool = False
     """all epochs of the first file of `data`, then all of the next, not shuffled together (paper:
     public data first, then its own); one learning-rate schedule over all of it"""
@@ -89,7 +88,7 @@ def run(
         raise ValueError("there are no dialogues to learn from; name their files with --data")
     if dialogues is not None and config.data:
         raise ValueError("dialogues come from config.data and from Python, too; leave one out")
-    given = None if dialogues is None else parse_dialogues(dialogues, config.columns)
+    given = None if dialogues is None else parse_dialogues(dialogues, config)
     tokenizer_file = tokenizer_path(config.model)
     rows = [dialogue.messages for dialogue in given[0]] if given else None
     handed = {"dialogues": rows, "loss": loss}
@@ -107,15 +106,15 @@ def fit(
     loss: next_token.Loss | None = None,
 ) -> Path:
     """What there is still to do in an open run."""
-    learned, skipped = given or load_dialogues(config.data, config.columns)
+    learned, skipped = given or load_dialogues(config.data, config)
     held: list[Dialogue] = []
     if config.eval_data:
-        held, unusable = load_dialogues(config.eval_data, config.columns)
+        held, unusable = load_dialogues(config.eval_data, config)
         skipped.merge(unusable)
     elif config.eval_share > 0:
         learned, held = split(learned, config.eval_share, config.seed, begins)
     if config.mix:
-        others, unusable = load_dialogues(config.mix, config.columns)
+        others, unusable = load_dialogues(config.mix, config)
         skipped.merge(unusable)
         learned = mixed(learned, others, held, config.mix_share, config.seed, begins, skipped)
     source = open_start(folder, config.model, head="lm")
@@ -152,12 +151,14 @@ def begins(dialogue: Dialogue) -> Hashable:
     return exchange(dialogue.messages)
 
 
-def load_dialogues(paths: list[Path], columns: Columns) -> tuple[list[Dialogue], Skipped]:
+def load_dialogues(
+    paths: list[Path], how: ReadingMessages | None = None
+) -> tuple[list[Dialogue], Skipped]:
     """All usable dialogues of the files, and what was skipped."""
     dialogues: list[Dialogue] = []
     skipped = Skipped()
     for path in paths:
-        found, unusable = read_dialogues(path, columns)
+        found, unusable = read_dialogues(path, how)
         dialogues += found
         skipped.merge(unusable)
     return dialogues, skipped

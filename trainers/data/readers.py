@@ -179,11 +179,13 @@ def read_preferences(
     return _read(path, "preferences", how, parse_preference)
 
 
-def read_ghosts(path: str | Path, *, alone: bool = False) -> tuple[list[Ghost], Skipped]:
+def read_ghosts(
+    path: str | Path, how: ReadingMessages | None = None, *, alone: bool = False
+) -> tuple[list[Ghost], Skipped]:
     """What Ghost Attention samples from: rows of `turns` or `messages`, and perhaps `instruction`
     and `short`; with `alone`, rows of the last two."""
     parse = parse_instruction if alone else parse_ghost
-    return _read(path, "others", None, lambda row, columns: parse(row))
+    return _read(path, "others", how, lambda row, columns: parse(row))
 
 
 def read_prompts(
@@ -193,9 +195,11 @@ def read_prompts(
     return _read(path, "prompts", how, parse_prompt)
 
 
-def read_preprompts(path: str | Path) -> tuple[list[Preprompt], Skipped]:
+def read_preprompts(
+    path: str | Path, how: ReadingMessages | None = None
+) -> tuple[list[Preprompt], Skipped]:
     """What is put before adversarial prompts: rows of `preprompt`, and perhaps `category`."""
-    return _read(path, "others", None, lambda row, columns: parse_preprompt(row))
+    return _read(path, "others", how, lambda row, columns: parse_preprompt(row))
 
 
 def _read(

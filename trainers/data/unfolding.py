@@ -184,7 +184,7 @@ def paths(
                 (where, Malformed(f"{reason}, expected prompter or assistant, and a text"))
             )
             continue
-        place = float(rank) if type(rank) in (int, float) else inf
+        place = float(rank) if isinstance(rank, (int, float)) else inf
         node = Node(where, {"role": role, "content": text}, place)
         children.setdefault(str(row.get("parent_id")), []).append((str(row["message_id"]), node))
     waiting: list[tuple[str, list[Node], bool]] = [("None", [], True)]
