@@ -22,6 +22,7 @@ from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.columns import Reading
 from puna.trainers.data.corpus import HEADER, INDEX, Corpus, token_dtype
 from puna.trainers.data.files import Source, is_packed, sources
+from puna.trainers.data.long_texts import ids_in_pieces
 from puna.trainers.data.readers import Skipped, each_text
 from puna.trainers.train.progress import Meter, meter
 
@@ -166,15 +167,22 @@ def encoded(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
     """The ids of each text with BOS and EOS, some texts encoded together."""
     dtype = token_dtype(tokenizer.vocab_size)
     for some in together(texts):
+        if len(some[0]) > TOGETHER:
+            bos, eos = (np.asarray([end], dtype) for end in (tokenizer.bos_id, tokenizer.eos_id))
+            yield np.concatenate([bos, *ids_in_pieces(tokenizer, some[0], dtype), eos])
+            continue
         for ids in tokenizer.encode_all(some):
             yield np.asarray([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype)
 
 
 def together(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts in lists of about TOGETHER characters."""
+    """Texts in lists of about TOGETHER characters; one that is longer is alone."""
     some: list[str] = []
     size = 0
     for text in texts:
+        if len(text) > TOGETHER and some:
+            yield some
+            some, size = [], 0
         some.append(text)
         size += len(text)
         if size >= TOGETHER:

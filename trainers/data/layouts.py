@@ -168,7 +168,7 @@ def is_said(layout: Layout, how: Reading) -> bool:
 
 def has_columns(kind: Kind, row: Row, columns: Columns) -> bool:
     """Whether a row has what a kind of row must have, under these names."""
-    sets = {
+    sets: dict[str, list[tuple[str, ...]]] = {
         "texts": [(columns.text,)],
         "dialogues": [(columns.messages,), (columns.prompt, columns.response)],
         "answered": [

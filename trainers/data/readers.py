@@ -6,6 +6,7 @@ wrong, what was expected`, or is counted where `Reading.on_error` says so; a row
 but not used is skipped, counted and named.
 """
 
+import codecs
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ from puna.trainers.data.messages import Malformed, Unusable, inside_messages, re
 
 T = TypeVar("T")
 
+PIECE = 1 << 20  # bytes of a text that are read at a time
 LONGEST_TEXT = 1 << 33  # bytes of one document
 UNREADABLE = "it cannot be read"
 
@@ -118,15 +120,22 @@ def each_text(path: str | Path, how: Reading | None, skipped: Skipped) -> Iterat
 
 def whole_text(source: Source) -> str:
     """A file as one text. Raises ValueError where it is none."""
+    parts: list[str] = []
+    decode, size = codecs.getincrementaldecoder("utf-8-sig")().decode, 0
     with unpacked(source) as file:
-        data = file.read(LONGEST_TEXT + 1)
-    if len(data) > LONGEST_TEXT:
-        raise ValueError(f"{source.name} is longer than {LONGEST_TEXT:,} bytes; cut it into files")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ValueError(f"{source.name}:{line}: not UTF-8, expected UTF-8 text") from error
+        try:
+            while piece := file.read(PIECE):
+                parts.append(decode(piece))
+                size += len(piece)
+                if size > LONGEST_TEXT:
+                    most = f"{LONGEST_TEXT:,}"
+                    raise ValueError(f"{source.name} has more than {most} bytes; cut it into files")
+            parts.append(decode(b"", True))
+        except UnicodeDecodeError as error:
+            line = sum(part.count("\n") for part in parts) + 1
+            line += error.object[: error.start].count(b"\n")
+            raise ValueError(f"{source.name}:{line}: not UTF-8, expected UTF-8 text") from error
+    text = "".join(parts)
     if not text.strip():
         raise ValueError(f"{source.name}: the file is empty")
     return text.replace("\r\n", "\n")

@@ -53,7 +53,7 @@ def compared_by_annotators(rows: Rows) -> Rows:
             yield where, row
             continue
         names = [name for name in row if name.startswith("annotator")]
-        votes = Counter(row[name] for name in names if row[name] in (0, 1, 2))
+        votes = Counter(row[name] for name in names if type(row[name]) is int)
         (best, count), *_ = [*votes.most_common(1), (0, 0)]
         verdict = {1: "a", 2: "b"}.get(best, "tie") if count > len(names) / 2 else "tie"
         rest = {name: value for name, value in row.items() if name not in names}
@@ -84,7 +84,7 @@ def _neighbours(a: Row, b: Row) -> Any:
         if type(value) not in (int, float):
             return Malformed(f"'helpfulness' is {shortened(value)}, expected a number")
     verdict = "tie" if first == second else "a" if first > second else "b"  # type: ignore[operator]
-    return {"prompt": a["prompt"], "a": a.get("response"), "b": b.get("response"),
+    return {"prompt": a.get("prompt"), "a": a.get("response"), "b": b.get("response"),
             "verdict": verdict}  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def ranked(row: Row) -> tuple[list[dict[str, str]], list[tuple[float, str]]]:
         messages = parse_transcript(prompt)
         if messages[-1]["role"] == "assistant" and not messages[-1]["content"].strip():
             messages.pop()
-    answers = row["answers"]
+    answers = row.get("answers")
     if not isinstance(answers, list) or not all(isinstance(each, dict) for each in answers):
         raise Malformed(f"'answers' is {shortened(answers)}, expected a list of answers with ranks")
     if len(answers) > MOST_ANSWERS:
@@ -152,7 +152,7 @@ def whole_trees(rows: Rows) -> Rows:
         if not isinstance(row, Mapping):
             yield where, row
             continue
-        waiting = [(row["prompt"], None)]
+        waiting = [(row.get("prompt"), None)]
         while waiting:
             message, parent = waiting.pop()
             if not isinstance(message, dict):
@@ -186,7 +186,9 @@ def paths(
             continue
         place = float(rank) if isinstance(rank, (int, float)) else inf
         node = Node(where, {"role": role, "content": text}, place)
-        children.setdefault(str(row.get("parent_id")), []).append((str(row["message_id"]), node))
+        children.setdefault(str(row.get("parent_id")), []).append(
+            (str(row.get("message_id")), node)
+        )
     waiting: list[tuple[str, list[Node], bool]] = [("None", [], True)]
     while waiting:
         name, path, is_best = waiting.pop()
