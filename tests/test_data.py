@@ -181,9 +181,7 @@ class TestReal:
         for side in "ab":
             ratings[f"{side}-is-better"] = f"{side} better"
             ratings[f"{side}-is-slightly-better"] = f"{side} slightly_better"
-        rows, skipped = read_preferences(
-            path, ReadingComparisons(columns=columns, ratings=ratings)
-        )
+        rows, skipped = read_preferences(path, ReadingComparisons(columns=columns, ratings=ratings))
         source = [json.loads(line) for line in path.read_text().splitlines()]
         ties = sum(row["preference"] == "tie" for row in source)
         assert sorted(skipped.values()) == [1, 2, ties]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
+from puna.core.documents import listed
 from puna.trainers.data.cells import Row
 from puna.trainers.data.columns import Columns, Ratings, Reading
 from puna.trainers.data.files import Rows
@@ -25,6 +26,7 @@ from puna.trainers.data.unfolding import (
 )
 
 Kind = Literal["texts", "dialogues", "answered", "preferences", "prompts", "others"]
+KINDS: tuple[Kind, ...] = ("preferences", "dialogues", "prompts", "texts")
 OURS = Columns()
 
 
@@ -179,6 +181,25 @@ def has_columns(kind: Kind, row: Row, columns: Columns) -> bool:
         "others": [()],
     }  # fmt: skip
     return any(all(name and row.get(name) is not None for name in names) for names in sets[kind])
+
+
+def kind_of(row: Row, how: Reading) -> Kind:
+    """What a row is most probably meant for. Raises ValueError where it is nothing known."""
+    for kind in KINDS:
+        layout = layout_of(kind, row, how)
+        if layout.needs or has_columns(kind, row, layout.columns):
+            messages = row.get(layout.columns.messages)
+            is_open = isinstance(messages, list) and messages and _is_asked(messages[-1])
+            return "prompts" if kind == "dialogues" and is_open else kind
+    columns = listed(row) or "none"
+    raise ValueError(
+        f"the row has the columns {columns}, which no layout has; name the file's own in "
+        "[columns], or say with --kind what it is"
+    )
+
+
+def _is_asked(message: Any) -> bool:
+    return isinstance(message, dict) and message.get("role") == "user"
 
 
 def read_as(kind: Kind, rows: Rows, how: Reading) -> tuple[Layout, Ratings, Rows]:
