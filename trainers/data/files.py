@@ -11,7 +11,6 @@ that it can be looked at as often as a file, and pinned as one (`train.inputs`).
 import codecs
 import gzip
 import importlib
-import io
 import json
 import os
 import shutil
@@ -35,6 +34,7 @@ PACKED = (".gz", ".zst")
 ENDINGS = (".jsonl", ".json", ".parquet", ".txt")  # what is read of a folder
 GZIP, ZSTANDARD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 NAMED = "hf:"  # before the name of a data set
+ZSTD_PACKAGE = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 PATTERN = "*?["
 PIPE = "-"
 TOGETHER = 256  # rows of a Parquet file that are in memory at a time
@@ -155,11 +155,9 @@ def unpacked(source: Source) -> Iterator[BinaryIO]:
         if first.startswith(GZIP):
             inside = stack.enter_context(gzip.open(file))
         elif first == ZSTANDARD:
-            zstandard = needed("zstandard", source.name)
-            broken = (zstandard.ZstdError,)
-            inside = io.BufferedReader(
-                zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-            )
+            zstd = needed(ZSTD_PACKAGE, source.name)
+            broken = (EOFError, zstd.ZstdError)
+            inside = stack.enter_context(zstd.open(file))
         try:
             yield inside
         except broken as error:
@@ -173,8 +171,9 @@ def needed(package: str, name: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
+        called = package if package == ZSTD_PACKAGE else package.split(".")[0]
         raise ValueError(
-            f"{name} is read by the package {package.split('.')[0]}, which is not installed: "
+            f"{name} is read by the package {called}, which is not installed: "
             "pip install 'puna[data]'"
         ) from error
 

@@ -176,7 +176,9 @@ def has_columns(kind: Kind, row: Row, columns: Columns) -> bool:
         "answered": [
             (columns.messages,), (columns.prompt, columns.response), ("tokens", "answer"),
         ],
-        "preferences": [(columns.chosen, columns.rejected), (columns.a, columns.b)],
+        "preferences": [
+            (columns.a, columns.b) if columns.a or columns.b else (columns.chosen, columns.rejected)
+        ],
         "prompts": [(columns.messages,), (columns.prompt,)],
         "others": [()],
     }  # fmt: skip
