@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 
 from puna.cli.main import main
+from puna.core.chat import encode_dialogue
 from puna.core.tokenizer import Tokenizer
+from puna.trainers import sft
 from puna.trainers.data import arrays, encoding, files, long_texts
 from puna.trainers.data.columns import Columns, Reading, ReadingComparisons, ReadingMessages
 from puna.trainers.data.readers import (
@@ -191,12 +193,15 @@ def test_a_data_set_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
             raise FileNotFoundError("no such data set\nmore lines")
         return ROWS
 
-    stand_in = types.SimpleNamespace(load_dataset=load_dataset)
+    stand_in = types.SimpleNamespace(load_dataset=load_dataset, __version__="4.1.0")
     monkeypatch.setitem(sys.modules, "datasets", stand_in)
     assert len(read_dialogues("hf:a/b")[0]) == len(read_dialogues("hf:a/b:test")[0]) == 5
     assert asked == [("a/b", "train"), ("a/b", "test")]
     with pytest.raises(ValueError, match="cannot be read by the package datasets: no such .*set$"):
         read_dialogues("hf:a/none")
+    stand_in.__version__ = "3.6.0"
+    with pytest.raises(ValueError, match="datasets 3.6.0 may run code that comes with data"):
+        read_dialogues("hf:a/c")
 
 
 @pytest.mark.parametrize("package", [files.ZSTD_PACKAGE, "pyarrow.parquet"])
@@ -517,6 +522,25 @@ def test_columns_and_ratings_on_the_command_line(tmp_path: Path, tiny: Path, cap
     command += ["cpu", "--prompts", str(prompts), "--samples", "1", "--max-new-tokens", "2"]
     assert main([*command, "--out", str(tmp_path / "drawn")]) == 0
     assert len((tmp_path / "drawn" / "samples.jsonl").read_text().split("\n")) == 3
+
+
+def test_long_dialogues_are_cut_where_asked(tiny: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(tiny / "tokenizer.model")
+    rows = [ROWS[0], {"prompt": "red", "response": "blue " * 300}, {"prompt": "cup " * 300,
+            "response": "x"}]  # fmt: skip
+    file = lines(tmp_path / "d.jsonl", *rows)
+    found = read_dialogues(file)[0]
+    kept = sft.pack(tokenizer, found, 128)
+    assert kept.skipped.first == {"longer than the 128 tokens of a row": f"{file}:2"}
+    whole = sft.pack(tokenizer, found, 128, truncate=True)
+    said = f"cut 2 to the 128 tokens of a row (first {file}:2)"
+    assert whole.skipped.notes == [said]
+    assert dict(whole.skipped) == {"no token to learn": 1}  # its prompt alone fills the row
+    ids, weights = encode_dialogue(tokenizer, found[1].messages)
+    batch = whole.batch(range(len(whole)))
+    row = int((batch.weights > 0).sum(1).argmax())
+    assert batch.tokens[row].tolist() == ids[:128]
+    assert batch.weights[row].tolist() == weights[1:129]
 
 
 # --- puna data

@@ -63,6 +63,9 @@ class SFTConfig(loop.RowsConfig, ReadingMessages):
     """rows in a step, all processes together (paper: 64)"""
     row_tokens: CountOrZero = 0
     """tokens in a row; 0 takes the model's context (paper: 4096)"""
+    truncate: bool = False
+    """cut dialogues that are longer than a row, whose last answers then lose their end; off: they
+    are skipped"""
 
     def check(self) -> None:
         if self.in_order and (len(self.data) < 2 or self.mix):
@@ -120,9 +123,9 @@ def fit(
     source = open_start(folder, config.model, head="lm")
     fitting.check("sft", config, source.config)
     row_tokens = next_token.row_length(config.row_tokens, source.config.context)
-    rows = pack(tokenizer, learned, row_tokens, by_file=config.in_order)
+    rows = pack(tokenizer, learned, row_tokens, by_file=config.in_order, truncate=config.truncate)
     skipped.merge(rows.skipped)
-    eval_rows = pack_held_out(tokenizer, held, row_tokens, skipped)
+    eval_rows = pack_held_out(tokenizer, held, row_tokens, skipped, truncate=config.truncate)
     next_token.say(skipped)
     plan = of_epochs(len(rows), config.epochs, config.batch)
     order = None
@@ -165,26 +168,45 @@ def load_dialogues(
 
 
 def pack(
-    tokenizer: Tokenizer, dialogues: list[Dialogue], row_tokens: int, *, by_file: bool = False
+    tokenizer: Tokenizer,
+    dialogues: list[Dialogue],
+    row_tokens: int,
+    *,
+    by_file: bool = False,
+    truncate: bool = False,
 ) -> PackedRows:
-    """Dialogues in rows of `row_tokens`, with `by_file` file after file; ValueError where none is
-    left."""
+    """Dialogues in rows of `row_tokens`, with `by_file` file after file, with `truncate` cut where
+    they are longer; ValueError where none is left."""
     sequences = [encode_dialogue(tokenizer, dialogue.messages) for dialogue in dialogues]
     where = [dialogue.where for dialogue in dialogues]
     files = [place.rpartition(":")[0] for place in where] if by_file else []
+    room = row_tokens + 1  # the last id is only ever a target
+    long = [place for place, (ids, _) in zip(where, sequences, strict=True) if len(ids) > room]
+    if truncate:
+        sequences = [(ids[:room], weights[:room]) for ids, weights in sequences]
     size = tokenizer.vocab_size
-    return PackedRows(sequences, row_tokens, vocab_size=size, where=where, groups=files)
+    rows = PackedRows(sequences, row_tokens, vocab_size=size, where=where, groups=files)
+    if truncate and long:
+        rows.skipped.notes.append(
+            f"cut {len(long):,} to the {row_tokens:,} tokens of a row (first {long[0]})"
+        )
+    return rows
 
 
 def pack_held_out(
-    tokenizer: Tokenizer, held: list[Dialogue], row_tokens: int, skipped: Skipped
+    tokenizer: Tokenizer,
+    held: list[Dialogue],
+    row_tokens: int,
+    skipped: Skipped,
+    *,
+    truncate: bool = False,
 ) -> PackedRows | None:
     """`pack` of held-out dialogues, adding to `skipped` those that are left out; None where there
     are none or none is left, which is said and stops nobody."""
     if not held:
         return None
     try:
-        rows = pack(tokenizer, held, row_tokens)
+        rows = pack(tokenizer, held, row_tokens, truncate=truncate)
     except ValueError as error:
         skipped.notes.append(f"the held-out loss is not measured: {error}")
         return None

@@ -37,6 +37,7 @@ NAMED = "hf:"  # before the name of a data set
 ZSTD_PACKAGE = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 PATTERN = "*?["
 PIPE = "-"
+CODELESS = 4  # the version of `datasets` from which on it runs no code of a data set
 TOGETHER = 256  # rows of a Parquet file that are in memory at a time
 
 Rows = Iterator[tuple[str, dict[str, Any] | ValueError]]
@@ -125,6 +126,11 @@ def copied_data_set(name: str) -> IO[bytes]:
             f"{name} is read by the package datasets, which is not installed (pip install "
             "datasets); or name a file"
         ) from error
+    if int(datasets.__version__.partition(".")[0]) < CODELESS:
+        raise ValueError(
+            f"{name}: datasets {datasets.__version__} may run code that comes with data; install "
+            f"version {CODELESS} or newer"
+        )
     wanted, _, split = name.removeprefix(NAMED).partition(":")
     try:
         rows = datasets.load_dataset(wanted, split=split or "train")
