@@ -109,7 +109,7 @@ def copied_pipe(name: str) -> IO[bytes]:
         raise ValueError("- stands for what is piped in, and nothing is; name a file")
     say(f"reading {name} to its end", error=True)
     copy = tempfile.NamedTemporaryFile(prefix="puna-")  # noqa: SIM115
-    with os.fdopen(os.dup(0), "rb") if name == PIPE else open(name, "rb") as pipe:
+    with os.fdopen(os.dup(0), "rb") if name == PIPE else Path(name).open("rb") as pipe:
         shutil.copyfileobj(pipe, copy)
     copy.flush()
     return copy
@@ -159,11 +159,11 @@ def unpacked(source: Source) -> Iterator[BinaryIO]:
     with source.file.open("rb") as file, ExitStack() as stack:
         inside: Any = file
         if first.startswith(GZIP):
-            inside = stack.enter_context(gzip.open(file))
+            inside = stack.enter_context(gzip.GzipFile(fileobj=file))
         elif first == ZSTANDARD:
             zstd = needed(ZSTD_PACKAGE, source.name)
             broken = (EOFError, zstd.ZstdError)
-            inside = stack.enter_context(zstd.open(file))
+            inside = stack.enter_context(zstd.ZstdFile(file))
         try:
             yield inside
         except broken as error:
