@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from puna.trainers.data.columns import Columns, ReadingComparisons, ReadingMessages
 from puna.trainers.train.ranges import (
     AtMost,
     Batch,
@@ -19,7 +20,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(kw_only=True)
-class AnnotateConfig(Options):
+class AnnotateConfig(ReadingMessages):
     """Serve the page where people compare two answers of two models (paper section 3.2.1)."""
 
     out: Path
@@ -98,7 +99,7 @@ class ExportConfig(Options):
 
 
 @dataclass(kw_only=True)
-class ImportConfig(Options):
+class ImportConfig(ReadingComparisons):
     """Bring comparisons from elsewhere into a file; what is in it already is passed over."""
 
     annotations: Path
@@ -107,3 +108,8 @@ class ImportConfig(Options):
     """files to read"""
     format: Literal["puna", "trl", "label-studio"] = "puna"
     """as of export"""
+
+    def check(self) -> None:
+        given = (self.columns, self.roles, self.ratings) != (Columns(), {}, {})
+        if self.format == "label-studio" and given:
+            raise ValueError("Label Studio's tasks have no columns of their own; leave those out")

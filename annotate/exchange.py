@@ -20,7 +20,7 @@ def export(config: ExportConfig) -> None:
 
 def bring(config: ImportConfig) -> None:
     """Read all files, then add what is new."""
-    read = [exchange.read(path, config.format) for path in config.data]
+    read = [exchange.read(path, config.format, config) for path in config.data]
     with opened(config.annotations, create=True) as store:
         for path, (rows, skipped) in zip(config.data, read, strict=True):
             new = exchange.bring_in(store, rows)

@@ -52,7 +52,7 @@ class Supply:
         self.store, self.config = store, config
         self.tokenizer = Tokenizer(common_tokenizer(*config.models))
         self.room = room_for_prompts(config)
-        self.prompts, skipped = load_prompts(config.prompts, self.tokenizer, self.room)
+        self.prompts, skipped = load_prompts(config.prompts, self.tokenizer, self.room, config)
         next_token.say(skipped)
         self.speakers = speakers_of(config)
         self.pairs = config.pairs or len(self.prompts)

@@ -61,6 +61,10 @@ VERBS = {
         "EvaluateChatConfig",
         "win rate, violations, refusals, instructions kept, diversity of chat models",
     ),
+    "data": Verb(
+        "puna.cli.data", "DataConfig", "what would be read of a file, and how",
+        named=("file",),
+    ),
     "plan": Verb("puna.trainers.capacity.plan", "PlanConfig", "what a recipe needs on given GPUs"),
     "score": Verb("puna.trainers.score", "ScoreConfig", "the reward of texts"),
     "generate": Verb("puna.cli.generate", "GenerateConfig", "continue a prompt"),
@@ -126,7 +130,9 @@ def with_names(verb: Verb, arguments: Sequence[str]) -> list[str]:
     for number, argument in enumerate(arguments):
         before = arguments[number - 1] if number else ""
         is_value = before.startswith("--") and "=" not in before
-        if names and not (argument.startswith("-") or is_value or argument.endswith(".toml")):
+        if names and not (
+            (argument.startswith("-") and argument != "-") or is_value or argument.endswith(".toml")
+        ):
             found.append(names.pop(0))
         found.append(argument)
     return found

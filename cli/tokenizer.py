@@ -7,30 +7,28 @@ from typing import Annotated
 
 from puna.core.terminal import say, say_table
 from puna.core.tokenizer import Tokenizer, train_tokenizer
+from puna.trainers.data.columns import Reading
 from puna.trainers.data.encoding import Texts, encode_file, encode_folder
-from puna.trainers.data.formats import Columns
 from puna.trainers.data.readers import read_texts
-from puna.trainers.train.ranges import AtLeast, AtMost, Options
+from puna.trainers.train.ranges import AtLeast, AtMost
 
 
-@dataclass
-class TrainTokenizer(Options):
+@dataclass(kw_only=True)
+class TrainTokenizer(Reading):
     """Train a SentencePiece tokenizer with Llama 2's settings."""
 
     data: tuple[Path, ...]
-    """Texts: .txt files, or .jsonl files with a text column."""
+    """Texts: .txt files, or files of rows with a text column."""
     output: Path
     """The tokenizer.model to write."""
     vocab_size: Annotated[int, AtLeast(260)] = 32_000
     """Number of pieces, with 3 control and 256 byte pieces among them (paper 2.2: 32k)."""
     character_coverage: Annotated[float, AtLeast(0.98), AtMost(1)] = 0.99995
     """Share of the text's characters that get a piece; the rest are bytes (Llama 2's value)."""
-    columns: Columns = Columns()
-    """The names of the columns in .jsonl files."""
 
 
-@dataclass
-class Encode(Options):
+@dataclass(kw_only=True)
+class Encode(Reading):
     """Show the ids and pieces of a text, or write whole files as a corpus for pretraining."""
 
     tokenizer: Path
@@ -38,23 +36,19 @@ class Encode(Options):
     text: str | None = None
     """The text to show."""
     data: tuple[Path, ...] = ()
-    """Texts to write: .txt files, or .jsonl files with a text column."""
+    """Texts to write: .txt files, or files of rows with a text column."""
     output: Path | None = None
     """The corpus of ids to write: a folder, which can be continued, or one .npy file."""
-    columns: Columns = Columns()
-    """The names of the columns in .jsonl files."""
 
 
-@dataclass
-class Inspect(Options):
+@dataclass(kw_only=True)
+class Inspect(Reading):
     """Describe a tokenizer, and how well it fits some text."""
 
     tokenizer: Path
     """A tokenizer.model."""
     data: tuple[Path, ...] = ()
-    """Texts to measure it on: .txt files, or .jsonl files with a text column."""
-    columns: Columns = Columns()
-    """The names of the columns in .jsonl files."""
+    """Texts to measure it on: .txt files, or files of rows with a text column."""
 
 
 def run(config: TrainTokenizer | Encode | Inspect) -> None:
@@ -70,7 +64,7 @@ def run(config: TrainTokenizer | Encode | Inspect) -> None:
 def train(config: TrainTokenizer) -> None:
     """Writes a tokenizer."""
     tokenizer = train_tokenizer(
-        _texts(config.data, config.columns),
+        _texts(config.data, config),
         config.output,
         vocab_size=config.vocab_size,
         character_coverage=config.character_coverage,
@@ -85,7 +79,7 @@ def encode(config: Encode) -> None:
     tokenizer = Tokenizer(config.tokenizer)
     if config.output is not None:
         write = encode_file if config.output.suffix == ".npy" else encode_folder
-        found = write(config.output, tokenizer, Texts(config.data, config.columns))
+        found = write(config.output, tokenizer, Texts(config.data, config))
         if found.skipped:
             say(str(found.skipped))
         say(f"wrote {config.output}: {found.tokens:,} tokens of {found.documents:,} documents")
@@ -110,7 +104,7 @@ def inspect(config: Inspect) -> None:
         ("longest piece", longest),
     ]
     if config.data:
-        texts = list(_texts(config.data, config.columns))
+        texts = list(_texts(config.data, config))
         n_tokens = sum(len(tokenizer.encode(text)) for text in texts)
         size = sum(len(text.encode("utf-8")) for text in texts)
         rows.append(("tokens in the texts", f"{n_tokens:,}"))
@@ -118,12 +112,12 @@ def inspect(config: Inspect) -> None:
     say_table(rows)
 
 
-def _texts(paths: tuple[Path, ...], columns: Columns) -> Iterator[str]:
+def _texts(paths: tuple[Path, ...], how: Reading) -> Iterator[str]:
     """The documents of all files; says what was skipped."""
     if not paths:
         raise ValueError("give the texts with --data")
     for path in paths:
-        texts, skipped = read_texts(path, columns)
+        texts, skipped = read_texts(path, how)
         if skipped:
             say(str(skipped))
         yield from texts

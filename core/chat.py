@@ -80,6 +80,20 @@ def encode_dialogue(
     return ids, weights
 
 
+def spelled(messages: Sequence[Message]) -> list[tuple[str, float]]:
+    """A dialogue as text, with `<s>` and `</s>` written out: (text, weight) of every side of it, as
+    `encode_dialogue` has them; a last user message may be unanswered. Raises ValueError as
+    `check_dialogue` does."""
+    check_dialogue(messages)
+    counts = iter([each.get("weight", 1.0) for each in messages if each["role"] == "assistant"])
+    sides: list[tuple[str, float]] = []
+    for user, answer in _exchanges(messages, system_every_turn=False):
+        sides.append((f"<s>{INST} {user.strip()} {END_INST}", 0.0))
+        if answer is not None:
+            sides.append((f" {answer.strip()} </s>", next(counts)))
+    return sides
+
+
 def encode_prompt(
     tokenizer: Tokenizer, messages: Sequence[Message], *, system_every_turn: bool = False
 ) -> list[int]:

@@ -10,11 +10,12 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 
 T = TypeVar("T")
 
 LARGEST = 1 << 28  # bytes of a file that is one object: Llama 3's tokenizer.json has 9 MB
+LONGEST = 1 << 28  # bytes of a line
 WORDS = {
     int: "a whole number",
     float: "a finite number",
@@ -55,16 +56,36 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(`file:line`, object) of each line that is not blank; lines end with a line feed and with
     nothing else. ValueError where the file is absent and for a line that is no object."""
     with regular_file(path).open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            row = parse_json(line.rstrip(b"\r\n"), where, "expected one JSON object a line")
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f"{where}: a JSON {type(row).__name__}, expected one object a line"
-                )
+        for where, row in json_lines(file, str(path)):
+            if isinstance(row, ValueError):
+                raise row
             yield where, row
+
+
+def json_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
+    """(`name:line`, object) of each line that is not blank; for one that is no object the
+    ValueError that says so."""
+    number = 0
+    while line := file.readline(LONGEST + 1):
+        number += 1
+        where = f"{name}:{number}"
+        if len(line) > LONGEST:
+            raise ValueError(f"{where}: longer than {LONGEST:,} bytes, expected one row a line")
+        if line.strip():
+            yield where, _object(line.rstrip(b"\r\n"), where)
+
+
+def _object(line: bytes, where: str) -> dict[str, Any] | ValueError:
+    try:
+        row = parse_json(line, where, "expected one JSON object a line")
+    except ValueError as error:
+        return error
+    return row if isinstance(row, dict) else no_object(row, where, "one object a line")
+
+
+def no_object(value: Any, where: str, expected: str) -> ValueError:
+    """What to say of a row that is another kind of JSON."""
+    return ValueError(f"{where}: a JSON {type(value).__name__}, expected {expected}")
 
 
 def append_rows(path: Path, rows: Iterable[Any], mode: Literal["a", "w"] = "a") -> None:

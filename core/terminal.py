@@ -34,15 +34,19 @@ def say(text: object = "", *, end: str = "\n", error: bool = False) -> None:
 
 
 def say_table(
-    rows: Sequence[Sequence[str]], header: Sequence[str] = (), title: str | None = None
+    rows: Sequence[Sequence[str]],
+    header: Sequence[str] = (),
+    title: str | None = None,
+    styles: Sequence[str] = (),
 ) -> None:
-    """Write rows of cells as a table, each cell shown."""
+    """Write rows of cells as a table, each cell shown; `styles` has a colour for each row."""
     from rich.console import Console  # not before a table is wanted: it takes 0.1 s
     from rich.table import Table
     from rich.text import Text
 
     named = None if title is None else Text(shown(title))  # as text: brackets are no markup
     table = Table(*header, title=named) if header else Table(show_header=False, box=None)
-    for row in rows:
-        table.add_row(*(Text(shown(cell)) for cell in row))
+    for number, row in enumerate(rows):
+        style = styles[number] if styles else None
+        table.add_row(*(Text(shown(cell)) for cell in row), style=style)
     Console().print(table)

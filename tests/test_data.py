@@ -3,12 +3,12 @@
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from puna.trainers.data.formats import Columns, Ratings
+from puna.trainers.data.columns import Columns, ReadingComparisons
 from puna.trainers.data.readers import (
     Skipped,
     read_dialogues,
@@ -116,11 +116,9 @@ rating = "verdict"
 """
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(ReadingComparisons):
     data: Path
-    columns: Columns = Columns()
-    ratings: Ratings = field(default_factory=Ratings)
 
 
 def test_a_recipe_maps_columns_and_ratings(tmp_path: Path) -> None:
@@ -132,7 +130,7 @@ def test_a_recipe_maps_columns_and_ratings(tmp_path: Path) -> None:
     )
     arguments = [str(tmp_path / "recipe.toml"), "--data", str(data), "--columns.prompt", "prompt"]
     config = parse(Config, arguments, "test")
-    rows, _ = read_preferences(config.data, config.columns, config.ratings)
+    rows, _ = read_preferences(config.data, config)
     assert [(row.chosen, row.rating) for row in rows] == [
         ("x", "better"),
         ("y", "significantly_better"),
@@ -183,7 +181,7 @@ class TestReal:
         for side in "ab":
             ratings[f"{side}-is-better"] = f"{side} better"
             ratings[f"{side}-is-slightly-better"] = f"{side} slightly_better"
-        rows, skipped = read_preferences(path, columns, ratings)
+        rows, skipped = read_preferences(path, ReadingComparisons(columns=columns, ratings=ratings))
         source = [json.loads(line) for line in path.read_text().splitlines()]
         ties = sum(row["preference"] == "tie" for row in source)
         assert sorted(skipped.values()) == [1, 2, ties]

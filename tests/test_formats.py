@@ -169,12 +169,12 @@ def test_comparisons_that_are_skipped(verdict: str, x_ok: str, y_ok: str, reason
         ({"messages": "q", "chosen": "a", "rejected": "b"}, "expected a list of messages"),
         ({"messages": ["q"], "chosen": "a", "rejected": "b"}, r"'messages\[0\]' is \"q\""),
         (
-            {"messages": [{"role": "human", "content": "q"}], "chosen": "a", "rejected": "b"},
-            'has role "human", expected system, user or assistant',
+            {"messages": [{"role": "speaker", "content": "q"}], "chosen": "a", "rejected": "b"},
+            'has role "speaker", expected system, user or assistant; a recipe.s .roles. maps',
         ),
         (
-            {"messages": [{"role": "user", "content": None}], "chosen": "a", "rejected": "b"},
-            "has content null, expected a string",
+            {"messages": [{"role": "user", "content": 3}], "chosen": "a", "rejected": "b"},
+            "has content 3, expected a string",
         ),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "batch": "3"}, "expected a whole number"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "safety": "x"}, "expected chosen_safe"),

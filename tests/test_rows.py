@@ -17,6 +17,7 @@ from puna.core.tokenizer import Tokenizer
 from puna.demo import pipeline
 from puna.demo.kept import kept, seconds
 from puna.trainers import reward, sft
+from puna.trainers.data.columns import ReadingMessages
 from puna.trainers.data.formats import Columns, Malformed, parse_dialogue
 from puna.trainers.data.ghost import GhostDialogue, read_ghost_dialogues
 from puna.trainers.data.packing import Pair, encode_pairs, unlabelled
@@ -256,7 +257,7 @@ def test_columns_that_are_not_used_are_named_once(tmp_path: Path) -> None:
     row = {"instruction": "q", "input": "the cat", "output": "a", "id": 3}
     file = lines(tmp_path / "d.jsonl", row, row, row | {"more": 1})
     columns = Columns(prompt="instruction", response="output")
-    _, skipped = read_dialogues(file, columns)
+    _, skipped = read_dialogues(file, ReadingMessages(columns=columns))
     assert str(skipped) == (
         f"{file}: the columns 'input', 'id', 'more' are not used; a recipe's [columns], where the "
         "command has them, maps what belongs to a row"

@@ -121,7 +121,12 @@ def select(
         reward = RewardModels(None, judge, max_tokens=config.micro_batch_tokens)
         context = min(context, reward.context)
     prompts, skipped = load_adversarial(
-        config.prompts, config.preprompts, tokenizer, prompt_room(config, context), config.seed
+        config.prompts,
+        config.preprompts,
+        tokenizer,
+        prompt_room(config, context),
+        config.seed,
+        config,
     )
     next_token.say(skipped)
     draw = drawer(config, tokenizer, policy, reward, prompts)

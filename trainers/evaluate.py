@@ -8,7 +8,7 @@ prompts, not pairs.
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from puna.core.checkpoint.folder import load_model, open_source, tokenizer_path
 from puna.core.device import device_of_name
 from puna.core.terminal import say_table
 from puna.core.tokenizer import Tokenizer
-from puna.trainers.data.formats import RATINGS, Columns, Ratings
+from puna.trainers.data.columns import ReadingComparisons
+from puna.trainers.data.formats import RATINGS
 from puna.trainers.data.packing import Pair, encode_pairs
 from puna.trainers.data.readers import Skipped
 from puna.trainers.reward import load_preferences, scores_of
@@ -28,22 +29,18 @@ from puna.trainers.rl.measured import Measured, as_json, measure
 from puna.trainers.rl.unsafe import Detection
 from puna.trainers.train import next_token
 from puna.trainers.train.progress import meter
-from puna.trainers.train.ranges import Batch, Options
+from puna.trainers.train.ranges import Batch
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(Options):
+class EvaluateConfig(ReadingComparisons):
     """Measure a reward model on comparisons: accuracy by set, rating and batch, unsafe answers
     found, calibration."""
 
     model: Path
     """reward model"""
     data: list[Path]
-    """.jsonl of comparisons that it was not trained on; each file is a set of its own (Table 7)"""
-    columns: Columns = field(default_factory=Columns)
-    """names of the files' columns"""
-    ratings: Ratings = field(default_factory=dict)
-    """what the files' ratings and safety labels are called"""
+    """files of comparisons that it was not trained on; each file is a set of its own (Table 7)"""
     out: Path | None = None
     """.json file to write the figures to; a drawing of them, .svg, is put beside it"""
     micro_batch: Batch = 64
@@ -112,7 +109,7 @@ def load_sets(config: EvaluateConfig, context: int) -> tuple[list[list[Pair]], S
     skipped = Skipped()
     sets = []
     for path in config.data:
-        rows, unusable = load_preferences([path], config.columns, config.ratings)
+        rows, unusable = load_preferences([path], config)
         pairs, over_long = encode_pairs(tokenizer, rows, context)
         skipped.merge(unusable)
         skipped.merge(over_long)

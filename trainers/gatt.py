@@ -26,7 +26,7 @@ from puna.core.generation.memory import Memory
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.capacity import fitting
-from puna.trainers.data.formats import Columns
+from puna.trainers.data.columns import ReadingMessages
 from puna.trainers.data.ghost import GhostDialogue, read_ghost_dialogues
 from puna.trainers.data.packing import PackedRows
 from puna.trainers.rl.config import EngineConfig, engine_of
@@ -45,7 +45,7 @@ from puna.trainers.train.run import Run, open_run, open_start
 
 
 @dataclass(kw_only=True)
-class GAttConfig(EngineConfig, loop.RowsConfig):
+class GAttConfig(EngineConfig, loop.RowsConfig, ReadingMessages):
     """Ghost Attention (paper section 3.3): teach a chat model to keep a system message."""
 
     model: Path
@@ -96,7 +96,9 @@ def run(config: GAttConfig, judge: Judge | None = None) -> Path:
 
 def fit(config: GAttConfig, folder: Run, tokenizer: Tokenizer, judge: Judge | None) -> Path:
     """What there is still to do in an open run."""
-    dialogues, skipped = read_ghost_dialogues(config.dialogues, config.instructions, config.seed)
+    dialogues, skipped = read_ghost_dialogues(
+        config.dialogues, config.instructions, config.seed, config
+    )
     next_token.say(skipped)
     fitting.check("gatt", config, config.model)
     sampled = sampled_exchanges(config, folder, tokenizer, dialogues, judge)
@@ -299,7 +301,7 @@ def training_rows(
     context: int,
 ) -> PackedRows:
     """Steps 2 and 3, and the ordinary dialogues mixed in."""
-    mixed, skipped = load_dialogues(config.mix, Columns())
+    mixed, skipped = load_dialogues(config.mix, config)
     sequences = []
     where: list[str] = []
     for index, (dialogue, exchanges) in enumerate(zip(dialogues, sampled, strict=True)):

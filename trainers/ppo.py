@@ -187,10 +187,10 @@ def open_stage(
     if isinstance(reward, RewardModels):
         contexts.append(reward.context)
     room = prompt_room(config, min(contexts))
-    prompts, skipped = load_prompts(config.prompts, tokenizer, room)
+    prompts, skipped = load_prompts(config.prompts, tokenizer, room, config)
     eval_prompts: list[EncodedPrompt] = []
     if config.eval_prompts:
-        eval_prompts, unusable = load_prompts(config.eval_prompts, tokenizer, room)
+        eval_prompts, unusable = load_prompts(config.eval_prompts, tokenizer, room, config)
         skipped.merge(unusable)
     say(skipped)
     held = eval_prompts[: config.eval_count]

@@ -12,9 +12,9 @@ from typing import Annotated
 from puna.core import parallel
 from puna.core.checkpoint.source import Source, fresh
 from puna.core.config import size
-from puna.core.documents import regular_file
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.capacity import fitting
+from puna.trainers.data.columns import Reading
 from puna.trainers.data.corpus import Corpus, is_corpus, open_corpus, split_corpus
 from puna.trainers.data.encoding import Texts, encode_folder
 from puna.trainers.data.packing import CorpusRows
@@ -29,12 +29,12 @@ MOST_WAITED_FOR = 500_000_000  # bytes of text: some minutes, less than a collec
 
 
 @dataclass(kw_only=True)
-class PretrainConfig(loop.RowsConfig):
+class PretrainConfig(loop.RowsConfig, Reading):
     """Train a language model from scratch on text."""
 
     data: list[Path]
-    """.txt (one document a file) and .jsonl with `text`; or corpora of ids, .npy files and folders,
-    that `puna tokenizer encode` wrote"""
+    """.txt (one document a file) and files of rows with `text`; or corpora of ids, .npy files and
+    folders, that `puna tokenizer encode` wrote"""
     tokenizer: Path
     """tokenizer.model; its vocabulary is the model's"""
     size: Annotated[str, FIXED] = "mini"
@@ -104,19 +104,19 @@ def load_corpus(config: PretrainConfig, folder: Run, tokenizer: Tokenizer) -> Co
             "encode`, too"
         )
     if parallel.world_size() > 1:
-        size = sum(regular_file(path).stat().st_size for path in config.data)
+        size = Texts(config.data).size()
         if size > MOST_WAITED_FOR:
             raise ValueError(
                 f"{size / 1e9:.1f} GB of text would be encoded while {parallel.world_size()} ranks "
                 "wait; encode it with `puna tokenizer encode` and train on that"
             )
     encoded = folder.path / "corpus"
-    parallel.on_main(lambda: encode(encoded, tokenizer, config.data))
+    parallel.on_main(lambda: encode(encoded, tokenizer, Texts(config.data, config)))
     return open_corpus([encoded], tokenizer)
 
 
-def encode(folder: Path, tokenizer: Tokenizer, data: list[Path]) -> None:
-    next_token.say(encode_folder(folder, tokenizer, Texts(data)).skipped)
+def encode(folder: Path, tokenizer: Tokenizer, texts: Texts) -> None:
+    next_token.say(encode_folder(folder, tokenizer, texts).skipped)
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ from puna.core import parallel
 from puna.core.chat import decode_answer, encode_dialogue, encode_prompt
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.capacity import fitting
-from puna.trainers.data.formats import Columns, Dialogue
+from puna.trainers.data.formats import Dialogue
 from puna.trainers.data.packing import PackedRows
 from puna.trainers.data.prompts import common_tokenizer, load_prompts
 from puna.trainers.data.readers import Skipped
@@ -127,7 +127,7 @@ def imitate(
     """Stage 3: fine-tune `start` on the samples in `selected`, with `config.mix` dialogues."""
     source = open_start(folder, start, head="lm")
     row_tokens = next_token.row_length(config.row_tokens, source.config.context)
-    mixed, skipped = load_dialogues(config.mix, Columns())
+    mixed, skipped = load_dialogues(config.mix, config)
     rows = pack(tokenizer, read_pool(selected, tokenizer, read_samples), row_tokens, mixed)
     skipped.merge(rows.skipped)
     next_token.say(skipped)
@@ -159,7 +159,7 @@ def select(config: RejectionConfig, folder: Run, tokenizer: Tokenizer, reward: R
     context = policy.config.context
     if isinstance(reward, RewardModels):
         context = min(context, reward.context)
-    prompts, skipped = load_prompts(config.prompts, tokenizer, prompt_room(config, context))
+    prompts, skipped = load_prompts(config.prompts, tokenizer, prompt_room(config, context), config)
     drawing = drawing_at_best(folder.path, config, tokenizer, policy, prompts, reward)
     sample_all(folder.path / SAMPLES, drawing, tokenizer, policy, prompts, reward)
     pool = score_pool(config, tokenizer, reward, context, skipped)

@@ -20,7 +20,8 @@ from puna.core.model import Transformer
 from puna.core.terminal import say
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.capacity import fitting
-from puna.trainers.data.formats import Columns, Preference, Ratings
+from puna.trainers.data.columns import ReadingComparisons
+from puna.trainers.data.formats import Preference
 from puna.trainers.data.mix import MixShare, mixed
 from puna.trainers.data.packing import (
     Pair,
@@ -53,18 +54,14 @@ from puna.trainers.train.run import Run, open_run, open_start
 
 
 @dataclass(kw_only=True)
-class RewardConfig(loop.RowsConfig):
+class RewardConfig(loop.RowsConfig, ReadingComparisons):
     """Train a reward model on comparisons of two answers."""
 
     model: Path
     """chat model to start from (paper: so that it knows what the policy knows), or a reward model
     to go on with"""
     data: list[Path]
-    """.jsonl of comparisons"""
-    columns: Columns = field(default_factory=Columns)
-    """names of the file's columns"""
-    ratings: Ratings = field(default_factory=dict)
-    """what the file's ratings and safety labels are called"""
+    """files of comparisons"""
     mix: list[Path] = field(default_factory=list)
     """comparisons to train on besides: public ones, or those of the other reward model"""
     mix_share: MixShare | None = None
@@ -174,10 +171,10 @@ def load_pairs(
     config: RewardConfig, tokenizer: Tokenizer, context: int
 ) -> tuple[list[Pair], list[Pair]]:
     """(training pairs, held-out pairs); what was skipped is printed."""
-    rows, skipped = load_preferences(config.data, config.columns, config.ratings)
+    rows, skipped = load_preferences(config.data, config)
     held_rows: list[Preference] = []
     if config.eval_data:
-        held_rows, unusable = load_preferences(config.eval_data, config.columns, config.ratings)
+        held_rows, unusable = load_preferences(config.eval_data, config)
         skipped.merge(unusable)
     elif config.eval_per_batch:
         rows, held_rows = split_batches(
@@ -192,7 +189,7 @@ def load_pairs(
         held, over_long = encode_held_out(tokenizer, held_rows, context)
         skipped.merge_held_out(over_long)
     if config.mix:
-        rows, unusable = load_preferences(config.mix, config.columns, config.ratings)
+        rows, unusable = load_preferences(config.mix, config)
         others, over_long = encode_pairs(tokenizer, rows, context)
         skipped.merge(unusable)
         skipped.merge(over_long)
@@ -214,13 +211,13 @@ def begins(row: Preference) -> str:
 
 
 def load_preferences(
-    paths: list[Path], columns: Columns, ratings: Ratings
+    paths: list[Path], how: ReadingComparisons | None = None
 ) -> tuple[list[Preference], Skipped]:
     """All usable comparisons of the files, and what was skipped."""
     rows: list[Preference] = []
     skipped = Skipped()
     for path in paths:
-        found, unusable = read_preferences(path, columns, ratings)
+        found, unusable = read_preferences(path, how)
         rows += found
         skipped.merge(unusable)
     return rows, skipped

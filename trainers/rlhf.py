@@ -134,6 +134,7 @@ class Handed(NamedTuple):
     judge: gatt.Judge | None
 
 
+READING = ("columns", "roles", "on_error")  # of all stages whose tables do not say otherwise
 Stage = TypeVar("Stage", bound=loop.TrainConfig)
 
 
@@ -196,22 +197,20 @@ def check_files(config: RLHFConfig) -> None:
     prompts = ("prompts", "rejection_prompts", "ppo_prompts", "eval_prompts")
     for name in (*prompts, "helpfulness_prompts", "safety_prompts"):
         for path in getattr(config, name):
-            read_prompts(path)
+            read_prompts(path, config)
     sampled: list[SamplingConfig] = [
         rejection_config(config, 1, config.prompts, config.model, None, {}),
         *([ppo_config(config, 1, config.model, {})] if config.ppo_versions else []),
     ]
     rounds.check_prompts(config, sampled)
-    for path in [*config.helpfulness_data, *config.safety_data]:
-        read_preferences(path)
     if config.gatt_dialogues:
         table = gatt_config(config, config.gatt_version, config.model)
-        read_ghost_dialogues(config.gatt_dialogues, table.instructions, table.seed)
+        read_ghost_dialogues(config.gatt_dialogues, table.instructions, table.seed, table)
     for kind in KINDS:
         stage = reward_config(config, 1, kind, config.model, None)
-        for path in stage.mix:
+        for path in [*getattr(config, f"{kind}_data"), *stage.mix]:
             if not path.is_relative_to(config.out):  # the other kind's: they are still to come
-                read_preferences(path, stage.columns, stage.ratings)
+                read_preferences(path, stage)
 
 
 def play_round(
@@ -264,7 +263,7 @@ def stage_options(
     """A sampling stage's options: the loop's, its table's over them, and the reward models."""
     names = "seed amend device timeout max_new_tokens cache_gb sampling_tp engine"
     return {
-        **{name: getattr(config, name) for name in names.split()},
+        **{name: getattr(config, name) for name in (*names.split(), *READING)},
         **table,
         **{kind: str(path) for kind, path in judges.items()},
         "parallel": of_stage(config.parallel, table),
@@ -351,9 +350,7 @@ def reward_config(
         rounds.comparisons(config, k, first, number) for k in (kind, rounds.other_than(kind))
     )
     options = {
-        "seed": config.seed,
-        "amend": config.amend,
-        "device": config.device,
+        **{name: getattr(config, name) for name in ("seed", "amend", "device", *READING)},
         **config.reward,
         **getattr(config, kind),
         "parallel": of_stage(config.parallel, config.reward, getattr(config, kind)),

@@ -78,7 +78,7 @@ def draw(config: SampleConfig, tokenizer: Tokenizer, reward: Reward | None) -> N
     context = policy.config.context
     if isinstance(reward, RewardModels):
         context = min(context, reward.context)
-    prompts, skipped = load_prompts(config.prompts, tokenizer, prompt_room(config, context))
+    prompts, skipped = load_prompts(config.prompts, tokenizer, prompt_room(config, context), config)
     next_token.say(skipped)
     drawing = drawing_of(config, tokenizer)
     if reward is not None:

@@ -24,20 +24,20 @@ from puna.core.model import Transformer
 from puna.core.terminal import say_table
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.answered import Answered
-from puna.trainers.data.formats import Columns
+from puna.trainers.data.columns import ReadingMessages
 from puna.trainers.data.prompts import common_tokenizer
 from puna.trainers.data.readers import Skipped, read_answered
 from puna.trainers.rl.rewards import Answer, RewardModels, Scores
 from puna.trainers.train import next_token
 from puna.trainers.train.command import command
 from puna.trainers.train.progress import meter
-from puna.trainers.train.ranges import Above, Batch, Below, Count, Options
+from puna.trainers.train.ranges import Above, Batch, Below, Count
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 
 
 @dataclass(kw_only=True)
-class ScoreConfig(Options):
+class ScoreConfig(ReadingMessages):
     """Score answers by a reward model, or by two of them (paper section 3.2.3, Eq. 4)."""
 
     model: Path
@@ -47,9 +47,7 @@ class ScoreConfig(Options):
     safety_threshold: Annotated[float, Above(0), Below(1)] = 0.15
     """the switch takes the safety score where its sigmoid is below this (paper: 0.15)"""
     data: list[Path] = field(default_factory=list)
-    """.jsonl of dialogues that end with an answer, perhaps with `safety`; or samples.jsonl"""
-    columns: Columns = field(default_factory=Columns)
-    """names of the file's columns"""
+    """files of dialogues that end with an answer, perhaps with `safety`; or samples.jsonl"""
     prompt: str = ""
     """in place of data: a user's message"""
     answer: str = ""
@@ -115,7 +113,7 @@ def answers_of(config: ScoreConfig) -> tuple[list[Answered], Skipped]:
     found: list[Answered] = []
     skipped = Skipped()
     for path in config.data:
-        rows, unusable = read_answered(path, config.columns)
+        rows, unusable = read_answered(path, config)
         found += rows
         skipped.merge(unusable)
     return found, skipped

@@ -19,7 +19,8 @@ from puna.core.checkpoint.folder import tokenizer_path
 from puna.core.documents import as_name
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.capacity import fitting
-from puna.trainers.data.formats import Columns, Dialogue
+from puna.trainers.data.columns import ReadingMessages
+from puna.trainers.data.formats import Dialogue
 from puna.trainers.data.mix import MixShare, mixed
 from puna.trainers.data.packing import PackedRows
 from puna.trainers.data.readers import Skipped, parse_dialogues, read_dialogues
@@ -35,15 +36,13 @@ from puna.trainers.train.run import Run, open_run, open_start
 
 
 @dataclass(kw_only=True)
-class SFTConfig(loop.RowsConfig):
+class SFTConfig(loop.RowsConfig, ReadingMessages):
     """Fine-tune a language model on demonstrations."""
 
     model: Path
     """model folder to start from"""
     data: list[Path] = field(default_factory=list)
-    """.jsonl of `messages`, or of `prompt` and `response`"""
-    columns: Columns = field(default_factory=Columns)
-    """names of the file's columns"""
+    """files of `messages`, or of `prompt` and `response`"""
     in_order: bool = False
     """all epochs of the first file of `data`, then all of the next, not shuffled together (paper:
     public data first, then its own); one learning-rate schedule over all of it"""
@@ -64,6 +63,9 @@ class SFTConfig(loop.RowsConfig):
     """rows in a step, all processes together (paper: 64)"""
     row_tokens: CountOrZero = 0
     """tokens in a row; 0 takes the model's context (paper: 4096)"""
+    truncate: bool = False
+    """cut dialogues that are longer than a row, whose last answers then lose their end; off: they
+    are skipped"""
 
     def check(self) -> None:
         if self.in_order and (len(self.data) < 2 or self.mix):
@@ -89,7 +91,7 @@ def run(
         raise ValueError("there are no dialogues to learn from; name their files with --data")
     if dialogues is not None and config.data:
         raise ValueError("dialogues come from config.data and from Python, too; leave one out")
-    given = None if dialogues is None else parse_dialogues(dialogues, config.columns)
+    given = None if dialogues is None else parse_dialogues(dialogues, config)
     tokenizer_file = tokenizer_path(config.model)
     rows = [dialogue.messages for dialogue in given[0]] if given else None
     handed = {"dialogues": rows, "loss": loss}
@@ -107,23 +109,23 @@ def fit(
     loss: next_token.Loss | None = None,
 ) -> Path:
     """What there is still to do in an open run."""
-    learned, skipped = given or load_dialogues(config.data, config.columns)
+    learned, skipped = given or load_dialogues(config.data, config)
     held: list[Dialogue] = []
     if config.eval_data:
-        held, unusable = load_dialogues(config.eval_data, config.columns)
+        held, unusable = load_dialogues(config.eval_data, config)
         skipped.merge(unusable)
     elif config.eval_share > 0:
         learned, held = split(learned, config.eval_share, config.seed, begins)
     if config.mix:
-        others, unusable = load_dialogues(config.mix, config.columns)
+        others, unusable = load_dialogues(config.mix, config)
         skipped.merge(unusable)
         learned = mixed(learned, others, held, config.mix_share, config.seed, begins, skipped)
     source = open_start(folder, config.model, head="lm")
     fitting.check("sft", config, source.config)
     row_tokens = next_token.row_length(config.row_tokens, source.config.context)
-    rows = pack(tokenizer, learned, row_tokens, by_file=config.in_order)
+    rows = pack(tokenizer, learned, row_tokens, by_file=config.in_order, truncate=config.truncate)
     skipped.merge(rows.skipped)
-    eval_rows = pack_held_out(tokenizer, held, row_tokens, skipped)
+    eval_rows = pack_held_out(tokenizer, held, row_tokens, skipped, truncate=config.truncate)
     next_token.say(skipped)
     plan = of_epochs(len(rows), config.epochs, config.batch)
     order = None
@@ -152,38 +154,59 @@ def begins(dialogue: Dialogue) -> Hashable:
     return exchange(dialogue.messages)
 
 
-def load_dialogues(paths: list[Path], columns: Columns) -> tuple[list[Dialogue], Skipped]:
+def load_dialogues(
+    paths: list[Path], how: ReadingMessages | None = None
+) -> tuple[list[Dialogue], Skipped]:
     """All usable dialogues of the files, and what was skipped."""
     dialogues: list[Dialogue] = []
     skipped = Skipped()
     for path in paths:
-        found, unusable = read_dialogues(path, columns)
+        found, unusable = read_dialogues(path, how)
         dialogues += found
         skipped.merge(unusable)
     return dialogues, skipped
 
 
 def pack(
-    tokenizer: Tokenizer, dialogues: list[Dialogue], row_tokens: int, *, by_file: bool = False
+    tokenizer: Tokenizer,
+    dialogues: list[Dialogue],
+    row_tokens: int,
+    *,
+    by_file: bool = False,
+    truncate: bool = False,
 ) -> PackedRows:
-    """Dialogues in rows of `row_tokens`, with `by_file` file after file; ValueError where none is
-    left."""
+    """Dialogues in rows of `row_tokens`, with `by_file` file after file, with `truncate` cut where
+    they are longer; ValueError where none is left."""
     sequences = [encode_dialogue(tokenizer, dialogue.messages) for dialogue in dialogues]
     where = [dialogue.where for dialogue in dialogues]
     files = [place.rpartition(":")[0] for place in where] if by_file else []
+    room = row_tokens + 1  # the last id is only ever a target
+    long = [place for place, (ids, _) in zip(where, sequences, strict=True) if len(ids) > room]
+    if truncate:
+        sequences = [(ids[:room], weights[:room]) for ids, weights in sequences]
     size = tokenizer.vocab_size
-    return PackedRows(sequences, row_tokens, vocab_size=size, where=where, groups=files)
+    rows = PackedRows(sequences, row_tokens, vocab_size=size, where=where, groups=files)
+    if truncate and long:
+        rows.skipped.notes.append(
+            f"cut {len(long):,} to the {row_tokens:,} tokens of a row (first {long[0]})"
+        )
+    return rows
 
 
 def pack_held_out(
-    tokenizer: Tokenizer, held: list[Dialogue], row_tokens: int, skipped: Skipped
+    tokenizer: Tokenizer,
+    held: list[Dialogue],
+    row_tokens: int,
+    skipped: Skipped,
+    *,
+    truncate: bool = False,
 ) -> PackedRows | None:
     """`pack` of held-out dialogues, adding to `skipped` those that are left out; None where there
     are none or none is left, which is said and stops nobody."""
     if not held:
         return None
     try:
-        rows = pack(tokenizer, held, row_tokens)
+        rows = pack(tokenizer, held, row_tokens, truncate=truncate)
     except ValueError as error:
         skipped.notes.append(f"the held-out loss is not measured: {error}")
         return None

@@ -35,7 +35,7 @@ from puna.trainers.annotations.items import (
 )
 from puna.trainers.annotations.people import person
 from puna.trainers.annotations.store import Store
-from puna.trainers.data.columns import Columns
+from puna.trainers.data.columns import Columns, ReadingComparisons
 from puna.trainers.data.formats import Preference, parse_preference
 from puna.trainers.data.messages import Malformed, Unusable
 from puna.trainers.data.readers import Skipped, read_preferences
@@ -119,9 +119,11 @@ def written(store: Store, form: str, batch: int | None = None) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines)
 
 
-def read(path: Path, form: str) -> tuple[Sequence[Preference], Skipped]:
+def read(
+    path: Path, form: str, how: ReadingComparisons | None = None
+) -> tuple[Sequence[Preference], Skipped]:
     """The comparisons of a file. Raises ValueError where it cannot be read, with file and line."""
-    return read_tasks(path) if form == "label-studio" else read_preferences(path)
+    return read_tasks(path) if form == "label-studio" else read_preferences(path, how)
 
 
 def read_tasks(path: Path) -> tuple[list[Preference], Skipped]:

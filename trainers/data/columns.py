@@ -1,6 +1,12 @@
-"""What the columns of a user's file are called: a recipe's `[columns]`."""
+"""How a user's files are read: a recipe's `[columns]`, `[roles]` and `[ratings]`.
 
-from dataclasses import dataclass
+Every configuration that names such files has these options, and is handed to the readers.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from puna.trainers.train.ranges import Options
 
 
 @dataclass(frozen=True)
@@ -14,7 +20,7 @@ class Columns:
     prompt: str = "prompt"
     """One user message, or a list of messages."""
     system: str = ""
-    """A system message, where the rows have no messages of their own."""
+    """A system message, where a row's messages have none of their own."""
     input: str = ""
     """A text that follows the prompt after an empty line (Alpaca's input, Dolly's context)."""
     response: str = "response"
@@ -37,3 +43,33 @@ class Columns:
     """Preferences: which answers are safe. Prompts: whether it asks for something unsafe."""
     batch: str = "batch"
     """The week or round of a preference."""
+
+
+Roles = dict[str, str]  # the file's names -> ours
+Ratings = dict[str, str]  # the file's values -> ours
+
+
+@dataclass(kw_only=True)
+class Reading(Options):
+    """How rows are read."""
+
+    columns: Columns = field(default_factory=Columns)
+    """names of the files' columns; left out: ours, or those of a layout known by its columns"""
+    on_error: Literal["stop", "skip"] = "stop"
+    """a row that cannot be read: stop with its place, or count it among those that are skipped"""
+
+
+@dataclass(kw_only=True)
+class ReadingMessages(Reading):
+    """How rows with messages are read."""
+
+    roles: Roles = field(default_factory=dict)
+    """what the files call a message's role: `"speaker 1" = "user"`"""
+
+
+@dataclass(kw_only=True)
+class ReadingComparisons(ReadingMessages):
+    """How comparisons are read."""
+
+    ratings: Ratings = field(default_factory=dict)
+    """what the files' ratings and safety labels are called"""

@@ -43,7 +43,7 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
 
 def is_corpus(path: Path) -> bool:
     """Whether a path names a corpus, and no text."""
-    return path.suffix == ".npy" or path.is_dir()
+    return path.suffix == ".npy" or (path / INDEX).is_file() or any(path.glob("tokens-*.npy"))
 
 
 def open_corpus(paths: Sequence[Path], tokenizer: Tokenizer) -> Corpus:

@@ -17,10 +17,12 @@ from numpy.lib.format import magic
 
 from puna.core.checkpoint.atomic import atomic_file, write_text
 from puna.core.checkpoint.hashes import digest, digests
-from puna.core.documents import field, read_object, regular_file
+from puna.core.documents import field, read_object
 from puna.core.tokenizer import Tokenizer
+from puna.trainers.data.columns import Reading
 from puna.trainers.data.corpus import HEADER, INDEX, Corpus, token_dtype
-from puna.trainers.data.formats import Columns
+from puna.trainers.data.files import Source, is_packed, sources
+from puna.trainers.data.long_texts import ids_in_pieces
 from puna.trainers.data.readers import Skipped, each_text
 from puna.trainers.train.progress import Meter, meter
 
@@ -33,7 +35,15 @@ class Texts(NamedTuple):
     """Files of texts, and what is read of a row."""
 
     paths: Sequence[Path]
-    columns: Columns = Columns()
+    how: Reading | None = None
+
+    def sources(self) -> list[list[Source]]:
+        """The files that each of the paths stands for."""
+        return [sources(path) for path in self.paths]
+
+    def size(self) -> int:
+        """Bytes of all files, as they are packed."""
+        return sum(each.file.stat().st_size for found in self.sources() for each in found)
 
 
 class Encoded(NamedTuple):
@@ -91,7 +101,7 @@ def encode_folder(folder: Path, tokenizer: Tokenizer, texts: Texts, shard: int =
 
 def begun(folder: Path, tokenizer: Tokenizer, texts: Texts) -> dict[str, Any]:
     """The folder's index as far as it has come, or a new one."""
-    files = [regular_file(path) for path in texts.paths]
+    files = [each.file for found in texts.sources() for each in found]
     fresh = {
         "complete": False,
         "tokenizer": digest(tokenizer.path).sha256,
@@ -157,15 +167,22 @@ def encoded(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
     """The ids of each text with BOS and EOS, some texts encoded together."""
     dtype = token_dtype(tokenizer.vocab_size)
     for some in together(texts):
+        if len(some[0]) > TOGETHER:
+            bos, eos = (np.asarray([end], dtype) for end in (tokenizer.bos_id, tokenizer.eos_id))
+            yield np.concatenate([bos, *ids_in_pieces(tokenizer, some[0], dtype), eos])
+            continue
         for ids in tokenizer.encode_all(some):
             yield np.asarray([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype)
 
 
 def together(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts in lists of about TOGETHER characters."""
+    """Texts in lists of about TOGETHER characters; one that is longer is alone."""
     some: list[str] = []
     size = 0
     for text in texts:
+        if len(text) > TOGETHER and some:
+            yield some
+            some, size = [], 0
         some.append(text)
         size += len(text)
         if size >= TOGETHER:
@@ -178,13 +195,14 @@ def together(texts: Iterable[str]) -> Iterator[list[str]]:
 def read(texts: Texts, skipped: Skipped, counter: Meter) -> Iterator[str]:
     """The texts of all files, one after the other; moves the progress on."""
     before = 0
-    for path in texts.paths:
+    for path, found in zip(texts.paths, texts.sources(), strict=True):
         seen = before
-        for text in each_text(path, texts.columns, skipped):
-            seen += len(text)
+        packed = any(map(is_packed, found))
+        for text in each_text(path, texts.how, skipped):
+            seen += 0 if packed else len(text)
             move_to(seen, counter)
             yield text
-        before += path.stat().st_size
+        before += sum(each.file.stat().st_size for each in found)
         move_to(before, counter)
 
 
@@ -196,7 +214,7 @@ def move_to(seen: int, counter: Meter) -> None:
 @contextmanager
 def progress(texts: Texts) -> Iterator[Meter]:
     """A meter in megabytes of the files, the last of which is done with the last id."""
-    size = sum(regular_file(path).stat().st_size for path in texts.paths)
+    size = texts.size()
     with meter("encoding, MB", size // MEGABYTE + 1) as counter:
         yield counter
         counter.step = size // MEGABYTE

@@ -1,25 +1,35 @@
 """One row of a user's file as a dialogue, a preference or a prompt.
 
 A row is a JSON object. `Malformed` says that it cannot be read (the run stops), `Unusable` that
-it can be read but not learned from (it is skipped and counted). Nothing is guessed: columns and
-values with other names than ours are mapped by the recipe's `[columns]` and `[ratings]`.
+it can be read but not learned from (it is skipped and counted). Columns and values with other
+names than ours are mapped by the recipe's `[columns]` and `[ratings]`, or by a layout that is known
+by its columns (`layouts`).
 """
 
 import json
 import re
-from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from puna.core.chat import Message, check_dialogue, check_text
-from puna.core.documents import listed, shortened
+from puna.core.chat import Message
+from puna.core.documents import shortened
+from puna.trainers.data.cells import (
+    Row,
+    check_dialogue,
+    check_prompt,
+    check_text,
+    check_unicode,
+    has,
+    missing,
+    optional,
+    string,
+)
 from puna.trainers.data.columns import Columns as Columns
+from puna.trainers.data.columns import Ratings as Ratings
 from puna.trainers.data.messages import Malformed, Unusable, either, message_of, messages_of
 
 RATINGS = ("significantly_better", "better", "slightly_better", "negligibly_better")
 SAFETY = ("chosen_safe", "both_safe", "both_unsafe")
-
-Row = Mapping[str, Any]
-Ratings = dict[str, str]  # the file's values -> ours
+SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 class Dialogue(NamedTuple):
@@ -82,22 +92,24 @@ class Ghost(NamedTuple):
 
 def parse_text(row: Row, columns: Columns) -> str:
     """The text of a row."""
-    text = _string(row, columns.text)
+    text = string(row, columns.text)
     if not text.strip():
         raise Unusable("the text is empty")
-    _check_unicode(text)
+    check_unicode(text)
     return text
 
 
 def parse_dialogue(row: Row, columns: Columns) -> Dialogue:
     """`messages`, or `prompt` and `response`."""
-    if columns.messages in row:
-        messages = messages_of(row[columns.messages], columns.messages)
-    elif columns.prompt in row and columns.response in row:
-        messages = [*_prompt(row, columns), message_of("assistant", _string(row, columns.response))]
+    if has(row, columns.messages):
+        messages = _messages(row, columns)
+    elif has(row, columns.prompt) and has(row, columns.response):
+        messages = _prompt(row, columns)
+        answer = _answer_to(messages, row[columns.response], columns.response)
+        messages = [*messages, message_of("assistant", answer)]
     else:
-        raise _missing(row, f"'{columns.messages}' or '{columns.prompt}' and '{columns.response}'")
-    _check_dialogue(messages)
+        raise missing(row, f"'{columns.messages}' or '{columns.prompt}' and '{columns.response}'")
+    check_dialogue(messages)
     if messages[-1]["role"] != "assistant":
         raise Unusable("the dialogue does not end with an assistant message")
     return Dialogue(messages)
@@ -105,30 +117,30 @@ def parse_dialogue(row: Row, columns: Columns) -> Dialogue:
 
 def parse_prompt(row: Row, columns: Columns) -> Prompt:
     """`messages` or `prompt`, and perhaps `safety`, true or false, and `category`."""
-    if columns.messages in row:
-        messages = messages_of(row[columns.messages], columns.messages)
-    elif columns.prompt in row:
+    if has(row, columns.messages):
+        messages = _messages(row, columns)
+    elif has(row, columns.prompt):
         messages = _prompt(row, columns)
     else:
-        raise _missing(row, f"'{columns.messages}' or '{columns.prompt}'")
+        raise missing(row, f"'{columns.messages}' or '{columns.prompt}'")
     safety = row.get(columns.safety, False)
     if not isinstance(safety, bool):
         raise Malformed(f"'{columns.safety}' is {shortened(safety)}, expected true or false")
-    _check_prompt(messages)
+    check_prompt(messages)
     return Prompt(messages, safety, category=_category(row))
 
 
 def parse_preprompt(row: Row) -> Preprompt:
     """`preprompt`, and perhaps `category`."""
-    text = _string(row, "preprompt").strip()
+    text = string(row, "preprompt").strip()
     if not text:
         raise Unusable("the preprompt is empty")
-    _check_text(text, "system")
+    check_text(text, "system")
     return Preprompt(text, _category(row))
 
 
 def _category(row: Row) -> str:
-    return "" if row.get("category") is None else _string(row, "category")
+    return "" if row.get("category") is None else string(row, "category")
 
 
 def parse_ghost(row: Row) -> Ghost:
@@ -143,20 +155,20 @@ def parse_ghost(row: Row) -> Ghost:
         messages = messages_of(row["messages"], "messages")
         turns = [message["content"] for message in messages if message["role"] == "user"]
     else:
-        raise _missing(row, "'turns' or 'messages'")
+        raise missing(row, "'turns' or 'messages'")
     if not turns:
         raise Unusable("the dialogue has no user message")
     for turn in turns:
-        _check_text(turn, "user")
+        check_text(turn, "user")
     return told._replace(turns=turns)
 
 
 def parse_instruction(row: Row) -> Ghost:
     """`instruction`, and perhaps `short`: what may stand for it in training."""
-    instruction = _string(row, "instruction")
-    short = instruction if row.get("short") is None else _string(row, "short")
+    instruction = string(row, "instruction")
+    short = instruction if row.get("short") is None else string(row, "short")
     for name, text in (("instruction", instruction), ("short instruction", short)):
-        _check_text(text, name)
+        check_text(text, name)
     return Ghost([], instruction, short)
 
 
@@ -164,7 +176,8 @@ def parse_preference(row: Row, columns: Columns, ratings: Ratings) -> Preference
     """A comparison: `chosen` and `rejected` to a prompt, two transcripts, or `a` and `b`.
 
     `ratings` maps the file's values to ours: the rating levels; for answers a and b, which of
-    them is better and how much (`a better`); `tie`; and `safe` or `unsafe` for one answer.
+    them is better and how much (`a better`), or which alone (`a`); `tie`; and `safe` or `unsafe`
+    for one answer.
     """
     if columns.a or columns.b:
         preference = _compared(row, columns, ratings)
@@ -174,9 +187,9 @@ def parse_preference(row: Row, columns: Columns, ratings: Ratings) -> Preference
         level = None if rating is None else _value(rating, columns.rating, ratings, RATINGS)
         safety = _safety(row, columns, ratings)
         preference = Preference(messages, chosen, rejected, level, safety)
-    _check_prompt(preference.messages)
+    check_prompt(preference.messages)
     for answer in (preference.chosen, preference.rejected):
-        _check_text(answer)
+        check_text(answer)
     if preference.chosen.strip() == preference.rejected.strip():
         raise Unusable("the two answers are the same")
     if preference.safety == "chosen_unsafe":
@@ -189,28 +202,29 @@ def _compared(row: Row, columns: Columns, ratings: Ratings) -> Preference:
     if not (columns.a and columns.b and columns.rating):
         raise Malformed("[columns] maps one of a, b and rating without the others")
     messages = _prompt_or_messages(row, columns)
-    answers = {"a": _string(row, columns.a), "b": _string(row, columns.b)}
+    answers = {"a": string(row, columns.a), "b": string(row, columns.b)}
     known = tuple(f"{better} {level}" for better in "ab" for level in RATINGS)
-    verdict = _value(row.get(columns.rating), columns.rating, ratings, known)
-    better, level = verdict.split(" ", 1)
+    verdict = _value(row.get(columns.rating), columns.rating, ratings, ("a", "b", *known))
+    better, _, level = verdict.partition(" ")
     worse = "b" if better == "a" else "a"
     safety = None
     if columns.a_safe and columns.b_safe:
         names = {"a": columns.a_safe, "b": columns.b_safe}
         safe = {side: _is_safe(row.get(name), name, ratings) for side, name in names.items()}
         safety = _safety_label(safe[better], safe[worse])
-    return Preference(messages, answers[better], answers[worse], level, safety)
+    return Preference(messages, answers[better], answers[worse], level or None, safety)
 
 
 def _chosen_and_rejected(row: Row, columns: Columns) -> tuple[list[Message], str, str]:
     """(prompt, chosen answer, rejected answer) in each of the layouts that are read as they are."""
     for name in (columns.chosen, columns.rejected):
         if name not in row:
-            raise _missing(row, f"'{name}'")
+            raise missing(row, f"'{name}'")
+    names = (columns.chosen, columns.rejected)
     pair = (row[columns.chosen], row[columns.rejected])
-    if columns.messages in row or columns.prompt in row:
+    if has(row, columns.messages) or has(row, columns.prompt):
         messages = _prompt_or_messages(row, columns)
-        chosen, rejected = (_answer_to(messages, answer, columns) for answer in pair)
+        chosen, rejected = map(_answer_to, (messages, messages), pair, names)
         return messages, chosen, rejected
     dialogues = [
         parse_transcript(side) if isinstance(side, str) else messages_of(side, columns.chosen)
@@ -234,7 +248,7 @@ def parse_transcript(text: str) -> list[Message]:
 
     Raises Malformed where the text does not begin with `Human:` or `Assistant:`.
     """
-    before, *turns = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    before, *turns = SPEAKER.split(text)
     if before.strip() or not turns:
         raise Malformed(
             "there is neither 'messages' nor 'prompt', and 'chosen' or 'rejected' is no "
@@ -247,25 +261,33 @@ def parse_transcript(text: str) -> list[Message]:
     ]
 
 
-def _answer_to(messages: list[Message], answer: Any, columns: Columns) -> str:
+def _answer_to(messages: list[Message], answer: Any, name: str) -> str:
     """An answer: its text, or messages that are it alone or the prompt and it."""
     if isinstance(answer, str):
         return answer
-    dialogue = messages_of(answer, columns.chosen)
+    dialogue = messages_of(answer, name)
     if dialogue[: len(messages)] == messages:
         dialogue = dialogue[len(messages) :]
     if len(dialogue) != 1 or dialogue[0]["role"] != "assistant":
         raise Malformed(
-            f"'{columns.chosen}' or '{columns.rejected}' holds {len(dialogue)} messages after the "
-            "prompt, expected one assistant message"
+            f"'{name}' holds {len(dialogue)} messages after the prompt, expected one assistant "
+            "message"
         )
     return dialogue[0]["content"]
 
 
 def _prompt_or_messages(row: Row, columns: Columns) -> list[Message]:
-    if columns.messages in row:
-        return messages_of(row[columns.messages], columns.messages)
-    return _prompt(row, columns)
+    return _messages(row, columns) if has(row, columns.messages) else _prompt(row, columns)
+
+
+def _messages(row: Row, columns: Columns) -> list[Message]:
+    """The messages column, under the system column where it has no system message of its own."""
+    messages = messages_of(row[columns.messages], columns.messages)
+    return (
+        messages
+        if messages[:1] and messages[0]["role"] == "system"
+        else [*_system(row, columns), *messages]
+    )
 
 
 def _prompt(row: Row, columns: Columns) -> list[Message]:
@@ -273,16 +295,13 @@ def _prompt(row: Row, columns: Columns) -> list[Message]:
     if isinstance(row.get(columns.prompt), list):
         messages = messages_of(row[columns.prompt], columns.prompt)
     else:
-        text = "\n\n".join([_string(row, columns.prompt), *_optional(row, columns.input)])
+        text = "\n\n".join([string(row, columns.prompt), *optional(row, columns.input)])
         messages = [message_of("user", text)]
-    return [message_of("system", text) for text in _optional(row, columns.system)] + messages
+    return _system(row, columns) + messages
 
 
-def _optional(row: Row, name: str) -> list[str]:
-    """The text of a column that is mapped, where it says something."""
-    if not name or row.get(name) is None:
-        return []
-    return [text] if (text := _string(row, name)).strip() else []
+def _system(row: Row, columns: Columns) -> list[Message]:
+    return [message_of("system", text) for text in optional(row, columns.system)]
 
 
 def _safety(row: Row, columns: Columns, ratings: Ratings) -> str | None:
@@ -306,7 +325,9 @@ def _is_safe(value: Any, name: str, ratings: Ratings) -> bool:
 
 def _value(value: Any, name: str, ratings: Ratings, known: tuple[str, ...]) -> str:
     """The file's value in our terms, by way of the recipe's [ratings]."""
-    key = value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # Parquet's whole numbers beside missing ones
+    key = value if isinstance(value, str) else json.dumps(value, default=str)
     mapped = ratings.get(key, key)
     if mapped == "tie":
         raise Unusable("a tie where a ranking is asked for")
@@ -324,7 +345,7 @@ def _variants(row: Row) -> dict[str, Any]:
     for side in ("chosen", "rejected"):
         model, temperature = row.get(f"{side}_model"), row.get(f"{side}_temperature")
         if model is not None:
-            found[f"{side}_model"] = _string(row, f"{side}_model")
+            found[f"{side}_model"] = string(row, f"{side}_model")
         if temperature is not None:
             if type(temperature) not in (int, float):
                 raise Malformed(
@@ -339,54 +360,3 @@ def _batch(row: Row, columns: Columns) -> int | None:
     if batch is not None and type(batch) is not int:
         raise Malformed(f"'{columns.batch}' is {shortened(batch)}, expected a whole number")
     return batch
-
-
-def _string(row: Row, name: str) -> str:
-    if name not in row:
-        raise _missing(row, f"'{name}'")
-    if not isinstance(row[name], str):
-        raise Malformed(f"'{name}' is {shortened(row[name])}, expected a string")
-    return cast(str, row[name])
-
-
-def _missing(row: Row, expected: str) -> Malformed:
-    columns = listed(row) or "none"
-    return Malformed(
-        f"the row has the columns {columns}, expected {expected}; "
-        "rename them or, where the command has [columns], name the file's own in the recipe"
-    )
-
-
-def _check_dialogue(messages: list[Message]) -> None:
-    for message in messages:
-        _check_unicode(message["content"])
-    try:
-        check_dialogue(messages)
-    except ValueError as error:
-        raise _unusable(error) from error
-
-
-def _check_prompt(messages: list[Message]) -> None:
-    _check_dialogue(messages)
-    if messages[-1]["role"] != "user":
-        raise Unusable("the prompt does not end with a user message")
-
-
-def _check_text(text: str, role: str = "assistant") -> None:
-    _check_unicode(text)
-    try:
-        check_text(text, role)
-    except ValueError as error:
-        raise _unusable(error) from error
-
-
-def _unusable(error: ValueError) -> Unusable:
-    """The reason without its particulars, so that like rows are counted together."""
-    return Unusable(str(error).split(":")[0])
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise Unusable("the text holds a lone surrogate, which is not valid Unicode") from None

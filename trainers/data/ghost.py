@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from puna.trainers.data.columns import ReadingMessages
 from puna.trainers.data.readers import Skipped, read_ghosts
 
 
@@ -16,7 +17,10 @@ class GhostDialogue(NamedTuple):
 
 
 def read_ghost_dialogues(
-    dialogues: list[Path], instructions: list[Path], seed: int
+    dialogues: list[Path],
+    instructions: list[Path],
+    seed: int,
+    how: ReadingMessages | None = None,
 ) -> tuple[list[GhostDialogue], Skipped]:
     """Dialogues with an instruction each, their own or else one drawn from `instructions`, and what
     was skipped.
@@ -24,10 +28,10 @@ def read_ghost_dialogues(
     Raises ValueError as the other readers do, and where there is nothing to draw from.
     """
     skipped = Skipped()
-    told = [ghost for path in instructions for ghost in _ghosts(path, skipped, alone=True)]
+    told = [ghost for path in instructions for ghost in _ghosts(path, how, skipped, alone=True)]
     rng = np.random.default_rng(seed)
     found = []
-    for ghost in (ghost for path in dialogues for ghost in _ghosts(path, skipped)):
+    for ghost in (ghost for path in dialogues for ghost in _ghosts(path, how, skipped)):
         source = ghost
         if ghost.instruction is None:
             if not told:
@@ -42,7 +46,9 @@ def read_ghost_dialogues(
     return found, skipped
 
 
-def _ghosts(path: Path, skipped: Skipped, *, alone: bool = False) -> list:
-    ghosts, unusable = read_ghosts(path, alone=alone)
+def _ghosts(
+    path: Path, how: ReadingMessages | None, skipped: Skipped, *, alone: bool = False
+) -> list:
+    ghosts, unusable = read_ghosts(path, how, alone=alone)
     skipped.merge(unusable)
     return ghosts

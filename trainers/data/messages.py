@@ -4,10 +4,21 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from puna.core.chat import Message
-from puna.core.documents import shortened
+from puna.core.documents import as_name, shortened
 
 ROLES = ("system", "user", "assistant")
-MESSAGE = {"role", "content", "weight"}  # what is read of one
+OTHERS = {  # what the roles are called elsewhere
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+}
+# Roles that a chat of two has no place for; a developer message stands above the system's.
+OF_TOOLS = (
+    "tool", "developer", "function", "function_call", "observation", "ipython", "environment",
+)  # fmt: skip
+MESSAGE = {"role", "content", "from", "value", "weight"}  # what is read of one
 
 
 class Malformed(ValueError):
@@ -19,6 +30,8 @@ class Unusable(ValueError):
 
 
 def messages_of(value: Any, name: str) -> list[Message]:
+    """A list of messages: `role` and `content`, or `from` and `value` (ShareGPT), the content a
+    text or parts with texts (OpenAI). An empty system message is none."""
     if not isinstance(value, list):
         raise Malformed(f"'{name}' is {shortened(value)}, expected a list of messages")
     messages = []
@@ -28,19 +41,47 @@ def messages_of(value: Any, name: str) -> list[Message]:
             raise Malformed(
                 f"{where} is {shortened(item)}, expected an object with role and content"
             )
-        if item.get("role") not in ROLES:
-            raise Malformed(
-                f"{where} has role {shortened(item.get('role'))}, expected {either(ROLES)}"
-            )
-        if not isinstance(item.get("content"), str):
-            raise Malformed(
-                f"{where} has content {shortened(item.get('content'))}, expected a string"
-            )
-        message = message_of(item["role"], item["content"])
+        role = _role(item, where)
+        text = _text(item, where)
+        if role == "system" and not text.strip():
+            continue
+        message = message_of(role, text)
         if item.get("weight") is not None:
             message["weight"] = _weight(item["weight"], where)
         messages.append(message)
     return messages
+
+
+def _role(item: Mapping[str, Any], where: str) -> str:
+    said = item["role"] if item.get("role") is not None else item.get("from")
+    if isinstance(said, str):
+        role = OTHERS.get(said, said)
+        if role in ROLES:
+            return role
+        if role in OF_TOOLS:
+            raise Unusable(f"a message has the role {role}")
+    raise Malformed(
+        f"{where} has role {shortened(said)}, expected {either(ROLES)}; a recipe's [roles] maps "
+        "the file's own"
+    )
+
+
+def _text(item: Mapping[str, Any], where: str) -> str:
+    content = item["content"] if "content" in item else item.get("value")
+    if content is None and ("content" in item or "value" in item):
+        raise Unusable("a message has no content")
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        for part in content:
+            if not isinstance(part.get("text"), str):
+                raise Unusable(f"a message has a part that is no text ({_kind(part)})")
+        return "\n".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise Malformed(f"{where} has content {shortened(content)}, expected a string")
+    return content
+
+
+def _kind(part: Mapping[str, Any]) -> str:
+    return as_name(part["type"]) if isinstance(part.get("type"), str) else "of no type"
 
 
 def _weight(value: Any, where: str) -> float:
@@ -60,10 +101,25 @@ def inside_messages(row: Mapping[str, Any]) -> list[str]:
         for name, value in row.items()
         if isinstance(value, list)
         for item in value
-        if isinstance(item, dict) and "role" in item and item.keys() - MESSAGE
+        if isinstance(item, dict) and ("role" in item or "from" in item) and item.keys() - MESSAGE
         for key in item
-        if key not in MESSAGE
+        if key not in MESSAGE and item[key] is not None
     ]
+
+
+def renamed(row: Mapping[str, Any], roles: Mapping[str, str]) -> dict[str, Any]:
+    """The row with the file's names of roles, a recipe's [roles], replaced by ours."""
+
+    def ours(item: Any) -> Any:
+        if not isinstance(item, dict):
+            return item
+        said = {key: item[key] for key in ("role", "from") if isinstance(item.get(key), str)}
+        return item | {key: roles.get(role, role) for key, role in said.items()}
+
+    return {
+        name: [ours(item) for item in value] if isinstance(value, list) else value
+        for name, value in row.items()
+    }
 
 
 def either(names: tuple[str, ...]) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from puna.core.chat import Message, encode_prompt
 from puna.core.tokenizer import Tokenizer
+from puna.trainers.data.columns import ReadingMessages
 from puna.trainers.data.readers import Skipped, read_preprompts, read_prompts
 
 ADJECTIVES = ("careful", "considerate", "decent", "kind", "level-headed", "principled", "prudent")
@@ -38,12 +39,14 @@ def generic() -> list[str]:
     return [form.format(*pair) for form in TEMPLATES for pair in permutations(ADJECTIVES, 2)]
 
 
-def by_category(paths: Sequence[Path], skipped: Skipped) -> dict[str, list[str]]:
+def by_category(
+    paths: Sequence[Path], skipped: Skipped, how: ReadingMessages | None = None
+) -> dict[str, list[str]]:
     """Category -> its pre-prompts. Those of the category "" are for prompts whose category has
     none; the generic ones where no file brings any."""
     found: dict[str, list[str]] = {}
     for path in paths:
-        rows, unusable = read_preprompts(path)
+        rows, unusable = read_preprompts(path, how)
         skipped.merge(unusable)
         for row in rows:
             found.setdefault(row.category, []).append(row.text)
@@ -65,6 +68,7 @@ def load_adversarial(
     tokenizer: Tokenizer,
     longest: int,
     seed: int,
+    how: ReadingMessages | None = None,
 ) -> tuple[list[Adversarial], Skipped]:
     """All prompts tagged `safety`, each with a pre-prompt drawn from those of its category, and
     what was skipped: the others, and those of more than `longest` tokens with it.
@@ -72,11 +76,11 @@ def load_adversarial(
     Raises ValueError where none is left.
     """
     skipped = Skipped()
-    choices = by_category(preprompts, skipped)
+    choices = by_category(preprompts, skipped, how)
     found: list[Adversarial] = []
     rng = np.random.default_rng(seed)
     for path in prompts:
-        rows, unusable = read_prompts(path)
+        rows, unusable = read_prompts(path, how)
         skipped.merge(unusable)
         for row in rows:
             if not row.is_safety:

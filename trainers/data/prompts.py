@@ -8,6 +8,7 @@ from typing import NamedTuple
 from puna.core.chat import Message, encode_prompt
 from puna.core.checkpoint.folder import tokenizer_path
 from puna.core.tokenizer import Tokenizer
+from puna.trainers.data.columns import ReadingMessages
 from puna.trainers.data.readers import Skipped, read_prompts
 from puna.trainers.data.visits import epoch_order
 
@@ -19,7 +20,10 @@ class EncodedPrompt(NamedTuple):
 
 
 def load_prompts(
-    paths: Sequence[Path], tokenizer: Tokenizer, longest: int
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    longest: int,
+    how: ReadingMessages | None = None,
 ) -> tuple[list[EncodedPrompt], Skipped]:
     """All usable prompts of the files, in order, and what was skipped.
 
@@ -29,7 +33,7 @@ def load_prompts(
     prompts: list[EncodedPrompt] = []
     skipped = Skipped()
     for path in paths:
-        rows, unusable = read_prompts(path)
+        rows, unusable = read_prompts(path, how)
         skipped.merge(unusable)
         for row in rows:
             ids = encode_prompt(tokenizer, row.messages)

@@ -1,26 +1,27 @@
-"""Readers of the files a user brings: texts, dialogues, preferences, prompts.
+"""Readers of what a user brings: texts, dialogues, preferences, prompts.
 
-Every file is `.jsonl`, one JSON object a line; a text may also be a `.txt`, which is one
-document. What each kind of row may look like is in `formats.py`. A row that cannot be read stops
-the reader with `file:line: what is wrong, what was expected`; a row that can be read but not
-used is skipped, counted and named.
+What may be named is in `files`, what each kind of row may look like in `formats`, how other layouts
+become these in `layouts`. A row that cannot be read stops the reader with `file:line: what is
+wrong, what was expected`, or is counted where `Reading.on_error` says so; a row that can be read
+but not used is skipped, counted and named.
 """
 
+import codecs
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from puna.core.documents import json_rows, listed, regular_file
+from puna.core.documents import listed
 from puna.trainers.data.answered import Answered, parse_answered
+from puna.trainers.data.columns import Columns, Reading, ReadingComparisons, ReadingMessages
+from puna.trainers.data.files import Rows, Source, each_row, is_text, sources, unpacked
 from puna.trainers.data.formats import (
-    Columns,
     Dialogue,
     Ghost,
     Preference,
     Preprompt,
     Prompt,
-    Ratings,
     parse_dialogue,
     parse_ghost,
     parse_instruction,
@@ -29,9 +30,14 @@ from puna.trainers.data.formats import (
     parse_prompt,
     parse_text,
 )
-from puna.trainers.data.messages import Malformed, Unusable, inside_messages
+from puna.trainers.data.layouts import Kind, is_said, read_as
+from puna.trainers.data.messages import Malformed, Unusable, inside_messages, renamed
 
 T = TypeVar("T")
+
+PIECE = 1 << 20  # bytes of a text that are read at a time
+LONGEST_TEXT = 1 << 33  # bytes of one document
+UNREADABLE = "it cannot be read"
 
 
 class Skipped(Counter[str]):
@@ -93,136 +99,195 @@ class Row(dict[str, Any]):
         return super().get(name, default)
 
 
-def read_texts(path: str | Path, columns: Columns | None = None) -> tuple[list[str], Skipped]:
-    """Documents of a `.txt` (the whole file is one) or a `.jsonl` with `text`.
+def read_texts(path: str | Path, how: Reading | None = None) -> tuple[list[str], Skipped]:
+    """Documents: a `.txt` is one, of other files every row's `text`.
 
-    Raises ValueError where the file is absent, has a line that cannot be read, or no usable row;
-    so do the other readers.
+    Raises ValueError where a file is absent, has a row that cannot be read, or no usable row; so do
+    the other readers.
     """
     skipped = Skipped()
-    return [*each_text(path, columns, skipped)], skipped
+    return [*each_text(path, how, skipped)], skipped
 
 
-def each_text(path: str | Path, columns: Columns | None, skipped: Skipped) -> Iterator[str]:
+def each_text(path: str | Path, how: Reading | None, skipped: Skipped) -> Iterator[str]:
     """`read_texts`, one document after the other; what is skipped is added in the end."""
-    path = Path(path)
-    if path.suffix != ".txt":
-        rows = json_rows(path)
-        yield from _each(
-            str(path), rows, lambda row: parse_text(row, columns or Columns()), skipped
-        )
-        return
-    try:
-        text = regular_file(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}:{line}: not UTF-8, expected UTF-8 text") from error
+    for source in sources(path):
+        if is_text(source):
+            yield whole_text(source)
+        else:
+            yield from _each([source], str(path), "texts", how, skipped, parse_text)
+
+
+def whole_text(source: Source) -> str:
+    """A file as one text. Raises ValueError where it is none."""
+    parts: list[str] = []
+    decode, size = codecs.getincrementaldecoder("utf-8-sig")().decode, 0
+    with unpacked(source) as file:
+        try:
+            while piece := file.read(PIECE):
+                parts.append(decode(piece))
+                size += len(piece)
+                if size > LONGEST_TEXT:
+                    most = f"{LONGEST_TEXT:,}"
+                    raise ValueError(f"{source.name} has more than {most} bytes; cut it into files")
+            parts.append(decode(b"", True))
+        except UnicodeDecodeError as error:
+            line = sum(part.count("\n") for part in parts) + 1
+            line += error.object[: error.start].count(b"\n")
+            raise ValueError(f"{source.name}:{line}: not UTF-8, expected UTF-8 text") from error
+    text = "".join(parts)
     if not text.strip():
-        raise ValueError(f"{path}: the file is empty")
-    yield text.replace("\r\n", "\n")
+        raise ValueError(f"{source.name}: the file is empty")
+    return text.replace("\r\n", "\n")
 
 
 def read_dialogues(
-    path: str | Path, columns: Columns | None = None
+    path: str | Path, how: ReadingMessages | None = None
 ) -> tuple[list[Dialogue], Skipped]:
     """Dialogues to learn from: rows of `messages`, or of `prompt` and `response`."""
-    return _read(path, lambda row: parse_dialogue(row, columns or Columns()))
+    return _read(path, "dialogues", how, parse_dialogue)
 
 
 def parse_dialogues(
-    rows: Iterable[Any], columns: Columns | None = None
+    rows: Iterable[Any], how: ReadingMessages | None = None
 ) -> tuple[list[Dialogue], Skipped]:
     """`read_dialogues` of rows that are in memory already: as in a file, or bare lists of messages.
 
     The rows are counted from 1. Raises ValueError for one that cannot be read, or no usable row.
     """
-    columns = columns or Columns()
-    found = [(f"row {number}", _object(row, columns)) for number, row in enumerate(rows, start=1)]
+    how = how or ReadingMessages()
+    found = [
+        (f"row {number}", _object(row, how.columns)) for number, row in enumerate(rows, start=1)
+    ]
     if not found:
         raise ValueError("there are no dialogues to learn from; an iterator gives its rows once")
-    return _usable("the dialogues", found, lambda row: parse_dialogue(row, columns))
+    skipped = Skipped()
+    parsed = _parsed(iter(found), "the dialogues", "dialogues", how, skipped, parse_dialogue)
+    return [*parsed], skipped
 
 
 def _object(row: Any, columns: Columns) -> Any:
-    return {columns.messages: list(row)} if isinstance(row, (list, tuple)) else row
+    if isinstance(row, (list, tuple)):
+        return {columns.messages: list(row)}
+    if isinstance(row, Mapping):
+        return row
+    return Malformed(f"a {type(row).__name__}, expected an object with named columns")
 
 
 def read_answered(
-    path: str | Path, columns: Columns | None = None
+    path: str | Path, how: ReadingMessages | None = None
 ) -> tuple[list[Answered], Skipped]:
     """Answers to be judged: dialogues as above with perhaps `safety`, or rows of samples.jsonl."""
-    return _read(path, lambda row: parse_answered(row, columns or Columns()))
+    return _read(path, "answered", how, parse_answered)
 
 
 def read_preferences(
-    path: str | Path, columns: Columns | None = None, ratings: Ratings | None = None
+    path: str | Path, how: ReadingComparisons | None = None
 ) -> tuple[list[Preference], Skipped]:
     """Comparisons: native rows, `prompt/chosen/rejected`, transcripts, or answers a and b."""
-    return _read(path, lambda row: parse_preference(row, columns or Columns(), ratings or {}))
+    return _read(path, "preferences", how, parse_preference)
 
 
-def read_ghosts(path: str | Path, *, alone: bool = False) -> tuple[list[Ghost], Skipped]:
+def read_ghosts(
+    path: str | Path, how: ReadingMessages | None = None, *, alone: bool = False
+) -> tuple[list[Ghost], Skipped]:
     """What Ghost Attention samples from: rows of `turns` or `messages`, and perhaps `instruction`
     and `short`; with `alone`, rows of the last two."""
-    return _read(path, parse_instruction if alone else parse_ghost)
+    parse = parse_instruction if alone else parse_ghost
+    return _read(path, "others", how, lambda row, columns: parse(row))
 
 
-def read_prompts(path: str | Path, columns: Columns | None = None) -> tuple[list[Prompt], Skipped]:
+def read_prompts(
+    path: str | Path, how: ReadingMessages | None = None
+) -> tuple[list[Prompt], Skipped]:
     """Prompts to be answered: rows of `messages` or `prompt`, and perhaps `safety`, `category`."""
-    return _read(path, lambda row: parse_prompt(row, columns or Columns()))
+    return _read(path, "prompts", how, parse_prompt)
 
 
-def read_preprompts(path: str | Path) -> tuple[list[Preprompt], Skipped]:
+def read_preprompts(
+    path: str | Path, how: ReadingMessages | None = None
+) -> tuple[list[Preprompt], Skipped]:
     """What is put before adversarial prompts: rows of `preprompt`, and perhaps `category`."""
-    return _read(path, parse_preprompt)
+    return _read(path, "others", how, lambda row, columns: parse_preprompt(row))
 
 
-def _read(path: str | Path, parse: Callable[[Mapping[str, Any]], T]) -> tuple[list[T], Skipped]:
-    return _usable(str(path), json_rows(Path(path)), parse)
-
-
-def _usable(
-    source: str, rows: Iterable[tuple[str, Any]], parse: Callable[[Mapping[str, Any]], T]
+def _read(
+    path: str | Path, kind: Kind, how: Reading | None, parse: Callable[..., T]
 ) -> tuple[list[T], Skipped]:
     skipped = Skipped()
-    return [*_each(source, rows, parse, skipped)], skipped
+    return [*_each(sources(path), str(path), kind, how, skipped, parse)], skipped
 
 
 def _each(
-    source: str,
-    rows: Iterable[tuple[str, Any]],
-    parse: Callable[[Mapping[str, Any]], T],
+    found: Sequence[Source],
+    name: str,
+    kind: Kind,
+    how: Reading | None,
     skipped: Skipped,
+    parse: Callable[..., T],
 ) -> Iterator[T]:
-    """What `parse` makes of each (where it is, row) of `source`; what has a place for it is told
-    where it is. Columns that no row's parsing looks at are named in the end."""
-    usable = 0
+    """What `parse` makes of the rows of files that are named together; ValueError where it makes
+    nothing of any."""
     own = Skipped()
+    usable = 0
+    for source in found:
+        for each in _parsed(each_row(source), source.name, kind, how or Reading(), own, parse):
+            usable += 1
+            yield each
+    skipped.merge(own)
+    if not usable:
+        raise ValueError(
+            f"{name}: no usable row: {own.reasons() or 'the file is empty'}".replace("\n", "; ")
+        )
+
+
+def _parsed(
+    rows: Rows,
+    name: str,
+    kind: Kind,
+    how: Reading,
+    skipped: Skipped,
+    parse: Callable[..., T],
+) -> Iterator[T]:
+    """What `parse` makes of each row of one file; what has a place for it is told where it is.
+    Columns that no row's parsing looks at are named in the end."""
     read: set[str] = set()
     columns: dict[str, None] = {}  # in the order in which they are met
+    layout, ratings, rows = read_as(kind, rows, how)
+    options = (layout.columns, ratings) if kind == "preferences" else (layout.columns,)
+    roles = getattr(how, "roles", {})
     for where, row in rows:
         try:
-            if not isinstance(row, Mapping):
-                raise Malformed(f"a {type(row).__name__}, expected an object with named columns")
+            if isinstance(row, Exception):
+                raise row
+            row = renamed(row, roles) if roles else row
             if unread := row.keys() - read:  # in most files of the first row alone
                 columns |= dict.fromkeys(name for name in row if name in unread)
                 row = Row(row, read)
-            found: Any = parse(row)
+            found: Any = parse(row, *options)
             columns |= dict.fromkeys(inside_messages(row))
         except Unusable as reason:
-            own.add(str(reason), where)
+            skipped.add(str(reason), where)
             continue
-        except Malformed as error:
-            raise ValueError(f"{where}: {error}") from error
-        usable += 1
+        except ValueError as error:
+            _count_or_stop(error, where, how, skipped)
+            continue
         yield found._replace(where=where) if hasattr(found, "where") else found
-    if not usable:
-        reasons = own.reasons().replace("\n", "; ") or "the file is empty"
-        raise ValueError(f"{source}: no usable row: {reasons}")
+    if columns and is_said(layout, how):
+        skipped.notes.append(f"{name}: read as {layout}")
     if never := [name for name in columns if name not in read]:
         several = len(never) > 1
-        own.notes.append(
-            f"{source}: the column{'s' * several} {listed(never)} {'are' if several else 'is'} "
+        skipped.notes.append(
+            f"{name}: the column{'s' * several} {listed(never)} {'are' if several else 'is'} "
             "not used; a recipe's [columns], where the command has them, maps what belongs to a row"
         )
-    skipped.merge(own)
+
+
+def _count_or_stop(error: ValueError, where: str, how: Reading, skipped: Skipped) -> None:
+    """A row that cannot be read."""
+    said = f"{where}: {error}" if isinstance(error, Malformed) else str(error)
+    if how.on_error == "stop":
+        raise ValueError(said) from error
+    if UNREADABLE not in skipped:
+        skipped.notes.append(f"the first row that cannot be read: {said}")
+    skipped.add(UNREADABLE, where)

@@ -50,7 +50,7 @@ def common_prompts(paths: Sequence[Path], config: EvaluateChatConfig) -> list[Pr
     kept: list[Prompt] = []
     skipped = Skipped()
     for path in paths:
-        rows, unusable = read_prompts(path)
+        rows, unusable = read_prompts(path, config)
         skipped.merge(unusable)
         for row in rows:
             if all(has_room(reader, row, config.max_new_tokens) for reader in readers):

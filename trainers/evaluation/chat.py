@@ -105,7 +105,9 @@ def draw_all(config: EvaluateChatConfig) -> list[GhostDialogue]:
         )
     talks: list[GhostDialogue] = []
     if config.dialogues:
-        talks, skipped = read_ghost_dialogues(config.dialogues, config.instructions, config.seed)
+        talks, skipped = read_ghost_dialogues(
+            config.dialogues, config.instructions, config.seed, config
+        )
         next_token.say(skipped)
     further = curves.work_of(config)
     for number, path in enumerate(policies(config)):
@@ -208,7 +210,7 @@ def refusals(config: EvaluateChatConfig, readers: Sequence[Reader], refuses: Jud
     found: Found = {"refusals": {"by": {}}}
     classifier = Scorer(config.refusals, config) if config.refusals else None
     if classifier is not None:
-        known = safety.refusal_threshold(classifier, config.refusal_pairs)
+        known = safety.refusal_threshold(classifier, config.refusal_pairs, config)
         found["refusals"]["classifier"] = known
     for number, reader in enumerate(readers[: len(config.model)]):
         shares = found["refusals"]["by"][str(reader.path)] = {}

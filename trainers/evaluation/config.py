@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from puna.core.checkpoint.folder import open_source
+from puna.trainers.data.columns import ReadingComparisons
 from puna.trainers.rl.comparisons import Annotator
 from puna.trainers.rl.config import EngineConfig
 from puna.trainers.rl.judges import Judge
@@ -17,7 +18,7 @@ TEMPERATURES = tuple(tenth / 10 for tenth in range(1, 16))
 
 
 @dataclass(kw_only=True)
-class EvaluateChatConfig(EngineConfig, loop.FolderConfig):
+class EvaluateChatConfig(EngineConfig, loop.FolderConfig, ReadingComparisons):
     """Measure chat models: win rate, violations, false refusals, instructions kept, diversity."""
 
     model: list[Path]

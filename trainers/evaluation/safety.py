@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from puna.core import parallel
+from puna.trainers.data.columns import ReadingComparisons
 from puna.trainers.data.packing import encode_pairs
 from puna.trainers.data.readers import Skipped, read_preferences
 from puna.trainers.data.split import opening
@@ -46,13 +47,15 @@ def by_function(refuses: Judge, rows: Sequence[Drawn], policy: Reader) -> Tensor
     return torch.tensor([bool(row["answer"]) and next(said) for row in rows])
 
 
-def refusal_threshold(classifier: Scorer, paths: Sequence[Path]) -> dict[str, float]:
+def refusal_threshold(
+    classifier: Scorer, paths: Sequence[Path], how: ReadingComparisons | None = None
+) -> dict[str, float]:
     """Where the classifier's raw score parts refusals from answers best, and how well: `missed` is
     the share of refusals below it, `false_alarms` that of answers above it."""
     skipped = Skipped()
     rows = []
     for path in paths:
-        found, unusable = read_preferences(path)
+        found, unusable = read_preferences(path, how)
         rows += found
         skipped.merge(unusable)
     pairs, over_long = encode_pairs(classifier.reader.tokenizer, rows, classifier.reader.context)

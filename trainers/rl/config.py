@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from puna.core.checkpoint.folder import open_model
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
+from puna.trainers.data.columns import ReadingMessages
 from puna.trainers.rl.engine import Engine, check_url
 from puna.trainers.rl.rewards import Reward, RewardModels
 from puna.trainers.train import loop
@@ -40,7 +41,7 @@ class EngineConfig(loop.DrawingConfig):
 
 
 @dataclass(kw_only=True)
-class AnsweringConfig(EngineConfig, loop.FolderConfig):
+class AnsweringConfig(EngineConfig, loop.FolderConfig, ReadingMessages):
     """Options of a stage that samples answers."""
 
     policy: Path
@@ -91,7 +92,7 @@ class BestOfConfig(SamplingConfig):
 
 
 @dataclass(kw_only=True)
-class ImitationConfig(loop.RowsConfig):
+class ImitationConfig(loop.RowsConfig, ReadingMessages):
     """Options of a stage that fine-tunes on answers that it has selected: the first of its bases,
     so that its learning rate wins over `TrainConfig`'s, which the others bring."""
 
@@ -180,7 +181,7 @@ class PPOConfig(SamplingConfig, loop.TrainConfig):
 
 
 @dataclass(kw_only=True)
-class RLHFConfig(EngineConfig):
+class RLHFConfig(EngineConfig, ReadingMessages):
     """The loop V1..Vn: comparisons, reward models, rejection sampling, PPO in the last ones."""
 
     out: Path

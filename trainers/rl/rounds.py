@@ -35,7 +35,7 @@ def round_prompts(config: RLHFConfig, number: int, folder: Path) -> list[Path]:
         return list(config.prompts)
     path = folder / "prompts.jsonl"
     if parallel.is_main() and not path.exists():
-        rows = [row for file in config.prompts for row in read_prompts(file)[0]]
+        rows = [row for file in config.prompts for row in read_prompts(file, config)[0]]
         places = [(number - 1) * config.round_prompts + i for i in range(config.round_prompts)]
         chosen = [rows[draw(place, len(rows), config.seed)[0]] for place in places]
         write_rows(path, [{"messages": p.messages, "safety": p.is_safety} for p in chosen])
@@ -107,7 +107,7 @@ def check_prompts(config: RLHFConfig, stages: Sequence[SamplingConfig]) -> None:
     asked += [(config.eval_prompts, room) for _, room in asked[-1:]]
     for paths, room in asked:
         if paths:
-            load_prompts(paths, tokenizer, room)
+            load_prompts(paths, tokenizer, room, config)
 
 
 def sample_kind(
@@ -116,7 +116,7 @@ def sample_kind(
     """Answers of the two newest models to this kind's prompts, in pairs."""
     tokenizer = Tokenizer(tokenizer_path(config.model))
     longest = prompt_room(config, open_source(models[-1]).config.context)
-    prompts, skipped = load_prompts(getattr(config, f"{kind}_prompts"), tokenizer, longest)
+    prompts, skipped = load_prompts(getattr(config, f"{kind}_prompts"), tokenizer, longest, config)
     say(skipped)
     temperatures = tuple(config.temperatures)
     newest, before = (

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from puna.core.checkpoint.hashes import digests
+from puna.trainers.data.files import Source, is_copy, sources
 from puna.trainers.train.kinds import Kind, kinds_of
 from puna.trainers.train.notice import notice
+from puna.trainers.train.paths import path_fields
 
+OF_A_MODEL = ("config.json", "params.json", "corpus.json")  # one of these is in its folder
 READ_OF_A_MODEL = (".safetensors", ".json", ".model")  # of a folder; a README may come and go
 LARGE = 2_000_000_000  # bytes that take seconds to read: said
 
@@ -30,19 +33,23 @@ def inputs_of(config: Any, given: Given | None = None) -> Inputs:
     """The digests of all files that `config` names, `out` left out; and of what was `given`."""
     cls: type = type(config)
     named = {
-        name: [file for path in paths_in(getattr(config, name)) for file in files_of(path)]
+        name: [
+            source
+            for path in paths_in(getattr(config, name))
+            for source in files_of(path, is_data=path_fields(cls).get(name, False))
+        ]
         for name, kind in kinds_of(cls).items()
         if kind is Kind.FILES and name != "out"
     }
-    files = [file for paths in named.values() for file in paths]
+    files = [source.file for found in named.values() for source in found]
     size = sum(file.stat().st_size for file in files)
     if size > LARGE:
         notice(f"reading {size / 1e9:.1f} GB of inputs to pin them")
     found = dict(zip(files, digests(files), strict=True))
     inputs = {
-        name: [{"path": str(file.resolve()), **found[file]._asdict()} for file in paths]
-        for name, paths in named.items()
-        if paths
+        name: [{"path": called(source), **found[source.file]._asdict()} for source in listed]
+        for name, listed in named.items()
+        if listed
     }
     from_python = {name: value for name, value in (given or {}).items() if value is not None}
     return inputs | {
@@ -56,13 +63,24 @@ def paths_in(value: Any) -> list[Path]:
     return [each for each in values if isinstance(each, Path)]
 
 
-def files_of(path: Path) -> list[Path]:
-    """The file itself, or what is read of a model folder; nothing where there is nothing (whoever
-    opens it says so better) or what can be read only once (a pipe)."""
-    if path.is_dir():
+def files_of(path: Path, *, is_data: bool) -> list[Source]:
+    """The file itself, what is read of a model folder, or what a folder, a pattern, a pipe of data
+    stands for; nothing where there is nothing: whoever opens it says so better."""
+    if not is_data and path.is_file():
+        return [Source(str(path), path)]
+    if (not is_data and path.is_dir()) or any((path / name).is_file() for name in OF_A_MODEL):
         inside = sorted(path.iterdir())
-        return [each for each in inside if each.suffix in READ_OF_A_MODEL and each.is_file()]
-    return [path] if path.is_file() else []
+        files = [each for each in inside if each.suffix in READ_OF_A_MODEL and each.is_file()]
+        return [Source(str(each), each) for each in files]
+    try:
+        return sources(path) if is_data else []
+    except ValueError:
+        return []
+
+
+def called(source: Source) -> str:
+    """A file's whole path; of a pipe its name."""
+    return source.name if is_copy(source) else str(source.file.resolve())
 
 
 def of_rows(rows: Iterable[Any]) -> dict[str, Any]:
