@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from puna.core.checkpoint import hf_config as hf_format
-from puna.core.checkpoint import hf_tokenizer, llama2c, mistaken
+from puna.core.checkpoint import gguf_file, hf_tokenizer, llama2c, mistaken
 from puna.core.checkpoint.atomic import atomic_folder as atomic_folder
 from puna.core.checkpoint.atomic import recover
 from puna.core.checkpoint.kept import keep_foreign
@@ -127,18 +127,27 @@ def write_texts(
     tokenizer = None
     if tokenizer_path is not None:
         tokenizer = check_vocabulary(tokenizer_path, config.vocab_size)
-        shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
-        document = hf_tokenizer.tokenizer_config_json(config, head, tokenizer)
-        try:
-            ours = hf_tokenizer.checked_tokenizer_json(tokenizer_path)
-            write_json(folder / "tokenizer.json", ours)
-        except ValueError as error:
-            document["tokenizer_class"] = "LlamaTokenizer"  # which reads tokenizer.model
-            warnings.warn(f"{error}; it is left out", Notice, stacklevel=2)
-        write_json(folder / "tokenizer_config.json", document)
+        if tokenizer.is_sentencepiece:
+            _write_sentencepiece(folder, config, head, tokenizer)
+        else:
+            hf_tokenizer.copy_json(folder, config, tokenizer)
     write_json(folder / "config.json", hf_format.config_json(config, head, dtype, tokenizer))
     if head == "lm":
         write_json(folder / "generation_config.json", hf_format.special_ids(tokenizer))
+
+
+def _write_sentencepiece(
+    folder: Path, config: ModelConfig, head: str, tokenizer: Tokenizer
+) -> None:
+    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+    document = hf_tokenizer.tokenizer_config_json(config, head, tokenizer)
+    try:
+        ours = hf_tokenizer.checked_tokenizer_json(tokenizer.path)
+        write_json(folder / "tokenizer.json", ours)
+    except ValueError as error:
+        document["tokenizer_class"] = "LlamaTokenizer"  # which reads tokenizer.model
+        warnings.warn(f"{error}; it is left out", Notice, stacklevel=3)
+    write_json(folder / "tokenizer_config.json", document)
 
 
 def load_model(
@@ -197,6 +206,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     path = Path(path)
     if path.suffix == ".bin":
         return llama2c.open_source(path)
+    if path.suffix == ".gguf" and not path.is_dir():
+        return gguf_file.open_source(path)
     if not path.exists():
         recover(path)
     if not path.is_dir():
@@ -214,8 +225,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     copied = _left_out(found) if tied and head == "lm" else {}
     found |= {name: found[other] for other, name in copied.items()}
     check_tensors(found, config, head, path)
-    tokenizer = path / "tokenizer.model"
-    if tokenizer.exists():
+    tokenizer = tokenizer_in(path, config.vocab_size)
+    if tokenizer is not None:
         check_vocabulary(tokenizer, config.vocab_size)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -228,7 +239,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
 
     types = {name: view.dtype for stored in shards.values() for name, view in stored.items()}
     dtype = types.get(EMBEDDING) or types[HEADS["lm"]]
-    return Source(config, head, dtype, tokenizer if tokenizer.exists() else None, tensors)
+    return Source(config, head, dtype, tokenizer, tensors)
 
 
 def _left_out(found: Container[str]) -> dict[str, str]:
@@ -237,12 +248,31 @@ def _left_out(found: Container[str]) -> dict[str, str]:
     return {one: other for one, other in pairs if one in found and other not in found}
 
 
+def tokenizer_in(folder: Path, vocab_size: int | None) -> Path | None:
+    """The tokenizer's file in a model folder: its tokenizer.model, or its tokenizer.json where it
+    has no other or only that one knows tokens that were added later."""
+    pieces, document = folder / "tokenizer.model", folder / "tokenizer.json"
+    if not pieces.exists():
+        return document if document.exists() else None
+    if not document.exists():
+        return pieces
+    known = Tokenizer(pieces).pieces
+    if known == vocab_size or not hf_tokenizer.adds_tokens(document, known):
+        return pieces
+    return document
+
+
 def tokenizer_path(path: str | os.PathLike[str]) -> Path:
-    """The tokenizer.model of a model folder; ValueError where it has none, or there is no model."""
+    """The tokenizer.model or tokenizer.json of a model folder; ValueError where it has none, or
+    there is no model."""
     if not Path(path).exists():
         raise ValueError(f"{path}: no such model; give a model folder or a llama2.c .bin file")
-    file = Path(path) / "tokenizer.model"
-    if not file.is_file():
+    if Path(path).suffix == ".gguf" and Path(path).is_file():
+        return Path(path)
+    config = Path(path) / "config.json"
+    vocab_size = read_object(config).get("vocab_size") if config.is_file() else None
+    file = tokenizer_in(Path(path), vocab_size)
+    if file is None:
         if Path(path).is_dir() and not (Path(path) / "config.json").exists():
             mistaken.check_folder(Path(path))
         raise ValueError(f"{path} has no tokenizer.model; name the tokenizer it was trained with")
@@ -250,13 +280,15 @@ def tokenizer_path(path: str | os.PathLike[str]) -> Path:
 
 
 def check_vocabulary(path: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
-    """The tokenizer at `path`; ValueError where it is not one of `vocab_size` pieces."""
+    """The tokenizer at `path`, padded to `vocab_size` ids; ValueError where it is not one of so
+    many pieces or a few less."""
     tokenizer = Tokenizer(Path(path))
-    if tokenizer.vocab_size != vocab_size:
+    if not tokenizer.pads_to(vocab_size):
         raise ValueError(
-            f"{path} has {tokenizer.vocab_size} pieces where the model's vocabulary is "
+            f"{path} has {tokenizer.pieces} pieces where the model's vocabulary is "
             f"{vocab_size}; use the tokenizer that the model was trained with"
         )
+    tokenizer.vocab_size = vocab_size
     return tokenizer
 
 
@@ -264,8 +296,8 @@ def check_own(path: str | os.PathLike[str], own: Path) -> None:
     """ValueError where `path`, a tokenizer named for a model, has hardly a piece where `own`, the
     one in the model's folder, has it: its ids would mean other words."""
     given, known = Tokenizer(path), Tokenizer(own)
-    texts = [i for i in range(known.vocab_size) if known.is_text(i)]  # bytes are alike everywhere
-    same = sum(i < given.vocab_size and given.piece(i) == known.piece(i) for i in texts)
+    texts = [i for i in range(known.pieces) if known.is_text(i)]  # bytes are alike everywhere
+    same = sum(i < given.pieces and given.piece(i) == known.piece(i) for i in texts)
     if 2 * same < len(texts):
         raise ValueError(
             f"{path} agrees with the model's own tokenizer, {own}, in {same} of {len(texts)} "

@@ -84,6 +84,8 @@ def write(path: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]]
     ):
         if not math.isclose(value, only):
             raise ValueError(f"a llama2.c .bin cannot hold {name} {value}; it is always {only}")
+    if config.rope_scaling is not None:
+        raise ValueError("a llama2.c .bin cannot hold a rope_scaling; write a model folder")
     offsets = _layout(config)
     kept: dict[str, Tensor] = {}  # the two that decide whether the head is tied
     with path.open("wb") as file:

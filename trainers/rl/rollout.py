@@ -14,6 +14,7 @@ from torch import Tensor
 from puna.core import parallel
 from puna.core.chat import decode_answer
 from puna.core.generation.generate import Completion
+from puna.core.generation.sampling import EosIds
 from puna.core.model import Transformer
 from puna.core.packed import forward_groups
 from puna.core.tensor_parallel import generate_together
@@ -85,7 +86,7 @@ def collect(
     prompt_ids: Sequence[int],
     sample_ids: Sequence[int],
     max_new_tokens: int,
-    eos_id: int,
+    eos_id: EosIds,
     temperature: float,
     seed: int,
     round_index: int,
