@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from puna.core.tokenizer import Tokenizer
 from puna.core.tokenizer_files import CHAT_TEMPLATE
 
+# What a template's own mistakes raise.
+WRONG = (ArithmeticError, LookupError, TypeError, AttributeError, ValueError)
 # A mark of transformers' around what an answer is; the mask is found otherwise here.
 _GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 
@@ -45,16 +47,11 @@ def render(template: str, messages: Sequence[Any], names: dict[str, str], ask: b
         return bounded(_compiled(template).generate(**given))
     except RecursionError as error:
         raise ValueError("the model's chat template is nested too deeply") from error
-    except (
-        TemplateError,
-        ArithmeticError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ValueError,
-    ) as e:
-        why = " ".join(str(e).split())[:200]
-        raise ValueError(f"the model's chat template does not take this dialogue ({why})") from e
+    except (*WRONG, TemplateError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"the model's chat template does not take this dialogue ({why})"
+        ) from error
 
 
 @lru_cache(maxsize=8)

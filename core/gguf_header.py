@@ -14,19 +14,7 @@ from puna.core.documents import regular_file
 MAGIC = b"GGUF"
 LARGEST_HEAD = 1 << 28  # bytes; 256,000 tokens and their merges take 12 MB
 DEEPEST = 4  # arrays of arrays
-SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 STRING, ARRAY = 8, 9
 REMEDY = "fetch it again"
 

@@ -56,7 +56,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     """An environment as transformers' is, for chat templates."""
 
     code_generator_class = _Generator
-    concat = staticmethod(joined)  # type: ignore[assignment]
+    concat = staticmethod(joined)
     intercepted_binops = frozenset({"*", "**", "%", "+"})
 
     def __init__(self) -> None:

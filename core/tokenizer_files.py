@@ -100,9 +100,8 @@ def _template(document: dict[str, Any]) -> str | None:
     value = document.get("chat_template")
     if isinstance(value, list):
         named = [typed(each, dict, "chat_template[]") for each in value]
-        value = next(
-            (each.get("template") for each in named if each.get("name") == "default"), None
-        )
+        chosen = [each.get("template") for each in named if each.get("name") == "default"]
+        value = chosen[0] if chosen else None
     if value is None:
         return None
     text = typed(value, str, "chat_template")

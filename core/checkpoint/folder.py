@@ -9,16 +9,13 @@ import os
 import shutil
 import warnings
 from collections.abc import Container, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from puna.core.checkpoint import adapter, gguf_file, hf_tokenizer, llama2c, mistaken
 from puna.core.checkpoint import hf_config as hf_format
-from puna.core.checkpoint import gguf_file, hf_tokenizer, llama2c, mistaken
 from puna.core.checkpoint.atomic import atomic_folder as atomic_folder
 from puna.core.checkpoint.atomic import recover
 from puna.core.checkpoint.kept import keep_foreign
@@ -32,25 +29,12 @@ from puna.core.checkpoint.source import (
     in_memory,
     parameter_shapes,
 )
+from puna.core.checkpoint.tensor_files import read_headers, read_tensor
 from puna.core.config import ModelConfig
-from puna.core.documents import as_name, read_object, regular_file, typed
+from puna.core.documents import read_object
 from puna.core.errors import Notice
 from puna.core.model import Transformer, check_parameters
 from puna.core.tokenizer import Tokenizer
-
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-
-
-class _Stored(NamedTuple):
-    """A tensor as a safetensors header describes it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 def save_model(
@@ -214,11 +198,13 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         mistaken.check_file(path)
         raise ValueError(f"{path}: no such model; give a model folder or a llama2.c .bin file")
     if not (path / "config.json").exists():
+        if (path / adapter.SETTINGS).exists():
+            return adapter.merged(path, open_source, tokenizer_in(path, None))
         if (path / "params.json").exists():
             raise ValueError(f"{path} is in Meta's format; convert it first with `puna convert`")
         mistaken.check_folder(path)
     config, head, tied = hf_format.read_config(path / "config.json")
-    shards = _read_headers(path)
+    shards = read_headers(path)
     found = {name: view.shape for tensors in shards.values() for name, view in tensors.items()}
     # Of two that are tied one may be left out. Where both are stored both count, as in
     # transformers: the config says tied, but the head may have been trained apart.
@@ -232,7 +218,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for file, names in shards.items():
             for name in names:
-                tensor = _read_tensor(path / file, name)
+                tensor = read_tensor(path / file, name)
                 yield name, tensor
                 if name in copied:
                     yield copied[name], tensor.clone()
@@ -272,6 +258,8 @@ def tokenizer_path(path: str | os.PathLike[str]) -> Path:
     config = Path(path) / "config.json"
     vocab_size = read_object(config).get("vocab_size") if config.is_file() else None
     file = tokenizer_in(Path(path), vocab_size)
+    if file is None and (Path(path) / adapter.SETTINGS).exists():
+        file = open_source(path).tokenizer
     if file is None:
         if Path(path).is_dir() and not (Path(path) / "config.json").exists():
             mistaken.check_folder(Path(path))
@@ -303,66 +291,6 @@ def check_own(path: str | os.PathLike[str], own: Path) -> None:
             f"{path} agrees with the model's own tokenizer, {own}, in {same} of {len(texts)} "
             "pieces; leave it out"
         )
-
-
-def _read_headers(folder: Path) -> dict[str, dict[str, _Stored]]:
-    """File -> name -> shape and type of every tensor in the folder's safetensors."""
-    if (folder / "model.safetensors").exists():
-        return {"model.safetensors": _read_header(folder / "model.safetensors")}
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        mistaken.check_folder(folder)
-        raise ValueError(f"{folder} holds no model.safetensors; fetch or save the model again")
-    weight_map = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} has no weight_map; fetch or save it again")
-    files = sorted({typed(file, str, f"{index}: a file") for file in weight_map.values()})
-    for file in files:
-        if Path(file).name != file or len(file) > 255:
-            raise ValueError(f"{index} points outside its folder ({as_name(file)}); fetch it again")
-    headers = {file: _read_header(folder / file) for file in files}
-    for file, header in headers.items():
-        for name in header:
-            if weight_map.get(name) != file:
-                raise ValueError(
-                    f"{folder / file} holds {as_name(name)}, which its index does not name"
-                )
-    return headers
-
-
-def _read_header(file: Path) -> dict[str, _Stored]:
-    header = {}
-    with _opened(file) as tensors:
-        for name in tensors.keys():
-            if name.endswith("rotary_emb.inv_freq"):
-                continue  # a table that old versions of transformers stored
-            view = tensors.get_slice(name)
-            if view.get_dtype() not in FLOATS:
-                raise ValueError(
-                    f"{file}: {as_name(name)} is stored as {view.get_dtype()}; Puna reads floats "
-                    "only: use a checkpoint that is not quantised"
-                )
-            header[name] = _Stored(tuple(view.get_shape()), FLOATS[view.get_dtype()])
-    return header
-
-
-def _read_tensor(file: Path, name: str) -> Tensor:
-    # Opened anew for each tensor: the pages of a file kept open would count as ours.
-    with _opened(file) as tensors:
-        return tensors.get_tensor(name)
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator:
-    regular_file(file, "the file is missing; fetch the checkpoint again")
-    try:
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        why = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{file} is damaged or cut short ({why}); fetch or save it again"
-        ) from error
 
 
 def _fresh_score(config: ModelConfig, seed: int) -> Tensor:

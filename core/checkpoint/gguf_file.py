@@ -168,8 +168,8 @@ def _bytes(path: Path, name: str, at: Place) -> int:
         return numbers * FLOATS[at.kind].itemsize
     if at.kind not in BLOCKS:
         raise ValueError(
-            f"{path}: {as_name(name)} is stored in ggml's type {at.kind}, which Puna does not read; "
-            "take a file in F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1 or a K-quant"
+            f"{path}: {as_name(name)} is stored in ggml's type {at.kind}, which Puna does not "
+            "read; take a file in F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1 or a K-quant"
         )
     block, size = BLOCKS[at.kind]
     if at.shape[-1] % block:

@@ -15,8 +15,9 @@ from puna.core.checkpoint.shards import write_json
 from puna.core.checkpoint.tokenizer_check import difference
 from puna.core.config import ModelConfig
 from puna.core.documents import read_object
-from puna.core.tokenizer import Tokenizer, document_of
+from puna.core.tokenizer import Tokenizer
 from puna.core.tokenizer_files import CHAT_TEMPLATE
+from puna.core.tokenizer_opened import document_of
 from puna.core.vocabulary import added_json, sentencepiece_json
 
 # Llama 2 has no padding piece. Its unknown piece never ends a sequence (bytes spell what is
@@ -65,9 +66,7 @@ def tokenizer_config_json(config: ModelConfig, head: str, tokenizer: Tokenizer) 
         "bos_token": pieces[tokenizer.bos_id],
         "eos_token": pieces[tokenizer.eos_id],
         "pad_token": pieces[PAD_ID] if head == "score" else None,
-        "added_tokens_decoder": {
-            str(token): added_json(content) for token, content in pieces.items()
-        },
+        "added_tokens_decoder": {str(token): added_json(piece) for token, piece in pieces.items()},
         "add_bos_token": True,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,

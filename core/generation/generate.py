@@ -53,16 +53,16 @@ def generate(
 ) -> list[Completion]:
     """Continue each prompt (a list of ids) until EOS, `max_new_tokens` or the context's end.
 
-    `prompt_ids` and `sample_ids` name the rows for the counter-based draw (default: 0, 1, ...
-    and 0); `eos_id` is none, one or several; `batch_size` is how many are continued at once, fewer where their keys and values would
-    take more than `cache_bytes` (one always is). Results come in the order of `prompts`. An fp32
-    model on the CPU runs on the native engine, which puts the next prompt in the place of an answer
-    that ends; `weight_format` "bf16" or "int8" makes it read rounded weights, which is faster and a
-    little worse (`puna bench weights` says both). With a `memory`, what it holds of a conversation
-    is not run again. Raises ValueError for an empty prompt or one that
-    fills the context, for ids the model does not know, for settings that do not fit, and for logits
-    that hold NaN or inf: of the model as `called`. Calls share nothing but the weights: several
-    threads may generate from one model.
+    `eos_id` is none, one or several. `prompt_ids` and `sample_ids` name the rows for the
+    counter-based draw (default: 0, 1, ... and 0); `batch_size` is how many are continued at once,
+    fewer where their keys and values would take more than `cache_bytes` (one always is). Results
+    come in the order of `prompts`. An fp32 model on the CPU runs on the native engine, which puts
+    the next prompt in the place of an answer that ends; `weight_format` "bf16" or "int8" makes it
+    read rounded weights, which is faster and a little worse (`puna bench weights` says both). With
+    a `memory`, what it holds of a conversation is not run again. Raises ValueError for an empty
+    prompt or one that fills the context, for ids the model does not know, for settings that do not
+    fit, and for logits that hold NaN or inf: of the model as `called`. Calls share nothing but the
+    weights: several threads may generate from one model.
     """
     sampler = Sampler(temperature, top_k, top_p)
     check_settings(

@@ -127,9 +127,8 @@ class Slots:
         state.last[slots] = drawn
         counts = counts + going
         state.counts[slots] = counts
-        state.going[slots] = (
-            going & ~torch.isin(drawn, self.eos_ids) & (counts < state.limits[slots])
-        )
+        ended = torch.isin(drawn, self.eos_ids) | (counts >= state.limits[slots])
+        state.going[slots] = going & ~ended
 
     def look(self) -> tuple[list[Ended], list[int]]:
         """Wait for the device: the answers that have ended since the last look, and the slots that
