@@ -16,9 +16,9 @@ class ChatConfig(Options):
     an answer and takes the message back."""
 
     model: Path
-    """a model folder (ours, Hugging Face's or Meta's) or a llama2.c .bin"""
+    """a model folder (ours, Hugging Face's or Meta's), a .gguf or a llama2.c .bin"""
     tokenizer: Path | None = None
-    """tokenizer.model, where the model's folder has none"""
+    """tokenizer.model or tokenizer.json, where the model's folder has none"""
     system: str = ""
     """system message: an instruction that should hold for the whole dialogue"""
     temperature: TemperatureOrGreedy = 0.6

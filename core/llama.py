@@ -53,7 +53,8 @@ def load(
     context: int | None = None,
     tp: int = 1,
 ) -> "Llama":
-    """A language or reward model: a folder (ours, Hugging Face's or Meta's) or a llama2.c `.bin`.
+    """A language or reward model: a folder (ours, Hugging Face's or Meta's), a GGUF file or a
+    llama2.c `.bin`.
 
     `device` "auto" is a GPU where there is one; `dtype` is a torch.dtype or "fp32", "bf16" or
     "fp16"; `tokenizer` is a tokenizer.model, where the model has none beside it; `context` is the

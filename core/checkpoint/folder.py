@@ -196,7 +196,9 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         recover(path)
     if not path.is_dir():
         mistaken.check_file(path)
-        raise ValueError(f"{path}: no such model; give a model folder or a llama2.c .bin file")
+        raise ValueError(
+            f"{path}: no such model; give a model folder or a .gguf or llama2.c .bin file"
+        )
     if not (path / "config.json").exists():
         if (path / adapter.SETTINGS).exists():
             return adapter.merged(path, open_source, tokenizer_in(path, None))
@@ -252,7 +254,9 @@ def tokenizer_path(path: str | os.PathLike[str]) -> Path:
     """The tokenizer.model or tokenizer.json of a model folder; ValueError where it has none, or
     there is no model."""
     if not Path(path).exists():
-        raise ValueError(f"{path}: no such model; give a model folder or a llama2.c .bin file")
+        raise ValueError(
+            f"{path}: no such model; give a model folder or a .gguf or llama2.c .bin file"
+        )
     if Path(path).suffix == ".gguf" and Path(path).is_file():
         return Path(path)
     config = Path(path) / "config.json"
