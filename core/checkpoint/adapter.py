@@ -57,11 +57,8 @@ def merged(folder: Path, open_base: Callable[[Path], Source], tokenizer: Path | 
                 continue
             seen.add(name)
             if name in whole:
-                yield name, as_type(name, read_tensor(file, whole[name]), tensor.dtype)
-            elif name in pairs:
-                yield name, _sum(file, name, tensor, pairs[name])
-            else:
-                yield name, tensor
+                tensor = as_type(name, read_tensor(file, whole[name]), tensor.dtype)
+            yield name, _sum(file, name, tensor, pairs[name]) if name in pairs else tensor
         for name in whole.keys() - seen:  # a head that the base model has not
             yield name, as_type(name, read_tensor(file, whole[name]), base.dtype)
 
@@ -104,7 +101,8 @@ def _parts(
     pairs: dict[str, _Pair] = {}
     whole: dict[str, str] = {}
     for name, view in stored.items():
-        ours = name.removeprefix(PREFIX)
+        # Of an embedding or a head peft stores the base model's weight, too.
+        ours = name.removeprefix(PREFIX).replace(".base_layer.", ".")
         if name.endswith(B) and name[: -len(B)] + A in stored:
             continue
         if name.endswith(A):

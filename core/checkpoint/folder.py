@@ -36,6 +36,8 @@ from puna.core.errors import Notice
 from puna.core.model import Transformer, check_parameters
 from puna.core.tokenizer import Tokenizer
 
+ABSENT = "no such model; give a model folder or a .gguf or llama2.c .bin file"
+
 
 def save_model(
     folder: str | os.PathLike[str],
