@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from byte_level import CHATML, byte_level, with_model
 
 import puna
 from puna.core.chat import decode_answer, encode_answer, encode_dialogue, encode_prompt, encode_turn
@@ -13,7 +14,7 @@ from puna.core.checkpoint.folder import load_model, open_source, save_model, tok
 from puna.core.config import ModelConfig
 from puna.core.generation.generate import generate
 from puna.core.model import Transformer
-from puna.core.tokenizer import Tokenizer, stream_text
+from puna.core.tokenizer import Tokenizer, stream_text, train_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -21,13 +22,6 @@ transformers = pytest.importorskip("transformers")
 SHARED = Path(
     os.environ.get("PUNA_SHARED", Path(__file__).resolve().parents[1] / ".." / "shared" / "data")
 )
-CHATML = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nbe kind<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXTS = ["hello there", " general  kenobi\n\n7 times", "Straße 中文 🙂", "", "<|im_end|> x"]
 
 
@@ -43,36 +37,6 @@ DIALOGUES = [
     chat("a", "\nb ", "c"),
     chat("a", "b", "c 中文", "🙂 d"),
 ]
-
-
-def byte_level(folder: Path, template: str | None = CHATML, **config) -> Path:
-    """A folder with a tokenizer.json of 280 pieces, and no model yet."""
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=280, special_tokens=SPECIAL, show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    made.train_from_iterator(["hello there general kenobi 7 times tree"] * 20, trainer)
-    folder.mkdir(exist_ok=True)
-    made.save(str(folder / "tokenizer.json"))
-    said = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>",
-            "eos_token": "<|im_end|>", "chat_template": template, **config}  # fmt: skip
-    (folder / "tokenizer_config.json").write_text(json.dumps(said))
-    return folder
-
-
-def with_model(folder: Path, vocab_size: int, **config) -> Path:
-    """A random Llama of transformers in the folder."""
-    torch.manual_seed(0)
-    settings = transformers.LlamaConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=48, vocab_size=vocab_size, max_position_embeddings=256,
-        initializer_range=0.3, bos_token_id=1, eos_token_id=2, **config,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(settings).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -254,3 +218,23 @@ def test_damaged_files_are_one_sentence(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message) as raised:
         Tokenizer(tmp_path / "tokenizer.json")
     assert file in str(raised.value) or name == "no eos"
+
+
+def test_tokens_that_were_added_to_a_sentencepiece_model_are_known(tmp_path: Path) -> None:
+    pieces = tmp_path / "t.model"
+    train_tokenizer(["hello there general kenobi 7 times"] * 30, pieces, vocab_size=300)
+    model = Transformer(ModelConfig(8, 1, 1, 1, 8, 301, context=64))
+    model.init_weights()
+    folder = tmp_path / "model"
+    save_model(folder, model, pieces)
+    assert tokenizer_path(folder).name == "tokenizer.model"
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["added_tokens"].append({**document["added_tokens"][0], "id": 300, "content": "<pad>"})
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    assert tokenizer_path(folder).name == "tokenizer.json"
+    known = Tokenizer(tokenizer_path(folder))
+    assert known.pieces == 301 and known.controls["<pad>"].id == 300
+    for text in ("hello there", "  7 times\n中"):
+        assert known.encode(text) == Tokenizer(pieces).encode(text)
+    dialogue = chat("hello", "there", "7")
+    assert encode_prompt(known, dialogue) == encode_prompt(Tokenizer(pieces), dialogue)

@@ -15,7 +15,12 @@ from puna.core.checkpoint.hashes import digests
 from puna.trainers.train.kinds import Kind, kinds_of
 from puna.trainers.train.notice import notice
 
-READ_OF_A_MODEL = (".safetensors", ".json", ".model")  # of a folder; a README may come and go
+READ_OF_A_MODEL = (
+    ".safetensors",
+    ".json",
+    ".model",
+    ".jinja",
+)  # of a folder; a README may come and go
 LARGE = 2_000_000_000  # bytes that take seconds to read: said
 
 Inputs = dict[str, list[dict[str, Any]]]
