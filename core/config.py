@@ -7,6 +7,8 @@ The paper names the sizes but not their dimensions; those are in Meta's `params.
 import math
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from puna.core.rope_scaling import RopeScaling
 
 LONGEST = 1 << 20  # tokens: the rotation tables of a whole context are made at once
@@ -55,6 +57,11 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.n_heads
+
+    def rope_divisors(self) -> Tensor | None:
+        """What each pair's frequency is divided by, (D/2,); None: by nothing."""
+        scaling = self.rope_scaling
+        return None if scaling is None else scaling.divisors(self.head_dim, self.rope_theta)
 
 
 def ffn_width(dim: int, multiple_of: int = 256, multiplier: float | None = None) -> int:

@@ -4,6 +4,7 @@ It stands in the place of SentencePiece's processor in `puna.core.tokenizer`. Co
 text spells are text: only a template or `bos=True` puts the ids of control tokens.
 """
 
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -153,8 +154,8 @@ def _first_only(document: Mapping[str, Any]) -> bool:
 
 
 def _never_first(document: Mapping[str, Any]) -> dict[str, Any]:
-    copy: dict[str, Any] = json.loads(json.dumps(document))
-    for stage in _stages(copy):
+    found = copy.deepcopy(dict(document))
+    for stage in _stages(found):
         if stage.get("prepend_scheme") == "first":
             stage["prepend_scheme"] = "never"
-    return copy
+    return found
