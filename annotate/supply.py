@@ -114,7 +114,7 @@ class Supply:
                 speaker.model,
                 [prompt],
                 max_new_tokens=self.config.max_new_tokens,
-                eos_id=self.tokenizer.eos_id,
+                eos_id=self.tokenizer.eos_ids,
                 temperature=choices[which],
                 seed=seed,
                 called=speaker.name,

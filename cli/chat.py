@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import puna
-from puna.core.chat import Message, check_dialogue
+from puna.core.chat import Message, check_dialogue, tags_of
 from puna.core.terminal import say
 from puna.trainers.train.ranges import Above, AtMost, Count, Options, Seed, TemperatureOrGreedy
 
@@ -16,9 +16,9 @@ class ChatConfig(Options):
     an answer and takes the message back."""
 
     model: Path
-    """a model folder (ours, Hugging Face's or Meta's) or a llama2.c .bin"""
+    """a model folder (ours, Hugging Face's or Meta's), a .gguf or a llama2.c .bin"""
     tokenizer: Path | None = None
-    """tokenizer.model, where the model's folder has none"""
+    """tokenizer.model or tokenizer.json, where the model's folder has none"""
     system: str = ""
     """system message: an instruction that should hold for the whole dialogue"""
     temperature: TemperatureOrGreedy = 0.6
@@ -42,6 +42,7 @@ def run(config: ChatConfig) -> None:
         fresh = [{"role": "system", "content": config.system}]
     messages = list(fresh)
     memory = puna.Memory()
+    tags = () if llama.tokenizer is None else tags_of(llama.tokenizer)
     say("Talk to the model; /new starts again, an empty line ends.")
     while (text := _read()) is not None:
         if text == "/new":
@@ -49,10 +50,10 @@ def run(config: ChatConfig) -> None:
             continue
         asked: list[Message] = [*messages, {"role": "user", "content": text}]
         try:
-            check_dialogue(asked)
+            check_dialogue(asked, tags)
             answer = _answer(llama, asked, memory, config)
             answered: list[Message] = [*asked, {"role": "assistant", "content": answer}]
-            check_dialogue(answered)  # a model can write a chat tag, too
+            check_dialogue(answered, tags)  # a model can write a chat tag, too
         except KeyboardInterrupt:
             say("\n(stopped; the message is taken back)")
             continue

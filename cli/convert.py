@@ -1,4 +1,4 @@
-"""`puna convert`: Hugging Face, Meta and llama2.c models into each other's formats."""
+"""`puna convert`: Hugging Face, Meta, llama2.c and GGUF models into each other's formats."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,19 +7,23 @@ from typing import Literal
 import torch
 
 from puna.core.checkpoint.convert import convert
+from puna.core.checkpoint.folder import tokenizer_in
 from puna.core.terminal import say
 from puna.trainers.train.ranges import Count, Options
 
 
 @dataclass
 class ConvertConfig(Options):
-    """Convert a model: a model folder (Puna's and Hugging Face's are one), Meta's folder or a
-    llama2.c .bin, into a model folder or, where the target's name ends so, a .bin."""
+    """Convert a model: a model folder (Puna's and Hugging Face's are one), Meta's folder, a
+    llama2.c .bin or a GGUF file, into a model folder or, where the target's name ends so, a .bin
+    or a .gguf."""
 
     source: Path
-    """What to convert: a folder or a .bin file."""
+    """What to convert: a folder, a .bin or a .gguf file."""
     target: Path
-    """What to write: a new folder, or a new file whose name ends in .bin."""
+    """What to write: a new folder, or a new file whose name ends in .bin or .gguf."""
+    to: Literal["auto", "folder", "bin", "gguf"] = "auto"
+    """Format of the target (auto: by its name)."""
     tokenizer: Path | None = None
     """A tokenizer.model to put into the folder (default: the source's own)."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
@@ -36,8 +40,9 @@ def run(config: ConvertConfig) -> Path:
         tokenizer=config.tokenizer,
         dtype=None if config.dtype == "stored" else getattr(torch, config.dtype),
         context=config.context,
+        to=config.to,
     )
     say(f"wrote {target}")
-    if target.is_dir() and not (target / "tokenizer.model").exists():
-        say("the source has no tokenizer.model: name one with --tokenizer to put it beside")
+    if target.is_dir() and tokenizer_in(target, None) is None:
+        say("the source has no tokenizer: name one with --tokenizer to put it beside")
     return target

@@ -25,11 +25,11 @@ class GenerateConfig(Options):
     """Continue a prompt with a model; the text is printed as it is drawn."""
 
     model: Path
-    """a model folder (ours, Hugging Face's or Meta's) or a llama2.c .bin"""
+    """a model folder (ours, Hugging Face's or Meta's), a .gguf or a llama2.c .bin"""
     prompt: str
     """text to continue; empty starts from BOS"""
     tokenizer: Path | None = None
-    """tokenizer.model, where the model's folder has none"""
+    """tokenizer.model or tokenizer.json, where the model's folder has none"""
     chat: bool = False
     """the prompt is a user's message: use the chat format"""
     system: str = ""

@@ -7,6 +7,10 @@ The paper names the sizes but not their dimensions; those are in Meta's `params.
 import math
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from puna.core.rope_scaling import RopeScaling
+
 LONGEST = 1 << 20  # tokens: the rotation tables of a whole context are made at once
 LARGEST_MULTIPLIER = 1e6  # of the FFN width; the 70B model has 1.3
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "context")
@@ -25,6 +29,7 @@ class ModelConfig:
     context: int = 4096  # longest sequence the model is meant for, in tokens
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None  # of a context that was stretched
 
     def __post_init__(self) -> None:
         for name in SHAPE:
@@ -38,6 +43,8 @@ class ModelConfig:
         for name in ("norm_eps", "rope_theta"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
+        if self.rope_scaling is not None:
+            self.rope_scaling.check()
         if self.dim % self.n_heads:
             raise ValueError(f"dim {self.dim} must be a multiple of n_heads {self.n_heads}")
         if self.n_heads % self.n_kv_heads:
@@ -50,6 +57,11 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.n_heads
+
+    def rope_divisors(self) -> Tensor | None:
+        """What each pair's frequency is divided by, (D/2,); None: by nothing."""
+        scaling = self.rope_scaling
+        return None if scaling is None else scaling.divisors(self.head_dim, self.rope_theta)
 
 
 def ffn_width(dim: int, multiple_of: int = 256, multiplier: float | None = None) -> int:

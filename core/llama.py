@@ -24,6 +24,7 @@ from puna.core.chat import (
     decode_answer,
     encode_answer,
     encode_prompt,
+    tags_of,
 )
 from puna.core.checkpoint.any_format import open_any
 from puna.core.checkpoint.folder import check_own, check_vocabulary, save_model
@@ -52,7 +53,8 @@ def load(
     context: int | None = None,
     tp: int = 1,
 ) -> "Llama":
-    """A language or reward model: a folder (ours, Hugging Face's or Meta's) or a llama2.c `.bin`.
+    """A language or reward model: a folder (ours, Hugging Face's or Meta's), a GGUF file or a
+    llama2.c `.bin`.
 
     `device` "auto" is a GPU where there is one; `dtype` is a torch.dtype or "fp32", "bf16" or
     "fp16"; `tokenizer` is a tokenizer.model, where the model has none beside it; `context` is the
@@ -176,7 +178,7 @@ class Llama:
             self.model,
             [_prompt_ids(tokenizer, prompt) for prompt in several],
             max_new_tokens=max_new_tokens,
-            eos_id=tokenizer.eos_id,
+            eos_id=tokenizer.eos_ids,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
@@ -220,7 +222,7 @@ class Llama:
             self.model,
             _prompt_ids(tokenizer, several[0]),
             max_new_tokens=max_new_tokens,
-            eos_id=tokenizer.eos_id,
+            eos_id=tokenizer.eos_ids,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
@@ -231,7 +233,7 @@ class Llama:
             called=self._name(),
         )
         continued = isinstance(prompt, str) and bool(prompt)
-        answered = (token for token in drawn if token != tokenizer.eos_id)
+        answered = (token for token in drawn if token not in tokenizer.eos_ids)
         return stream_text(tokenizer, answered, continued=continued)
 
     @overload
@@ -350,7 +352,7 @@ def _kind(value: Any) -> str:
 def _prompt_ids(tokenizer: Tokenizer, prompt: str | list[Message]) -> list[int]:
     """Ids up to where the text goes on, or the answer begins."""
     if isinstance(prompt, str):
-        return tokenizer.encode(prompt, bos=True)
+        return tokenizer.encode_start(prompt)
     return encode_prompt(tokenizer, prompt)
 
 
@@ -362,7 +364,7 @@ def _known_and_asked(
         return [tokenizer.bos_id], tokenizer.encode(text)
     if not text or text[-1]["role"] != "assistant":
         raise ValueError("the chat must end with an assistant message: the answer to look at")
-    check_dialogue(text)
+    check_dialogue(text, tags_of(tokenizer))
     return encode_prompt(tokenizer, text[:-1]), encode_answer(tokenizer, text[-1]["content"])
 
 

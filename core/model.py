@@ -262,13 +262,11 @@ class Transformer(nn.Module):
         """cos and sin (context, D/2) fp32 on `device`, made on first use."""
         tables = self._tables  # looked at once: another thread may put others there
         if tables is None or tables[0].device != device:
+            c, divisors = self.config, self.config.rope_divisors()
             # Made for good: a table from inside `generate` could not be trained through later.
             with torch.inference_mode(False):
                 tables = self._tables = ops.rope_tables(
-                    self.config.context,
-                    self.config.head_dim,
-                    theta=self.config.rope_theta,
-                    device=device,
+                    c.context, c.head_dim, theta=c.rope_theta, divisors=divisors, device=device
                 )
         return tables
 

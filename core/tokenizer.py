@@ -1,4 +1,4 @@
-"""SentencePiece tokenizer: text to ids and back, streaming, and training one as Llama 2's was.
+"""Text to ids and back, streaming, and training a SentencePiece tokenizer as Llama 2's was.
 
 `<s>` and `</s>` in a text are text: only `bos=True` and `eos=True` add the control tokens.
 """
@@ -12,40 +12,53 @@ from pathlib import Path
 import sentencepiece
 
 from puna.core.checkpoint.atomic import atomic_file
-from puna.core.documents import regular_file
+from puna.core.json_tokenizer import Control, JsonPieces
+from puna.core.tokenizer_opened import open_tokenizer
 
-LARGEST_BYTES = 1 << 26  # Llama 2's has half a MB
+PADDING = 64
 MAX_SENTENCE_BYTES = 4192  # Llama 2's setting: SentencePiece drops longer lines
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space inside a piece
 
 
 class Tokenizer:
-    """A SentencePiece model file with a BOS and an EOS piece.
+    """A tokenizer with a BOS and an EOS token: a SentencePiece model, a Hugging Face tokenizer.json
+    or what a GGUF file holds of one.
 
-    Raises ValueError where the file is absent, is no SentencePiece model or lacks BOS or EOS.
+    What stands beside the file counts, too: the special tokens of tokenizer_config.json, all EOS
+    ids of config.json and generation_config.json, the chat template, and the size that the model's
+    vocabulary is padded to. Raises ValueError where the file is absent, is none of these or lacks
+    BOS or EOS.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        regular_file(self.path, "no such file; give the path of a tokenizer.model")
-        if self.path.stat().st_size > LARGEST_BYTES:
-            raise ValueError(f"{self.path} is too large to be a tokenizer.model; give that file")
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
-        except (RuntimeError, OSError, UnicodeDecodeError) as error:  # the last from its message
-            raise ValueError(
-                f"{self.path} is not a SentencePiece model; "
-                "train one with `puna tokenizer train` or take a checkpoint's tokenizer.model"
-            ) from error
-        self.vocab_size: int = self._model.vocab_size()
-        if not _is_whole(self._model):
-            raise ValueError(f"{self.path} is damaged: a piece is no text; fetch it again")
-        self.bos_id: int = self._model.bos_id()
-        self.eos_id: int = self._model.eos_id()
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise ValueError(f"{self.path} has no BOS or no EOS piece; Llama 2 needs both")
+        opened = open_tokenizer(self.path)
+        self._model = opened.model
+        self.pieces: int = self._model.vocab_size()
+        self.vocab_size = self.pieces
+        """pieces, and the ids without one that the model beside it is padded with"""
+        if opened.padded_to is not None and self.pads_to(opened.padded_to):
+            self.vocab_size = opened.padded_to
+        self.bos_id: int = opened.bos_id
+        self.eos_ids: tuple[int, ...] = opened.eos_ids
+        """all that end a text; the first is the one that is written"""
+        self.controls: dict[str, Control] = opened.controls
+        """the tokens that stand for no text, by their spelling: a text never holds one"""
+        self.chat_template: str | None = opened.template
+        """as the model's folder has it; None: Llama 2's"""
+        self.names: dict[str, str] = opened.names
+        """the spellings that a chat template knows as bos_token, eos_token and so on"""
+
+    @property
+    def eos_id(self) -> int:
+        """The EOS that is written behind a text."""
+        return self.eos_ids[0]
+
+    def pads_to(self, vocab_size: int) -> bool:
+        """Whether a model's vocabulary of this size can be this tokenizer's, padded: by one id in
+        64 at most (32,000 pieces in 32,001, 32,064 or 32,256)."""
+        return 0 <= vocab_size - self.pieces <= vocab_size // PADDING
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`. Raises ValueError for text that is no valid Unicode (lone surrogates)."""
@@ -54,6 +67,23 @@ class Tokenizer:
         except RuntimeError as error:
             raise ValueError("the text holds a lone surrogate: it is not valid Unicode") from error
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def encode_start(self, text: str) -> list[int]:
+        """Ids of `text` as the beginning of a sequence: behind BOS, but for tokenizers that put
+        none (there must be something to go on from, so an empty text is one BOS). Raises as
+        `encode` does."""
+        bos = self.is_sentencepiece or self._model.puts_first(self.bos_id)
+        return self.encode(text, bos=bos) or [self.bos_id]
+
+    def encode_later(self, text: str) -> list[int]:
+        """Ids of `text` where it stands behind a control token: some tokenizers put a space before
+        the first word of a whole text alone. Raises as `encode` does."""
+        if not isinstance(self._model, JsonPieces):
+            return self.encode(text)
+        try:
+            return self._model.encode_later(text)
+        except RuntimeError as error:
+            raise ValueError("the text holds a lone surrogate: it is not valid Unicode") from error
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, on all threads; raises as `encode` does."""
@@ -64,31 +94,34 @@ class Tokenizer:
         return found
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; control tokens give nothing, bytes that are no UTF-8 give U+FFFD.
+        """Text of `ids`; control tokens and those without a piece give nothing, bytes that are no
+        UTF-8 give U+FFFD.
 
         Raises ValueError for an id outside the vocabulary.
         """
         ids = list(ids)
         self._check(ids)
-        text: str = self._model.decode(ids)
+        text: str = self._model.decode([token for token in ids if token < self.pieces])
         return text
 
     def piece(self, token: int) -> str:
         """The vocabulary entry of one id as SentencePiece writes it, such as `▁the` or `<0x0A>`."""
         self._check([token])
-        piece: str = self._model.id_to_piece(token)
+        piece: str = self._model.id_to_piece(token) if token < self.pieces else ""
         return piece
 
     def is_byte(self, token: int) -> bool:
         """Whether the id stands for one raw byte."""
         self._check([token])
-        return bool(self._model.is_byte(token))
+        return token < self.pieces and bool(self._model.is_byte(token))
 
     def is_text(self, token: int) -> bool:
         """Whether the id stands for text: it is no control piece, no byte and not the unknown."""
         self._check([token])
         model = self._model
-        return not (model.is_control(token) or model.is_unknown(token) or model.is_byte(token))
+        return token < self.pieces and not (
+            model.is_control(token) or model.is_unknown(token) or model.is_byte(token)
+        )
 
     def piece_score(self, token: int) -> float:
         """What the model says of a piece: in a byte-pair model the order of its merge, negative."""
@@ -96,23 +129,16 @@ class Tokenizer:
         score: float = self._model.get_score(token)
         return score
 
+    @property
+    def is_sentencepiece(self) -> bool:
+        return not isinstance(self._model, JsonPieces)
+
     def _check(self, ids: list[int]) -> None:
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise ValueError(
                 f"token id {min(ids) if min(ids) < 0 else max(ids)} is outside the vocabulary of "
                 f"{self.vocab_size}; is {self.path} the tokenizer of this model?"
             )
-
-
-def _is_whole(model: sentencepiece.SentencePieceProcessor) -> bool:
-    """Whether all pieces are text, and those that stand for bytes say which."""
-    ids = list(range(model.vocab_size()))
-    try:
-        pieces = model.id_to_piece(ids)
-    except UnicodeDecodeError:
-        return False
-    are_bytes = zip(pieces, model.is_byte(ids), strict=True)
-    return all(_BYTE.fullmatch(piece) for piece, is_byte in are_bytes if is_byte)
 
 
 def stream_text(
@@ -124,6 +150,9 @@ def stream_text(
     others, its first word keeps the space before it. Byte tokens are held back until they make up
     a character, so that a half character is never printed.
     """
+    if not tokenizer.is_sentencepiece:
+        yield from _stream_json(tokenizer, ids, continued)
+        return
     held = b""
     opening: list[int] = []  # ids up to the first text: only there does decode drop spaces
     begun = continued
@@ -145,6 +174,23 @@ def stream_text(
             yield text
     if held:
         yield _REPLACEMENT * len(held)
+
+
+def _stream_json(tokenizer: Tokenizer, ids: Iterable[int], continued: bool) -> Iterator[str]:
+    """`stream_text` of a tokenizer whose pieces are no text alone: what a few more ids add to the
+    text of those just before."""
+    before: list[int] = tokenizer.encode("a") if continued else []
+    held: list[int] = []
+    for token in ids:
+        held.append(token)
+        known = tokenizer.decode(before)
+        text = tokenizer.decode(before + held)
+        if len(text) > len(known) and not text.endswith(_REPLACEMENT):
+            yield text[len(known) :]
+            before, held = held, []
+    rest = tokenizer.decode(before + held)[len(tokenizer.decode(before)) :]
+    if rest:
+        yield rest
 
 
 def _take_characters(data: bytes) -> tuple[str, bytes]:

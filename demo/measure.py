@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from puna.core.attended import attention_to
-from puna.core.chat import Message, decode_answer, encode_answer, encode_prompt
+from puna.core.chat import Message, decode_answer, encode_answer, encode_prompt, encode_turn
 from puna.core.checkpoint.atomic import write_text
 from puna.core.checkpoint.folder import load_model, tokenizer_path
 from puna.core.generation.generate import generate
@@ -20,7 +20,6 @@ from puna.demo.village import oracle
 from puna.demo.village.world import MEASURED_TURNS, PersonaDialogue
 from puna.trainers.data.ghost import GhostDialogue
 from puna.trainers.evaluation.dialogues import Said, next_turn
-from puna.trainers.gatt import encode_turn
 
 MODES = {"t1": 1.0, "greedy": 0.0}
 ANSWER_TOKENS = 48  # longest answer that is drawn; the world's are of 6 to 14 words

@@ -17,9 +17,16 @@ from .backend import choose, differentiable, jit, on_device, registered, tl, tri
 
 
 def rope_tables(
-    positions: int, head_dim: int, *, theta: float = 10000.0, device: torch.device | None = None
+    positions: int,
+    head_dim: int,
+    *,
+    theta: float = 10000.0,
+    divisors: Tensor | None = None,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of every angle: two (positions, head_dim/2) fp32 tensors.
+
+    `divisors` (head_dim/2,) slow each pair's rotation down, for a context that was stretched.
 
     The angles are formed in fp64 and rounded once: in fp32 the angle of position 4095 would
     carry an error of 2e-4. Raises ValueError for an odd head size.
@@ -28,6 +35,8 @@ def rope_tables(
         raise ValueError(f"head size {head_dim} must be even: RoPE rotates pairs")
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
     frequencies = theta**-exponents
+    if divisors is not None:
+        frequencies = frequencies / divisors.to(frequencies)
     index = torch.arange(positions, dtype=torch.float64, device=device)
     angles = torch.outer(index, frequencies)
     return angles.cos().float(), angles.sin().float()

@@ -284,12 +284,16 @@ HARM = {
         "the architecture is MistralForCausalLM",
     ),
     "rope_scaling": (
-        lambda f: edit_config(f, rope_scaling={"type": "linear", "factor": 2.0}),
-        "rope_scaling = .*linear.* is not what a Llama 2 computes",
+        lambda f: edit_config(f, rope_scaling={"type": "dynamic", "factor": 2.0}),
+        "rope_scaling = .*dynamic.* is not what a Llama 2 computes",
     ),
     "new rope_scaling": (
-        lambda f: edit_config(f, rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}),
-        "rope_scaling = .*llama3.* is not what a Llama 2 computes",
+        lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+        "rope_scaling = .*yarn.* is not what a Llama 2 computes",
+    ),
+    "half a rope_scaling": (
+        lambda f: edit_config(f, rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+        "low_freq_factor is missing, expected a finite number",
     ),
     "attention_bias": (lambda f: edit_config(f, attention_bias=True), "attention_bias = true"),
     "mlp_bias": (lambda f: edit_config(f, mlp_bias=True), "mlp_bias = true"),

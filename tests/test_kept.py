@@ -327,9 +327,9 @@ def weights_file(folder: Path) -> Path:
 
 
 MISTAKEN = {
-    gguf: "llama.cpp's format .GGUF., which Puna does not read; give the folder of safetensors",
-    gguf_file: "llama.cpp's format .GGUF., which Puna does not read; give the folder",
-    adapter: "holds a LoRA adapter .peft. and no model; merge it into its base model",
+    gguf: "holds GGUF files; give one of them, such as .*model.gguf",
+    gguf_file: "model.gguf is damaged or no GGUF file .its version is 0, expected 2 or 3.; fetch",
+    adapter: "adapter_config.json: lora_alpha is missing, expected a finite number",
     no_index: "model-00001-of-00002.safetensors and no model.safetensors.index.json",
     pickled: "holds no model.safetensors; Puna reads no pickled weights",
     pickled_file: "pytorch_model.bin is a pickled PyTorch file; give",

@@ -154,7 +154,7 @@ def drawer(
             prompt_ids=[number for number, _ in rows],
             sample_ids=[under for _, under in rows],
             max_new_tokens=config.max_new_tokens,
-            eos_id=tokenizer.eos_id,
+            eos_id=tokenizer.eos_ids,
             temperature=config.temperature,
             seed=config.seed,
             round_index=0,

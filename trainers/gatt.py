@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from puna.core import parallel
-from puna.core.chat import Message, decode_answer, encode_dialogue, encode_prompt
+from puna.core.chat import Message, decode_answer, encode_dialogue, encode_turn
 from puna.core.checkpoint.folder import open_model, tokenizer_path
 from puna.core.generation.memory import Memory
 from puna.core.model import Transformer
@@ -210,16 +210,10 @@ def _context(
     told = [dialogue.instruction, *[dialogue.instruction if config.repeat else ""] * len(seen)]
     ids: list[int] = []
     for exchange, instruction in zip(seen, told, strict=False):
-        ids += encode_turn(tokenizer, exchange.user, instruction) + exchange.answer
-    return ids + encode_turn(tokenizer, dialogue.turns[len(history)], told[-1])
-
-
-def encode_turn(tokenizer: Tokenizer, user: str, instruction: str = "") -> list[int]:
-    """Ids of one user message up to where the answer begins, the instruction folded in."""
-    messages: list[Message] = [{"role": "user", "content": user}]
-    if instruction:
-        messages.insert(0, {"role": "system", "content": instruction})
-    return encode_prompt(tokenizer, messages)
+        ids += encode_turn(tokenizer, exchange.user, instruction, later=bool(ids))
+        ids += exchange.answer
+    last = dialogue.turns[len(history)]
+    return ids + encode_turn(tokenizer, last, told[-1], later=bool(ids))
 
 
 def _candidates(
@@ -238,7 +232,7 @@ def _candidates(
         model,
         [ids for ids in prompts for _ in range(count)],
         max_new_tokens=config.max_new_tokens,
-        eos_id=tokenizer.eos_id,
+        eos_id=tokenizer.eos_ids,
         temperature=config.temperature,
         seed=config.seed,
         round_index=turn,
@@ -266,7 +260,7 @@ def _choose(
     answers = [
         Answer(messages, decode_answer(tokenizer, ids), prompt_ids, ids)
         for ids in candidates
-        if ids[-1] == tokenizer.eos_id
+        if ids[-1] in tokenizer.eos_ids
     ]
     answers = [answer for answer in answers if answer.text]
     obeys = [True] * len(answers)
@@ -276,7 +270,7 @@ def _choose(
         if obeyed:
             return Exchange(user, answer.ids, True)
     first = candidates[0]
-    if first[-1] != tokenizer.eos_id:
+    if first[-1] not in tokenizer.eos_ids:
         first = [*first, tokenizer.eos_id]  # as context a cut answer must end somewhere
     return Exchange(user, first, False)
 
@@ -340,7 +334,7 @@ def example(
     ids: list[int] = []
     weights: list[float] = []
     for turn, exchange in enumerate(exchanges):
-        asked = encode_turn(tokenizer, exchange.user, told if turn == 0 else "")
+        asked = encode_turn(tokenizer, exchange.user, told if turn == 0 else "", later=turn > 0)
         ids += asked + exchange.answer
         learned = float(not mask or turn in targets)
         weights += [0.0] * len(asked) + [learned] * len(exchange.answer)

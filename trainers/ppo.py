@@ -286,7 +286,7 @@ def sample(
         prompt_ids=prompt_ids,
         sample_ids=sample_ids,
         max_new_tokens=stage.config.max_new_tokens,
-        eos_id=stage.tokenizer.eos_id,
+        eos_id=stage.tokenizer.eos_ids,
         temperature=stage.config.temperature,
         seed=stage.config.seed,
         round_index=round_index,

@@ -139,7 +139,7 @@ def encoded(
             skipped.add(f"longer than the context of {context} tokens", one.where)
             continue
         kept.append(one)
-        finished = ids[-1] == tokenizer.eos_id
+        finished = ids[-1] in tokenizer.eos_ids
         answers.append(Answer(one.messages, one.answer, prompt, ids, finished, one.is_safety))
     if not answers:
         raise ValueError(f"no answer to score: {skipped.reasons()}".replace("\n", "; "))

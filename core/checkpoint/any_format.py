@@ -9,7 +9,8 @@ from puna.core.checkpoint.source import Source
 
 
 def open_any(path: str | os.PathLike[str], context: int = 4096) -> Source:
-    """Open a model folder (ours or Hugging Face's), Meta's folder or a llama2.c `.bin`.
+    """Open a model folder (ours or Hugging Face's), Meta's folder, a llama2.c `.bin` or
+    a GGUF file.
 
     `context` is for Meta's folders, which do not store it. Raises ValueError where `path` is none
     of them, or damaged.

@@ -1,7 +1,7 @@
 """Conversion between model formats, one tensor (or one shard) in memory at a time.
 
-From a model folder (ours or Hugging Face's), Meta's folder or a llama2.c `.bin`; to a model
-folder or a `.bin`. What a path is, is seen from the path.
+From a model folder (ours or Hugging Face's), Meta's folder, a llama2.c `.bin` or GGUF; to a model
+folder, a `.bin` or a GGUF file. What a path is, is seen from the path.
 """
 
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from puna.core.checkpoint import folder as checkpoint
-from puna.core.checkpoint import llama2c
+from puna.core.checkpoint import gguf_write, llama2c
 from puna.core.checkpoint.any_format import open_any
 from puna.core.checkpoint.atomic import atomic_file, atomic_folder
 from puna.core.checkpoint.folder import check_own
@@ -24,16 +24,18 @@ def convert(
     tokenizer: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
     context: int = 4096,
+    to: str = "auto",
     shard_bytes: int = checkpoint.SHARD_BYTES,
 ) -> Path:
-    """Convert `source` to `target`: a `.bin` where the name says so, else a model folder.
+    """Convert `source` to `target`: what `to` says ("folder", "bin" or "gguf"), or its name: a
+    `.bin`, a `.gguf`, else a model folder.
 
     `tokenizer` goes into the folder (None: the source's own, where it has one); `dtype` None
-    keeps each tensor's stored type (a `.bin` is always fp32); `context` is for Meta's folders,
-    which do not store it. From folder to folder all goes along that is not weights: a chat
-    template, generation settings, a README. Raises ValueError for a source that is no Llama 2 or
-    damaged, where something stands at `target` already, for a tokenizer that is not the model's
-    and for a number that `dtype` cannot hold.
+    keeps each tensor's stored type (a `.bin` and a GGUF file's norms are always fp32); `context` is
+    for Meta's folders, which do not store it. From folder to folder all goes along that is not
+    weights: a chat template, generation settings, a README. Raises ValueError for a source that is
+    no Llama 2 or damaged, where something stands at `target` already, for a tokenizer that is not
+    the model's and for a number that `dtype` cannot hold.
     """
     target = Path(target)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -41,7 +43,13 @@ def convert(
     opened = open_any(source, context)
     if tokenizer is not None and opened.tokenizer is not None:
         check_own(tokenizer, opened.tokenizer)
-    if target.suffix == ".bin":
+    if to == "auto":
+        to = {".bin": "bin", ".gguf": "gguf"}.get(target.suffix, "folder")
+    if to == "gguf":
+        with atomic_file(target) as partial:
+            gguf_write.write(partial, opened, tokenizer or opened.tokenizer, dtype)
+        return target
+    if to == "bin":
         if opened.head != "lm":
             raise ValueError(f"{source} has a score head; a llama2.c .bin holds language models")
         with atomic_file(target) as partial:

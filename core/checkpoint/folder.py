@@ -9,16 +9,13 @@ import os
 import shutil
 import warnings
 from collections.abc import Container, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from puna.core.checkpoint import adapter, gguf_file, hf_tokenizer, llama2c, mistaken
 from puna.core.checkpoint import hf_config as hf_format
-from puna.core.checkpoint import hf_tokenizer, llama2c, mistaken
 from puna.core.checkpoint.atomic import atomic_folder as atomic_folder
 from puna.core.checkpoint.atomic import recover
 from puna.core.checkpoint.kept import keep_foreign
@@ -32,25 +29,14 @@ from puna.core.checkpoint.source import (
     in_memory,
     parameter_shapes,
 )
+from puna.core.checkpoint.tensor_files import read_headers, read_tensor
 from puna.core.config import ModelConfig
-from puna.core.documents import as_name, read_object, regular_file, typed
+from puna.core.documents import read_object
 from puna.core.errors import Notice
 from puna.core.model import Transformer, check_parameters
 from puna.core.tokenizer import Tokenizer
 
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-
-
-class _Stored(NamedTuple):
-    """A tensor as a safetensors header describes it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+ABSENT = "no such model; give a model folder or a .gguf or llama2.c .bin file"
 
 
 def save_model(
@@ -127,18 +113,27 @@ def write_texts(
     tokenizer = None
     if tokenizer_path is not None:
         tokenizer = check_vocabulary(tokenizer_path, config.vocab_size)
-        shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
-        document = hf_tokenizer.tokenizer_config_json(config, head, tokenizer)
-        try:
-            ours = hf_tokenizer.checked_tokenizer_json(tokenizer_path)
-            write_json(folder / "tokenizer.json", ours)
-        except ValueError as error:
-            document["tokenizer_class"] = "LlamaTokenizer"  # which reads tokenizer.model
-            warnings.warn(f"{error}; it is left out", Notice, stacklevel=2)
-        write_json(folder / "tokenizer_config.json", document)
+        if tokenizer.is_sentencepiece:
+            _write_sentencepiece(folder, config, head, tokenizer)
+        else:
+            hf_tokenizer.copy_json(folder, config, tokenizer)
     write_json(folder / "config.json", hf_format.config_json(config, head, dtype, tokenizer))
     if head == "lm":
         write_json(folder / "generation_config.json", hf_format.special_ids(tokenizer))
+
+
+def _write_sentencepiece(
+    folder: Path, config: ModelConfig, head: str, tokenizer: Tokenizer
+) -> None:
+    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+    document = hf_tokenizer.tokenizer_config_json(config, head, tokenizer)
+    try:
+        ours = hf_tokenizer.checked_tokenizer_json(tokenizer.path)
+        write_json(folder / "tokenizer.json", ours)
+    except ValueError as error:
+        document["tokenizer_class"] = "LlamaTokenizer"  # which reads tokenizer.model
+        warnings.warn(f"{error}; it is left out", Notice, stacklevel=3)
+    write_json(folder / "tokenizer_config.json", document)
 
 
 def load_model(
@@ -197,38 +192,44 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     path = Path(path)
     if path.suffix == ".bin":
         return llama2c.open_source(path)
+    if path.suffix == ".gguf" and not path.is_dir():
+        return gguf_file.open_source(path)
     if not path.exists():
         recover(path)
     if not path.is_dir():
         mistaken.check_file(path)
-        raise ValueError(f"{path}: no such model; give a model folder or a llama2.c .bin file")
+        raise ValueError(
+            f"{path}: no such model; give a model folder or a .gguf or llama2.c .bin file"
+        )
     if not (path / "config.json").exists():
+        if (path / adapter.SETTINGS).exists():
+            return adapter.merged(path, open_source, tokenizer_in(path, None))
         if (path / "params.json").exists():
             raise ValueError(f"{path} is in Meta's format; convert it first with `puna convert`")
         mistaken.check_folder(path)
     config, head, tied = hf_format.read_config(path / "config.json")
-    shards = _read_headers(path)
+    shards = read_headers(path)
     found = {name: view.shape for tensors in shards.values() for name, view in tensors.items()}
     # Of two that are tied one may be left out. Where both are stored both count, as in
     # transformers: the config says tied, but the head may have been trained apart.
     copied = _left_out(found) if tied and head == "lm" else {}
     found |= {name: found[other] for other, name in copied.items()}
     check_tensors(found, config, head, path)
-    tokenizer = path / "tokenizer.model"
-    if tokenizer.exists():
+    tokenizer = tokenizer_in(path, config.vocab_size)
+    if tokenizer is not None:
         check_vocabulary(tokenizer, config.vocab_size)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for file, names in shards.items():
             for name in names:
-                tensor = _read_tensor(path / file, name)
+                tensor = read_tensor(path / file, name)
                 yield name, tensor
                 if name in copied:
                     yield copied[name], tensor.clone()
 
     types = {name: view.dtype for stored in shards.values() for name, view in stored.items()}
     dtype = types.get(EMBEDDING) or types[HEADS["lm"]]
-    return Source(config, head, dtype, tokenizer if tokenizer.exists() else None, tensors)
+    return Source(config, head, dtype, tokenizer, tensors)
 
 
 def _left_out(found: Container[str]) -> dict[str, str]:
@@ -237,12 +238,35 @@ def _left_out(found: Container[str]) -> dict[str, str]:
     return {one: other for one, other in pairs if one in found and other not in found}
 
 
+def tokenizer_in(folder: Path, vocab_size: int | None) -> Path | None:
+    """The tokenizer's file in a model folder: its tokenizer.model, or its tokenizer.json where it
+    has no other or only that one knows tokens that were added later."""
+    pieces, document = folder / "tokenizer.model", folder / "tokenizer.json"
+    if not pieces.exists():
+        return document if document.exists() else None
+    if not document.exists():
+        return pieces
+    known = Tokenizer(pieces).pieces
+    if known == vocab_size or not hf_tokenizer.adds_tokens(document, known):
+        return pieces
+    return document
+
+
 def tokenizer_path(path: str | os.PathLike[str]) -> Path:
-    """The tokenizer.model of a model folder; ValueError where it has none, or there is no model."""
+    """The tokenizer.model or tokenizer.json of a model folder; ValueError where it has none, or
+    there is no model."""
     if not Path(path).exists():
-        raise ValueError(f"{path}: no such model; give a model folder or a llama2.c .bin file")
-    file = Path(path) / "tokenizer.model"
-    if not file.is_file():
+        raise ValueError(
+            f"{path}: no such model; give a model folder or a .gguf or llama2.c .bin file"
+        )
+    if Path(path).suffix == ".gguf" and Path(path).is_file():
+        return Path(path)
+    config = Path(path) / "config.json"
+    vocab_size = read_object(config).get("vocab_size") if config.is_file() else None
+    file = tokenizer_in(Path(path), vocab_size)
+    if file is None and (Path(path) / adapter.SETTINGS).exists():
+        file = open_source(path).tokenizer
+    if file is None:
         if Path(path).is_dir() and not (Path(path) / "config.json").exists():
             mistaken.check_folder(Path(path))
         raise ValueError(f"{path} has no tokenizer.model; name the tokenizer it was trained with")
@@ -250,13 +274,15 @@ def tokenizer_path(path: str | os.PathLike[str]) -> Path:
 
 
 def check_vocabulary(path: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
-    """The tokenizer at `path`; ValueError where it is not one of `vocab_size` pieces."""
+    """The tokenizer at `path`, padded to `vocab_size` ids; ValueError where it is not one of so
+    many pieces or a few less."""
     tokenizer = Tokenizer(Path(path))
-    if tokenizer.vocab_size != vocab_size:
+    if not tokenizer.pads_to(vocab_size):
         raise ValueError(
-            f"{path} has {tokenizer.vocab_size} pieces where the model's vocabulary is "
+            f"{path} has {tokenizer.pieces} pieces where the model's vocabulary is "
             f"{vocab_size}; use the tokenizer that the model was trained with"
         )
+    tokenizer.vocab_size = vocab_size
     return tokenizer
 
 
@@ -264,73 +290,13 @@ def check_own(path: str | os.PathLike[str], own: Path) -> None:
     """ValueError where `path`, a tokenizer named for a model, has hardly a piece where `own`, the
     one in the model's folder, has it: its ids would mean other words."""
     given, known = Tokenizer(path), Tokenizer(own)
-    texts = [i for i in range(known.vocab_size) if known.is_text(i)]  # bytes are alike everywhere
-    same = sum(i < given.vocab_size and given.piece(i) == known.piece(i) for i in texts)
+    texts = [i for i in range(known.pieces) if known.is_text(i)]  # bytes are alike everywhere
+    same = sum(i < given.pieces and given.piece(i) == known.piece(i) for i in texts)
     if 2 * same < len(texts):
         raise ValueError(
             f"{path} agrees with the model's own tokenizer, {own}, in {same} of {len(texts)} "
             "pieces; leave it out"
         )
-
-
-def _read_headers(folder: Path) -> dict[str, dict[str, _Stored]]:
-    """File -> name -> shape and type of every tensor in the folder's safetensors."""
-    if (folder / "model.safetensors").exists():
-        return {"model.safetensors": _read_header(folder / "model.safetensors")}
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        mistaken.check_folder(folder)
-        raise ValueError(f"{folder} holds no model.safetensors; fetch or save the model again")
-    weight_map = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} has no weight_map; fetch or save it again")
-    files = sorted({typed(file, str, f"{index}: a file") for file in weight_map.values()})
-    for file in files:
-        if Path(file).name != file or len(file) > 255:
-            raise ValueError(f"{index} points outside its folder ({as_name(file)}); fetch it again")
-    headers = {file: _read_header(folder / file) for file in files}
-    for file, header in headers.items():
-        for name in header:
-            if weight_map.get(name) != file:
-                raise ValueError(
-                    f"{folder / file} holds {as_name(name)}, which its index does not name"
-                )
-    return headers
-
-
-def _read_header(file: Path) -> dict[str, _Stored]:
-    header = {}
-    with _opened(file) as tensors:
-        for name in tensors.keys():
-            if name.endswith("rotary_emb.inv_freq"):
-                continue  # a table that old versions of transformers stored
-            view = tensors.get_slice(name)
-            if view.get_dtype() not in FLOATS:
-                raise ValueError(
-                    f"{file}: {as_name(name)} is stored as {view.get_dtype()}; Puna reads floats "
-                    "only: use a checkpoint that is not quantised"
-                )
-            header[name] = _Stored(tuple(view.get_shape()), FLOATS[view.get_dtype()])
-    return header
-
-
-def _read_tensor(file: Path, name: str) -> Tensor:
-    # Opened anew for each tensor: the pages of a file kept open would count as ours.
-    with _opened(file) as tensors:
-        return tensors.get_tensor(name)
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator:
-    regular_file(file, "the file is missing; fetch the checkpoint again")
-    try:
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        why = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{file} is damaged or cut short ({why}); fetch or save it again"
-        ) from error
 
 
 def _fresh_score(config: ModelConfig, seed: int) -> Tensor:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from puna.core.checkpoint.hf_tokenizer import PAD_ID
+from puna.core.checkpoint.hf_tokenizer import PAD_ID, pad_id
 from puna.core.config import ModelConfig
 from puna.core.documents import as_name, field, read_object, shortened, typed
+from puna.core.rope_scaling import RopeScaling
 from puna.core.tokenizer import Tokenizer
 
 ARCHITECTURES = {"LlamaForCausalLM": "lm", "LlamaForSequenceClassification": "score"}
@@ -34,7 +35,7 @@ def config_json(
         "max_position_embeddings": config.context,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,  # transformers 4 and llama.cpp
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # 5
+        "rope_parameters": {**_rope_json(config), "rope_theta": config.rope_theta},  # 5
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -45,18 +46,31 @@ def config_json(
         "torch_dtype": str(dtype).removeprefix("torch."),
         **special_ids(tokenizer),
     }
+    if config.rope_scaling is not None:
+        document["rope_scaling"] = _rope_json(config)  # transformers 4
     if head == "score":
-        document["pad_token_id"] = PAD_ID
+        document["pad_token_id"] = PAD_ID if tokenizer is None else pad_id(tokenizer)
         document["id2label"] = {"0": "score"}  # one label: num_labels is counted from here
         document["label2id"] = {"score": 0}
     return document
 
 
-def special_ids(tokenizer: Tokenizer | None) -> dict[str, int]:
-    """BOS and EOS as config.json and generation_config.json name them."""
+def _rope_json(config: ModelConfig) -> dict[str, Any]:
+    """What is said of RoPE but for its base."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return {"rope_type": "default"}
+    if scaling.rope_type == "linear":
+        return {"rope_type": "linear", "factor": scaling.factor}
+    return scaling._asdict()
+
+
+def special_ids(tokenizer: Tokenizer | None) -> dict[str, int | list[int]]:
+    """BOS and EOS, one or several, as config.json and generation_config.json name them."""
     if tokenizer is None:
         return {"bos_token_id": 1, "eos_token_id": 2}
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    ends = list(tokenizer.eos_ids)
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
 
 
 def read_config(path: Path) -> tuple[ModelConfig, str, bool]:
@@ -84,6 +98,7 @@ def read_config(path: Path) -> tuple[ModelConfig, str, bool]:
             norm_eps=field(document, "rms_norm_eps", float, 1e-6),
             rope_theta=field(rope, "rope_theta", float, None)
             or field(document, "rope_theta", float, 10000.0),
+            rope_scaling=_rope_scaling(rope),
         )
         _check_head_dim(document, config)
         return config, ARCHITECTURES[name], field(document, "tie_word_embeddings", bool, False)
@@ -110,11 +125,33 @@ def rope_table(document: dict[str, Any]) -> dict[str, Any]:
     return field(document, "rope_scaling", dict, {}) or new
 
 
+def _rope_type(rope: dict[str, Any]) -> str:
+    """How the context was stretched; older files say it in `type`, "default" is not at all."""
+    kinds = {field(rope, key, str, "default") for key in ("rope_type", "type")} - {"default"}
+    if len(kinds) > 1 or (not kinds and rope.get("factor")):
+        return "unknown"
+    return kinds.pop() if kinds else "default"
+
+
+def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
+    kind = _rope_type(rope)
+    if kind == "linear":
+        return RopeScaling("linear", field(rope, "factor", float))
+    if kind == "llama3":
+        return RopeScaling(
+            "llama3",
+            field(rope, "factor", float),
+            field(rope, "low_freq_factor", float),
+            field(rope, "high_freq_factor", float),
+            field(rope, "original_max_position_embeddings", int),
+        )
+    return None
+
+
 def refuse_unsupported(document: dict[str, Any], name: str, rope: dict[str, Any]) -> None:
     """ValueError for the first setting of architecture `name` that a Llama 2 does not have."""
-    kinds = {field(rope, key, str, "default") for key in ("rope_type", "type")} - {"default"}
     found = {
-        "rope_scaling": bool(kinds or rope.get("factor")),
+        "rope_scaling": _rope_type(rope) not in ("default", "linear", "llama3"),
         "partial_rotary_factor": field(rope, "partial_rotary_factor", float, 1.0) != 1.0
         or field(document, "partial_rotary_factor", float, 1.0) != 1.0,
         "attention_bias": field(document, "attention_bias", bool, False),

@@ -6,33 +6,55 @@ otherwise than SentencePiece. From a tokenizer.json every version gives Sentence
 
 import hashlib
 import os
+import shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from puna.core.checkpoint.shards import write_json
 from puna.core.checkpoint.tokenizer_check import difference
 from puna.core.config import ModelConfig
+from puna.core.documents import read_object
 from puna.core.tokenizer import Tokenizer
+from puna.core.tokenizer_files import CHAT_TEMPLATE
+from puna.core.tokenizer_opened import document_of
+from puna.core.vocabulary import added_json, sentencepiece_json
 
 # Llama 2 has no padding piece. Its unknown piece never ends a sequence (bytes spell what is
 # unknown), so a scorer that looks for the last token which is not padding finds the last one.
 PAD_ID = 0
+# Beside a tokenizer.json.
+OTHERS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
-# core/chat.py as text: BOS before and EOS after each exchange, the system message inside the
-# first user message. `trim` is Python's strip.
-CHAT_TEMPLATE = (
-    "{%- set ns = namespace(system='') -%}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'system' -%}"
-    "{%- set ns.system = '<<SYS>>\\n' + message['content'] + '\\n<</SYS>>\\n\\n' -%}"
-    "{%- elif message['role'] == 'user' -%}"
-    "{{- bos_token + '[INST] ' + (ns.system + message['content']) | trim + ' [/INST]' -}}"
-    "{%- set ns.system = '' -%}"
-    "{%- else -%}"
-    "{{- ' ' + message['content'] | trim + ' ' + eos_token -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-)
+
+def pad_id(tokenizer: Tokenizer) -> int:
+    """The first id that ends no sequence, 0 in most vocabularies."""
+    return next(token for token in range(tokenizer.vocab_size) if token not in tokenizer.eos_ids)
+
+
+def adds_tokens(document: Path, pieces: int) -> bool:
+    """Whether a tokenizer.json has tokens behind the `pieces` of the tokenizer.model beside it."""
+    added = read_object(document).get("added_tokens")
+    entries = [each for each in added if isinstance(each, dict)] if isinstance(added, list) else []
+    return any(type(each.get("id")) is int and each["id"] >= pieces for each in entries)
+
+
+def copy_json(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """The files of a tokenizer.json as they are, into `folder`; what transformers needs besides is
+    written where it is not there."""
+    source = tokenizer.path
+    write_json(folder / "tokenizer.json", document_of(source))
+    beside = (*map(source.with_name, OTHERS), *source.parent.glob("chat_template*"))
+    for file in () if source.suffix == ".gguf" else beside:
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+    document = {"model_max_length": config.context, **tokenizer.names}
+    document["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if (folder / OTHERS[0]).exists():
+        document = read_object(folder / OTHERS[0])
+    if source.suffix == ".gguf" or tokenizer.chat_template == CHAT_TEMPLATE:
+        document["chat_template"] = tokenizer.chat_template  # what a dialogue is written with here
+    write_json(folder / OTHERS[0], document)
 
 
 def tokenizer_config_json(config: ModelConfig, head: str, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -44,12 +66,12 @@ def tokenizer_config_json(config: ModelConfig, head: str, tokenizer: Tokenizer) 
         "bos_token": pieces[tokenizer.bos_id],
         "eos_token": pieces[tokenizer.eos_id],
         "pad_token": pieces[PAD_ID] if head == "score" else None,
-        "added_tokens_decoder": {str(token): _added(content) for token, content in pieces.items()},
+        "added_tokens_decoder": {str(token): added_json(piece) for token, piece in pieces.items()},
         "add_bos_token": True,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": config.context,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": tokenizer.chat_template or CHAT_TEMPLATE,
     }
 
 
@@ -77,81 +99,17 @@ def tokenizer_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     code encodes each exchange of a chat.
     """
     tokenizer = Tokenizer(path)
-    pieces = _special_pieces(tokenizer)
-    bos = pieces[tokenizer.bos_id]
-    first = {"SpecialToken": {"id": bos, "type_id": 0}}
-    second = {"SpecialToken": {"id": bos, "type_id": 1}}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": token, **_added(piece)} for token, piece in pieces.items()],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ],
-        },
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [
-                first,
-                {"Sequence": {"id": "A", "type_id": 0}},
-                second,
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ],
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": pieces[PAD_ID],
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": {tokenizer.piece(i): i for i in range(tokenizer.vocab_size)},
-            "merges": _merges(path),
-        },
-    }
+    ids = range(tokenizer.pieces)
+    special = _special_pieces(tokenizer)
+    return sentencepiece_json(
+        [tokenizer.piece(token) for token in ids],
+        [tokenizer.piece_score(token) for token in ids],
+        [tokenizer.is_text(token) for token in ids],
+        {token: (piece, True) for token, piece in special.items()},
+        special[tokenizer.bos_id],
+    )
 
 
 def _special_pieces(tokenizer: Tokenizer) -> dict[int, str]:
     """Unknown, BOS and EOS: id -> piece."""
     return {i: tokenizer.piece(i) for i in (PAD_ID, tokenizer.bos_id, tokenizer.eos_id)}
-
-
-def _added(content: str) -> dict[str, Any]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"content": content, **flags, "special": True}
-
-
-def _merges(path: str | os.PathLike[str]) -> list[str]:
-    """Pairs of pieces to join, most urgent first.
-
-    SentencePiece joins the two neighbours whose union has the highest score (the leftmost among
-    equals, as the spaces are); so every way to cut a piece in two pieces is a merge of its rank.
-    """
-    tokenizer = Tokenizer(path)
-    ids = {tokenizer.piece(i): i for i in range(tokenizer.vocab_size) if tokenizer.is_text(i)}
-    merges = []
-    for piece, token in ids.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in ids and right in ids:
-                order = (-tokenizer.piece_score(token), ids[left], ids[right])
-                merges.append((order, f"{left} {right}"))
-    return [merge for _, merge in sorted(merges)]

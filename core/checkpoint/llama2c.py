@@ -15,6 +15,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from puna.core.checkpoint import llama2c_versions
 from puna.core.checkpoint.source import (
     EMBEDDING,
     HEADS,
@@ -32,7 +33,6 @@ HEADER = struct.Struct("<7i")
 HEAD = HEADS["lm"]
 # What else a .bin may be, by its first bytes.
 OTHERS = {
-    b"24ka": "a .bin of llama2.c's version 1 or 2",
     b"PK": "a pickled PyTorch file",
     b"GGUF": "a GGUF file",
 }
@@ -50,11 +50,14 @@ LAYER_KINDS = (
 
 
 def open_source(path: Path) -> Source:
-    """Open a legacy `.bin`; ValueError where it is none or its size is not its header's."""
+    """Open a `.bin` of any version; ValueError where it is none or its size is not its
+    header's."""
     regular_file(path, "no such file; give a model folder or a llama2.c .bin file")
     with path.open("rb") as file:
         header = file.read(HEADER.size)
     remedy = "give a whole .bin in llama2.c's legacy format (export version 0)"
+    if header.startswith(llama2c_versions.MAGIC):
+        return llama2c_versions.open_source(path)
     for magic, what in OTHERS.items():
         if header.startswith(magic):
             raise ValueError(f"{path} is {what}; {remedy}")
@@ -84,6 +87,8 @@ def write(path: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]]
     ):
         if not math.isclose(value, only):
             raise ValueError(f"a llama2.c .bin cannot hold {name} {value}; it is always {only}")
+    if config.rope_scaling is not None:
+        raise ValueError("a llama2.c .bin cannot hold a rope_scaling; write a model folder")
     offsets = _layout(config)
     kept: dict[str, Tensor] = {}  # the two that decide whether the head is tied
     with path.open("wb") as file:

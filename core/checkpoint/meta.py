@@ -6,6 +6,8 @@ are pickles: they are opened with `weights_only`, which builds tensors and runs 
 """
 
 import pickle
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,9 @@ from puna.core.checkpoint.source import (
 )
 from puna.core.config import ModelConfig, ffn_width
 from puna.core.documents import field, read_object, regular_file
+from puna.core.errors import Notice
 
+TIKTOKEN = "name the tokenizer.json of the same model in Hugging Face's format with --tokenizer"
 # The dimension along which the ranks' shares are joined; the norms have none.
 CUT = {
     "tok_embeddings": 1,
@@ -60,7 +64,16 @@ def open_source(folder: Path, context: int = 4096) -> Source:
     # Meta's download keeps one tokenizer beside the models' folders.
     places = (folder / "tokenizer.model", folder.resolve().parent / "tokenizer.model")
     tokenizer = next((place for place in places if place.exists()), None)
+    if tokenizer is not None and _is_tiktoken(tokenizer):
+        warnings.warn(f"{tokenizer} is a tiktoken file, which is left out; {TIKTOKEN}", Notice, 2)
+        tokenizer = None
     return Source(config, "lm", shares[0]["norm.weight"].dtype, tokenizer, tensors)
+
+
+def _is_tiktoken(path: Path) -> bool:
+    """Whether a file has lines of a piece in base64 and its rank, as Llama 3's has."""
+    with path.open("rb") as file:
+        return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", file.read(1024)) is not None
 
 
 def _share_files(folder: Path) -> list[Path]:

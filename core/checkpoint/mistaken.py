@@ -3,10 +3,6 @@
 from pathlib import Path
 
 PICKLED = "Puna reads no pickled weights: save the model again as safetensors"
-GGUF = (
-    "is in llama.cpp's format (GGUF), which Puna does not read; give the folder of safetensors "
-    "that it was made from"
-)
 
 
 def check_file(path: Path) -> None:
@@ -16,8 +12,8 @@ def check_file(path: Path) -> None:
         return
     with path.open("rb") as file:
         begin = file.read(8)
-    if begin.startswith(b"GGUF") or path.suffix == ".gguf":
-        raise ValueError(f"{path} {GGUF}")
+    if begin.startswith(b"GGUF"):
+        raise ValueError(f"{path} is a GGUF file; give it a name that ends in .gguf")
     if path.suffix == ".safetensors":
         raise ValueError(f"{path} is a file of weights; give its folder, {path.parent}")
     if begin.startswith(b"PK") or path.suffix in (".pt", ".pth"):
@@ -27,15 +23,10 @@ def check_file(path: Path) -> None:
 def check_folder(path: Path) -> None:
     """ValueError saying what the folder at `path` is, where it lacks a model's files; silent where
     nothing tells."""
-    if (path / "adapter_config.json").exists():
-        raise ValueError(
-            f"{path} holds a LoRA adapter (peft) and no model; merge it into its base model "
-            "(merge_and_unload), save that and give its folder"
-        )
     if (path / "config.toml").exists():
         _check_run(path)
-    if any(path.glob("*.gguf")):
-        raise ValueError(f"{path} {GGUF}")
+    if files := sorted(path.glob("*.gguf")):
+        raise ValueError(f"{path} holds GGUF files; give one of them, such as {files[0]}")
     if any(path.glob("consolidated.*.pth")):
         raise ValueError(f"{path} holds Meta's weights without their params.json; fetch that, too")
     shards = sorted(path.glob("model-*.safetensors"))

@@ -43,8 +43,8 @@ def difference(document: dict[str, Any], tokenizer: Tokenizer) -> str | None:
 
 def _probes(tokenizer: Tokenizer) -> Iterator[str]:
     yield from TEXTS
-    step = max(1, tokenizer.vocab_size // SPREAD)
-    for token in range(tokenizer.vocab_size):
+    step = max(1, tokenizer.pieces // SPREAD)
+    for token in range(tokenizer.pieces):
         # A user's own symbols have a score of 0 and are taken before anything is joined.
         if tokenizer.is_text(token) and (token % step == 0 or tokenizer.piece_score(token) == 0):
             piece = tokenizer.piece(token).replace(SPACE, " ")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from puna.core import ops
 from puna.core.generation.memory import Memory, Name
-from puna.core.generation.sampling import Sampler, step_seeds
+from puna.core.generation.sampling import EosIds, Sampler, all_of, step_seeds
 from puna.core.native.engine import Engine
 from puna.core.native.session import Session
 
@@ -75,7 +75,7 @@ def decode(
     keys: Tensor,
     limits: list[int],
     sampler: Sampler,
-    eos_id: int | None,
+    eos_id: EosIds,
     slots: int,
     steps: int = STEPS,
     remembered: Remembered | None = None,
@@ -109,7 +109,7 @@ def _decode(
     keys: Tensor,
     limits: list[int],
     sampler: Sampler,
-    eos_id: int | None,
+    eos_id: EosIds,
     slots: int,
     steps: int,
     remembered: Remembered | None,
@@ -123,6 +123,9 @@ def _decode(
     holds: dict[int, int] = {}  # slot -> whose prompt stands in it: the first with that text
     active = _Active(*(torch.empty(0, dtype=torch.int64) for _ in _Active._fields))
     waiting = deque(order)
+    ends = torch.tensor(all_of(eos_id), dtype=torch.int64)
+    if len(ends) > 1:
+        steps = 1  # the engine itself looks for one
     step = nullcontext if remembered is None else remembered.step
     while True:
         with step():
@@ -139,7 +142,7 @@ def _decode(
                 *_feed(active, prompts, new),
                 seeds=seeds[active.prompts, active.counts + ahead],
                 sampler=sampler,
-                eos_id=eos_id,
+                eos_id=int(ends[0]) if len(ends) else None,
             )
         count, last = len(tokens), tokens[-1]
         yield Drawn(
@@ -151,8 +154,8 @@ def _decode(
         counts = active.counts + count
         active = active._replace(positions=active.positions + count, counts=counts, tokens=last)
         done = counts >= most[active.prompts]
-        if eos_id is not None:
-            done |= last == eos_id
+        if len(ends):
+            done |= torch.isin(last, ends)
         if done.any():
             free += active.slots[done].tolist()
             active = _Active(*(part[~done] for part in active))

@@ -12,7 +12,14 @@ from puna.core.generation import continuous
 from puna.core.generation.continuous import Remembered
 from puna.core.generation.kv_cache import CACHE_BYTES, bytes_a_token
 from puna.core.generation.memory import Memory, ample
-from puna.core.generation.sampling import Sampler, blamed, check_settings, row_keys
+from puna.core.generation.sampling import (
+    EosIds,
+    Sampler,
+    all_of,
+    blamed,
+    check_settings,
+    row_keys,
+)
 from puna.core.generation.slots import Ended, Slots, continued
 from puna.core.model import Transformer
 from puna.core.native.engine import Engine, engine_for
@@ -30,7 +37,7 @@ def generate(
     prompts: list[list[int]],
     *,
     max_new_tokens: int,
-    eos_id: int | None,
+    eos_id: EosIds,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -46,16 +53,16 @@ def generate(
 ) -> list[Completion]:
     """Continue each prompt (a list of ids) until EOS, `max_new_tokens` or the context's end.
 
-    `prompt_ids` and `sample_ids` name the rows for the counter-based draw (default: 0, 1, ...
-    and 0); `batch_size` is how many are continued at once, fewer where their keys and values would
-    take more than `cache_bytes` (one always is). Results come in the order of `prompts`. An fp32
-    model on the CPU runs on the native engine, which puts the next prompt in the place of an answer
-    that ends; `weight_format` "bf16" or "int8" makes it read rounded weights, which is faster and a
-    little worse (`puna bench weights` says both). With a `memory`, what it holds of a conversation
-    is not run again. Raises ValueError for an empty prompt or one that
-    fills the context, for ids the model does not know, for settings that do not fit, and for logits
-    that hold NaN or inf: of the model as `called`. Calls share nothing but the weights: several
-    threads may generate from one model.
+    `eos_id` is none, one or several. `prompt_ids` and `sample_ids` name the rows for the
+    counter-based draw (default: 0, 1, ... and 0); `batch_size` is how many are continued at once,
+    fewer where their keys and values would take more than `cache_bytes` (one always is). Results
+    come in the order of `prompts`. An fp32 model on the CPU runs on the native engine, which puts
+    the next prompt in the place of an answer that ends; `weight_format` "bf16" or "int8" makes it
+    read rounded weights, which is faster and a little worse (`puna bench weights` says both). With
+    a `memory`, what it holds of a conversation is not run again. Raises ValueError for an empty
+    prompt or one that fills the context, for ids the model does not know, for settings that do not
+    fit, and for logits that hold NaN or inf: of the model as `called`. Calls share nothing but the
+    weights: several threads may generate from one model.
     """
     sampler = Sampler(temperature, top_k, top_p)
     check_settings(
@@ -92,7 +99,7 @@ def complete(
     keys: Tensor,
     limits: list[int],
     sampler: Sampler,
-    eos_id: int | None,
+    eos_id: EosIds,
     batch_size: int,
     cache_bytes: int = CACHE_BYTES,
     weight_format: str = "fp32",
@@ -116,7 +123,7 @@ def stream(
     prompt: list[int],
     *,
     max_new_tokens: int,
-    eos_id: int | None,
+    eos_id: EosIds,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -151,7 +158,7 @@ def _drawn(
     keys: Tensor,
     limits: list[int],
     sampler: Sampler,
-    eos_id: int | None,
+    eos_id: EosIds,
     called: str,
     memory: Memory | None,
 ) -> Iterator[int]:
@@ -186,7 +193,7 @@ def _by_engine(
     keys: Tensor,
     limits: list[int],
     sampler: Sampler,
-    eos_id: int | None,
+    eos_id: EosIds,
     batch_size: int,
     remembered: Remembered | None = None,
 ) -> list[Completion]:
@@ -200,11 +207,11 @@ def _by_engine(
         tokens[drawn.prompts, drawn.counts] = drawn.tokens
         logprobs[drawn.prompts, drawn.counts] = drawn.logprobs
         lengths = torch.bincount(drawn.prompts, minlength=len(prompts))
-    completions = []
+    completions, ends = [], all_of(eos_id)
     for ids, scores, length in zip(
         tokens.tolist(), logprobs.tolist(), lengths.tolist(), strict=True
     ):
-        ended = length > 0 and ids[length - 1] == eos_id
+        ended = length > 0 and ids[length - 1] in ends
         completions.append(Completion(ids[:length], scores[:length], ended))
     if remembered is not None:
         for number, (prompt, done) in enumerate(zip(prompts, completions, strict=True)):
@@ -219,17 +226,18 @@ def _by_pytorch(
     keys: Tensor,
     limits: list[int],
     sampler: Sampler,
-    eos_id: int | None,
+    eos_id: EosIds,
     slots: int,
 ) -> list[Completion]:
     found = {
         each.prompt: each
         for each in continued(model, prompts, keys, limits, sampler, eos_id, slots)
     }
-    none = Ended(-1, [], [])
+    none, ends = Ended(-1, [], []), set(all_of(eos_id))
     answers = [found.get(number, none) for number in range(len(prompts))]
     return [
-        Completion(each.tokens, each.logprobs, each.tokens[-1:] == [eos_id]) for each in answers
+        Completion(each.tokens, each.logprobs, bool(ends.intersection(each.tokens[-1:])))
+        for each in answers
     ]
 
 

@@ -7,12 +7,15 @@ what is sampled does not depend on batch size, order, or how many processes shar
 from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from puna.core import ops
+
+EosIds: TypeAlias = int | list[int] | tuple[int, ...] | None
+"""what ends a text: nothing, one token or any of several"""
 
 
 class Sampler(NamedTuple):
@@ -27,20 +30,27 @@ class Sampler(NamedTuple):
         return self.top_k > 0 or self.top_p < 1.0
 
 
+def all_of(eos_id: EosIds) -> tuple[int, ...]:
+    """None, one or several ids as several."""
+    if eos_id is None:
+        return ()
+    return tuple(eos_id) if isinstance(eos_id, (tuple, list)) else (eos_id,)
+
+
 def check_settings(
     sampler: Sampler,
     *,
     seed: int,
     round_index: int,
     max_new_tokens: int,
-    eos_id: int | None,
+    eos_id: EosIds,
     batch_size: int = 1,
 ) -> None:
     """ValueError, one sentence, for settings that no back end can draw with."""
     for name, value in zip(Sampler._fields, sampler, strict=True):
         _number(name, value, whole=name == "top_k")
     ops.check_settings(*sampler)
-    ids = () if eos_id is None else (("eos_id", eos_id),)
+    ids = [("eos_id", token) for token in all_of(eos_id)]
     for name, value in (("seed", seed), ("round_index", round_index), *ids):
         _number(name, value, whole=True)
         if not -(2**63) <= value < 2**63:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from puna.core import ops
 from puna.core.generation.kv_cache import KVCache
-from puna.core.generation.sampling import Sampler, step_seeds
+from puna.core.generation.sampling import EosIds, Sampler, all_of, step_seeds
 from puna.core.model import Transformer
 
 LOOK = 8  # steps between two looks: an ended slot is computed for nothing until the next
@@ -52,11 +52,11 @@ class Slots:
         longest: int,
         most: int,
         sampler: Sampler,
-        eos_id: int | None,
+        eos_id: EosIds,
     ):
         self.model, self.sampler = model, sampler
-        self.eos_id = -1 if eos_id is None else eos_id
         device = model.device
+        self.eos_ids = torch.tensor(all_of(eos_id) or [-1], device=device)
         self.cache = KVCache(model.config, count, longest, device=device, dtype=model.dtype)
         last, lengths, counts, limits, keys = torch.zeros(
             5, count, dtype=torch.int64, device=device
@@ -127,7 +127,8 @@ class Slots:
         state.last[slots] = drawn
         counts = counts + going
         state.counts[slots] = counts
-        state.going[slots] = going & (drawn != self.eos_id) & (counts < state.limits[slots])
+        ended = torch.isin(drawn, self.eos_ids) | (counts >= state.limits[slots])
+        state.going[slots] = going & ~ended
 
     def look(self) -> tuple[list[Ended], list[int]]:
         """Wait for the device: the answers that have ended since the last look, and the slots that
@@ -168,7 +169,7 @@ def continued(
     keys: Tensor,
     limits: list[int],
     sampler: Sampler,
-    eos_id: int | None,
+    eos_id: EosIds,
     count: int,
 ) -> Iterator[Ended]:
     """Answers to all prompts with a limit above 0, as they end, `count` at a time."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from puna.core import parallel
-from puna.core.chat import encode_prompt
+from puna.core.chat import encode_prompt, respelled
 from puna.core.checkpoint.folder import open_source, tokenizer_path
 from puna.core.model import Transformer
 from puna.core.packed import score
@@ -124,7 +124,7 @@ def as_read(rows: Sequence[Drawn], policy: Reader, reader: Reader) -> list[Answe
             encode_prompt(reader.tokenizer, row["messages"]),
             row["tokens"]
             if same
-            else reader.tokenizer.encode(f"{row['answer']} ", eos=row["finished"]),
+            else respelled(reader.tokenizer, row["answer"], finished=row["finished"]),
             row["finished"],
             row["is_safety"],
         )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from puna.core import parallel
-from puna.core.chat import decode_answer
+from puna.core.chat import decode_answer, encode_turn
 from puna.core.checkpoint.folder import tokenizer_path
 from puna.core.documents import are_ids, field, json_rows, shortened
 from puna.core.generation.memory import Memory
@@ -17,7 +17,7 @@ from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.ghost import GhostDialogue
 from puna.trainers.evaluation.answers import kept_in
 from puna.trainers.evaluation.config import EvaluateChatConfig, policies
-from puna.trainers.gatt import dialogue_so_far, encode_turn
+from puna.trainers.gatt import dialogue_so_far
 from puna.trainers.rl.accuracy import wilson
 from puna.trainers.rl.comparisons import write_rows
 from puna.trainers.rl.config import engine_of
@@ -94,7 +94,7 @@ def next_turn(
         policy,
         [contexts[i] for i in going],
         max_new_tokens=max_new_tokens,
-        eos_id=tokenizer.eos_id,
+        eos_id=tokenizer.eos_ids,
         temperature=temperature,
         seed=seed,
         round_index=turn,
@@ -116,10 +116,11 @@ def context_of(
     An answer that was cut off is given an end."""
     ids: list[int] = []
     for turn, user in enumerate(dialogue.turns[: len(answers) + 1]):
-        ids += encode_turn(tokenizer, user, dialogue.instruction if turn == 0 else "")
+        told = dialogue.instruction if turn == 0 else ""
+        ids += encode_turn(tokenizer, user, told, later=turn > 0)
         if turn < len(answers):
             ids += answers[turn]
-            ids += [] if answers[turn][-1] == tokenizer.eos_id else [tokenizer.eos_id]
+            ids += [] if answers[turn][-1] in tokenizer.eos_ids else [tokenizer.eos_id]
     return ids
 
 
@@ -159,7 +160,7 @@ def answers_to_judge(
                 break
             messages = dialogue_so_far(tokenizer, dialogue, history)
             text = decode_answer(tokenizer, ids)
-            answers.append(Answer(messages, text, [], ids, ids[-1] == tokenizer.eos_id))
+            answers.append(Answer(messages, text, [], ids, ids[-1] in tokenizer.eos_ids))
             turns.append(turn + 1)
             history.append(Exchange(user, ids, True))
     return answers, turns

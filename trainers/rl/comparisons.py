@@ -99,7 +99,7 @@ def sample_pairs(
                     whole,
                     [chosen[row].ids for row in rows],
                     max_new_tokens=max_new_tokens,
-                    eos_id=tokenizer.eos_id,
+                    eos_id=tokenizer.eos_ids,
                     temperature=temperature,
                     seed=seed,
                     round_index=round_index,
@@ -216,7 +216,7 @@ def _answer(pair: dict[str, Any], side: str, tokenizer: Tokenizer) -> Answer:
         text=pair[side],
         prompt_ids=encode_prompt(tokenizer, pair["messages"]),
         ids=ids,
-        finished=ids[-1] == tokenizer.eos_id,
+        finished=ids[-1] in tokenizer.eos_ids,
         is_safety=pair["is_safety"],
     )
 

@@ -26,6 +26,7 @@ import torch
 
 from puna.core import parallel
 from puna.core.documents import parse_json
+from puna.core.generation.sampling import EosIds, all_of
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.train.run import save_model
@@ -75,7 +76,7 @@ class Engine:
         keys: Sequence[tuple[int, ...]],
         *,
         max_new_tokens: int,
-        eos_id: int,
+        eos_id: EosIds,
         temperature: float,
         batch_size: int,
     ) -> list[Drawn]:
@@ -105,12 +106,12 @@ class Engine:
                 "max_tokens": most,
                 "temperature": temperature,
                 "seed": seed_of(key),
-                "stop_token_ids": [eos_id],
+                "stop_token_ids": list(all_of(eos_id)),
                 "return_token_ids": True,
                 **WHOLE,
             }
             reply = self._post("/v1/completions", asked)
-            return self._checked(reply, prompt, most, eos_id)
+            return self._checked(reply, prompt, most, all_of(eos_id))
 
         side_by_side = ThreadPoolExecutor(max(1, min(batch_size, len(prompts))))
         try:
@@ -158,7 +159,9 @@ class Engine:
             ) from error
         self._post("/resume", {}, DEVELOPER)
 
-    def _checked(self, reply: Mapping[str, Any], prompt: list[int], most: int, eos: int) -> Drawn:
+    def _checked(
+        self, reply: Mapping[str, Any], prompt: list[int], most: int, ends: tuple[int, ...]
+    ) -> Drawn:
         """The answer in a reply; ValueError where it is not all of one."""
         try:
             choice = reply["choices"][0]
@@ -176,7 +179,7 @@ class Engine:
                 f"{self.url} answered with ids beyond the policy's {vocabulary} pieces: start it "
                 "with the policy's own folder"
             )
-        ended = tokens[-1] == eos
+        ended = tokens[-1] in ends
         if read != prompt or (why == "stop") != ended or (not ended and len(tokens) != most):
             raise ValueError(
                 f"{self.url} cut an answer short: {len(tokens)} of {most} tokens, with the reason "

@@ -16,6 +16,7 @@ from puna.core import parallel
 from puna.core.chat import decode_answer
 from puna.core.generation.generate import Completion
 from puna.core.generation.memory import Memory
+from puna.core.generation.sampling import EosIds
 from puna.core.model import Transformer
 from puna.core.packed import forward_groups
 from puna.core.tensor_parallel import generate_together
@@ -100,7 +101,7 @@ def draw_answers(
     prompt_ids: Sequence[int],
     sample_ids: Sequence[int],
     max_new_tokens: int,
-    eos_id: int,
+    eos_id: EosIds,
     temperature: float,
     seed: int,
     round_index: int,

@@ -137,7 +137,7 @@ def sample_chunk(
         prompt_ids=[number for number, _ in rows],
         sample_ids=[k for _, k in rows],
         max_new_tokens=drawing.max_new_tokens,
-        eos_id=tokenizer.eos_id,
+        eos_id=tokenizer.eos_ids,
         temperature=drawing.temperature,
         seed=drawing.seed,
         round_index=drawing.round,

@@ -18,7 +18,8 @@ from puna.trainers.train.notice import notice
 from puna.trainers.train.paths import path_fields
 
 OF_A_MODEL = ("config.json", "params.json", "corpus.json")  # one of these is in its folder
-READ_OF_A_MODEL = (".safetensors", ".json", ".model")  # of a folder; a README may come and go
+# Of a model's folder; a README may come and go.
+READ_OF_A_MODEL = (".safetensors", ".json", ".model", ".jinja")
 LARGE = 2_000_000_000  # bytes that take seconds to read: said
 
 Inputs = dict[str, list[dict[str, Any]]]

@@ -1,0 +1,198 @@
+"""GGUF, llama.cpp's format: models are read from it, quantised ones as fp32.
+
+The rows of q and k are ordered as Meta's are. What the file says of its tokenizer is read in
+`core/gguf_tokenizer.py`.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from puna.core.checkpoint.source import (
+    EMBEDDING,
+    HEADS,
+    Source,
+    check_tensors,
+    half_split,
+    parameter_shapes,
+    rope_heads,
+)
+from puna.core.config import ModelConfig
+from puna.core.documents import as_name, field
+from puna.core.gguf_header import Header, Place, read_header
+from puna.core.rope_scaling import RopeScaling
+
+PARTS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+OUTSIDE = {EMBEDDING: "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+HEAD = HEADS["lm"]
+FREQUENCIES = "rope_freqs.weight"  # what the frequencies of RoPE are divided by
+FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+# ggml's number of a quantised type: (numbers in a block, bytes of a block)
+BLOCKS = {
+    2: (32, 18),  # Q4_0
+    3: (32, 20),  # Q4_1
+    6: (32, 22),  # Q5_0
+    7: (32, 24),  # Q5_1
+    8: (32, 34),  # Q8_0
+    10: (256, 84),  # Q2_K
+    11: (256, 110),  # Q3_K
+    12: (256, 144),  # Q4_K
+    13: (256, 176),  # Q5_K
+    14: (256, 210),  # Q6_K
+}
+# Stretched contexts that were released, for files that hold only the divisors.
+LLAMA3 = [RopeScaling("llama3", factor) for factor in (8.0, 32.0, 16.0)]
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of our parameter `name`."""
+    if name in OUTSIDE or name == HEAD:
+        return OUTSIDE.get(name, "output.weight")
+    _, _, layer, part = name.removesuffix(".weight").split(".", 3)
+    return f"blk.{layer}.{PARTS[part]}.weight"
+
+
+def open_source(path: Path) -> Source:
+    """Open and check a GGUF file; nothing but its head is in memory yet. ValueError where it is
+    damaged, no Llama or quantised in a way that is not known."""
+    header = read_header(path)
+    try:
+        config = _config(path, header)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    shapes = parameter_shapes(config, "lm") if _has_layers(header, config) else {}
+    ours = {gguf_name(name): name for name in shapes}
+    stored = {name: at for name, at in header.tensors.items() if name != FREQUENCIES}
+    tied = "output.weight" not in stored
+    found = {ours.get(name, name): at.shape for name, at in stored.items()}
+    if tied and EMBEDDING in found:
+        found[HEAD] = found[EMBEDDING]
+    check_tensors(found, config, "lm", path)
+    size = path.stat().st_size
+    for name, at in stored.items():
+        if at.offset + _bytes(path, name, at) > size:
+            raise ValueError(f"{path} is cut short; fetch it again")
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in shapes:
+            at = stored[gguf_name(EMBEDDING if name == HEAD and tied else name)]
+            tensor = _read(path, at)
+            heads = rope_heads(name, config)
+            yield name, half_split(tensor, heads) if heads else tensor
+
+    dtype = FLOATS.get(stored[OUTSIDE[EMBEDDING]].kind, torch.float32)
+    tokenizer = path if "tokenizer.ggml.tokens" in header.values else None
+    return Source(config, "lm", dtype, tokenizer, tensors)
+
+
+def _has_layers(header: Header, config: ModelConfig) -> bool:
+    """Whether the file has so many layers, before a name is made for each."""
+    return config.n_layers <= len(header.tensors)
+
+
+def _config(path: Path, header: Header) -> ModelConfig:
+    values = header.values
+    name = field(values, "general.architecture", str)
+    if name != "llama":
+        raise ValueError(f"the architecture is {as_name(name)}; Puna reads llama")
+
+    def said(key: str, kind: type, *default: Any) -> Any:
+        return field(values, f"llama.{key}", kind, *default)
+
+    embedding = header.tensors.get(OUTSIDE[EMBEDDING])
+    if embedding is None:
+        raise ValueError(f"it lacks {OUTSIDE[EMBEDDING]}; fetch it again")
+    heads = said("attention.head_count", int)
+    config = ModelConfig(
+        dim=said("embedding_length", int),
+        n_layers=said("block_count", int),
+        n_heads=heads,
+        n_kv_heads=said("attention.head_count_kv", int, heads),
+        ffn_dim=said("feed_forward_length", int),
+        vocab_size=embedding.shape[0],
+        context=said("context_length", int),
+        norm_eps=_short(said("attention.layer_norm_rms_epsilon", float)),
+        rope_theta=_short(said("rope.freq_base", float, 10000.0)),
+    )
+    for key in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
+        if said(key, int, config.head_dim) != config.head_dim:
+            raise ValueError(f"llama.{key} is another size than the heads have; Puna has no such")
+    if said("expert_count", int, 0):
+        raise ValueError("it is a mixture of experts, which Puna does not compute")
+    return ModelConfig(**{**vars(config), "rope_scaling": _scaling(path, header, config)})
+
+
+def _short(value: float) -> float:
+    """An fp32 number as it was written: 1e-5, not 9.99999974e-6."""
+    return float(np.format_float_scientific(np.float32(value)))
+
+
+def _scaling(path: Path, header: Header, config: ModelConfig) -> RopeScaling | None:
+    kind = field(header.values, "llama.rope.scaling.type", str, "none")
+    if kind == "linear":
+        return RopeScaling("linear", field(header.values, "llama.rope.scaling.factor", float))
+    if kind != "none":
+        raise ValueError(f"rope.scaling.type = {as_name(kind)} is not what Puna computes")
+    at = header.tensors.get(FREQUENCIES)
+    if at is None:
+        return None
+    if at.kind != 0 or at.shape != (config.head_dim // 2,):
+        raise ValueError(f"{FREQUENCIES} does not fit the heads; fetch it again")
+    divisors = _read(path, at).double()
+    if torch.allclose(divisors, torch.ones_like(divisors)):
+        return None
+    for known in LLAMA3:
+        if torch.allclose(known.divisors(config.head_dim, config.rope_theta), divisors, rtol=1e-4):
+            return known
+    raise ValueError(f"{FREQUENCIES} stretches the context in a way that Puna does not know")
+
+
+def _bytes(path: Path, name: str, at: Place) -> int:
+    numbers = math.prod(at.shape)
+    if at.kind in FLOATS:
+        return numbers * FLOATS[at.kind].itemsize
+    if at.kind not in BLOCKS:
+        raise ValueError(
+            f"{path}: {as_name(name)} is stored in ggml's type {at.kind}, which Puna does not "
+            "read; take a file in F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1 or a K-quant"
+        )
+    block, size = BLOCKS[at.kind]
+    if at.shape[-1] % block:
+        raise ValueError(f"{path}: {as_name(name)} has rows that are no whole blocks")
+    return numbers // block * size
+
+
+def _read(path: Path, at: Place) -> Tensor:
+    size = _bytes(path, "a tensor", at)
+    with path.open("rb") as file:
+        file.seek(at.offset)
+        data = file.read(size)
+    if len(data) < size:
+        raise ValueError(f"{path} is cut short; fetch it again")
+    if at.kind in FLOATS:
+        return torch.frombuffer(bytearray(data), dtype=FLOATS[at.kind]).view(at.shape)
+    try:
+        from gguf import GGMLQuantizationType, quants
+    except ImportError:
+        raise ValueError(
+            f"{path} is quantised, which the `gguf` package reads; install it "
+            "(pip install 'puna[gguf]')"
+        ) from None
+    rows = np.frombuffer(data, np.uint8).reshape(*at.shape[:-1], -1)
+    numbers = quants.dequantize(rows, GGMLQuantizationType(at.kind))
+    return torch.from_numpy(np.ascontiguousarray(numbers, np.float32)).view(at.shape)
