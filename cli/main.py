@@ -69,7 +69,7 @@ VERBS = {
         "puna.cli.convert", "ConvertConfig", "between checkpoint formats",
         named=("source", "target"),
     ),
-    "bench": Verb("puna.cli.bench", "DecodeBenchConfig", "the benchmark suite"),
+    "bench": Verb("puna.cli.bench", "SuiteConfig", "the benchmark suite"),
     "bench train": Verb("puna.cli.bench", "ModelBenchConfig", "of training only", "train"),
     "bench kernels": Verb(
         "puna.cli.bench", "KernelBenchConfig", "of kernels/, verified and timed", "kernels"
@@ -80,6 +80,7 @@ VERBS = {
         "puna.cli.bench", "WeightsBenchConfig", "of bf16 and int8 weights", "weights"
     ),
     "bench rollout": Verb("puna.cli.bench", "ModelBenchConfig", "of rollouts only", "rollout"),
+    "bench rlhf": Verb("puna.cli.bench", "ModelBenchConfig", "of one iteration of PPO", "rlhf"),
     "bench compare": Verb(
         "puna.cli.bench", "CompareConfig", "what changed between two runs", "compare",
         named=("before", "after"),
