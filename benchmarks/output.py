@@ -39,6 +39,7 @@ def card_table(card: dict[str, object]) -> Table:
 def named(row: Row) -> str:
     """The bench, the part of it, and what share of the whole's time that takes."""
     part = f" {row['operation']}" if "operation" in row else ""
+    part += f", {row['ranks']} rank{'s' * (row['ranks'] > 1)}" if "ranks" in row else ""
     share = f" ({row['share']:.0%})" if "share" in row else ""
     return f"{row['bench']}{part}{share}"
 

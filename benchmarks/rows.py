@@ -14,6 +14,10 @@ class Further(TypedDict, total=False):
     ranks: int
     seconds: float  # of one call, the median
     share: float  # of the whole's seconds, for a part of it
+    along: str  # what grows
+    x: int  # how far it has grown
+    needs_mb: float  # weights, gradients and optimizer as held, and what a call needs besides
+    ends: int  # the next point, which did not fit the memory
 
 
 class Row(Further):

@@ -18,8 +18,11 @@ from puna.benchmarks.kernels.run import (
     kernels_table,
     not_timed,
 )
+from puna.benchmarks.models import growth
 from puna.benchmarks.models.decode import bench_decode
 from puna.benchmarks.models.decode_peers import llama_cpp_installed
+from puna.benchmarks.models.fsdp import BYTES as FSDP_BYTES
+from puna.benchmarks.models.fsdp import bench_fsdp
 from puna.benchmarks.models.generate import BATCHES, GPU_BATCHES, bench_generate
 from puna.benchmarks.models.rlhf import BYTES as RLHF_BYTES
 from puna.benchmarks.models.rlhf import bench_rlhf
@@ -29,11 +32,12 @@ from puna.benchmarks.models.train import bench_train
 from puna.benchmarks.output import card_table, rows_table, wide_console, write_document
 from puna.benchmarks.parts import Measured, Part, measure
 from puna.benchmarks.rows import Row
+from puna.core import parallel
 
 SHAPES, GPU_SHAPES, QUICK_SHAPES = ("demo", "15m"), ("7b",), ("demo",)
 TRAINED = 16  # bytes a parameter: fp32 with its gradient and AdamW's state
 QUICK_SECONDS, QUICK_ROUNDS, QUICK_PROMPTS = 150.0, 3, 64  # and half a minute to start and to end
-ALL = ("kernels", "generate", "decode", "rollout", "rlhf", "train")
+ALL = ("kernels", "generate", "decode", "rollout", "rlhf", "fsdp", "train")
 SLOW_ON_CPU = ("kernels", "rollout")  # "all" leaves them to verbs of their own there
 
 
@@ -88,7 +92,12 @@ def run_suite(
         shape.check()
     if what in ("kernels", "all"):
         setting.kernels.cases()
+    if parallel.world_size() > 1 and what != "fsdp":
+        raise ValueError(
+            "several processes are measured by `puna bench fsdp`; start the others without torchrun"
+        )
     console = wide_console()
+    console.quiet = not parallel.is_main()
     card = machine.card(setting.device) | card_of_kernels(setting.device)
     console.print(card_table(card))
     lines = left_out(what, setting)
@@ -106,11 +115,16 @@ def run_suite(
         console.print(line)
     document: dict[str, object] = {"machine": card, "command": command, "rows": found.rows}
     document["left_out"] = lines + found.left_out
-    if save and found.rows:
+    if fits := growth.exponents(models):
+        document["growth"] = fits
+        for fit in fits:
+            console.print(growth.said(fit))
+    if save and found.rows and parallel.is_main():
         name = "quick" if setting.quick and what == "all" else what
         name += "-stopped" * found.stopped
         console.print(f"written to {write_document(document, name)}")
-    print(json.dumps(document))
+    if parallel.is_main():
+        print(json.dumps(document))
     end(found)
     check_kernels(kernels)
     return document
@@ -136,13 +150,18 @@ def parts(
     found = []
     if "kernels" in wanted:
         found.append(Part("kernels", lambda: kernel_rows(setting.kernels, say)))
+    grown = None
+    if what == "growth" or (what == "all" and setting.quick):  # else minutes, for its own verb
+        plan = growth.DRY if setting.dry else growth.GPU if setting.gpu else growth.CPU
+        arguments = plan, setting.device, setting.kind, setting.turns
+        grown = Part("growth", partial(growth.bench_growth, *arguments, dry=setting.dry))
     held = Held(setting)
     for shape in shapes:
         for name in wanted:
             if name in BENCHES:
                 rows = partial(BENCHES[name], held, shape, setting)
                 found.append(Part(f"{name} {shape}", rows))
-    return found
+    return [*found, grown] if grown else found
 
 
 class Held:
@@ -187,6 +206,12 @@ def rlhf(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
     yield bench_rlhf(cut, setting.device, setting.kind, setting.turns, gpu=setting.gpu)
 
 
+def fsdp(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
+    held.close()
+    cut = cut_to_fit(shape, setting, FSDP_BYTES)
+    yield from bench_fsdp(cut, setting.device, setting.kind, setting.turns, quick=setting.quick)
+
+
 def train(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
     models = held.open(shape, "fp32", trained=True)
     try:
@@ -201,6 +226,7 @@ BENCHES = {
     "decode": decode,
     "rollout": rollout,
     "rlhf": rlhf,
+    "fsdp": fsdp,
     "train": train,
 }
 

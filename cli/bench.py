@@ -32,7 +32,8 @@ class BenchConfig(Options):
 
 @dataclass(kw_only=True)
 class DryBenchConfig(BenchConfig):
-    """What can also be walked through without measuring."""
+    """How Puna's cost grows with batch, context, vocabulary, width, depth and K, with a fitted
+    exponent each and where memory ends; prints a table, and as the last line one JSON document."""
 
     dry_run: bool = False
     """a GPU's rows, on this CPU and at tiny sizes: to see that all of it runs"""
@@ -171,6 +172,16 @@ def rlhf(config: ModelBenchConfig) -> None:
     measure(config, "rlhf")
 
 
+def fsdp(config: ModelBenchConfig) -> None:
+    """The rows of training and generation by ranks; under torchrun of its ranks."""
+    measure(config, "fsdp")
+
+
+def growth(config: DryBenchConfig) -> None:
+    """The rows over batch, context, vocabulary, width, depth and K, with fitted exponents."""
+    measure(config, "growth")
+
+
 def kernels(config: KernelBenchConfig) -> None:
     """The rows of kernels/. Raises RuntimeError where a provider is wrong."""
     measure(config, "kernels")
@@ -187,7 +198,8 @@ def setting_of(config: DryBenchConfig, device: torch.device) -> Setting:
     setting = Setting(device, config.rounds, dry=config.dry_run)
     if isinstance(config, KernelBenchConfig):
         return setting._replace(operations=config.operations)
-    assert isinstance(config, ModelBenchConfig)
+    if not isinstance(config, ModelBenchConfig):
+        return setting
     dtype = "" if config.dtype == "auto" else config.dtype
     setting = setting._replace(
         shapes=config.shape, layers=config.layers, peers=config.peers, dtype=dtype
@@ -207,7 +219,7 @@ def command_of(config: DryBenchConfig, what: str, device: torch.device) -> str:
     words = ["puna bench" if what == "all" else f"puna bench {what}"]
     if config.rounds:
         words.append(f"--rounds {config.rounds}")
-    words.append(f"--device {device}")
+    words.append("--dry-run" if config.dry_run else f"--device {device}")
     if isinstance(config, KernelBenchConfig) and config.operations:
         words.append(f"--operations {' '.join(config.operations)}")
     if isinstance(config, ModelBenchConfig):

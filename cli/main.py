@@ -81,6 +81,8 @@ VERBS = {
     ),
     "bench rollout": Verb("puna.cli.bench", "ModelBenchConfig", "of rollouts only", "rollout"),
     "bench rlhf": Verb("puna.cli.bench", "ModelBenchConfig", "of one iteration of PPO", "rlhf"),
+    "bench fsdp": Verb("puna.cli.bench", "ModelBenchConfig", "of several ranks", "fsdp"),
+    "bench growth": Verb("puna.cli.bench", "DryBenchConfig", "of how cost grows", "growth"),
     "bench compare": Verb(
         "puna.cli.bench", "CompareConfig", "what changed between two runs", "compare",
         named=("before", "after"),

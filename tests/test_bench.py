@@ -33,6 +33,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(decode, "llama_cpp_installed", lambda: False)
     monkeypatch.setattr(suite, "BATCHES", (1, 3))
     monkeypatch.setattr(rlhf, "CPU", rlhf.DRY)
+    monkeypatch.setattr(suite, "bench_fsdp", lambda *_, **__: iter([[]]))  # processes know no tiny
     monkeypatch.setattr(machine, "MATMUL_SIDE", 64)
 
 

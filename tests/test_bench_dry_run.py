@@ -14,7 +14,7 @@ import torch
 from puna import kernels
 from puna.benchmarks import machine, suite
 from puna.benchmarks.kernels import run as kernel_run
-from puna.benchmarks.models import generate, rollout, steps, train
+from puna.benchmarks.models import fsdp, generate, growth, rollout, steps, train
 from puna.benchmarks.models.shapes import Shape, blocks_that_fit, multiplied_parameters
 from puna.cli.main import main
 from puna.core.config import SIZES, parameter_count
@@ -40,6 +40,7 @@ def document(capsys):
 def test_every_row_of_a_gpu(small, capsys, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(suite, "ALL", [name for name in suite.ALL if name != "kernels"])
+    monkeypatch.setattr(fsdp, "rank_counts", lambda device: [2])
     assert main(["bench", "--dry-run", "--rounds", "1"]) == 0
     rows = document(capsys)["rows"]
     done = [(row["bench"], row["batch"], row["provider"]) for row in rows]
@@ -48,6 +49,10 @@ def test_every_row_of_a_gpu(small, capsys, monkeypatch):
         *(("generate", batch, name) for batch in generate.GPU_BATCHES for name in both),
         *(("rollout", 2, name) for name in ("puna", "puna-no-refill")),
         *[("rlhf", 4, "puna")] * 5,
+        ("fsdp", 8, "puna"),
+        ("fsdp", 8, "puna-replicated"),
+        ("fsdp", 16, "puna"),
+        ("fsdp", 16, "puna-unsharded"),
         *(
             ("train", train.GPU_BATCH, name)
             for name in ("puna", "puna-recompute", "transformers", "transformers-compiled")
@@ -65,6 +70,15 @@ def test_every_kernel_of_a_gpu(small, capsys):
     assert {row["operation"] for row in rows} == public - {"rope_tables", "use_backend"}
     assert "torch-compiled" in {row["provider"] for row in rows}
     assert all(row["failed"] is None for row in rows), [row["failed"] for row in rows]
+
+
+def test_every_axis_of_growth(small, capsys):
+    assert main(["bench", "growth", "--dry-run", "--rounds", "1"]) == 0
+    found = document(capsys)
+    points = [(row["along"], row["x"]) for row in found["rows"]]
+    assert points == [(along, x) for along, xs in growth.DRY.axes.items() for x in xs]
+    assert all(row["value"] > 0 and row["needs_mb"] > 0 for row in found["rows"])
+    assert "growth" not in found  # two points fit any exponent
 
 
 @pytest.mark.parametrize("size", sorted(set(SIZES) - {"mini", "micro"}))
