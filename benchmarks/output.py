@@ -44,33 +44,48 @@ def named(row: Row) -> str:
     return f"{row['bench']}{part}{share}"
 
 
+TEXTS = ("bench", "shape", "batch", "dtype", "provider")
+NUMBERS = ("tok/s", "p20", "p80", "of limit", "puna is", "error", "peak MB")
+
+
 def rows_table(found: Sequence[Row]) -> Table:
-    """A peer's row says how many times its rate Puna reaches at the same work."""
+    """The rows for a terminal."""
+    table = Table()
+    for heading in TEXTS:
+        table.add_column(heading)
+    for heading in NUMBERS:
+        table.add_column(heading, justify="right")
+    for cells in row_cells(found):
+        table.add_row(*cells)
+    return table
+
+
+def row_cells(found: Sequence[Row]) -> list[list[str]]:
+    """The cells of each row. A peer's says how many times its rate Puna reaches at the same
+    work."""
 
     def work(row: Row) -> tuple[object, ...]:
         done = row["bench"], row["shape"], row["batch"], row["dtype"]
         return *done, row.get("operation"), row.get("ranks")
 
     ours = {work(row): row["value"] for row in found if row["provider"] == "puna"}
-    table = Table()
-    for heading in ("bench", "shape", "batch", "dtype", "provider"):
-        table.add_column(heading)
-    for heading in ("tok/s", "p20", "p80", "of limit", "puna is", "error", "peak MB"):
-        table.add_column(heading, justify="right")
+    table = []
     for row in found:
         peer = row["provider"] != "puna" and work(row) in ours
-        table.add_row(
-            named(row),
-            row["shape"],
-            str(row["batch"]),
-            row["dtype"],
-            row["provider"],
-            f"{row['value']:,.0f}",
-            f"{row['p20']:,.0f}",
-            f"{row['p80']:,.0f}",
-            f"{row['value'] / row['limit']:.0%}",
-            f"{ours[work(row)] / row['value']:.2f}x" if peer else "",
-            "" if row["error"] is None else f"{row['error']:.1e}",
-            "" if row["peak_mb"] is None else f"{row['peak_mb']:,.0f}",
+        table.append(
+            [
+                named(row),
+                row["shape"],
+                str(row["batch"]),
+                row["dtype"],
+                row["provider"],
+                f"{row['value']:,.0f}",
+                f"{row['p20']:,.0f}",
+                f"{row['p80']:,.0f}",
+                f"{row['value'] / row['limit']:.0%}",
+                f"{ours[work(row)] / row['value']:.2f}x" if peer else "",
+                "" if row["error"] is None else f"{row['error']:.1e}",
+                "" if row["peak_mb"] is None else f"{row['peak_mb']:,.0f}",
+            ]
         )
     return table

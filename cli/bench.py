@@ -116,6 +116,25 @@ class CompareConfig(Options):
     """the same of a later run on the same machine"""
 
 
+@dataclass(kw_only=True)
+class ReportConfig(Options):
+    """Write one self-contained page of results: drawings, and tables in which lost rows stand like
+    the others."""
+
+    folder: Path | None = None
+    """folder of results that `--save` wrote, of one machine or several; left out: the ones in this
+    repository"""
+    out: Path | None = None
+    """the page; left out: report.html in the folder, or benchmarks/report.html"""
+
+
+def report(config: ReportConfig) -> None:
+    """The page of results."""
+    from puna.benchmarks.report import report as write_report  # with matplotlib, which is slow
+
+    write_report(config.folder, config.out)
+
+
 def compare(config: CompareConfig) -> None:
     """What changed between two files of results."""
     compare_results(config.before, config.after)

@@ -83,6 +83,9 @@ VERBS = {
     "bench rlhf": Verb("puna.cli.bench", "ModelBenchConfig", "of one iteration of PPO", "rlhf"),
     "bench fsdp": Verb("puna.cli.bench", "ModelBenchConfig", "of several ranks", "fsdp"),
     "bench growth": Verb("puna.cli.bench", "DryBenchConfig", "of how cost grows", "growth"),
+    "bench report": Verb(
+        "puna.cli.bench", "ReportConfig", "a page of results", "report", named=("folder",)
+    ),
     "bench compare": Verb(
         "puna.cli.bench", "CompareConfig", "what changed between two runs", "compare",
         named=("before", "after"),

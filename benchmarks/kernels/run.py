@@ -189,29 +189,40 @@ def not_timed(found: Sequence[KernelRow]) -> list[str]:
     ]
 
 
+TEXTS = ("operation", "shape", "direction", "provider")
+NUMBERS = ("ms", "rate", "p20", "p80", "of ceiling", "times best", "error", "peak MB")
+
+
 def kernels_table(found: Sequence[KernelRow]) -> Table:
-    """Puna's rows say how many times the rate of the fastest other they reach."""
+    """The rows for a terminal."""
+    table = Table()
+    for heading in TEXTS:
+        table.add_column(heading)
+    for heading in NUMBERS:
+        table.add_column(heading, justify="right")
+    for cells in kernel_cells(found):
+        table.add_row(*cells)
+    return table
+
+
+def kernel_cells(found: Sequence[KernelRow]) -> list[list[str]]:
+    """The cells of each row. Puna's say how many times the rate of the fastest other they reach."""
     best: dict[tuple[str, ...], float] = {}
     for each in found:
         if each["provider"] not in OURS and each["value"]:
             best[work_of(each)] = max(best.get(work_of(each), 0.0), each["value"])
-    table = Table()
-    for heading in ("operation", "shape", "direction", "provider"):
-        table.add_column(heading)
-    for heading in ("ms", "rate", "p20", "p80", "of ceiling", "times best", "error", "peak MB"):
-        table.add_column(heading, justify="right")
+    table = []
     for each in found:
         direction = each["direction"].replace("forward", "fwd").replace("backward", "bwd")
-        names = [each["operation"], f"{each['shape']} {each['dtype']}", direction]
+        cells = [each["operation"], f"{each['shape']} {each['dtype']}", direction]
+        cells.append(each["provider"])
         value, p20, p80 = each["value"], each["p20"], each["p80"]
         error = "" if each["error"] is None else f"{each['error']:.1e}"
         if value is None or p20 is None or p80 is None:
-            table.add_row(*names, each["provider"], "not timed", *[""] * 5, error, "")
+            table.append([*cells, "not timed", *[""] * 5, error, ""])
             continue
         rival = best.get(work_of(each))
-        table.add_row(
-            *names,
-            each["provider"],
+        cells += [
             f"{each['ms']:.3g}",
             f"{value:,.3g} {each['unit']}",
             f"{p20:,.3g}",
@@ -220,7 +231,8 @@ def kernels_table(found: Sequence[KernelRow]) -> Table:
             f"{value / rival:.2f}" if rival and each["provider"] in OURS else "",
             error,
             "" if each["peak_mb"] is None else f"{each['peak_mb']:,.0f}",
-        )
+        ]
+        table.append(cells)
     return table
 
 
