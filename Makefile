@@ -82,7 +82,7 @@ aot: $(READY)
 	$(BIN)/python -m puna.benchmarks.aot --targets sm_90,gfx942
 
 bench: $(READY)
-	$(BIN)/puna bench
+	$(BIN)/puna bench --quick
 
 $(READY): pyproject.toml setup.py $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

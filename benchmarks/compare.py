@@ -19,7 +19,7 @@ from puna.core.terminal import shown as visible
 
 LEAST = 0.05
 OURS = ("puna", "puna-native")
-WORK = ("bench", "operation", "direction", "shape", "batch", "dtype")
+WORK = ("bench", "operation", "direction", "shape", "batch", "dtype", "ranks")
 MACHINE = ("processor", "gpu", "threads")
 
 Key = tuple[str, ...]

@@ -41,9 +41,11 @@ def slug(machine: dict[str, object]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """The best matrix product seen, in FLOP/s, of two square matrices."""
+def matmul_rate(device: torch.device, dtype: torch.dtype, *, dry: bool = False) -> float:
+    """The best matrix product seen, in FLOP/s, of two square matrices; `dry`: of small ones, where
+    only the code is tried."""
     side = MATMUL_SIDE * (8 if device.type == "cuda" else 1)  # a small one leaves a GPU idle
+    side = 64 if dry else side
     a = torch.randn(side, side, device=device, dtype=dtype)
     return 2 * side**3 / best_seconds(lambda: a @ a, device)
 

@@ -4,7 +4,7 @@ import json
 import sys
 from typing import Any
 
-from puna.benchmarks.suite import RESULTS
+from puna.benchmarks.output import RESULTS
 from puna.core.checkpoint.atomic import write_text
 
 BEGIN, END = "<!-- results: python -m puna.benchmarks.readme -->\n", "<!-- end of results -->\n"

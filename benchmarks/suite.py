@@ -2,102 +2,251 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from puna.benchmarks import machine
+from puna.benchmarks.kernels.run import (
+    Kernels,
+    card_of_kernels,
+    check_kernels,
+    kernel_rows,
+    kernels_table,
+    not_timed,
+)
+from puna.benchmarks.models import growth
 from puna.benchmarks.models.decode import bench_decode
 from puna.benchmarks.models.decode_peers import llama_cpp_installed
+from puna.benchmarks.models.fsdp import BYTES as FSDP_BYTES
+from puna.benchmarks.models.fsdp import bench_fsdp
 from puna.benchmarks.models.generate import BATCHES, GPU_BATCHES, bench_generate
+from puna.benchmarks.models.rlhf import BYTES as RLHF_BYTES
+from puna.benchmarks.models.rlhf import bench_rlhf
 from puna.benchmarks.models.rollout import bench_rollout
-from puna.benchmarks.models.shapes import Models, Shape, blocks_that_fit, open_models
+from puna.benchmarks.models.shapes import DTYPES, Models, Shape, blocks_that_fit, open_models
 from puna.benchmarks.models.train import bench_train
+from puna.benchmarks.output import card_table, rows_table, wide_console, write_document
+from puna.benchmarks.parts import Measured, Part, measure
 from puna.benchmarks.rows import Row
-from puna.core.checkpoint.atomic import write_text
+from puna.core import parallel
 
-SHAPES, GPU_SHAPES = ("demo", "15m"), ("7b",)
-TRAINED, LOOKED_AT = 16, 2  # bytes a parameter: fp32 with AdamW's state, and bf16
-RESULTS = Path(__file__).parent / "results"
+SHAPES, GPU_SHAPES, QUICK_SHAPES = ("demo", "15m"), ("7b",), ("demo",)
+TRAINED = 16  # bytes a parameter: fp32 with its gradient and AdamW's state
+QUICK_SECONDS, QUICK_ROUNDS, QUICK_PROMPTS = 150.0, 3, 64  # and half a minute to start and to end
+ALL = ("kernels", "generate", "decode", "rollout", "rlhf", "fsdp", "train")
+SLOW_ON_CPU = ("kernels", "rollout")  # "all" leaves them to verbs of their own there
 
 
 class Setting(NamedTuple):
     """What is measured, and how."""
 
     device: torch.device
-    rounds: int = 5
+    rounds: int = 0  # 0: each bench's own
     shapes: Sequence[str] = ()  # none: SHAPES, on a GPU GPU_SHAPES
     layers: int = 0  # blocks kept of each; 0: on a GPU as many as fit, else all
     peers: bool = True
     dry: bool = False  # a GPU's rows on a CPU, with tiny models: whether all of it runs
+    quick: bool = False  # a row of each bench within QUICK_SECONDS
+    dtype: str = ""  # "fp32" or "bf16"; "": fp32, on a GPU bf16
+    operations: Sequence[str] = ()  # of the kernels; none: all
+    llama2c: Path | None = None  # where its run lies
 
     @property
     def gpu(self) -> bool:
         return self.dry or self.device.type == "cuda"
 
+    @property
+    def kind(self) -> str:
+        return self.dtype or ("bf16" if self.gpu else "fp32")
+
+    @property
+    def kernels(self) -> Kernels:
+        rounds = self.rounds or (5 if self.quick else 30)
+        return Kernels(self.device, rounds, self.operations, self.dry, compiled=not self.quick)
+
+    @property
+    def turns(self) -> int:
+        """Rounds of the models' benches."""
+        return self.rounds or (QUICK_ROUNDS if self.quick else 5)
+
+    def opened_shapes(self) -> list[Shape]:
+        names = GPU_SHAPES if self.gpu else QUICK_SHAPES if self.quick else SHAPES
+        return [Shape(name, self.layers, tiny=self.dry) for name in self.shapes or names]
+
 
 def run_suite(
-    what: str,
-    setting: Setting,
-    *,
-    command: str,
-    save: bool = False,
-    llama2c: Path | None = None,
+    what: str, setting: Setting, *, command: str, save: bool = False
 ) -> dict[str, object]:
-    """Measure "train", "generate", "decode", "rollout" or "all"; the last line printed is the
-    JSON document.
+    """Measure "all", or one of ALL; the last line printed is the JSON document.
 
-    Returns the document {"machine": ..., "command": ..., "rows": [...]}. With `save` it is also
-    written to results/<machine>/<what>.json beside this file. `llama2c`: where its run lies.
-    Raises ValueError for a shape that is not known.
+    Returns the document {"machine", "command", "rows", "left_out"}. With `save` it is also written
+    to results/<machine>/<what>.json beside this file, what ctrl-C stopped to <what>-stopped.json.
+    Raises ValueError for a shape that is not known, KeyboardInterrupt and what failed after that.
     """
-    shapes = [
-        Shape(name, setting.layers, tiny=setting.dry)
-        for name in setting.shapes or (GPU_SHAPES if setting.gpu else SHAPES)
-    ]
+    shapes = setting.opened_shapes()
     for shape in shapes:
         shape.check()
-    # never squeeze a figure away
-    console = Console(width=max(120, Console().width), markup=False, emoji=False)
-    card = machine.card(setting.device)
+    if what in ("kernels", "all"):
+        setting.kernels.cases()
+    if parallel.world_size() > 1 and what != "fsdp":
+        raise ValueError(
+            "several processes are measured by `puna bench fsdp`; start the others without torchrun"
+        )
+    console = wide_console()
+    console.quiet = not parallel.is_main()
+    card = machine.card(setting.device) | card_of_kernels(setting.device)
     console.print(card_table(card))
-    for line in left_out(what, setting, llama2c):
+    lines = left_out(what, setting)
+    for line in lines:
         console.print(line)
-    found: list[Row] = []
-    for shape in shapes:
-        # Generation first: the training bench moves the weights.
-        models = None
-        if what != "train":
-            models = opened(shape, setting, "bf16" if setting.gpu else "fp32")
-            found += looked_at(what, models, setting, llama2c)
-        if what in ("train", "all"):
-            if models is None or setting.gpu:
-                models = None  # or a GPU would hold what generated beside what trains
-                models = opened(shape, setting, "fp32")
-            found += bench_train(models, setting.rounds)
-    console.print(rows_table(found))
-    document: dict[str, object] = {"machine": card, "command": command, "rows": found}
-    if save:
-        console.print(f"written to {write_document(document, what)}")
-    print(json.dumps(document))
+    seconds = QUICK_SECONDS if setting.quick else None
+    found = measure(parts(what, setting, shapes, console.print), console.print, seconds)
+    kernels = [row for row in found.rows if row["bench"] == "kernel"]
+    models = [row for row in found.rows if row["bench"] != "kernel"]
+    if kernels:
+        console.print(kernels_table(kernels))
+    if models:
+        console.print(rows_table(models))
+    for line in not_timed(kernels):
+        console.print(line)
+    document: dict[str, object] = {"machine": card, "command": command, "rows": found.rows}
+    document["left_out"] = lines + found.left_out
+    if fits := growth.exponents(models):
+        document["growth"] = fits
+        for fit in fits:
+            console.print(growth.said(fit))
+    if save and found.rows and parallel.is_main():
+        name = "quick" if setting.quick and what == "all" else what
+        name += "-stopped" * found.stopped
+        console.print(f"written to {write_document(document, name)}")
+    if parallel.is_main():
+        print(json.dumps(document))
+    end(found)
+    check_kernels(kernels)
     return document
 
 
-def opened(shape: Shape, setting: Setting, dtype: str) -> Models:
-    """A shape's models; on a GPU, where nothing else is asked for, of as many blocks as fit."""
-    if setting.device.type == "cuda" and not setting.layers:
-        copies = 2 if setting.peers else 1
-        each = LOOKED_AT if dtype == "bf16" else 2 * TRAINED  # trained in two ways
-        memory = torch.cuda.get_device_properties(setting.device).total_memory
-        shape = Shape(shape.size, blocks_that_fit(shape.size, memory, each * copies))
+def end(found: Measured) -> None:
+    """Raise what the run is to end with, now that what it measured is told."""
+    if found.stopped:
+        raise KeyboardInterrupt
+    if found.error is not None:
+        raise found.error
+
+
+def parts(
+    what: str, setting: Setting, shapes: Sequence[Shape], say: Callable[[str], object]
+) -> list[Part]:
+    """The benches in their order: what is opened for one serves the next, and what trains comes
+    last."""
+    wanted: Sequence[str] = (what,)
+    if what == "all":
+        slow = () if setting.gpu or setting.quick else SLOW_ON_CPU
+        wanted = [name for name in ALL if name not in slow]
+    found = []
+    if "kernels" in wanted:
+        found.append(Part("kernels", lambda: kernel_rows(setting.kernels, say)))
+    grown = None
+    if what == "growth" or (what == "all" and setting.quick):  # else minutes, for its own verb
+        plan = growth.DRY if setting.dry else growth.GPU if setting.gpu else growth.CPU
+        arguments = plan, setting.device, setting.kind, setting.turns
+        grown = Part("growth", partial(growth.bench_growth, *arguments, dry=setting.dry))
+    held = Held(setting)
+    for shape in shapes:
+        for name in wanted:
+            if name in BENCHES:
+                rows = partial(BENCHES[name], held, shape, setting)
+                found.append(Part(f"{name} {shape}", rows))
+    return [*found, grown] if grown else found
+
+
+class Held:
+    """The models that are open: one shape's in one dtype, so that a GPU never holds more."""
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        self.key: tuple[object, ...] = ()
+        self.models: Models | None = None
+
+    def open(self, shape: Shape, dtype: str, *, trained: bool = False) -> Models:
+        key = shape.size, dtype, trained and self.setting.gpu
+        if self.models is None or self.key != key:
+            self.close()  # first: a GPU has no room for both
+            self.models, self.key = opened(shape, self.setting, dtype, trained), key
+        return self.models
+
+    def close(self) -> None:
+        self.models = None
+
+
+def generate(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
+    models = held.open(shape, setting.kind)
+    for batch in GPU_BATCHES if models.gpu else BATCHES:
+        yield bench_generate(models, batch, setting.turns)
+
+
+def decode(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
+    if not setting.gpu and setting.kind == "fp32":
+        models = held.open(shape, "fp32")
+        yield bench_decode(models, setting.turns, setting.llama2c, peers=setting.peers)
+
+
+def rollout(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
+    prompts = QUICK_PROMPTS if setting.quick else 0
+    yield bench_rollout(held.open(shape, setting.kind), setting.turns, prompts)
+
+
+def rlhf(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
+    held.close()
+    cut = cut_to_fit(shape, setting, RLHF_BYTES)
+    yield bench_rlhf(cut, setting.device, setting.kind, setting.turns, gpu=setting.gpu)
+
+
+def fsdp(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
+    held.close()
+    cut = cut_to_fit(shape, setting, FSDP_BYTES)
+    yield from bench_fsdp(cut, setting.device, setting.kind, setting.turns, quick=setting.quick)
+
+
+def train(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
+    models = held.open(shape, "fp32", trained=True)
+    try:
+        yield bench_train(models, setting.turns, setting.kind, quick=setting.quick)
+    finally:
+        del models
+        held.close()  # their weights have moved
+
+
+BENCHES = {
+    "generate": generate,
+    "decode": decode,
+    "rollout": rollout,
+    "rlhf": rlhf,
+    "fsdp": fsdp,
+    "train": train,
+}
+
+
+def cut_to_fit(shape: Shape, setting: Setting, bytes_a_parameter: float) -> Shape:
+    """On a GPU, where nothing else is asked for, as many blocks as fit."""
+    if setting.device.type != "cuda" or setting.layers:
+        return shape
+    memory = torch.cuda.get_device_properties(setting.device).total_memory
+    return Shape(shape.size, blocks_that_fit(shape, memory, bytes_a_parameter))
+
+
+def opened(shape: Shape, setting: Setting, dtype: str, trained: bool) -> Models:
+    """A shape's models, to be looked at or trained in two ways each."""
+    each = 2 * TRAINED if trained else DTYPES[dtype].itemsize
+    shape = cut_to_fit(shape, setting, each * (2 if setting.peers else 1))
     with tempfile.TemporaryDirectory(prefix="puna-bench-") as folder:
         return open_models(
             shape,
-            Path(folder) / shape.size,
+            Path(folder) / "model",
             setting.device,
             dtype,
             gpu=setting.gpu,
@@ -105,78 +254,19 @@ def opened(shape: Shape, setting: Setting, dtype: str) -> Models:
         )
 
 
-def looked_at(what: str, models: Models, setting: Setting, llama2c: Path | None) -> list[Row]:
-    """The rows that leave the weights as they are."""
-    found: list[Row] = []
-    rounds = setting.rounds
-    if what in ("generate", "all"):
-        for batch in GPU_BATCHES if models.gpu else BATCHES:
-            found += bench_generate(models, batch, rounds)
-    if what in ("decode", "all"):
-        found += bench_decode(models, rounds, llama2c, peers=setting.peers)
-    if what == "rollout" or (what == "all" and models.gpu):  # on a CPU it takes minutes
-        found += bench_rollout(models, rounds)
-    return found
-
-
-def left_out(what: str, setting: Setting, llama2c: Path | None) -> list[str]:
+def left_out(what: str, setting: Setting) -> list[str]:
     """One line for each peer whose rows will be missing: why, and how to have them."""
     lines = []
+    if setting.quick and what == "all":
+        lines.append("quick: torch.compile's rows, fresh processes for memory and most rounds are")
+        lines[0] += " left out; so are rounded weights (`puna bench weights --model M --text T`)"
     if not setting.peers:
-        return ["the peers are left out, as asked for"]
+        return [*lines, "the peers are left out, as asked for"]
     if what in ("train", "generate", "all") and machine.installed("transformers") is None:
         lines.append("transformers is not installed: its rows are left out (extra `peers`)")
     if what in ("decode", "all") and not setting.gpu:
-        if llama2c is None:
+        if setting.llama2c is None:
             lines.append("llama2.c: its rows are left out (give its program: --llama2c run)")
         if not llama_cpp_installed():
             lines.append("llama.cpp is not installed: its rows are left out (extra `llama-cpp`)")
     return lines
-
-
-def write_document(document: dict[str, object], what: str) -> Path:
-    """results/<machine>/<what>.json; a newer run of the same takes its place."""
-    card = document["machine"]
-    assert isinstance(card, dict)
-    path = RESULTS / machine.slug(card) / f"{what}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(document, indent=1) + "\n")
-    return path
-
-
-def card_table(card: dict[str, object]) -> Table:
-    table = Table(show_header=False, box=None)
-    for name, value in card.items():
-        table.add_row(name, "not installed" if value is None else str(value))
-    return table
-
-
-def rows_table(found: list[Row]) -> Table:
-    """A peer's row says how many times its rate Puna reaches at the same work."""
-
-    def work(row: Row) -> tuple[str, str, int, str]:
-        return row["bench"], row["shape"], row["batch"], row["dtype"]
-
-    ours = {work(row): row["value"] for row in found if row["provider"] == "puna"}
-    table = Table()
-    for heading in ("bench", "shape", "batch", "dtype", "provider"):
-        table.add_column(heading)
-    for heading in ("tok/s", "p20", "p80", "of limit", "puna is", "error", "peak MB"):
-        table.add_column(heading, justify="right")
-    for row in found:
-        peer = row["provider"] != "puna" and work(row) in ours
-        table.add_row(
-            row["bench"],
-            row["shape"],
-            str(row["batch"]),
-            row["dtype"],
-            row["provider"],
-            f"{row['value']:,.0f}",
-            f"{row['p20']:,.0f}",
-            f"{row['p80']:,.0f}",
-            f"{row['value'] / row['limit']:.0%}",
-            f"{ours[work(row)] / row['value']:.2f}x" if peer else "",
-            f"{row['error']:.1e}",
-            "" if row["peak_mb"] is None else f"{row['peak_mb']:,.0f}",
-        )
-    return table

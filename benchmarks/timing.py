@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from puna.benchmarks import budget
+
 _RESET_PEAK, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
@@ -34,10 +36,13 @@ def interleaved(
     """Time each call once a round, in turn, so that a slow minute falls on all alike.
 
     One unmeasured round comes first. Every other round runs in the reverse order. `clock` takes
-    the place of the wall clock.
+    the place of the wall clock. Where time is short (`budget`) there are fewer rounds, at least
+    one.
     """
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(rounds + 1):
+        if turn > 1 and budget.is_spent():
+            break
         for name in list(work) if turn % 2 else reversed(list(work)):
             elapsed = clock(work[name]) if clock else _seconds(work[name], device)
             if turn:
@@ -108,14 +113,15 @@ def peak_mb(call: Callable[[], object], device: torch.device) -> float | None:
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    _finish(device)
+    finish(device)
     start = time.perf_counter()
     call()
-    _finish(device)
+    finish(device)
     return time.perf_counter() - start
 
 
-def _finish(device: torch.device) -> None:
+def finish(device: torch.device) -> None:
+    """Wait until all that was asked of the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,27 +1,29 @@
 """`puna bench`: Puna's speed beside its peers' on this machine."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 
 from puna.benchmarks.compare import compare as compare_results
-from puna.benchmarks.kernels.run import run_kernels
 from puna.benchmarks.models.decode_peers import check_llama2c
 from puna.benchmarks.models.weights import bench_weights
 from puna.benchmarks.suite import Setting, run_suite
-from puna.trainers.train.ranges import AtLeast, AtMost, Count, Options
+from puna.core.device import device_of_name
+from puna.trainers.train.ranges import AtLeast, AtMost, CountOrZero, Options
+
+ROUNDS = 5
 
 
 @dataclass(kw_only=True)
 class BenchConfig(Options):
     """Measure Puna beside its peers; prints a table, and as the last line one JSON document."""
 
-    rounds: Count = 5
-    """times that each provider is timed, in turn; the median is shown"""
-    device: str = "cpu"
-    """cpu or cuda"""
+    rounds: CountOrZero = 0
+    """times that each provider is timed, in turn; the median is shown; 0: 5, kernels 30"""
+    device: str = "auto"
+    """cpu, cuda or cuda:1; auto: a GPU where there is one"""
     threads: Annotated[int, AtLeast(0), AtMost(1024)] = 0
     """CPU threads; 0 takes PyTorch's own choice (OMP_NUM_THREADS or the cores)"""
     save: bool = False
@@ -30,13 +32,14 @@ class BenchConfig(Options):
 
 @dataclass(kw_only=True)
 class DryBenchConfig(BenchConfig):
-    """What can also be walked through without measuring."""
+    """How Puna's cost grows with batch, context, vocabulary, width, depth and K, with a fitted
+    exponent each and where memory ends; prints a table, and as the last line one JSON document."""
 
     dry_run: bool = False
     """a GPU's rows, on this CPU and at tiny sizes: to see that all of it runs"""
 
     def check(self) -> None:
-        if self.dry_run and (self.save or self.device != "cpu"):
+        if self.dry_run and (self.save or self.device not in ("cpu", "auto")):
             raise ValueError("a dry run measures nothing: leave out --save, and use --device cpu")
 
 
@@ -45,12 +48,14 @@ class ModelBenchConfig(DryBenchConfig):
     """Measure Puna beside its peers; prints a table, and as the last line one JSON document."""
 
     shape: list[str] = field(default_factory=list)
-    """sizes of Llama: demo, 15m, 110m, 1b, 7b, 13b, 34b, 70b; none given: demo and 15m, on a GPU
-    7b"""
+    """sizes of Llama: demo, 15m, 110m, 1b, 7b, 13b, 34b, 70b, or folders of models; none given:
+    demo and 15m, on a GPU 7b"""
     layers: Annotated[int, AtLeast(0), AtMost(1024)] = 0
     """blocks that are kept of each; 0: all, on a GPU as many as fit its memory"""
     peers: bool = True
     """measure the peers, too; without them a larger model fits"""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """of the weights that generate and of the products that train; auto: fp32, on a GPU bf16"""
 
     def check(self) -> None:
         super().check()
@@ -68,13 +73,21 @@ class DecodeBenchConfig(ModelBenchConfig):
 
 
 @dataclass(kw_only=True)
+class SuiteConfig(DecodeBenchConfig):
+    """Measure Puna beside its peers; prints a table, and as the last line one JSON document.
+    llama.cpp takes part where the packages llama-cpp-python and gguf are installed."""
+
+    quick: bool = False
+    """a row of everything within three minutes on any machine: fewer rounds, the demo's shape, and
+    what takes longer is left out and named"""
+
+
+@dataclass(kw_only=True)
 class KernelBenchConfig(DryBenchConfig):
     """Verify each operation of kernels/ against fp64, then time it beside PyTorch, torch.compile,
     liger-kernel and SDPA; what is wrong is not timed, and the exit status says so. Prints a
     table, and as the last line of stdout one JSON document."""
 
-    rounds: int = 30
-    """times that each provider is timed, in turn; the median is shown"""
     operations: list[str] = field(default_factory=list)
     """only these, rms_norm or attention for example; none given: all"""
 
@@ -103,13 +116,32 @@ class CompareConfig(Options):
     """the same of a later run on the same machine"""
 
 
+@dataclass(kw_only=True)
+class ReportConfig(Options):
+    """Write one self-contained page of results: drawings, and tables in which lost rows stand like
+    the others."""
+
+    folder: Path | None = None
+    """folder of results that `--save` wrote, of one machine or several; left out: the ones in this
+    repository"""
+    out: Path | None = None
+    """the page; left out: report.html in the folder, or benchmarks/report.html"""
+
+
+def report(config: ReportConfig) -> None:
+    """The page of results."""
+    from puna.benchmarks.report import report as write_report  # with matplotlib, which is slow
+
+    write_report(config.folder, config.out)
+
+
 def compare(config: CompareConfig) -> None:
     """What changed between two files of results."""
     compare_results(config.before, config.after)
 
 
-def run(config: DecodeBenchConfig) -> None:
-    """Training, generation and decoding. Raises ValueError for settings that cannot be measured."""
+def run(config: SuiteConfig) -> None:
+    """Everything. Raises ValueError for settings that cannot be measured."""
     measure(config, "all")
 
 
@@ -125,23 +157,26 @@ def generate(config: ModelBenchConfig) -> None:
 
 def decode(config: DecodeBenchConfig) -> None:
     """The rows of decoding one row on the CPU, beside llama2.c and llama.cpp."""
-    if config.device.startswith("cuda") or config.dry_run:
-        raise ValueError("decoding is compared on the CPU; use --device cpu, without --dry-run")
-    measure(config, "decode")
+    if config.device not in ("cpu", "auto") or config.dry_run or config.dtype == "bf16":
+        raise ValueError(
+            "decoding is compared on the CPU, in its own formats; use --device cpu, without "
+            "--dry-run and --dtype"
+        )
+    measure(replace(config, device="cpu"), "decode")
 
 
 def weights(config: WeightsBenchConfig) -> None:
     """The rows of rounded weights: what they cost a trained model and what they win."""
-    if config.device != "cpu":
+    if config.device not in ("cpu", "auto"):
         raise ValueError("rounded weights are read on the CPU; use --device cpu")
-    prepare(config)
+    prepare(replace(config, device="cpu"))
     bench_weights(
         config.model,
         config.text,
         config.tokenizer,
-        rounds=config.rounds,
+        rounds=config.rounds or ROUNDS,
         command=f"puna bench weights --model {config.model.name} --text {config.text.name} "
-        f"--rounds {config.rounds}",
+        f"--rounds {config.rounds or ROUNDS}",
         save=config.save,
     )
 
@@ -151,50 +186,77 @@ def rollout(config: ModelBenchConfig) -> None:
     measure(config, "rollout")
 
 
+def rlhf(config: ModelBenchConfig) -> None:
+    """The rows of one PPO iteration: sampling, scoring, reference, update."""
+    measure(config, "rlhf")
+
+
+def fsdp(config: ModelBenchConfig) -> None:
+    """The rows of training and generation by ranks; under torchrun of its ranks."""
+    measure(config, "fsdp")
+
+
+def growth(config: DryBenchConfig) -> None:
+    """The rows over batch, context, vocabulary, width, depth and K, with fitted exponents."""
+    measure(config, "growth")
+
+
 def kernels(config: KernelBenchConfig) -> None:
     """The rows of kernels/. Raises RuntimeError where a provider is wrong."""
-    device = prepare(config)
-    command = f"puna bench kernels --rounds {config.rounds} --device {config.device}"
-    if config.operations:
-        command += f" --operations {' '.join(config.operations)}"
-    run_kernels(
-        rounds=config.rounds,
-        device=device,
-        command=command,
-        only=config.operations,
-        save=config.save,
-        dry=config.dry_run,
+    measure(config, "kernels")
+
+
+def measure(config: DryBenchConfig, what: str) -> None:
+    device = prepare(replace(config, device="cpu") if config.dry_run else config)
+    setting = setting_of(config, device)
+    run_suite(what, setting, command=command_of(config, what, device), save=config.save)
+
+
+def setting_of(config: DryBenchConfig, device: torch.device) -> Setting:
+    """What the suite is told of a configuration."""
+    setting = Setting(device, config.rounds, dry=config.dry_run)
+    if isinstance(config, KernelBenchConfig):
+        return setting._replace(operations=config.operations)
+    if not isinstance(config, ModelBenchConfig):
+        return setting
+    dtype = "" if config.dtype == "auto" else config.dtype
+    setting = setting._replace(
+        shapes=config.shape, layers=config.layers, peers=config.peers, dtype=dtype
     )
-
-
-def measure(config: ModelBenchConfig, what: str) -> None:
-    device = prepare(config)
-    verb = "bench" if what == "all" else f"bench {what}"
-    command = f"puna {verb} --rounds {config.rounds} --device {config.device}"
-    if config.shape:
-        command += f" --shape {' '.join(config.shape)}"
-    if config.layers:
-        command += f" --layers {config.layers}"
-    if not config.peers:
-        command += " --no-peers"
-    llama2c = config.llama2c if isinstance(config, DecodeBenchConfig) else None
-    if llama2c is not None:
+    if isinstance(config, DecodeBenchConfig) and config.llama2c is not None:
         if device.type != "cpu" or config.dry_run:
             raise ValueError("llama2.c decodes on the CPU; use --device cpu or leave out --llama2c")
         if not config.peers:
             raise ValueError("llama2.c is a peer: leave out --llama2c or --no-peers")
-        check_llama2c(llama2c)
-        command += f" --llama2c {llama2c.name}"
-    setting = Setting(
-        device, config.rounds, config.shape, config.layers, config.peers, config.dry_run
-    )
-    run_suite(what, setting, command=command, save=config.save, llama2c=llama2c)
+        check_llama2c(config.llama2c)
+        setting = setting._replace(llama2c=config.llama2c)
+    return setting._replace(quick=isinstance(config, SuiteConfig) and config.quick)
+
+
+def command_of(config: DryBenchConfig, what: str, device: torch.device) -> str:
+    """The command that measures the same again, with the names of files and not their folders."""
+    words = ["puna bench" if what == "all" else f"puna bench {what}"]
+    if config.rounds:
+        words.append(f"--rounds {config.rounds}")
+    words.append("--dry-run" if config.dry_run else f"--device {device}")
+    if isinstance(config, KernelBenchConfig) and config.operations:
+        words.append(f"--operations {' '.join(config.operations)}")
+    if isinstance(config, ModelBenchConfig):
+        if config.shape:
+            words.append(f"--shape {' '.join(Path(each).name for each in config.shape)}")
+        words += [f"--layers {config.layers}"] if config.layers else []
+        words += [] if config.peers else ["--no-peers"]
+        words += [] if config.dtype == "auto" else [f"--dtype {config.dtype}"]
+    if isinstance(config, DecodeBenchConfig) and config.llama2c is not None:
+        words.append(f"--llama2c {config.llama2c.name}")
+    if isinstance(config, SuiteConfig) and config.quick:
+        words.append("--quick")
+    return " ".join(words)
 
 
 def prepare(config: BenchConfig) -> torch.device:
-    """The device, with the threads set. ValueError for settings that cannot be measured."""
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but PyTorch finds none here; use --device cpu")
+    """The device, with the threads set. ValueError where it is not there."""
+    device = device_of_name(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    return torch.device(config.device)
+    return device

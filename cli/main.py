@@ -73,7 +73,7 @@ VERBS = {
         "puna.cli.convert", "ConvertConfig", "between checkpoint formats",
         named=("source", "target"),
     ),
-    "bench": Verb("puna.cli.bench", "DecodeBenchConfig", "the benchmark suite"),
+    "bench": Verb("puna.cli.bench", "SuiteConfig", "the benchmark suite"),
     "bench train": Verb("puna.cli.bench", "ModelBenchConfig", "of training only", "train"),
     "bench kernels": Verb(
         "puna.cli.bench", "KernelBenchConfig", "of kernels/, verified and timed", "kernels"
@@ -84,6 +84,12 @@ VERBS = {
         "puna.cli.bench", "WeightsBenchConfig", "of bf16 and int8 weights", "weights"
     ),
     "bench rollout": Verb("puna.cli.bench", "ModelBenchConfig", "of rollouts only", "rollout"),
+    "bench rlhf": Verb("puna.cli.bench", "ModelBenchConfig", "of one iteration of PPO", "rlhf"),
+    "bench fsdp": Verb("puna.cli.bench", "ModelBenchConfig", "of several ranks", "fsdp"),
+    "bench growth": Verb("puna.cli.bench", "DryBenchConfig", "of how cost grows", "growth"),
+    "bench report": Verb(
+        "puna.cli.bench", "ReportConfig", "a page of results", "report", named=("folder",)
+    ),
     "bench compare": Verb(
         "puna.cli.bench", "CompareConfig", "what changed between two runs", "compare",
         named=("before", "after"),

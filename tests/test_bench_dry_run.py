@@ -14,7 +14,7 @@ import torch
 from puna import kernels
 from puna.benchmarks import machine, suite
 from puna.benchmarks.kernels import run as kernel_run
-from puna.benchmarks.models import generate, rollout, steps, train
+from puna.benchmarks.models import fsdp, generate, growth, rollout, steps, train
 from puna.benchmarks.models.shapes import Shape, blocks_that_fit, multiplied_parameters
 from puna.cli.main import main
 from puna.core.config import SIZES, parameter_count
@@ -37,8 +37,10 @@ def document(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_every_row_of_a_gpu(small, capsys):
+def test_every_row_of_a_gpu(small, capsys, monkeypatch):
     pytest.importorskip("transformers")
+    monkeypatch.setattr(suite, "ALL", [name for name in suite.ALL if name != "kernels"])
+    monkeypatch.setattr(fsdp, "rank_counts", lambda device: [2])
     assert main(["bench", "--dry-run", "--rounds", "1"]) == 0
     rows = document(capsys)["rows"]
     done = [(row["bench"], row["batch"], row["provider"]) for row in rows]
@@ -46,6 +48,11 @@ def test_every_row_of_a_gpu(small, capsys):
     assert done == [
         *(("generate", batch, name) for batch in generate.GPU_BATCHES for name in both),
         *(("rollout", 2, name) for name in ("puna", "puna-no-refill")),
+        *[("rlhf", 4, "puna")] * 5,
+        ("fsdp", 8, "puna"),
+        ("fsdp", 8, "puna-replicated"),
+        ("fsdp", 16, "puna"),
+        ("fsdp", 16, "puna-unsharded"),
         *(
             ("train", train.GPU_BATCH, name)
             for name in ("puna", "puna-recompute", "transformers", "transformers-compiled")
@@ -65,6 +72,15 @@ def test_every_kernel_of_a_gpu(small, capsys):
     assert all(row["failed"] is None for row in rows), [row["failed"] for row in rows]
 
 
+def test_every_axis_of_growth(small, capsys):
+    assert main(["bench", "growth", "--dry-run", "--rounds", "1"]) == 0
+    found = document(capsys)
+    points = [(row["along"], row["x"]) for row in found["rows"]]
+    assert points == [(along, x) for along, xs in growth.DRY.axes.items() for x in xs]
+    assert all(row["value"] > 0 and row["needs_mb"] > 0 for row in found["rows"])
+    assert "growth" not in found  # two points fit any exponent
+
+
 @pytest.mark.parametrize("size", sorted(set(SIZES) - {"mini", "micro"}))
 def test_a_tiny_model_has_the_groups_of_the_large_one(size):
     whole, tiny = SIZES[size], Shape(size, tiny=True).config
@@ -82,15 +98,20 @@ def test_a_cut_model_says_so_and_is_no_more_than_asked_for():
         assert Shape("8b").config
 
 
-@pytest.mark.parametrize("gigabytes", [24, 80, 141, 2000])
+@pytest.mark.parametrize("gigabytes", [48, 80, 141, 2000])
 @pytest.mark.parametrize("size", ["7b", "13b", "70b"])
 def test_as_many_blocks_as_fit(size, gigabytes):
-    layers = blocks_that_fit(size, gigabytes * 10**9, 16)
+    layers = blocks_that_fit(Shape(size), gigabytes * 10**9, 16)
     held = 16 * parameter_count(Shape(size, layers).config)
-    assert layers == 1 or held <= 0.8 * gigabytes * 10**9
+    assert held <= 0.8 * gigabytes * 10**9
     if 0 < layers:
         more = Shape(size, layers + 1).config
         assert 16 * parameter_count(more) > 0.8 * gigabytes * 10**9
+
+
+def test_a_model_that_does_not_fit_is_said():
+    with pytest.raises(ValueError, match="not even one block of 70b fits 8 GB"):
+        blocks_that_fit(Shape("70b"), 8 * 10**9, 16)
 
 
 def test_flops_are_palms():
@@ -147,4 +168,5 @@ def test_what_generated_is_gone_before_what_trains_is_opened(small, monkeypatch)
         return found
 
     monkeypatch.setattr(suite, "open_models", watched)
+    monkeypatch.setattr(suite, "ALL", ("generate", "train"))
     assert main(["bench", "--dry-run", "--rounds", "1", "--no-peers"]) == 0

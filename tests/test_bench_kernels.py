@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from puna import kernels
-from puna.benchmarks import machine, suite
+from puna.benchmarks import machine, output
 from puna.benchmarks.kernels import cases as kernel_cases
 from puna.benchmarks.kernels import run as bench
 from puna.benchmarks.kernels.verify import verify
@@ -25,7 +25,7 @@ TINY = kernel_cases.Sizes(
 def tiny(monkeypatch, tmp_path):
     """The command measures tiny shapes, quickly, and saves to a folder of the test."""
     monkeypatch.setattr(bench, "CPU", TINY)
-    monkeypatch.setattr(suite, "RESULTS", tmp_path)
+    monkeypatch.setattr(output, "RESULTS", tmp_path)
     monkeypatch.setattr(machine, "MATMUL_SIDE", 64)
     monkeypatch.setattr(bench, "why_not_compiled", lambda device: "not in this test")
     monkeypatch.setattr(bench, "kernel_clock", lambda device: lambda call: (call(), 1.0)[1])

@@ -23,7 +23,7 @@ def test_the_compiled_peer_trains_beside_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "TOKENS", 32)
     monkeypatch.setattr(train, "fresh_peak_mb", lambda *_: None)
     monkeypatch.setattr(steps, "compiles", lambda device: True)
-    found = train.bench_train(open_models(Shape("tiny"), tmp_path, CPU), rounds=1)
+    found = train.bench_train(open_models(Shape("tiny"), tmp_path, CPU), 1, "fp32")
     names = [row["provider"] for row in found]
     assert names == ["puna", "transformers", "transformers-compiled"]
     assert all(row["error"] <= train.TOLERANCE["fp32"] for row in found)

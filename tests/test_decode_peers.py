@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from puna.benchmarks import suite
+from puna.benchmarks import output, suite
 from puna.benchmarks.models import decode, decode_peers
 from puna.benchmarks.models.shapes import Shape, open_models
 from puna.benchmarks.rows import Row, Work, row
@@ -127,7 +127,7 @@ def test_the_table_compares_puna_with_each_peer_at_the_same_work():
         ]
 
     found = rows("fp32", puna=600, a=300, b=400) + rows("bf16", puna=900, a=100)
-    times = list(suite.rows_table(found).columns[9].cells)
+    times = list(output.rows_table(found).columns[9].cells)
     assert times == ["", "2.00x", "1.50x", "", "9.00x"]
 
 

@@ -5,21 +5,19 @@ Llama 7B's shapes in bf16, on a CPU the reference at small shapes in fp32, and b
 operations ("puna-native").
 """
 
-import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from puna.benchmarks import machine
-from puna.benchmarks.kernels.cases import CPU, DRY, GPU, Case, Sizes, cases
+from puna.benchmarks import budget, machine
+from puna.benchmarks.kernels.cases import CPU, DRY, GPU, Case, cases
 from puna.benchmarks.kernels.peers import Function
 from puna.benchmarks.kernels.verify import ABOVE, Verdict, prepared, verify, verify_timed
 from puna.benchmarks.machine import why_not_compiled
 from puna.benchmarks.rows import KernelRow
-from puna.benchmarks.suite import card_table, write_document
 from puna.benchmarks.timing import Clock, Timing, interleaved, kernel_clock, peak_mb
 from puna.core.errors import UserError
 from puna.kernels.backend import choose
@@ -27,60 +25,60 @@ from puna.kernels.backend import choose
 OURS = ("puna", "puna-native")
 
 
-def run_kernels(
-    *,
-    rounds: int,
-    device: torch.device,
-    command: str,
-    only: Collection[str] = (),
-    save: bool = False,
-    sizes: Sizes | None = None,
-    dry: bool = False,
-) -> dict[str, object]:
-    """Measure the operations (or `only` some); the last line printed is the document's JSON. `dry`:
-    a GPU's cases at tiny sizes, wherever this is.
+class Kernels(NamedTuple):
+    """Which operations, and how often."""
 
-    Raises RuntimeError after that where an operation of Puna was found wrong (a peer's row says
-    so, and that is all), ValueError for an unknown operation.
-    """
-    chosen = cases(sizes or (DRY if dry else GPU if device.type == "cuda" else CPU), device)
-    if dry:
-        chosen = [replace(case, native=None) for case in chosen]
-    known = dict.fromkeys(case.operation for case in chosen)
-    for name in only:
-        if name not in known:
-            raise ValueError(f"no operation is called {name!r}; there is {', '.join(known)}")
-    console = Console(
-        width=max(180, Console().width), markup=False, emoji=False
-    )  # never squeeze a figure away
-    card = machine.card(device)
-    card |= {name: machine.installed(name) for name in ("triton", "liger-kernel")}
-    card["backend"] = choose(torch.empty(0, device=device))
-    console.print(card_table(card))
-    why = why_not_compiled(device)
+    device: torch.device
+    rounds: int = 30
+    only: Collection[str] = ()  # names of puna.kernels; none: all
+    dry: bool = False  # a GPU's cases at tiny sizes, wherever this is
+    compiled: bool = True  # torch.compile's rows, too, where it works
+
+    def cases(self) -> list[Case]:
+        """ValueError for an unknown operation."""
+        sizes = DRY if self.dry else GPU if self.device.type == "cuda" else CPU
+        chosen = cases(sizes, self.device)
+        if self.dry:
+            chosen = [replace(case, native=None) for case in chosen]
+        known = dict.fromkeys(case.operation for case in chosen)
+        for name in self.only:
+            if name not in known:
+                raise ValueError(f"no operation is called {name!r}; there is {', '.join(known)}")
+        return [case for case in chosen if not self.only or case.operation in self.only]
+
+
+def kernel_rows(kernels: Kernels, say: Callable[[str], object]) -> Iterator[list[KernelRow]]:
+    """Operation after operation, as long as there is time (`budget`)."""
+    why = why_not_compiled(kernels.device) if kernels.compiled else None
     if why:
-        console.print(f"torch.compile does not work here, its rows are left out: {why}")
-    bench = Bench(rounds, device, compiles=not why)
-    found: list[KernelRow] = []
-    for case in chosen:
-        if not only or case.operation in only:
-            try:
-                found += bench.rows(case)
-            except torch.OutOfMemoryError:
-                console.print(f"left out: {case.operation} {case.shape} does not fit the memory")
-    console.print(rows_table(found))
-    for each in found:
-        if each["failed"]:
-            what = f"{each['provider']}, {each['operation']} {each['shape']} {each['direction']}"
-            console.print(f"not timed: {what}: {each['failed']}", markup=False)
-    document: dict[str, object] = {"machine": card, "command": command, "rows": found}
-    if save:
-        console.print(f"written to {write_document(document, 'kernels')}")
-    print(json.dumps(document))
+        say(f"torch.compile does not work here, its rows are left out: {why}")
+    bench = Bench(kernels.rounds, kernels.device, compiles=kernels.compiled and not why)
+    chosen = kernels.cases()
+    for number, case in enumerate(chosen):
+        if number and budget.is_spent():
+            names = dict.fromkeys(each.operation for each in chosen[number:])
+            say(f"left out: kernels, for want of time: {', '.join(names)}")
+            return
+        try:
+            yield bench.rows(case)
+        except torch.OutOfMemoryError:
+            say(f"left out: {case.operation} {case.shape} does not fit the memory")
+
+
+def check_kernels(found: Sequence[KernelRow]) -> None:
+    """UserError where an operation of Puna was found wrong (a peer's row says so, and that is
+    all)."""
     wrong = {e["operation"] for e in found if e["failed"] and e["provider"] in OURS}
     if wrong:
         raise UserError(f"wrong, and not timed: {', '.join(sorted(wrong))}")
-    return document
+
+
+def card_of_kernels(device: torch.device) -> dict[str, object]:
+    """What the machine's card says besides."""
+    found: dict[str, object] = {
+        name: machine.installed(name) for name in ("triton", "liger-kernel")
+    }
+    return found | {"backend": choose(torch.empty(0, device=device))}
 
 
 class Bench:
@@ -181,29 +179,50 @@ def row(
     }
 
 
-def rows_table(found: list[KernelRow]) -> Table:
-    """Puna's rows say how many times the rate of the fastest other they reach."""
+def not_timed(found: Sequence[KernelRow]) -> list[str]:
+    """A line for each row that has no rate."""
+    return [
+        f"not timed: {each['provider']}, {each['operation']} {each['shape']} {each['direction']}: "
+        f"{each['failed']}"
+        for each in found
+        if each["failed"]
+    ]
+
+
+TEXTS = ("operation", "shape", "direction", "provider")
+NUMBERS = ("ms", "rate", "p20", "p80", "of ceiling", "times best", "error", "peak MB")
+
+
+def kernels_table(found: Sequence[KernelRow]) -> Table:
+    """The rows for a terminal."""
+    table = Table()
+    for heading in TEXTS:
+        table.add_column(heading)
+    for heading in NUMBERS:
+        table.add_column(heading, justify="right")
+    for cells in kernel_cells(found):
+        table.add_row(*cells)
+    return table
+
+
+def kernel_cells(found: Sequence[KernelRow]) -> list[list[str]]:
+    """The cells of each row. Puna's say how many times the rate of the fastest other they reach."""
     best: dict[tuple[str, ...], float] = {}
     for each in found:
         if each["provider"] not in OURS and each["value"]:
             best[work_of(each)] = max(best.get(work_of(each), 0.0), each["value"])
-    table = Table()
-    for heading in ("operation", "shape", "direction", "provider"):
-        table.add_column(heading)
-    for heading in ("ms", "rate", "p20", "p80", "of ceiling", "times best", "error", "peak MB"):
-        table.add_column(heading, justify="right")
+    table = []
     for each in found:
         direction = each["direction"].replace("forward", "fwd").replace("backward", "bwd")
-        names = [each["operation"], f"{each['shape']} {each['dtype']}", direction]
+        cells = [each["operation"], f"{each['shape']} {each['dtype']}", direction]
+        cells.append(each["provider"])
         value, p20, p80 = each["value"], each["p20"], each["p80"]
         error = "" if each["error"] is None else f"{each['error']:.1e}"
         if value is None or p20 is None or p80 is None:
-            table.add_row(*names, each["provider"], "not timed", *[""] * 5, error, "")
+            table.append([*cells, "not timed", *[""] * 5, error, ""])
             continue
         rival = best.get(work_of(each))
-        table.add_row(
-            *names,
-            each["provider"],
+        cells += [
             f"{each['ms']:.3g}",
             f"{value:,.3g} {each['unit']}",
             f"{p20:,.3g}",
@@ -212,7 +231,8 @@ def rows_table(found: list[KernelRow]) -> Table:
             f"{value / rival:.2f}" if rival and each["provider"] in OURS else "",
             error,
             "" if each["peak_mb"] is None else f"{each['peak_mb']:,.0f}",
-        )
+        ]
+        table.append(cells)
     return table
 
 

@@ -38,24 +38,26 @@ def ideal_gain(lengths: list[int], slots: int) -> float:
     return sum(map(max, batches)) * slots / sum(lengths)
 
 
-def bench_rollout(models: Models, rounds: int) -> list[Row]:
-    """Rows of one shape; none on a CPU where the native engine is not built."""
-    if not models.gpu and extension() is None:
+def bench_rollout(models: Models, rounds: int, prompts: int = 0) -> list[Row]:
+    """Rows of one shape, of so many prompts (0: PROMPTS); none on a CPU where the native engine is
+    not built."""
+    if not models.gpu and models.dtype == "fp32" and extension() is None:
         return []
+    count = prompts or PROMPTS
     slots, mean = (GPU_SLOTS, GPU_MEAN) if models.gpu else (SLOTS, MEAN)
     generator = torch.Generator().manual_seed(1)
-    prompts = torch.randint(models.config.vocab_size, (PROMPTS, PROMPT), generator=generator)
-    lengths = answer_lengths(PROMPTS, models.config.context - PROMPT, mean)
-    ids = prompts.tolist()
+    drawn = torch.randint(models.config.vocab_size, (count, PROMPT), generator=generator)
+    lengths = answer_lengths(count, models.config.context - PROMPT, mean)
+    ids = drawn.tolist()
     gain = ideal_gain(lengths, slots)
     print(f"rollout, {models.shape}: full slots could at best win {gain:.1f} times")
     ways: dict[str, tuple[str, int]] = {
-        "puna": ("native", PROMPTS),
+        "puna": ("native", count),
         "puna-no-refill": ("native", slots),
-        "puna-pytorch": ("reference", PROMPTS),
+        "puna-pytorch": ("reference", count),
     }
-    if models.gpu:
-        ways = {"puna": ("auto", PROMPTS), "puna-no-refill": ("auto", slots)}
+    if models.gpu or models.dtype != "fp32":
+        ways = {"puna": ("auto", count), "puna-no-refill": ("auto", slots)}
     work = {name: partial(sample, models, ids, lengths, *way, slots) for name, way in ways.items()}
     bytes_each = DTYPES[models.dtype].itemsize
     bound = limit(models.config, models.ceilings, slots, PROMPT + mean, bytes_each, bytes_each)

@@ -1,4 +1,4 @@
-"""The same weights in every provider: made by Puna, saved, and opened from the folder."""
+"""The same weights in every provider: made or read by Puna, saved, and opened from the folder."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from puna.benchmarks.machine import installed, matmul_rate, read_rate
-from puna.core.checkpoint.folder import save_model
-from puna.core.config import ModelConfig, parameter_count, size
+from puna.core.checkpoint.folder import open_model, save_model
+from puna.core.config import SIZES, ModelConfig, parameter_count, size
 from puna.core.model import Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -24,15 +24,26 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Shape:
-    """A size of Llama, or its first blocks where it is too large for the machine."""
+    """A size of Llama or a model's folder, or its first blocks where it is too large for the
+    machine."""
 
-    size: str  # a name of puna.core.config.SIZES
+    size: str  # a name of puna.core.config.SIZES, or the path of a model's folder
     layers: int = 0  # blocks kept; 0: all
     tiny: bool = False  # another model in its place, to see that all runs
 
+    @property
+    def folder(self) -> Path | None:
+        """Where its weights lie, if it is no size's name."""
+        return Path(self.size) if self.size not in SIZES and Path(self.size).exists() else None
+
+    @property
+    def whole(self) -> ModelConfig:
+        """Before anything is cut. ValueError where it is neither a size nor a model."""
+        return open_model(self.folder, head="lm").config if self.folder else size(self.size)
+
     def check(self) -> None:
         """ValueError for an unknown size, and for more blocks than it has."""
-        if self.layers > (blocks := size(self.size).n_layers):
+        if self.layers > (blocks := self.whole.n_layers):
             raise ValueError(
                 f"layers is {self.layers} and {self.size} has {blocks} blocks; keep fewer"
             )
@@ -41,18 +52,19 @@ class Shape:
     def config(self) -> ModelConfig:
         """Raises ValueError as `check` does."""
         self.check()
-        whole = size(self.size)
+        whole = self.whole
         if self.tiny:
             group = whole.n_heads // whole.n_kv_heads
             return ModelConfig(16 * group, 2, group, 1, 32, 128, context=64)
         return replace(whole, n_layers=self.layers) if self.layers else whole
 
     def __str__(self) -> str:
-        whole = size(self.size).n_layers
+        name = self.folder.resolve().name if self.folder else self.size
         if self.tiny:
-            return f"{self.size} (dry run)"
+            return f"{name} (dry run)"
+        whole = self.whole.n_layers
         cut = 0 < self.layers < whole
-        return f"{self.size} cut to {self.layers} of {whole}" if cut else self.size
+        return f"{name} cut to {self.layers} of {whole}" if cut else name
 
 
 @dataclass(frozen=True)
@@ -81,28 +93,46 @@ def open_models(
     gpu: bool = False,
     peers: bool = True,
 ) -> Models:
-    """Random weights of a shape (seed 0), saved in `folder` and opened again."""
-    config, kind = shape.config, DTYPES[dtype]
-    model = Transformer(config)
-    model.init_weights(seed=0)
+    """A shape's weights, saved in `folder` and opened again by each provider."""
+    kind = DTYPES[dtype]
+    model = weights_of(shape)
+    config = model.config
     save_model(folder, model)
     model.to(device, kind)
     theirs = (
         open_transformers(folder, device, kind) if peers and installed("transformers") else None
     )
     stored = kind.itemsize * multiplied_parameters(config)
-    ceilings = Ceilings(matmul_rate(device, kind), read_rate(device, stored))
+    ceilings = Ceilings(matmul_rate(device, kind, dry=shape.tiny), read_rate(device, stored))
     return Models(shape, dtype, gpu, config, model, theirs, ceilings)
 
 
-def blocks_that_fit(size_name: str, memory: int, bytes_a_parameter: int) -> int:
-    """How many blocks of a size fit `memory` bytes, a fifth of which is left to activations; at
-    least one, and 0 where all do."""
-    config = size(size_name)
+def weights_of(shape: Shape) -> Transformer:
+    """In fp32 on the CPU: a folder's, or random ones (seed 0)."""
+    model = Transformer(shape.config)
+    if shape.folder is None or shape.tiny:
+        model.init_weights(seed=0)
+        return model
+    parameters = dict(model.named_parameters())
+    for name, tensor in open_model(shape.folder, head="lm").tensors():
+        if name in parameters:  # blocks that are cut have none
+            parameters[name].data.copy_(tensor)
+    return model
+
+
+def blocks_that_fit(shape: Shape, memory: int, bytes_a_parameter: float) -> int:
+    """How many blocks of a shape fit `memory` bytes, a fifth of which is left to activations; 0
+    where all do. ValueError where not even one does."""
+    config = shape.whole
     whole = parameter_count(config)
     block = parameter_count(replace(config, n_layers=config.n_layers + 1)) - whole
     room = 0.8 * memory / bytes_a_parameter - (whole - config.n_layers * block)
-    found = max(1, int(room / block))
+    found = int(room // block)
+    if found < 1:
+        raise ValueError(
+            f"not even one block of {shape} fits {memory / 1e9:.0f} GB as it is measured here; "
+            "take a smaller shape, or --no-peers"
+        )
     return 0 if found >= config.n_layers else found
 
 

@@ -20,16 +20,20 @@ def puna_step(
     tokens: Tensor,
     compute_dtype: torch.dtype | None = None,
     checkpointing: str = "none",
+    replicate: int = 1,
 ) -> Step:
-    """As the trainers do: applied from outside, weights in fp32 whatever they are multiplied in."""
-    model = parallel.prepare(model, compute_dtype=compute_dtype, checkpointing=checkpointing)
+    """As the trainers do: applied from outside, weights in fp32 whatever they are multiplied in.
+    Of several ranks each gives its own `tokens`, and its part of the loss is returned."""
+    model = parallel.prepare(
+        model, compute_dtype=compute_dtype, checkpointing=checkpointing, replicate=replicate
+    )
     if tokens.device.type == "cpu":
         keep_freed_memory()  # as the trainers do; who shares the process gains by it too
     targets = torch.full_like(tokens, -100)
     targets[:, :-1] = tokens[:, 1:]
 
     def loss() -> Tensor:
-        return model.cross_entropy(model(tokens), targets)
+        return model.cross_entropy(model(tokens), targets) / parallel.world_size()
 
     return training_step(model, loss)
 

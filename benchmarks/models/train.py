@@ -35,21 +35,23 @@ BATCH = {"15m": 8, "demo": 16}  # rows on a CPU; of larger shapes one
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 
 
-def bench_train(models: Models, rounds: int) -> list[Row]:
+def bench_train(models: Models, rounds: int, dtype: str, *, quick: bool = False) -> list[Row]:
     """Rows of one shape. RuntimeError where the providers disagree: nothing is timed then.
 
-    The models are in fp32; on a GPU (`gpu`) they train in bf16.
+    The models are in fp32 and train with products in `dtype`. `quick`: without what compiles for a
+    minute, and without fresh processes for the memory.
     """
     batch, row_tokens = size_of_step(models)
     generator = torch.Generator().manual_seed(0)
     shape = (batch, row_tokens)
     tokens = torch.randint(models.config.vocab_size, shape, generator=generator).to(models.device)
-    work = provided(models, tokens)
-    dtype = "bf16" if models.gpu else "fp32"
+    work = provided(models, tokens, dtype, compiled=not quick)
     errors = verify(work, TOLERANCE[dtype])
-    peaks = {name: peak(models, name, step) for name, step in work.items()}
-    if models.gpu:
-        limit = machine.matmul_rate(models.device, DTYPES[dtype]) / flops(models.config, row_tokens)
+    fresh = not (quick or models.gpu or dtype != "fp32")
+    peaks = {name: peak(models, name, step, fresh) for name, step in work.items()}
+    if models.gpu or dtype != "fp32":
+        rate = machine.matmul_rate(models.device, DTYPES[dtype], dry=models.shape.tiny)
+        limit = rate / flops(models.config, row_tokens)
         timings = interleaved(work, rounds, models.device)
     else:
         best = ceiling(models.config, batch, row_tokens, models.device)
@@ -72,9 +74,9 @@ def flops(config: ModelConfig, row_tokens: int) -> float:
     return 6 * multiplied_parameters(config) + attention
 
 
-def provided(models: Models, tokens: Tensor) -> dict[str, Step]:
+def provided(models: Models, tokens: Tensor, name: str, *, compiled: bool) -> dict[str, Step]:
     """Each provider's step from the same weights, which it will move."""
-    dtype = torch.bfloat16 if models.gpu else None
+    dtype = None if name == "fp32" else DTYPES[name]
     found = {}
     if models.gpu:
         again = copy.deepcopy(models.puna)
@@ -82,15 +84,15 @@ def provided(models: Models, tokens: Tensor) -> dict[str, Step]:
     found = {"puna": steps.puna_step(models.puna, tokens, dtype), **found}
     if models.transformers is not None:
         found["transformers"] = steps.transformers_step(models.transformers, tokens, dtype)
-        if steps.compiles(models.device):
+        if compiled and steps.compiles(models.device):
             peer = copy.deepcopy(models.transformers)
             found["transformers-compiled"] = steps.compiled_step(peer, tokens, dtype)
     return found
 
 
-def peak(models: Models, provider: str, step: Step) -> float | None:
-    """Megabytes: of a fresh process on the CPU, of one step here on a GPU."""
-    if models.gpu:
+def peak(models: Models, provider: str, step: Step, fresh: bool) -> float | None:
+    """Megabytes: of a fresh process, or of one step here."""
+    if not fresh:
         return peak_mb(step, models.device)
     return fresh_peak_mb(provider, models.shape, *size_of_step(models))
 

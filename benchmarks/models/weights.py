@@ -13,8 +13,8 @@ from rich.console import Console
 from puna.benchmarks import machine
 from puna.benchmarks.models.generate import NEW, limit
 from puna.benchmarks.models.shapes import Ceilings, multiplied_parameters
+from puna.benchmarks.output import card_table, rows_table, write_document
 from puna.benchmarks.rows import Row, Work, row
-from puna.benchmarks.suite import card_table, rows_table, write_document
 from puna.benchmarks.timing import interleaved, peak_mb
 from puna.core.checkpoint.folder import load_model, tokenizer_path
 from puna.core.generation.generate import generate

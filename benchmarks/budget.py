@@ -1,0 +1,57 @@
+"""Time that a part of the suite may take, held by the clock: true on any machine.
+
+    with at_most(soft=20, hard=30):
+        ...
+
+After `soft` seconds `is_spent` says so: whoever asks begins nothing more and gives what it has.
+After `hard` seconds `OutOfTime` is raised, wherever the main thread is; a call into a library
+returns first.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class OutOfTime(BaseException):
+    """The part's time is over. (No Exception: what a peer's failure is taken for would hide it.)"""
+
+
+_until, _hard = math.inf, math.inf  # time.monotonic()
+
+
+def is_spent() -> bool:
+    """Whether nothing more should be begun."""
+    return time.monotonic() >= _until
+
+
+def seconds_left() -> float | None:
+    """Until `OutOfTime`, for programs that are waited for; None: as long as they take."""
+    return None if _hard == math.inf else max(0.1, _hard - time.monotonic())
+
+
+@contextmanager
+def at_most(soft: float, hard: float) -> Iterator[None]:
+    """Inside, time runs. Where there are no timers (Windows, another thread) only `soft` does."""
+    global _until, _hard
+    before, now = (_until, _hard), time.monotonic()
+    _until, _hard = now + soft, now + hard
+    timed = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+
+    def ring(*_: Any) -> None:
+        raise OutOfTime
+
+    if timed:
+        handler = signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, hard)
+    try:
+        yield
+    finally:
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, handler)
+        _until, _hard = before

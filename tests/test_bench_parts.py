@@ -1,0 +1,157 @@
+"""A run of the suite as parts: one that fails, takes too long or is stopped loses only itself.
+
+Run: python -m pytest tests/test_bench_parts.py -q
+"""
+
+import json
+import math
+import time
+
+import pytest
+import torch
+
+from puna.benchmarks import budget, machine, output, suite, timing
+from puna.benchmarks.models import generate, rlhf
+from puna.benchmarks.models.shapes import Shape, open_models
+from puna.benchmarks.parts import Part, measure
+from puna.cli.main import main
+from puna.core.checkpoint.folder import save_model
+from puna.core.config import ModelConfig
+from puna.core.model import Transformer
+
+CPU = torch.device("cpu")
+TINY = ModelConfig(32, 3, 4, 2, 48, 64, context=64)
+
+
+def raising(error):
+    def rows():
+        yield [f"before {type(error).__name__}"]
+        raise error
+
+    return rows
+
+
+def test_what_was_measured_before_a_failure_is_kept():
+    said = []
+    parts = [
+        Part("a", raising(ValueError("no such thing"))),
+        Part("b", raising(torch.OutOfMemoryError("CUDA out of memory"))),
+        Part("c", lambda: [["c"]]),
+        Part("d", raising(KeyboardInterrupt())),
+        Part("e", lambda: [["never"]]),
+    ]
+    found = measure(parts, said.append)
+    kept = ["before ValueError", "before OutOfMemoryError", "c", "before KeyboardInterrupt"]
+    assert found.rows == kept and found.stopped
+    assert isinstance(found.error, ValueError)
+    assert [line.split(":")[0] for line in found.left_out] == ["a", "b, or a part of it", "d, e"]
+    assert all(f"left out: {line}" in said for line in found.left_out)
+
+
+def test_a_part_that_does_not_end_is_ended_by_the_clock():
+    def endless():
+        yield ["one"]
+        while True:
+            time.sleep(0.01)
+
+    began = time.monotonic()
+    found = measure([Part("slow", endless), Part("next", lambda: [["two"]])], str, 4.0)
+    assert time.monotonic() - began < 6
+    assert found.rows[0] == "one" and len(found.left_out) == 1 + ("two" not in found.rows)
+
+
+def test_no_part_begins_when_the_time_is_over():
+    found = measure([Part("late", lambda: [["never"]])], str, 1.0)
+    assert found.rows == [] and found.left_out == ["late: the 1 seconds are over"]
+
+
+def test_fewer_rounds_where_time_is_short():
+    calls = []
+    with budget.at_most(soft=0, hard=60):
+        found = timing.interleaved({"a": lambda: calls.append(1)}, rounds=50, device=CPU)
+    assert len(calls) == 2 and found["a"].median > 0
+    assert not budget.is_spent() and budget.seconds_left() is None
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model's folder, trained by nobody."""
+    model = Transformer(TINY)
+    model.init_weights(seed=5)
+    save_model(tmp_path / "mine", model)
+    return tmp_path / "mine"
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(machine, "MATMUL_SIDE", 64)
+    for name, value in (("PROMPT", 4), ("NEW", 6)):
+        monkeypatch.setattr(generate, name, value)
+    monkeypatch.setattr(suite, "BATCHES", (2,))
+
+
+def test_a_folder_is_a_shape_and_its_weights_are_used(folder, tmp_path):
+    shape = Shape(str(folder), 2)
+    assert str(shape) == "mine cut to 2 of 3" and shape.config.n_layers == 2
+    models = open_models(shape, tmp_path / "opened", CPU, peers=False)
+    whole = Transformer(TINY)
+    whole.init_weights(seed=5)
+    wanted = dict(whole.named_parameters())
+    for name, parameter in models.puna.named_parameters():
+        assert torch.equal(parameter, wanted[name]), name
+
+
+def test_bf16_weights_on_the_cpu(short, folder, capsys):
+    pytest.importorskip("transformers")
+    flags = ["--shape", str(folder), "--dtype", "bf16", "--rounds", "1", "--device", "cpu"]
+    assert main(["bench", "generate", *flags]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = [(row["shape"], row["dtype"], row["provider"]) for row in found["rows"]]
+    assert rows == [("mine", "bf16", "puna"), ("mine", "bf16", "transformers")]
+    command = "puna bench generate --rounds 1 --device cpu --shape mine --dtype bf16"
+    assert found["command"] == command
+
+
+def test_ctrl_c_keeps_what_was_measured(short, folder, capsys, monkeypatch, tmp_path):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(output, "RESULTS", tmp_path / "results")
+    monkeypatch.setitem(suite.BENCHES, "decode", stopped)
+    flags = ["--shape", str(folder), "--rounds", "1", "--device", "cpu", "--no-peers", "--save"]
+    assert main(["bench", *flags]) == 130
+    captured = capsys.readouterr()
+    found = json.loads(captured.out.splitlines()[-1])
+    assert [row["bench"] for row in found["rows"]] == ["generate"]
+    assert "stopped by ctrl-C" in found["left_out"][-1]
+    assert captured.err == "puna bench: interrupted\n"
+    (written,) = (tmp_path / "results").rglob("*.json")
+    assert written.name == "all-stopped.json" and json.loads(written.read_text()) == found
+
+
+def test_an_iteration_of_ppo_in_its_parts(folder, monkeypatch):
+    monkeypatch.setattr(machine, "MATMUL_SIDE", 64)
+    monkeypatch.setattr(rlhf, "CPU", rlhf.DRY)
+    rows = rlhf.bench_rlhf(Shape(str(folder)), CPU, "fp32", rounds=2, gpu=False)
+    whole, *parts = rows
+    assert [row["operation"] for row in rows] == ["iteration", *rlhf.PARTS]
+    assert math.isclose(sum(row["share"] for row in parts), 1)
+    tokens = rlhf.DRY.batch * rlhf.DRY.new
+    for row in rows:
+        assert row["value"] == pytest.approx(tokens / row["seconds"])
+        assert row["error"] < 1e-5
+    assert 1 / whole["limit"] == pytest.approx(sum(1 / row["limit"] for row in parts))
+
+
+def test_a_sampler_that_disagrees_with_the_trainer_is_not_timed(folder, monkeypatch):
+    real = rlhf.collect
+
+    def wrong(*args, **options):
+        found = real(*args, **options)
+        return found._replace(logprobs=found.logprobs - 0.5)
+
+    monkeypatch.setattr(machine, "MATMUL_SIDE", 64)
+    monkeypatch.setattr(rlhf, "CPU", rlhf.DRY)
+    monkeypatch.setattr(rlhf, "collect", wrong)
+    with pytest.raises(RuntimeError, match="nothing was timed: sampling and training are 5.0e-01"):
+        rlhf.bench_rlhf(Shape(str(folder)), CPU, "fp32", rounds=1, gpu=False)
