@@ -13,7 +13,7 @@ from puna.trainers.data.readers import read_texts
 from puna.trainers.train.ranges import AtLeast, AtMost
 
 
-@dataclass(kw_only=True)
+@dataclass
 class TrainTokenizer(Reading):
     """Train a SentencePiece tokenizer with Llama 2's settings."""
 
@@ -27,7 +27,7 @@ class TrainTokenizer(Reading):
     """Share of the text's characters that get a piece; the rest are bytes (Llama 2's value)."""
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Encode(Reading):
     """Show the ids and pieces of a text, or write whole files as a corpus for pretraining."""
 
@@ -41,7 +41,7 @@ class Encode(Reading):
     """The corpus of ids to write: a folder, which can be continued, or one .npy file."""
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Inspect(Reading):
     """Describe a tokenizer, and how well it fits some text."""
 

@@ -135,7 +135,7 @@ def copied_data_set(name: str) -> IO[bytes]:
     try:
         rows = datasets.load_dataset(wanted, split=split or "train")
     except Exception as error:  # the package's own, and those of what it stands on
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"{name} cannot be read by the package datasets: {reason}") from error
     copy = tempfile.NamedTemporaryFile(prefix="puna-", suffix=".jsonl")  # noqa: SIM115
     for row in rows:
@@ -237,7 +237,7 @@ def parquet_rows(source: Source) -> Rows:
                     number += 1
                     yield f"{source.name}: row {number}", row
     except needed("pyarrow", source.name).ArrowException as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).split("\n")[0]
         raise ValueError(
             f"{source.name} is no whole Parquet file ({reason}); fetch it again"
         ) from error

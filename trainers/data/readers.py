@@ -9,6 +9,7 @@ but not used is skipped, counted and named.
 import codecs
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -163,7 +164,7 @@ def parse_dialogues(
         raise ValueError("there are no dialogues to learn from; an iterator gives its rows once")
     skipped = Skipped()
     parsed = _parsed(iter(found), "the dialogues", "dialogues", how, skipped, parse_dialogue)
-    return [*parsed], skipped
+    return [*_usable(parsed, "the dialogues", skipped)], skipped
 
 
 def _object(row: Any, columns: Columns) -> Any:
@@ -229,16 +230,21 @@ def _each(
     """What `parse` makes of the rows of files that are named together; ValueError where it makes
     nothing of any."""
     own = Skipped()
-    usable = 0
-    for source in found:
-        for each in _parsed(each_row(source), source.name, kind, how or Reading(), own, parse):
-            usable += 1
-            yield each
+    how = how or Reading()
+    parsed = (_parsed(each_row(file), file.name, kind, how, own, parse) for file in found)
+    yield from _usable(chain.from_iterable(parsed), name, own)
     skipped.merge(own)
+
+
+def _usable(parsed: Iterable[T], name: str, skipped: Skipped) -> Iterator[T]:
+    """The same; ValueError where there is nothing."""
+    usable = 0
+    for each in parsed:
+        usable += 1
+        yield each
     if not usable:
-        raise ValueError(
-            f"{name}: no usable row: {own.reasons() or 'the file is empty'}".replace("\n", "; ")
-        )
+        reasons = skipped.reasons().replace("\n", "; ") or "the file is empty"
+        raise ValueError(f"{name}: no usable row: {reasons}")
 
 
 def _parsed(
