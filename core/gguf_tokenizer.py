@@ -10,6 +10,8 @@ from puna.core.vocabulary import byte_pair_json, sentencepiece_json
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
 ENDS = ("eos", "eot", "eom")
+# Control tokens that end an answer though no setting says so; llama.cpp knows them by name, too.
+NAMED_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>")
 
 
 def read_tokenizer(path: Path) -> tuple[dict[str, Any], Beside]:
@@ -67,6 +69,9 @@ def _beside(values: dict[str, Any]) -> Beside:
     found = {name: _piece(values, name, pieces) for name in ("bos", *ENDS)}
     named = {f"{name}_token": found[name] for name in ("bos", "eos")}
     ends = [pieces.index(piece) for name in ENDS if (piece := found[name]) is not None]
+    types = field(values, "tokenizer.ggml.token_type", list, None) or []
+    known = {piece: token for token, piece in enumerate(pieces[: len(types)])}
+    ends += [known[name] for name in NAMED_ENDS if name in known and types[known[name]] == CONTROL]
     template = field(values, "tokenizer.chat_template", str, None)
     tokens = {name: piece for name, piece in named.items() if piece is not None}
-    return Beside(tokens, {"eos_token_id": tuple(ends)}, template)
+    return Beside(tokens, {"eos_token_id": tuple(dict.fromkeys(ends))}, template)

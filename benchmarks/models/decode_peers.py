@@ -164,7 +164,7 @@ def write_gguf(path: Path, model: Transformer) -> None:
         heads = rope_heads(name, config)
         stored = interleaved(tensor, heads) if heads else tensor
         writer.add_tensor(
-            names.get_name(name, try_suffixes=(".weight",)), stored.contiguous().numpy()
+            names.get_name(name, try_suffixes=(".weight",)) or name, stored.contiguous().numpy()
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

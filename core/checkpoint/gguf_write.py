@@ -1,5 +1,6 @@
 """A model as a GGUF file, for llama.cpp and all that is built on it; not quantised."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloa
 
 
 def write(
-    path: Path, source: Source, tokenizer: str | Path | None, dtype: torch.dtype | None
+    path: Path,
+    source: Source,
+    tokenizer: str | os.PathLike[str] | None,
+    dtype: torch.dtype | None,
 ) -> None:
     """Write `source` with its tokenizer; one tensor is in memory at a time. `dtype` is that of the
     matrices (None: the stored one); norms are fp32.
