@@ -2,14 +2,14 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from puna.benchmarks import machine
+from puna.benchmarks import machine, opponents
 from puna.benchmarks.kernels.run import (
     Kernels,
     card_of_kernels,
@@ -29,6 +29,7 @@ from puna.benchmarks.models.rlhf import bench_rlhf
 from puna.benchmarks.models.rollout import bench_rollout
 from puna.benchmarks.models.shapes import DTYPES, Models, Shape, blocks_that_fit, open_models
 from puna.benchmarks.models.train import bench_train
+from puna.benchmarks.opponents import KERNELS
 from puna.benchmarks.output import card_table, rows_table, wide_console, write_document
 from puna.benchmarks.parts import Measured, Part, measure
 from puna.benchmarks.rows import Row
@@ -54,6 +55,7 @@ class Setting(NamedTuple):
     dtype: str = ""  # "fp32" or "bf16"; "": fp32, on a GPU bf16
     operations: Sequence[str] = ()  # of the kernels; none: all
     llama2c: Path | None = None  # where its run lies
+    llama_bench: Mapping[str, Path] = {}  # builds of llama.cpp, by name
 
     @property
     def gpu(self) -> bool:
@@ -192,7 +194,9 @@ def generate(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
 def decode(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
     if not setting.gpu and setting.kind == "fp32":
         models = held.open(shape, "fp32")
-        yield bench_decode(models, setting.turns, setting.llama2c, peers=setting.peers)
+        yield bench_decode(
+            models, setting.turns, setting.llama2c, setting.llama_bench, peers=setting.peers
+        )
 
 
 def rollout(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
@@ -242,7 +246,8 @@ def cut_to_fit(shape: Shape, setting: Setting, bytes_a_parameter: float) -> Shap
 def opened(shape: Shape, setting: Setting, dtype: str, trained: bool) -> Models:
     """A shape's models, to be looked at or trained in two ways each."""
     each = 2 * TRAINED if trained else DTYPES[dtype].itemsize
-    shape = cut_to_fit(shape, setting, each * (2 if setting.peers else 1))
+    copies = 1 + setting.peers + (setting.peers and not trained and opponents.has("vllm"))
+    shape = cut_to_fit(shape, setting, each * copies)
     with tempfile.TemporaryDirectory(prefix="puna-bench-") as folder:
         return open_models(
             shape,
@@ -251,6 +256,7 @@ def opened(shape: Shape, setting: Setting, dtype: str, trained: bool) -> Models:
             dtype,
             gpu=setting.gpu,
             peers=setting.peers,
+            engines=not trained,
         )
 
 
@@ -262,6 +268,9 @@ def left_out(what: str, setting: Setting) -> list[str]:
         lines[0] += " left out; so are rounded weights (`puna bench weights --model M --text T`)"
     if not setting.peers:
         return [*lines, "the peers are left out, as asked for"]
+    if setting.device.type == "cuda":
+        kernels, models = what in ("kernels", "all"), what in ("generate", "all")
+        lines += opponents.absent((*(KERNELS * kernels), *(("vllm",) * models)))
     if what in ("train", "generate", "all") and machine.installed("transformers") is None:
         lines.append("transformers is not installed: its rows are left out (extra `peers`)")
     if what in ("decode", "all") and not setting.gpu:

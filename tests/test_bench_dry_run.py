@@ -145,7 +145,7 @@ def test_a_shape_on_the_cpu(small, capsys, monkeypatch):
         (["bench", "train", "--dry-run", "--layers", "2"], "leave out --layers"),
         (
             ["bench", "decode", "--no-peers", "--llama2c", "run"],
-            "leave out --llama2c or --no-peers",
+            "are peers: leave out --llama2c and",
         ),
         (["bench", "train", "--shape", "8b"], "unknown model size '8b'"),
         (["bench", "train", "--shape", "demo", "--layers", "7"], "layers is 7 and demo has 6"),

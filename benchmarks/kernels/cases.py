@@ -13,6 +13,7 @@ from torch import Tensor
 
 from puna import kernels
 from puna.benchmarks.kernels import peers as peers
+from puna.benchmarks.kernels.opponents import peers_of
 from puna.benchmarks.kernels.peers import EPS, Function
 from puna.core import ops
 from puna.core.native.loader import extension
@@ -101,11 +102,6 @@ def _drawn(*shapes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -
     return [torch.randn(s, device=device, generator=generator).to(dtype) for s in shapes]
 
 
-def _liger(operation: str, device: torch.device) -> dict[str, Function]:
-    function = peers.liger(operation) if device.type == "cuda" else None
-    return {"liger-kernel": function} if function else {}
-
-
 def _native(function: Function, device: torch.device) -> Function | None:
     return function if device.type == "cpu" and extension() is not None else None
 
@@ -122,14 +118,14 @@ def norms(sizes: Sizes, device: torch.device, width: int) -> list[Case]:
             "rms_norm", f"{rows}x{width}", rows, dtype, lambda: make(1),
             ours=lambda x, w: (kernels.rms_norm(x, w, eps=EPS),), eager=peers.rms_norm,
             forward=2 * block, both=5 * block, differentiable=(0, 1),
-            peers=_liger("rms_norm", device),
+            peers=peers_of("rms_norm", device),
             native=_native(lambda x, w: (ops.rms_norm(x, w, eps=EPS),), device),
         ),
         Case(
             "add_rms_norm", f"{rows}x{width}", rows, dtype, lambda: make(2),
             ours=lambda x, r, w: kernels.add_rms_norm(x, r, w, eps=EPS), eager=peers.add_rms_norm,
             forward=4 * block, both=8 * block, differentiable=(0, 1, 2),
-            peers=_liger("add_rms_norm", device),
+            peers=peers_of("add_rms_norm", device),
         ),
     ]  # fmt: skip
 
@@ -147,7 +143,7 @@ def rope(sizes: Sizes, device: torch.device, width: int) -> Case:
     return Case(
         "rope", f"{sizes.rows}x{width}", sizes.rows, sizes.dtype, make,
         ours=kernels.rope, eager=peers.rope, forward=2 * block, both=4 * block,
-        differentiable=(0, 1), peers=_liger("rope", device), native=_native(ops.rope, device),
+        differentiable=(0, 1), peers=peers_of("rope", device), native=_native(ops.rope, device),
     )  # fmt: skip
 
 
@@ -158,7 +154,7 @@ def swiglu(sizes: Sizes, device: torch.device, width: int) -> Case:
         "swiglu", f"{sizes.rows}x{width}", sizes.rows, sizes.dtype,
         lambda: _drawn(shape, shape, device=device, dtype=sizes.dtype),
         ours=lambda gate, up: (kernels.swiglu(gate, up),), eager=peers.swiglu,
-        forward=3 * block, both=8 * block, differentiable=(0, 1), peers=_liger("swiglu", device),
+        forward=3 * block, both=8 * block, differentiable=(0, 1), peers=peers_of("swiglu", device),
         native=_native(lambda gate, up: (ops.swiglu(gate, up),), device),
     )  # fmt: skip
 
@@ -172,7 +168,7 @@ def attention(sizes: Sizes, device: torch.device, heads: int, kv_heads: int) -> 
         "attention", f"{batch}x{tokens} {heads}/{kv_heads}x{size}", batch * tokens, sizes.dtype,
         lambda: _drawn(q, kv, kv, device=device, dtype=sizes.dtype),
         ours=lambda q, k, v: (kernels.attention(q, k, v),), eager=peers.attention,
-        exact=peers.attention_by_heads, peers={"sdpa": peers.sdpa},
+        exact=peers.attention_by_heads, peers={"sdpa": peers.sdpa, **peers_of("attention", device)},
         forward=2 * product, both=7 * product, products=True, differentiable=(0, 1, 2),
     )  # fmt: skip
 
@@ -191,7 +187,8 @@ def decode_attention(sizes: Sizes, device: torch.device, heads: int, kv_heads: i
     return Case(
         "decode_attention", f"{batch}x{tokens} {heads}/{kv_heads}x{size}", batch, sizes.dtype,
         make, ours=lambda q, k, v, n: (kernels.decode_attention(q, k, v, n),),
-        eager=peers.decode_attention, peers={"sdpa": peers.decode_sdpa},
+        eager=peers.decode_attention,
+        peers={"sdpa": peers.decode_sdpa, **peers_of("decode_attention", device)},
         forward=read * sizes.dtype.itemsize,
     )  # fmt: skip
 
@@ -220,7 +217,7 @@ def linear(operation: str, sizes: Sizes, device: torch.device, vocabulary: int) 
         operation, f"{rows}x{dim}x{vocabulary}", rows, sizes.dtype, make,
         ours=cross_entropy if loss else kernels.linear_logprobs, eager=eager,
         exact=peers.by_rows(eager), by_row=peers.losses if loss else None,
-        peers=_liger(operation, device),
+        peers=peers_of(operation, device),
         native=_native(native_loss if loss else ops.linear_logprobs, device),
         forward=product, both=(3 if loss else 4) * product, products=True, differentiable=(0, 1),
     )  # fmt: skip

@@ -17,6 +17,7 @@ from puna.benchmarks.kernels.cases import CPU, DRY, GPU, Case, cases
 from puna.benchmarks.kernels.peers import Function
 from puna.benchmarks.kernels.verify import ABOVE, Verdict, prepared, verify, verify_timed
 from puna.benchmarks.machine import why_not_compiled
+from puna.benchmarks.opponents import KERNELS, PACKAGES
 from puna.benchmarks.rows import KernelRow
 from puna.benchmarks.timing import Clock, Timing, interleaved, kernel_clock, peak_mb
 from puna.core.errors import UserError
@@ -76,7 +77,8 @@ def check_kernels(found: Sequence[KernelRow]) -> None:
 def card_of_kernels(device: torch.device) -> dict[str, object]:
     """What the machine's card says besides."""
     found: dict[str, object] = {
-        name: machine.installed(name) for name in ("triton", "liger-kernel")
+        name: machine.installed(package)
+        for name, package in {"triton": "triton", **{n: PACKAGES[n][0] for n in KERNELS}}.items()
     }
     return found | {"backend": choose(torch.empty(0, device=device))}
 
