@@ -2,10 +2,14 @@
 broken a sentence says so and its rows are left out."""
 
 import importlib
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
+
 from puna.benchmarks.machine import installed
+from puna.core.terminal import say
 
 # by the name in a row: what pip calls it, and the module whose functions are called
 PACKAGES = {
@@ -42,6 +46,17 @@ def function(name: str, called: str, where: str = "") -> Any | None:
     if found is not None and where:
         found = importlib.import_module(where)
     return getattr(found, called, None)
+
+
+def attempted(peer: str, open_it: Callable[[], Any]) -> Any | None:
+    """What `open_it` gives, or None where the peer cannot be opened here, which is said."""
+    try:
+        return open_it()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # its own failure: the others are measured
+        say(broken(peer, error))
+        return None
 
 
 def broken(peer: str, error: BaseException) -> str:

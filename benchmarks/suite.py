@@ -266,6 +266,9 @@ def left_out(what: str, setting: Setting) -> list[str]:
     if setting.quick and what == "all":
         lines.append("quick: torch.compile's rows, fresh processes for memory and most rounds are")
         lines[0] += " left out; so are rounded weights (`puna bench weights --model M --text T`)"
+    elif what == "all":
+        slow = ("growth",) if setting.gpu else (*SLOW_ON_CPU, "growth")
+        lines.append(f"{', '.join(slow)} take minutes and are left out: `puna bench {slow[0]}`")
     if not setting.peers:
         return [*lines, "the peers are left out, as asked for"]
     if setting.device.type == "cuda":

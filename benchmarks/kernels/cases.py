@@ -6,7 +6,7 @@ provider does besides.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -60,12 +60,14 @@ class Sizes:
     vocabularies: tuple[int, ...]
     drawn: int  # rows that `sample` draws from at once
     rollouts: tuple[int, int]  # sequences and tokens of `gae`
+    further_dims: tuple[int, ...] = ()  # of the head, with the first vocabulary
 
 
-# Llama 2 7B's; the second pair of heads has 70B's groups of eight, the second vocabulary is Qwen's.
+# Llama 2 7B's, 13B's and 70B's; the second vocabulary is Qwen's.
 GPU = Sizes(
-    dtype=torch.bfloat16, rows=8192, widths=(4096, 11008), sequences=2, tokens=4096,
-    heads=((32, 32), (32, 4)), head_dim=128, decoded=16, dim=4096, vocabularies=(32000, 151936),
+    dtype=torch.bfloat16, rows=8192, widths=(4096, 5120, 8192, 11008, 13824, 28672), sequences=2,
+    tokens=4096, heads=((32, 32), (40, 40), (64, 8)), head_dim=128, decoded=16, dim=4096,
+    further_dims=(5120, 8192), vocabularies=(32000, 151936),
     drawn=256, rollouts=(512, 1024),
 )  # fmt: skip
 CPU = Sizes(
@@ -77,6 +79,7 @@ CPU = Sizes(
 DRY = Sizes(
     dtype=torch.bfloat16, rows=32, widths=(64, 96), sequences=2, tokens=16, heads=((4, 4), (4, 1)),
     head_dim=16, decoded=3, dim=32, vocabularies=(64, 96), drawn=4, rollouts=(3, 8),
+    further_dims=(48,),
 )  # fmt: skip
 
 
@@ -91,6 +94,10 @@ def cases(sizes: Sizes, device: torch.device) -> list[Case]:
     for vocabulary in sizes.vocabularies:
         found.append(linear("linear_cross_entropy", sizes, device, vocabulary))
     found.append(linear("linear_logprobs", sizes, device, sizes.vocabularies[0]))
+    for dim in sizes.further_dims:
+        wider = replace(sizes, dim=dim)
+        for operation in ("linear_cross_entropy", "linear_logprobs"):
+            found.append(linear(operation, wider, device, sizes.vocabularies[0]))
     for top_p in (1.0, 0.9):
         found.append(sample(sizes, device, top_p))
     return [*found, gae(sizes, device)]

@@ -30,6 +30,7 @@ from puna.benchmarks.models.decode_peers import (
 from puna.benchmarks.models.generate import PUNA, Variant, limit, take_turns, verify
 from puna.benchmarks.models.llama_bench import llama_bench_decoder
 from puna.benchmarks.models.shapes import Ceilings, Models, multiplied_parameters
+from puna.benchmarks.opponents import attempted
 from puna.benchmarks.rows import Row, Work, row
 from puna.benchmarks.timing import peak_mb
 from puna.core.generation.generate import generate
@@ -56,7 +57,11 @@ def bench_decode(
         if llama2c is not None:
             decoders["llama2.c", "fp32"] = llama2c_decoder(llama2c, models.puna, NEW, Path(folder))
         if peers and llama_cpp_installed():
-            decoders["llama.cpp", "fp32"] = llama_cpp_decoder(models.puna, NEW, Path(folder))
+            theirs = attempted(
+                "llama.cpp", lambda: llama_cpp_decoder(models.puna, NEW, Path(folder))
+            )
+            if theirs is not None:
+                decoders["llama.cpp", "fp32"] = theirs
         answers = {variant: [decode().tokens] for variant, decode in decoders.items()}
         errors = verify(models, torch.tensor([[BOS]]), answers)
         for dtype in ("bf16", "int8") if extension() is not None else ():

@@ -8,6 +8,7 @@ import torch
 
 from puna.benchmarks.machine import installed, matmul_rate, read_rate
 from puna.benchmarks.models.vllm import open_vllm
+from puna.benchmarks.opponents import attempted
 from puna.core.checkpoint.folder import open_model, save_model
 from puna.core.config import SIZES, ModelConfig, parameter_count, size
 from puna.core.model import Transformer
@@ -103,9 +104,9 @@ def open_models(
     config = model.config
     save_model(folder, model)
     model.to(device, kind)
-    theirs = (
-        open_transformers(folder, device, kind) if peers and installed("transformers") else None
-    )
+    theirs = None
+    if peers and installed("transformers"):
+        theirs = attempted("transformers", lambda: open_transformers(folder, device, kind))
     stored = kind.itemsize * multiplied_parameters(config)
     ceilings = Ceilings(matmul_rate(device, kind, dry=shape.tiny), read_rate(device, stored))
     vllm = open_vllm(folder, device, dtype, config.context) if peers and engines else None

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from puna.benchmarks import opponents
-from puna.core.terminal import say
 
 SHARE = 0.45  # of a GPU's memory for its weights and caches: the others are on it, too
 
@@ -18,18 +17,17 @@ def open_vllm(folder: Path, device: torch.device, dtype: str, context: int) -> A
     engine = opponents.function("vllm", "LLM") if device.type == "cuda" else None
     if engine is None:
         return None
-    try:
-        return engine(
+    return opponents.attempted(
+        "vllm",
+        lambda: engine(
             model=str(folder),
             skip_tokenizer_init=True,
             dtype={"fp32": "float32", "bf16": "bfloat16"}[dtype],
             max_model_len=context,
             gpu_memory_utilization=SHARE,
             seed=0,
-        )
-    except Exception as error:  # its own failure: the others are measured
-        say(opponents.broken("vllm", error))
-        return None
+        ),
+    )
 
 
 def vllm_answer(engine: Any, prompts: list[list[int]], new: int) -> Callable[[], list[list[int]]]:
