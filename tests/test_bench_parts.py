@@ -5,6 +5,8 @@ Run: python -m pytest tests/test_bench_parts.py -q
 
 import json
 import math
+import subprocess
+import sys
 import time
 
 import pytest
@@ -71,6 +73,32 @@ def test_fewer_rounds_where_time_is_short():
         found = timing.interleaved({"a": lambda: calls.append(1)}, rounds=50, device=CPU)
     assert len(calls) == 2 and found["a"].median > 0
     assert not budget.is_spent() and budget.seconds_left() is None
+
+
+def test_a_round_that_the_clock_ends_does_not_take_the_others_with_it():
+    calls = []
+
+    def call():
+        calls.append(1)
+        if len(calls) == 4:
+            raise budget.OutOfTime
+
+    assert timing.interleaved({"a": call}, rounds=9, device=CPU)["a"].median > 0
+    assert len(calls) == 4
+    with pytest.raises(budget.OutOfTime):
+        timing.interleaved({"a": call, "b": raising_call}, rounds=9, device=CPU)
+
+
+def raising_call():
+    raise budget.OutOfTime
+
+
+def test_the_age_of_a_process():
+    code = "import time; from puna.benchmarks import budget; a = budget.process_age(); "
+    code += "time.sleep(0.3); print(a, budget.process_age())"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    young, old = map(float, printed.stdout.split())
+    assert 0.25 < old - young < 30 and 0 <= young < 300
 
 
 @pytest.fixture

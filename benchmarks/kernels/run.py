@@ -33,11 +33,13 @@ class Kernels(NamedTuple):
     rounds: int = 30
     only: Collection[str] = ()  # names of puna.kernels; none: all
     dry: bool = False  # a GPU's cases at tiny sizes, wherever this is
-    compiled: bool = True  # torch.compile's rows, too, where it works
+    quick: bool = False  # one shape of each, and without torch.compile's rows
 
     def cases(self) -> list[Case]:
         """ValueError for an unknown operation."""
         sizes = DRY if self.dry else GPU if self.device.type == "cuda" else CPU
+        if self.quick:
+            sizes = replace(sizes, widths=sizes.widths[:1], heads=sizes.heads[-1:], further_dims=())
         chosen = cases(sizes, self.device)
         if self.dry:
             chosen = [replace(case, native=None) for case in chosen]
@@ -50,10 +52,10 @@ class Kernels(NamedTuple):
 
 def kernel_rows(kernels: Kernels, say: Callable[[str], object]) -> Iterator[list[KernelRow]]:
     """Operation after operation, as long as there is time (`budget`)."""
-    why = why_not_compiled(kernels.device) if kernels.compiled else None
+    why = None if kernels.quick else why_not_compiled(kernels.device)
     if why:
         say(f"torch.compile does not work here, its rows are left out: {why}")
-    bench = Bench(kernels.rounds, kernels.device, compiles=kernels.compiled and not why)
+    bench = Bench(kernels.rounds, kernels.device, compiles=not (kernels.quick or why))
     chosen = kernels.cases()
     for number, case in enumerate(chosen):
         if number and budget.is_spent():
