@@ -60,6 +60,10 @@ def measure(
             with budget.at_most(share, min(left, 2 * share)):
                 for found in part.rows():
                     rows += found
+                if budget.is_spent():
+                    leave_out(
+                        f"{part.name}: rounds or rows of it, its {share:.0f} seconds were over"
+                    )
         except budget.OutOfTime:
             leave_out(f"{part.name}, or a part of it: it takes longer here than its share of time")
         except KeyboardInterrupt:
