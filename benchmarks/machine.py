@@ -32,6 +32,9 @@ def card(device: torch.device) -> dict[str, object]:
     }
     if device.type == "cuda":
         described["gpu"] = torch.cuda.get_device_name(device)
+        described["gpus"] = torch.cuda.device_count()
+        described["cuda"] = torch.version.cuda or torch.version.hip
+        described |= _gpu(device.index or 0)
     return described
 
 
@@ -72,6 +75,27 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+GPU_FIELDS = {
+    "driver": "driver_version",
+    "gpu_memory": "memory.total",
+    "clock": "clocks.max.sm",
+    "memory_clock": "clocks.max.memory",
+    "power_limit": "power.limit",
+}
+
+
+def _gpu(index: int) -> dict[str, object]:
+    """What nvidia-smi says of a GPU; nothing where there is none."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS.values())}"]
+    command += ["--format=csv,noheader", "-i", str(index)]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    values = [value.strip() for value in told.strip().split(",")]
+    return dict(zip(GPU_FIELDS, values, strict=True)) if len(values) == len(GPU_FIELDS) else {}
 
 
 def _processor() -> str:

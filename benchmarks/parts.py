@@ -18,6 +18,12 @@ class Part(NamedTuple):
     rows: Callable[[], Iterable[Sequence[Any]]]  # in the order they are measured
 
 
+def is_full(error: Exception) -> bool:
+    """Whether a GPU's memory, or the machine's, did not suffice."""
+    full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return full or "can't allocate" in str(error)
+
+
 class Measured(NamedTuple):
     rows: list[Any]
     left_out: list[str]  # one line for each part that is not there, or not all of it: why
@@ -54,15 +60,22 @@ def measure(
             with budget.at_most(share, min(left, 2 * share)):
                 for found in part.rows():
                     rows += found
+                if budget.is_spent():
+                    leave_out(
+                        f"{part.name}: rounds or rows of it, its {share:.0f} seconds were over"
+                    )
         except budget.OutOfTime:
             leave_out(f"{part.name}, or a part of it: it takes longer here than its share of time")
-        except torch.OutOfMemoryError:
-            leave_out(f"{part.name}, or a part of it: it does not fit the memory")
         except KeyboardInterrupt:
             stopped = True
             leave_out(f"{', '.join(each.name for each in parts[number:])}: stopped by ctrl-C")
             break
-        except (ValueError, UserError) as failure:
+        except Exception as failure:  # the others are measured, then it is raised
+            if is_full(failure):
+                leave_out(f"{part.name}, or a part of it: it does not fit the memory")
+                continue
             error = error or failure
-            leave_out(f"{part.name}: {failure}")
+            leave_out(f"{part.name}: {str(failure) or type(failure).__name__}")
+    if not (rows or error or stopped) and left_out:
+        error = UserError(f"nothing was measured: {left_out[0]}")
     return Measured(rows, left_out, error, stopped)

@@ -4,7 +4,7 @@ import json
 import sys
 from typing import Any
 
-from puna.benchmarks.output import RESULTS
+from puna.benchmarks.output import RESULTS, named
 from puna.core.checkpoint.atomic import write_text
 
 BEGIN, END = "<!-- results: python -m puna.benchmarks.readme -->\n", "<!-- end of results -->\n"
@@ -17,11 +17,12 @@ DOCUMENTS = ("all", "rollout")  # what README.md shows of each machine
 def table(document: dict[str, Any]) -> str:
     """One line a piece of work: Puna's rate, its share of the limit, and how its peers compare."""
     card = document["machine"]
+    found = [row for row in document["rows"] if row["bench"] not in ("kernel", "growth")]
     work: dict[tuple[str, str, int, str], dict[str, Any]] = {}
-    for row in document["rows"]:
-        done = row["bench"], row["shape"], row["batch"], row["dtype"]
+    for row in found:
+        done = named(row), row["shape"], row["batch"], row["dtype"]
         work.setdefault(done, {})[row["provider"]] = row
-    peers = [name for name in {row["provider"]: None for row in document["rows"]} if name != "puna"]
+    peers = [name for name in {row["provider"]: None for row in found} if name != "puna"]
     lines = [
         f"{card['processor']}, {card['threads']} threads, torch {card['torch']}, "
         f"transformers {card['transformers']}: `{document['command']}`",

@@ -2,14 +2,14 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from puna.benchmarks import machine
+from puna.benchmarks import budget, machine, opponents
 from puna.benchmarks.kernels.run import (
     Kernels,
     card_of_kernels,
@@ -29,6 +29,7 @@ from puna.benchmarks.models.rlhf import bench_rlhf
 from puna.benchmarks.models.rollout import bench_rollout
 from puna.benchmarks.models.shapes import DTYPES, Models, Shape, blocks_that_fit, open_models
 from puna.benchmarks.models.train import bench_train
+from puna.benchmarks.opponents import KERNELS
 from puna.benchmarks.output import card_table, rows_table, wide_console, write_document
 from puna.benchmarks.parts import Measured, Part, measure
 from puna.benchmarks.rows import Row
@@ -36,7 +37,8 @@ from puna.core import parallel
 
 SHAPES, GPU_SHAPES, QUICK_SHAPES = ("demo", "15m"), ("7b",), ("demo",)
 TRAINED = 16  # bytes a parameter: fp32 with its gradient and AdamW's state
-QUICK_SECONDS, QUICK_ROUNDS, QUICK_PROMPTS = 150.0, 3, 64  # and half a minute to start and to end
+QUICK_SECONDS, QUICK_LEAST = 160.0, 30.0  # from the process's start, and after it at the least
+QUICK_ROUNDS, QUICK_PROMPTS = 3, 64
 ALL = ("kernels", "generate", "decode", "rollout", "rlhf", "fsdp", "train")
 SLOW_ON_CPU = ("kernels", "rollout")  # "all" leaves them to verbs of their own there
 
@@ -54,6 +56,7 @@ class Setting(NamedTuple):
     dtype: str = ""  # "fp32" or "bf16"; "": fp32, on a GPU bf16
     operations: Sequence[str] = ()  # of the kernels; none: all
     llama2c: Path | None = None  # where its run lies
+    llama_bench: Mapping[str, Path] = {}  # builds of llama.cpp, by name
 
     @property
     def gpu(self) -> bool:
@@ -66,7 +69,7 @@ class Setting(NamedTuple):
     @property
     def kernels(self) -> Kernels:
         rounds = self.rounds or (5 if self.quick else 30)
-        return Kernels(self.device, rounds, self.operations, self.dry, compiled=not self.quick)
+        return Kernels(self.device, rounds, self.operations, self.dry, self.quick)
 
     @property
     def turns(self) -> int:
@@ -103,7 +106,9 @@ def run_suite(
     lines = left_out(what, setting)
     for line in lines:
         console.print(line)
-    seconds = QUICK_SECONDS if setting.quick else None
+    seconds = None
+    if setting.quick:
+        seconds = max(QUICK_LEAST, QUICK_SECONDS - budget.process_age())
     found = measure(parts(what, setting, shapes, console.print), console.print, seconds)
     kernels = [row for row in found.rows if row["bench"] == "kernel"]
     models = [row for row in found.rows if row["bench"] != "kernel"]
@@ -192,7 +197,9 @@ def generate(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
 def decode(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
     if not setting.gpu and setting.kind == "fp32":
         models = held.open(shape, "fp32")
-        yield bench_decode(models, setting.turns, setting.llama2c, peers=setting.peers)
+        yield bench_decode(
+            models, setting.turns, setting.llama2c, setting.llama_bench, peers=setting.peers
+        )
 
 
 def rollout(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
@@ -242,7 +249,8 @@ def cut_to_fit(shape: Shape, setting: Setting, bytes_a_parameter: float) -> Shap
 def opened(shape: Shape, setting: Setting, dtype: str, trained: bool) -> Models:
     """A shape's models, to be looked at or trained in two ways each."""
     each = 2 * TRAINED if trained else DTYPES[dtype].itemsize
-    shape = cut_to_fit(shape, setting, each * (2 if setting.peers else 1))
+    copies = 1 + setting.peers + (setting.peers and not trained and opponents.has("vllm"))
+    shape = cut_to_fit(shape, setting, each * copies)
     with tempfile.TemporaryDirectory(prefix="puna-bench-") as folder:
         return open_models(
             shape,
@@ -251,6 +259,7 @@ def opened(shape: Shape, setting: Setting, dtype: str, trained: bool) -> Models:
             dtype,
             gpu=setting.gpu,
             peers=setting.peers,
+            engines=not trained,
         )
 
 
@@ -260,8 +269,14 @@ def left_out(what: str, setting: Setting) -> list[str]:
     if setting.quick and what == "all":
         lines.append("quick: torch.compile's rows, fresh processes for memory and most rounds are")
         lines[0] += " left out; so are rounded weights (`puna bench weights --model M --text T`)"
+    elif what == "all":
+        slow = ("growth",) if setting.gpu else (*SLOW_ON_CPU, "growth")
+        lines.append(f"{', '.join(slow)} take minutes and are left out: `puna bench {slow[0]}`")
     if not setting.peers:
         return [*lines, "the peers are left out, as asked for"]
+    if setting.device.type == "cuda":
+        kernels, models = what in ("kernels", "all"), what in ("generate", "all")
+        lines += opponents.absent((*(KERNELS * kernels), *(("vllm",) * models)))
     if what in ("train", "generate", "all") and machine.installed("transformers") is None:
         lines.append("transformers is not installed: its rows are left out (extra `peers`)")
     if what in ("decode", "all") and not setting.gpu:

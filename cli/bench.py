@@ -8,6 +8,7 @@ import torch
 
 from puna.benchmarks.compare import compare as compare_results
 from puna.benchmarks.models.decode_peers import check_llama2c
+from puna.benchmarks.models.llama_bench import named_programs
 from puna.benchmarks.models.weights import bench_weights
 from puna.benchmarks.suite import Setting, run_suite
 from puna.core.device import device_of_name
@@ -70,6 +71,9 @@ class DecodeBenchConfig(ModelBenchConfig):
 
     llama2c: Path | None = None
     """llama2.c's compiled `run`, to decode beside it"""
+    llama_bench: list[str] = field(default_factory=list)
+    """builds of llama.cpp or ik_llama.cpp to decode beside: paths of their `llama-bench`, or
+    NAME=PATH (takes the package gguf)"""
 
 
 @dataclass(kw_only=True)
@@ -223,13 +227,20 @@ def setting_of(config: DryBenchConfig, device: torch.device) -> Setting:
     setting = setting._replace(
         shapes=config.shape, layers=config.layers, peers=config.peers, dtype=dtype
     )
-    if isinstance(config, DecodeBenchConfig) and config.llama2c is not None:
+    if isinstance(config, DecodeBenchConfig) and (config.llama2c or config.llama_bench):
         if device.type != "cpu" or config.dry_run:
-            raise ValueError("llama2.c decodes on the CPU; use --device cpu or leave out --llama2c")
+            raise ValueError(
+                "llama2.c and llama-bench decode on the CPU; use --device cpu or leave them out"
+            )
         if not config.peers:
-            raise ValueError("llama2.c is a peer: leave out --llama2c or --no-peers")
-        check_llama2c(config.llama2c)
-        setting = setting._replace(llama2c=config.llama2c)
+            raise ValueError(
+                "llama2.c and llama-bench are peers: leave out --llama2c and --llama-bench, or "
+                "--no-peers"
+            )
+        if config.llama2c is not None:
+            check_llama2c(config.llama2c)
+        programs = named_programs(config.llama_bench)
+        setting = setting._replace(llama2c=config.llama2c, llama_bench=programs)
     return setting._replace(quick=isinstance(config, SuiteConfig) and config.quick)
 
 
@@ -249,6 +260,8 @@ def command_of(config: DryBenchConfig, what: str, device: torch.device) -> str:
         words += [] if config.dtype == "auto" else [f"--dtype {config.dtype}"]
     if isinstance(config, DecodeBenchConfig) and config.llama2c is not None:
         words.append(f"--llama2c {config.llama2c.name}")
+    if isinstance(config, DecodeBenchConfig) and config.llama_bench:
+        words.append(f"--llama-bench {' '.join(named_programs(config.llama_bench))}")
     if isinstance(config, SuiteConfig) and config.quick:
         words.append("--quick")
     return " ".join(words)

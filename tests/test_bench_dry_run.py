@@ -124,7 +124,10 @@ def test_flops_are_palms():
 
 def test_without_peers(small, capsys):
     assert main(["bench", "train", "--dry-run", "--rounds", "1", "--no-peers"]) == 0
-    assert [row["provider"] for row in document(capsys)["rows"]] == ["puna", "puna-recompute"]
+    printed = capsys.readouterr().out
+    rows = json.loads(printed.splitlines()[-1])["rows"]
+    assert [row["provider"] for row in rows] == ["puna", "puna-recompute"]
+    assert "GFLOPs a token by 6 N + 12 L d S (recomputation not counted)" in printed
 
 
 def test_a_shape_on_the_cpu(small, capsys, monkeypatch):
@@ -145,7 +148,7 @@ def test_a_shape_on_the_cpu(small, capsys, monkeypatch):
         (["bench", "train", "--dry-run", "--layers", "2"], "leave out --layers"),
         (
             ["bench", "decode", "--no-peers", "--llama2c", "run"],
-            "leave out --llama2c or --no-peers",
+            "are peers: leave out --llama2c and",
         ),
         (["bench", "train", "--shape", "8b"], "unknown model size '8b'"),
         (["bench", "train", "--shape", "demo", "--layers", "7"], "layers is 7 and demo has 6"),

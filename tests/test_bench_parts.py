@@ -5,13 +5,15 @@ Run: python -m pytest tests/test_bench_parts.py -q
 
 import json
 import math
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
 from puna.benchmarks import budget, machine, output, suite, timing
-from puna.benchmarks.models import generate, rlhf
+from puna.benchmarks.models import generate, rlhf, shapes
 from puna.benchmarks.models.shapes import Shape, open_models
 from puna.benchmarks.parts import Part, measure
 from puna.cli.main import main
@@ -71,6 +73,32 @@ def test_fewer_rounds_where_time_is_short():
         found = timing.interleaved({"a": lambda: calls.append(1)}, rounds=50, device=CPU)
     assert len(calls) == 2 and found["a"].median > 0
     assert not budget.is_spent() and budget.seconds_left() is None
+
+
+def test_a_round_that_the_clock_ends_does_not_take_the_others_with_it():
+    calls = []
+
+    def call():
+        calls.append(1)
+        if len(calls) == 4:
+            raise budget.OutOfTime
+
+    assert timing.interleaved({"a": call}, rounds=9, device=CPU)["a"].median > 0
+    assert len(calls) == 4
+    with pytest.raises(budget.OutOfTime):
+        timing.interleaved({"a": call, "b": raising_call}, rounds=9, device=CPU)
+
+
+def raising_call():
+    raise budget.OutOfTime
+
+
+def test_the_age_of_a_process():
+    code = "import time; from puna.benchmarks import budget; a = budget.process_age(); "
+    code += "time.sleep(0.3); print(a, budget.process_age())"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    young, old = map(float, printed.stdout.split())
+    assert 0.25 < old - young < 30 and 0 <= young < 300
 
 
 @pytest.fixture
@@ -155,3 +183,58 @@ def test_a_sampler_that_disagrees_with_the_trainer_is_not_timed(folder, monkeypa
     monkeypatch.setattr(rlhf, "collect", wrong)
     with pytest.raises(RuntimeError, match="nothing was timed: sampling and training are 5.0e-01"):
         rlhf.bench_rlhf(Shape(str(folder)), CPU, "fp32", rounds=1, gpu=False)
+
+
+def test_the_card_of_a_gpu(tmp_path, monkeypatch):
+    asked = tmp_path / "nvidia-smi"
+    asked.write_text("#!/bin/sh\necho '570.1, 81559 MiB, 1980 MHz, 2619 MHz, 700.00 W'\n")
+    asked.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = machine._gpu(0)
+    assert (found["driver"], found["power_limit"]) == ("570.1", "700.00 W")
+    asked.write_text("#!/bin/sh\necho 'No devices were found'\n")
+    assert machine._gpu(0) == {}
+    asked.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine._gpu(0) == {}
+
+
+def test_memory_that_is_full_everywhere_is_an_error():
+    def full():
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
+
+    found = measure([Part("train 70b", full)], str)
+    said = "nothing was measured: train 70b, or a part of it: it does not fit the memory"
+    assert isinstance(found.error, RuntimeError) and str(found.error) == said
+
+
+def test_a_peer_that_breaks_when_it_is_opened(folder, tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise AttributeError("module 'torch' has no attribute 'x'")
+
+    monkeypatch.setattr(shapes, "installed", lambda package: "5.0")
+    monkeypatch.setattr(shapes, "open_transformers", broken)
+    models = open_models(Shape(str(folder)), tmp_path / "opened", CPU)
+    assert models.transformers is None
+    assert "transformers is installed and does not work here" in capsys.readouterr().out
+
+
+def test_torchrun_is_for_several_ranks_only(folder, monkeypatch):
+    monkeypatch.setattr(suite.parallel, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match="several processes are measured by `puna bench fsdp`"):
+        suite.run_suite("train", suite.Setting(CPU, shapes=[str(folder)]), command="")
+
+
+def test_quick_has_a_part_of_everything(folder):
+    setting = suite.Setting(CPU, quick=True, shapes=[str(folder)])
+    names = [each.name for each in suite.parts("all", setting, setting.opened_shapes(), str)]
+    models = ("generate", "decode", "rollout", "rlhf", "fsdp", "train")
+    assert names == ["kernels", *(f"{name} mine" for name in models), "growth"]
+    full = suite.parts("all", setting._replace(quick=False), setting.opened_shapes(), str)
+    assert [each.name.split()[0] for each in full] == [
+        "generate",
+        "decode",
+        "rlhf",
+        "fsdp",
+        "train",
+    ]

@@ -11,7 +11,7 @@ from puna.trainers.train.recipes import known_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["docs/architecture.md", "docs/glossary.md", "docs/paper.md", "docs/scale.md"]
-PAGES += ["docs/safety.md", "CONTRIBUTING.md", "CHANGELOG.md", "README.md"]
+PAGES += ["docs/safety.md", "docs/benchmarks.md", "CONTRIBUTING.md", "CHANGELOG.md", "README.md"]
 DOTTED = re.compile(r"`((?:kernels|core|trainers|demo|cli|benchmarks)(?:\.\w+)+)`")
 FILES = re.compile(r"`((?:[\w.]+/)+[\w.]*)`")
 

@@ -6,13 +6,14 @@ provider does besides.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from puna import kernels
 from puna.benchmarks.kernels import peers as peers
+from puna.benchmarks.kernels.opponents import peers_of
 from puna.benchmarks.kernels.peers import EPS, Function
 from puna.core import ops
 from puna.core.native.loader import extension
@@ -59,12 +60,14 @@ class Sizes:
     vocabularies: tuple[int, ...]
     drawn: int  # rows that `sample` draws from at once
     rollouts: tuple[int, int]  # sequences and tokens of `gae`
+    further_dims: tuple[int, ...] = ()  # of the head, with the first vocabulary
 
 
-# Llama 2 7B's; the second pair of heads has 70B's groups of eight, the second vocabulary is Qwen's.
+# Llama 2 7B's, 13B's and 70B's; the second vocabulary is Qwen's.
 GPU = Sizes(
-    dtype=torch.bfloat16, rows=8192, widths=(4096, 11008), sequences=2, tokens=4096,
-    heads=((32, 32), (32, 4)), head_dim=128, decoded=16, dim=4096, vocabularies=(32000, 151936),
+    dtype=torch.bfloat16, rows=8192, widths=(4096, 5120, 8192, 11008, 13824, 28672), sequences=2,
+    tokens=4096, heads=((32, 32), (40, 40), (64, 8)), head_dim=128, decoded=16, dim=4096,
+    further_dims=(5120, 8192), vocabularies=(32000, 151936),
     drawn=256, rollouts=(512, 1024),
 )  # fmt: skip
 CPU = Sizes(
@@ -76,6 +79,7 @@ CPU = Sizes(
 DRY = Sizes(
     dtype=torch.bfloat16, rows=32, widths=(64, 96), sequences=2, tokens=16, heads=((4, 4), (4, 1)),
     head_dim=16, decoded=3, dim=32, vocabularies=(64, 96), drawn=4, rollouts=(3, 8),
+    further_dims=(48,),
 )  # fmt: skip
 
 
@@ -90,6 +94,10 @@ def cases(sizes: Sizes, device: torch.device) -> list[Case]:
     for vocabulary in sizes.vocabularies:
         found.append(linear("linear_cross_entropy", sizes, device, vocabulary))
     found.append(linear("linear_logprobs", sizes, device, sizes.vocabularies[0]))
+    for dim in sizes.further_dims:
+        wider = replace(sizes, dim=dim)
+        for operation in ("linear_cross_entropy", "linear_logprobs"):
+            found.append(linear(operation, wider, device, sizes.vocabularies[0]))
     for top_p in (1.0, 0.9):
         found.append(sample(sizes, device, top_p))
     return [*found, gae(sizes, device)]
@@ -99,11 +107,6 @@ def _drawn(*shapes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -
     """Normal numbers, the same ones every time."""
     generator = torch.Generator(device).manual_seed(0)
     return [torch.randn(s, device=device, generator=generator).to(dtype) for s in shapes]
-
-
-def _liger(operation: str, device: torch.device) -> dict[str, Function]:
-    function = peers.liger(operation) if device.type == "cuda" else None
-    return {"liger-kernel": function} if function else {}
 
 
 def _native(function: Function, device: torch.device) -> Function | None:
@@ -122,14 +125,14 @@ def norms(sizes: Sizes, device: torch.device, width: int) -> list[Case]:
             "rms_norm", f"{rows}x{width}", rows, dtype, lambda: make(1),
             ours=lambda x, w: (kernels.rms_norm(x, w, eps=EPS),), eager=peers.rms_norm,
             forward=2 * block, both=5 * block, differentiable=(0, 1),
-            peers=_liger("rms_norm", device),
+            peers=peers_of("rms_norm", device),
             native=_native(lambda x, w: (ops.rms_norm(x, w, eps=EPS),), device),
         ),
         Case(
             "add_rms_norm", f"{rows}x{width}", rows, dtype, lambda: make(2),
             ours=lambda x, r, w: kernels.add_rms_norm(x, r, w, eps=EPS), eager=peers.add_rms_norm,
             forward=4 * block, both=8 * block, differentiable=(0, 1, 2),
-            peers=_liger("add_rms_norm", device),
+            peers=peers_of("add_rms_norm", device),
         ),
     ]  # fmt: skip
 
@@ -147,7 +150,7 @@ def rope(sizes: Sizes, device: torch.device, width: int) -> Case:
     return Case(
         "rope", f"{sizes.rows}x{width}", sizes.rows, sizes.dtype, make,
         ours=kernels.rope, eager=peers.rope, forward=2 * block, both=4 * block,
-        differentiable=(0, 1), peers=_liger("rope", device), native=_native(ops.rope, device),
+        differentiable=(0, 1), peers=peers_of("rope", device), native=_native(ops.rope, device),
     )  # fmt: skip
 
 
@@ -158,7 +161,7 @@ def swiglu(sizes: Sizes, device: torch.device, width: int) -> Case:
         "swiglu", f"{sizes.rows}x{width}", sizes.rows, sizes.dtype,
         lambda: _drawn(shape, shape, device=device, dtype=sizes.dtype),
         ours=lambda gate, up: (kernels.swiglu(gate, up),), eager=peers.swiglu,
-        forward=3 * block, both=8 * block, differentiable=(0, 1), peers=_liger("swiglu", device),
+        forward=3 * block, both=8 * block, differentiable=(0, 1), peers=peers_of("swiglu", device),
         native=_native(lambda gate, up: (ops.swiglu(gate, up),), device),
     )  # fmt: skip
 
@@ -172,7 +175,7 @@ def attention(sizes: Sizes, device: torch.device, heads: int, kv_heads: int) -> 
         "attention", f"{batch}x{tokens} {heads}/{kv_heads}x{size}", batch * tokens, sizes.dtype,
         lambda: _drawn(q, kv, kv, device=device, dtype=sizes.dtype),
         ours=lambda q, k, v: (kernels.attention(q, k, v),), eager=peers.attention,
-        exact=peers.attention_by_heads, peers={"sdpa": peers.sdpa},
+        exact=peers.attention_by_heads, peers={"sdpa": peers.sdpa, **peers_of("attention", device)},
         forward=2 * product, both=7 * product, products=True, differentiable=(0, 1, 2),
     )  # fmt: skip
 
@@ -191,7 +194,8 @@ def decode_attention(sizes: Sizes, device: torch.device, heads: int, kv_heads: i
     return Case(
         "decode_attention", f"{batch}x{tokens} {heads}/{kv_heads}x{size}", batch, sizes.dtype,
         make, ours=lambda q, k, v, n: (kernels.decode_attention(q, k, v, n),),
-        eager=peers.decode_attention, peers={"sdpa": peers.decode_sdpa},
+        eager=peers.decode_attention,
+        peers={"sdpa": peers.decode_sdpa, **peers_of("decode_attention", device)},
         forward=read * sizes.dtype.itemsize,
     )  # fmt: skip
 
@@ -220,7 +224,7 @@ def linear(operation: str, sizes: Sizes, device: torch.device, vocabulary: int) 
         operation, f"{rows}x{dim}x{vocabulary}", rows, sizes.dtype, make,
         ours=cross_entropy if loss else kernels.linear_logprobs, eager=eager,
         exact=peers.by_rows(eager), by_row=peers.losses if loss else None,
-        peers=_liger(operation, device),
+        peers=peers_of(operation, device),
         native=_native(native_loss if loss else ops.linear_logprobs, device),
         forward=product, both=(3 if loss else 4) * product, products=True, differentiable=(0, 1),
     )  # fmt: skip

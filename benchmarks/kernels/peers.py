@@ -1,13 +1,11 @@
-"""What the operations are compared with: plain PyTorch, its fused attention, liger-kernel.
+"""What the operations are compared with first: plain PyTorch and its fused attention.
 
-Each function takes the inputs of its case (see kernel_cases.py) and returns a tuple of tensors.
+Each function takes the inputs of its case (see cases.py) and returns a tuple of tensors.
 The plain ones are written as Llama's public code writes them, in at least fp32 where that does;
 run in fp64 they are also what every provider is judged by.
 """
 
-import importlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,34 +149,3 @@ def gae(rewards: Tensor, values: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         found.append(running)
     advantages = torch.stack(found[::-1], 1)
     return advantages, advantages + values
-
-
-def liger(operation: str) -> Function | None:
-    """liger-kernel's counterpart of an operation; None where it has none or is not installed."""
-    try:
-        theirs: Any = importlib.import_module("liger_kernel.transformers.functional")
-    except ImportError:
-        return None
-
-    def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        angles = (torch.cat((x, x), -1)[None, : q.shape[1]] for x in (cos, sin))
-        turned = theirs.liger_rope(q.transpose(1, 2), k.transpose(1, 2), *angles)
-        return tuple(x.transpose(1, 2) for x in turned)
-
-    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        # By default it sums dW over chunks in bf16.
-        exact = {"accum_dtype": torch.float32}
-        return (theirs.liger_fused_linear_cross_entropy(hidden, weight, targets, **exact),)
-
-    known: dict[str, tuple[str, Function]] = {
-        "rms_norm": ("liger_rms_norm", lambda x, w: (theirs.liger_rms_norm(x, w, EPS),)),
-        "add_rms_norm": (
-            "liger_fused_add_rms_norm",
-            lambda x, r, w: tuple(theirs.liger_fused_add_rms_norm(x, r, w, EPS)),
-        ),
-        "rope": ("liger_rope", rope),
-        "swiglu": ("liger_swiglu", lambda gate, up: (theirs.liger_swiglu(gate, up),)),
-        "linear_cross_entropy": ("liger_fused_linear_cross_entropy", loss),
-    }
-    name, function = known.get(operation, ("", None))
-    return function if hasattr(theirs, name) else None

@@ -17,6 +17,7 @@ from puna.benchmarks.kernels.cases import CPU, DRY, GPU, Case, cases
 from puna.benchmarks.kernels.peers import Function
 from puna.benchmarks.kernels.verify import ABOVE, Verdict, prepared, verify, verify_timed
 from puna.benchmarks.machine import why_not_compiled
+from puna.benchmarks.opponents import KERNELS, PACKAGES
 from puna.benchmarks.rows import KernelRow
 from puna.benchmarks.timing import Clock, Timing, interleaved, kernel_clock, peak_mb
 from puna.core.errors import UserError
@@ -32,11 +33,13 @@ class Kernels(NamedTuple):
     rounds: int = 30
     only: Collection[str] = ()  # names of puna.kernels; none: all
     dry: bool = False  # a GPU's cases at tiny sizes, wherever this is
-    compiled: bool = True  # torch.compile's rows, too, where it works
+    quick: bool = False  # one shape of each, and without torch.compile's rows
 
     def cases(self) -> list[Case]:
         """ValueError for an unknown operation."""
         sizes = DRY if self.dry else GPU if self.device.type == "cuda" else CPU
+        if self.quick:
+            sizes = replace(sizes, widths=sizes.widths[:1], heads=sizes.heads[-1:], further_dims=())
         chosen = cases(sizes, self.device)
         if self.dry:
             chosen = [replace(case, native=None) for case in chosen]
@@ -49,10 +52,10 @@ class Kernels(NamedTuple):
 
 def kernel_rows(kernels: Kernels, say: Callable[[str], object]) -> Iterator[list[KernelRow]]:
     """Operation after operation, as long as there is time (`budget`)."""
-    why = why_not_compiled(kernels.device) if kernels.compiled else None
+    why = None if kernels.quick else why_not_compiled(kernels.device)
     if why:
         say(f"torch.compile does not work here, its rows are left out: {why}")
-    bench = Bench(kernels.rounds, kernels.device, compiles=kernels.compiled and not why)
+    bench = Bench(kernels.rounds, kernels.device, compiles=not (kernels.quick or why))
     chosen = kernels.cases()
     for number, case in enumerate(chosen):
         if number and budget.is_spent():
@@ -76,7 +79,8 @@ def check_kernels(found: Sequence[KernelRow]) -> None:
 def card_of_kernels(device: torch.device) -> dict[str, object]:
     """What the machine's card says besides."""
     found: dict[str, object] = {
-        name: machine.installed(name) for name in ("triton", "liger-kernel")
+        name: machine.installed(package)
+        for name, package in {"triton": "triton", **{n: PACKAGES[n][0] for n in KERNELS}}.items()
     }
     return found | {"backend": choose(torch.empty(0, device=device))}
 

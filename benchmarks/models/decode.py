@@ -13,6 +13,7 @@ than Puna does, so figures count only from a machine that does nothing else.
 
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -27,7 +28,9 @@ from puna.benchmarks.models.decode_peers import (
     llama_cpp_installed,
 )
 from puna.benchmarks.models.generate import PUNA, Variant, limit, take_turns, verify
+from puna.benchmarks.models.llama_bench import llama_bench_decoder
 from puna.benchmarks.models.shapes import Ceilings, Models, multiplied_parameters
+from puna.benchmarks.opponents import attempted
 from puna.benchmarks.rows import Row, Work, row
 from puna.benchmarks.timing import peak_mb
 from puna.core.generation.generate import generate
@@ -38,10 +41,15 @@ NEW = 255  # tokens; with BOS the budget of 256
 
 
 def bench_decode(
-    models: Models, rounds: int, llama2c: Path | None, *, peers: bool = True
+    models: Models,
+    rounds: int,
+    llama2c: Path | None,
+    llama_bench: Mapping[str, Path] | None = None,
+    *,
+    peers: bool = True,
 ) -> list[Row]:
-    """Rows of one shape, none on a GPU; llama2.c's where the path of its run is given.
-    RuntimeError where the providers disagree."""
+    """Rows of one shape, none on a GPU; llama2.c's where the path of its run is given, and those of
+    each llama-bench by the name it is given. RuntimeError where the providers disagree."""
     if models.gpu:
         return []
     with tempfile.TemporaryDirectory(prefix="puna-bench-") as folder:
@@ -49,22 +57,29 @@ def bench_decode(
         if llama2c is not None:
             decoders["llama2.c", "fp32"] = llama2c_decoder(llama2c, models.puna, NEW, Path(folder))
         if peers and llama_cpp_installed():
-            decoders["llama.cpp", "fp32"] = llama_cpp_decoder(models.puna, NEW, Path(folder))
+            theirs = attempted(
+                "llama.cpp", lambda: llama_cpp_decoder(models.puna, NEW, Path(folder))
+            )
+            if theirs is not None:
+                decoders["llama.cpp", "fp32"] = theirs
         answers = {variant: [decode().tokens] for variant, decode in decoders.items()}
         errors = verify(models, torch.tensor([[BOS]]), answers)
         for dtype in ("bf16", "int8") if extension() is not None else ():
             rounded = decoders["puna", dtype] = puna_decoder(models, dtype)
             pairs = zip(rounded().tokens, answers[PUNA][0], strict=True)
             errors["puna", dtype] = sum(a != b for a, b in pairs) / NEW
+        for name, program in (llama_bench or {}).items():  # its tokens are its own
+            decoders[name, "fp32"] = llama_bench_decoder(program, models.puna, NEW, Path(folder))
+        elsewhere = ("llama2.c", *(llama_bench or {}))
         peaks = {
-            variant: None if variant[0] == "llama2.c" else peak_mb(decode, models.device)
+            variant: None if variant[0] in elsewhere else peak_mb(decode, models.device)
             for variant, decode in decoders.items()
         }
         timings = take_turns(decoders, rounds, models.device, clock=reported_seconds)
 
     work = {dtype: work_of(models, dtype) for dtype in FORMATS}
     return [
-        row(work[variant[1]], variant[0], timings[variant], errors[variant], peaks[variant])
+        row(work[variant[1]], variant[0], timings[variant], errors.get(variant), peaks[variant])
         for variant in decoders
     ]
 

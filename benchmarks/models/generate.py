@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from puna.benchmarks.models.shapes import DTYPES, Ceilings, Models, multiplied_parameters
+from puna.benchmarks.models.vllm import vllm_answer
 from puna.benchmarks.rows import Row, Work, row
 from puna.benchmarks.timing import Clock, Timing, interleaved, peak_mb
 from puna.core.config import ModelConfig
@@ -33,6 +34,8 @@ def bench_generate(models: Models, batch: int, rounds: int) -> list[Row]:
     answers: dict[Variant, Answer] = {("puna", models.dtype): puna_answer(models, prompts)}
     if models.transformers is not None:
         answers["transformers", models.dtype] = transformers_answer(models, prompts)
+    if models.vllm is not None:
+        answers["vllm", models.dtype] = vllm_answer(models.vllm, prompts.tolist(), NEW)
     errors = verify(models, prompts, {variant: answer() for variant, answer in answers.items()})
     peaks = {variant: peak_mb(answer, models.device) for variant, answer in answers.items()}
     timings = take_turns(answers, rounds, models.device)

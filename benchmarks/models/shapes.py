@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from puna.benchmarks.machine import installed, matmul_rate, read_rate
+from puna.benchmarks.models.vllm import open_vllm
+from puna.benchmarks.opponents import attempted
 from puna.core.checkpoint.folder import open_model, save_model
 from puna.core.config import SIZES, ModelConfig, parameter_count, size
 from puna.core.model import Transformer
@@ -78,6 +80,7 @@ class Models:
     puna: Transformer
     transformers: Any | None  # LlamaForCausalLM; None where it is not installed
     ceilings: Ceilings
+    vllm: Any | None = None  # its engine; None where it takes no part
 
     @property
     def device(self) -> torch.device:
@@ -92,19 +95,22 @@ def open_models(
     *,
     gpu: bool = False,
     peers: bool = True,
+    engines: bool = False,
 ) -> Models:
-    """A shape's weights, saved in `folder` and opened again by each provider."""
+    """A shape's weights, saved in `folder` and opened again by each provider; `engines`: by those,
+    too, that generate and cannot train."""
     kind = DTYPES[dtype]
     model = weights_of(shape)
     config = model.config
     save_model(folder, model)
     model.to(device, kind)
-    theirs = (
-        open_transformers(folder, device, kind) if peers and installed("transformers") else None
-    )
+    theirs = None
+    if peers and installed("transformers"):
+        theirs = attempted("transformers", lambda: open_transformers(folder, device, kind))
     stored = kind.itemsize * multiplied_parameters(config)
     ceilings = Ceilings(matmul_rate(device, kind, dry=shape.tiny), read_rate(device, stored))
-    return Models(shape, dtype, gpu, config, model, theirs, ceilings)
+    vllm = open_vllm(folder, device, dtype, config.context) if peers and engines else None
+    return Models(shape, dtype, gpu, config, model, theirs, ceilings, vllm)
 
 
 def weights_of(shape: Shape) -> Transformer:

@@ -29,6 +29,7 @@ from puna.benchmarks.rows import Row, Work, rows
 from puna.benchmarks.timing import interleaved, peak_mb
 from puna.core.config import ModelConfig
 from puna.core.errors import UserError
+from puna.core.terminal import say
 
 TOKENS, GPU_TOKENS, GPU_BATCH = 256, 4096, 2
 BATCH = {"15m": 8, "demo": 16}  # rows on a CPU; of larger shapes one
@@ -50,6 +51,12 @@ def bench_train(models: Models, rounds: int, dtype: str, *, quick: bool = False)
     fresh = not (quick or models.gpu or dtype != "fp32")
     peaks = {name: peak(models, name, step, fresh) for name, step in work.items()}
     if models.gpu or dtype != "fp32":
+        counted = flops(models.config, row_tokens) / 1e9
+        parameters = 6 * multiplied_parameters(models.config) / 1e9
+        say(
+            f"train, {models.shape}: {counted:.3g} GFLOPs a token by 6 N + 12 L d S (recomputation "
+            f"not counted), {parameters:.3g} by 6 N alone"
+        )
         rate = machine.matmul_rate(models.device, DTYPES[dtype], dry=models.shape.tiny)
         limit = rate / flops(models.config, row_tokens)
         timings = interleaved(work, rounds, models.device)
