@@ -114,6 +114,24 @@ def test_keys_and_values_are_the_caches() -> None:
     assert memory.sampling(setting, 1, 400, 300, found)["keys and values"] == found
 
 
+@pytest.mark.parametrize("name", SIZES)
+def test_what_samples_is_gathered_in_the_pieces_of_fsdp(name: str) -> None:
+    """A block, or all that is in none: received in one piece, then cut into its parameters."""
+    pieces: dict[str, int] = {}
+    for parameter, shape in parameter_shapes(size(name), "lm").items():
+        block = re.sub(r"(layers\.\d+)?.*", r"\1", parameter.removeprefix("model."))
+        pieces[block] = pieces.get(block, 0) + torch.Size(shape).numel()
+    assert len(pieces) == size(name).n_layers + 1
+    setting = Setting(size(name), 64, "bf16")
+    found = memory.gathering(setting, 8)
+    assert found["gathered"] == 2 * 2 * max(pieces.values())
+    assert found["sampling model"] == memory.sampling(setting, 8, 1, 1, 1e9)["sampling model"]
+    _, alone = plan.stage_of(f"{name}/ppo.toml")
+    alone.dtype, alone.sampling_tp = "fp32", 1
+    assert "gather" in phases.ppo(alone, size(name), 2)
+    assert "gather" not in phases.ppo(alone, size(name), 1)
+
+
 @pytest.mark.parametrize(
     ("recipe", "gpus", "fits"),
     [
@@ -315,7 +333,7 @@ def test_moments_on_the_host_are_not_on_the_gpu() -> None:
     before = phases.ppo(settings, shape, 64)
     settings.parallel.offload = True
     after = phases.ppo(settings, shape, 64)
-    for phase in ("sample", "score", "train policy"):
+    for phase in ("sample", "score", "policy"):
         freed = memory.total(before[phase]) - memory.total(after[phase])
         assert freed == pytest.approx(moments, rel=0.01)
     assert after["step"]["moments"] == pytest.approx(moments / 2)  # one network's at a time

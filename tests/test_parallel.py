@@ -118,10 +118,12 @@ def train(
                 whole = value.full_tensor() if isinstance(value, DTensor) else value
                 tensors[f"optim.{name}.{key}"] = whole.clone()
     answers = None
-    if head == "lm":
-        with parallel.gathered(model) as whole:
+    with parallel.gathered(model) as whole:
+        for name, parameter in whole.named_parameters():
+            assert torch.equal(parameter, tensors[name]), name
+        if head == "lm":
             drawn = generate(whole, PROMPTS, max_new_tokens=12, eos_id=None, seed=3)
-        answers = [completion.tokens for completion in drawn]
+            answers = [completion.tokens for completion in drawn]
     return {"losses": losses, "norms": norms, "answers": answers, "tensors": tensors}
 
 

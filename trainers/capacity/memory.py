@@ -138,21 +138,32 @@ def looking(setting: Setting, tokens: int, head: str = "lm") -> Bytes:
 
 
 def sampling(setting: Setting, tp: int, rows: int, longest: int, cache_bytes: float) -> Bytes:
-    """The whole policy, or a part of it on each of `tp` ranks, keys and values of at most `rows`
-    answers that are at most `longest` tokens with their prompts, and one step's logits. Where
-    ranks share the model, they continue all of their answers together."""
+    """The policy to sample with, keys and values of at most `rows` answers that are at most
+    `longest` tokens with their prompts, and one step's logits. Where `tp` ranks share the model,
+    they continue all of their answers together."""
     shape = setting.shape
-    once = shape.vocab_size * shape.dim  # the embedding
-    policy = once + (parameters(shape) - once) / tp if setting.is_sharded else 0
     a_row = bytes_a_token(shape, dtype_of(setting.dtype)) / tp * longest
     side_by_side = max(1, min(rows, int(cache_bytes / a_row)))
-    largest = max(shape.dim * shape.ffn_dim, once)
-    return {
-        "sampling model": setting.width * policy,
-        "one tensor": setting.width * largest if setting.is_sharded else 0,
+    return sampler(setting, tp) | {
         "keys and values": a_row * side_by_side,
         "logits": 2 * FP32 * side_by_side * shape.vocab_size,
     }
+
+
+def sampler(setting: Setting, tp: int) -> Bytes:
+    """The whole policy, or a part of it on each of `tp` ranks: all but the embedding."""
+    if not setting.is_sharded:
+        return {}
+    once = setting.shape.vocab_size * setting.shape.dim
+    policy = once + (parameters(setting.shape) - once) / tp
+    return {"sampling model": setting.width * policy}
+
+
+def gathering(setting: Setting, tp: int) -> Bytes:
+    """The policy to sample with as the last block arrives, or embedding, norm and head: in one
+    piece, and parameter by parameter."""
+    whole = max(block_parameters(setting.shape), root_parameters(setting.shape))
+    return sampler(setting, tp) | {"gathered": 2.0 * setting.width * whole}
 
 
 def total(*parts: Bytes) -> float:

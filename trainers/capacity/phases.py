@@ -1,6 +1,6 @@
 """What each stage holds in each of its phases, from its own configuration."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -57,14 +57,16 @@ def reward(config: Any, shape: ModelConfig, ranks: int) -> Phases:
     return trained(config, shape, ranks, 2 * own_rows(config, ranks) * shape.context, "score")
 
 
-def sampling(config: Any, shape: ModelConfig, ranks: int) -> Bytes:
-    return memory.sampling(
-        setting_of(config, shape, ranks),
-        config.sampling_tp,
-        config.generation_batch,
-        min(shape.context, PROMPT + config.max_new_tokens),
-        config.cache_gb * 1e9,
-    )
+def sampling(own: Sequence[Bytes], config: Any, shape: ModelConfig, ranks: int) -> Phases:
+    """The phases of sampling beside all that is kept, `own`."""
+    setting, tp = setting_of(config, shape, ranks), config.sampling_tp
+    longest = min(shape.context, PROMPT + config.max_new_tokens)
+    cache = config.cache_gb * 1e9
+    drawing = memory.sampling(setting, tp, config.generation_batch, longest, cache)
+    found = {"sample": together(*own, drawing)}
+    if setting.is_sharded:
+        found = {"gather": together(*own, memory.gathering(setting, tp))} | found
+    return found
 
 
 def imitation(judges: int) -> Callable[[Any, ModelConfig, int], Phases]:
@@ -73,7 +75,7 @@ def imitation(judges: int) -> Callable[[Any, ModelConfig, int], Phases]:
     def phases(config: Any, shape: ModelConfig, ranks: int) -> Phases:
         setting = setting_of(config, shape, ranks)
         frozen = [memory.frozen(setting), *[memory.frozen(setting, "score")] * judges]
-        found = {"sample": together(*frozen, sampling(config, shape, ranks))}
+        found = sampling(frozen, config, shape, ranks)
         if judges:
             tokens = config.micro_batch_tokens
             found["score"] = together(*frozen, memory.looking(setting, tokens, "score"))
@@ -96,11 +98,10 @@ def ppo(config: Any, shape: ModelConfig, ranks: int) -> Phases:
     ]
     tokens = config.micro_batch_tokens
     moments = {"moments": memory.stepping(trained)["moments"]}  # of one network at a time
-    found = {
-        "sample": together(*own, sampling(config, shape, ranks)),
+    found = sampling(own, config, shape, ranks) | {
         "score": together(*own, memory.looking(setting, tokens)),
-        "train critic": together(*own, memory.step(trained, tokens, "score")),
-        "train policy": together(*own, memory.step(trained, tokens)),
+        "critic": together(*own, memory.step(trained, tokens, "score")),
+        "policy": together(*own, memory.step(trained, tokens)),
         "save": together(*own, moments, whole_tensor(setting)),
     }
     if trained.offload:
