@@ -15,6 +15,7 @@ def fits(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
     """Whether native code is the faster way. Mistakes do not fit: PyTorch explains them."""
     return (
         linear.fits(x, gate)
+        and x.shape[:-1].numel() >= linear.FEWEST_ROWS  # with fewer, packing is not worth it
         and readable(up, down)
         and gate.shape == up.shape
         and down.shape == (gate.shape[1], gate.shape[0])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from puna.core.native.loader import best_instructions, native, readable
 
-# With fewer, most of a tile is empty, and the BLAS reads the weights as fast.
+# With fewer, most of a tile is empty, and the BLAS reads the weights faster.
 FEWEST_ROWS = 8
 FAST = ("avx512", "avx2")  # elsewhere the BLAS has better kernels
 
@@ -22,10 +22,17 @@ def fits(x: Tensor, weight: Tensor) -> bool:
         and weight.dim() == 2
         and x.dim() > 1
         and x.shape[-1] == weight.shape[1]
-        and x.shape[:-1].numel() >= FEWEST_ROWS
+        and not _few(x, weight)
         and not torch.is_autocast_enabled("cpu")
         and best_instructions() in FAST
     )
+
+
+def _few(x: Tensor, weight: Tensor) -> bool:
+    """Whether x is a step of decoding, one token a row, and of few rows. Short sequences (B, T, I)
+    and the rows of a score head are none: they get the bits that they get among others."""
+    step = x.dim() != 3 or x.shape[1] == 1
+    return step and len(weight) > 1 and x.shape[:-1].numel() < FEWEST_ROWS
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

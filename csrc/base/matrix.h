@@ -85,13 +85,19 @@ inline PanelInput prepare_input(const PackedMatrix& w, const float* x, int64_t r
 }
 
 // tile (ROWS, PANEL_WIDTH) = x (ROWS, in) times one panel of fp32 or bf16. The inputs are summed in
-// the same order for any number of rows: a row's result does not depend on the others.
+// chains for any number of rows: a row's result does not depend on the others.
 template <typename Element, int ROWS>
 inline void multiply_tile(const float* x, int64_t in, const uint8_t* panel, float* tile) {
-  vec sums[ROWS][2];
-  clear(sums);
-  multiply_add(sums, x, in, 1, reinterpret_cast<const Element*>(panel), PANEL_WIDTH, in);
-  store_tile(sums, tile, PANEL_WIDTH, false);
+  const auto* weights = reinterpret_cast<const Element*>(panel);
+  int64_t done = 0;
+  do {
+    vec sums[ROWS][2];
+    clear(sums);
+    multiply_add(sums, x + done, in, 1, weights + done * PANEL_WIDTH, PANEL_WIDTH,
+                 std::min(CHAIN, in - done));
+    store_tile(sums, tile, PANEL_WIDTH, done > 0);
+    done += CHAIN;
+  } while (done < in);
 }
 
 inline int max_tile_rows(const PackedMatrix& w) {

@@ -58,11 +58,26 @@ inline vec select(ivec condition, vec a, vec b) { return condition ? a : b; }
 inline vec max(vec a, vec b) { return b > a ? b : a; }
 inline vec min(vec a, vec b) { return b < a ? b : a; }
 
-inline float reduce_sum(vec v) {
-  float total = 0.0f;
-  for (int i = 0; i < W; ++i) total += v[i];
-  return total;
+// The sum of COUNT vectors' numbers. The second half is added to the first until one number is left:
+// an order that does not depend on the length of a vector.
+template <int COUNT>
+inline float reduce_sum(const vec (&vectors)[COUNT]) {
+  vec sums[COUNT];
+  std::memcpy(sums, vectors, sizeof sums);
+#pragma GCC unroll 8
+  for (int half = COUNT / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  float lanes[W];
+  store(lanes, sums[0]);
+#pragma GCC unroll 4
+  for (int half = W / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
 }
+
+inline float reduce_sum(vec v) { return reduce_sum<1>({v}); }
 
 inline float reduce_max(vec v) {
   float result = v[0];

@@ -4,6 +4,7 @@
 
 #include "base/buffer.h"
 #include "base/simd.h"
+#include "base/tile.h"
 
 namespace PUNA_ISA {
 
@@ -62,89 +63,155 @@ class KVCache {
   Buffer keys_, values_;
 };
 
-// out (D) = softmax(scale * q . k[0..length)) v, for one query head. `scores` has room for
-// padded_tokens floats. VECTORS is the head size in vectors. The keys and values of the next call
-// lie `prefetch_distance` from these, and are prefetched meanwhile (15m, 32 rows: 6% more tokens).
-template <int VECTORS>
-inline void attend_head(const float* q, const float* keys, const float* values, int64_t length,
-                        float scale, float* scores, float* out, int64_t prefetch_distance) {
-  constexpr int D = VECTORS * W;
-  const auto load_and_prefetch = [prefetch_distance](const float* p)
-                                     __attribute__((always_inline)) {
-                                       __builtin_prefetch(p + prefetch_distance, 0, 2);
-                                       return load(p);
-                                     };
-  const int64_t blocks = ceil_div(length, W);
-  constexpr int UNROLL = 4;  // independent chains hide the latency of a multiply-add
-  int64_t b = 0;
-  for (; b + UNROLL <= blocks; b += UNROLL) {
-    vec s[UNROLL] = {};
-    const float* k = keys + b * W * D;
-    for (int d = 0; d < D; ++d) {
-      const vec x = broadcast(q[d]);
-#pragma GCC unroll 4
-      for (int i = 0; i < UNROLL; ++i) s[i] += x * load_and_prefetch(k + i * W * D + d * W);
-    }
-    for (int i = 0; i < UNROLL; ++i) store(scores + (b + i) * W, s[i] * scale);
-  }
-  for (; b < blocks; ++b) {
-    vec s = {};
-    for (int d = 0; d < D; ++d) s += broadcast(q[d]) * load_and_prefetch(keys + b * W * D + d * W);
-    store(scores + b * W, s * scale);
-  }
-  for (int64_t t = length; t < blocks * W; ++t) scores[t] = -1e30f;
-  vec maxima = load(scores);
-  for (b = 1; b < blocks; ++b) maxima = max(maxima, load(scores + b * W));
-  const vec max_score = broadcast(reduce_max(maxima));
-  vec exp_sums = {};
-  for (b = 0; b < blocks; ++b) {
-    const vec p = exp(load(scores + b * W) - max_score);
-    exp_sums += p;
-    store(scores + b * W, p);
-  }
-  // Lanes past the length got e^-87: leave them out of the sum.
-  float total = reduce_sum(exp_sums);
-  for (int64_t t = length; t < blocks * W; ++t) total -= scores[t];
+// A query head of a token: its query (D), the keys and values of its row, room for as many scores
+// as the cache has tokens, and what becomes of it (D).
+struct QueryHead {
+  const float *q, *keys, *values;
+  float *scores, *out;
+};
 
-  constexpr int CHAINS = VECTORS <= 2 ? 4 : VECTORS <= 4 ? 2 : 1;
-  vec sums[CHAINS][VECTORS] = {};
-  int64_t t = 0;
-  for (; t + CHAINS <= length; t += CHAINS)
-#pragma GCC unroll 4
-    for (int c = 0; c < CHAINS; ++c) {
-      const vec p = broadcast(scores[t + c]);
+// A head's scores and values are summed a span of tokens at a time, so that the heads of one
+// key/value head find in the nearest cache what the first of them has read. The sums run from the
+// first token to the last, as in training (train/attention_impl.h).
+constexpr int64_t SPAN_TOKENS = W == 4 ? 32 : 64;
+
+// Heads of few vectors are done together: one sum waits for its own last addition.
+constexpr int heads_together(int vectors) { return vectors <= 2 ? 4 : vectors <= 4 ? 2 : 1; }
+
+// Loads, and prefetches what lies `distance` from there: the same place of the next heads' keys or
+// values (15m, 32 rows: 6% more tokens).
+__attribute__((always_inline)) inline vec load_and_prefetch(const float* p, int64_t distance) {
+  __builtin_prefetch(p + distance, 0, 2);
+  return load(p);
+}
+
+// Scores, not yet scaled, of BLOCKS blocks of W keys of size D.
+template <int D, int BLOCKS>
+inline void score_blocks(const float* q, const float* keys, float* scores, int64_t distance) {
+  vec sums[1][BLOCKS];
+  clear(sums);
+  for (int d = 0; d < D; ++d) {
+    const vec x = broadcast(q[d]);
 #pragma GCC unroll 8
-      for (int d = 0; d < VECTORS; ++d)
-        sums[c][d] += p * load_and_prefetch(values + (t + c) * D + d * W);
+    for (int b = 0; b < BLOCKS; ++b)
+      sums[0][b] += x * load_and_prefetch(keys + (b * D + d) * W, distance);
+  }
+  store_tile(sums, scores, 0, false);
+}
+
+// Scores become e^(scale * (score - maximum)), not yet divided by their sum.
+inline void exponentiate(float* scores, int64_t length, float scale) {
+  const int64_t blocks = ceil_div(length, W);
+  std::fill(scores + length, scores + blocks * W, scores[0]);
+  vec maxima = load(scores);
+  for (int64_t b = 1; b < blocks; ++b) maxima = max(maxima, load(scores + b * W));
+  const vec maximum = broadcast(reduce_max(maxima));
+  for (int64_t b = 0; b < blocks; ++b)
+    store(scores + b * W, exp((load(scores + b * W) - maximum) * scale));
+}
+
+// Adds the tokens' values, by their scores, to VECTORS vectors of the outs from FIRST on, and the
+// scores to `totals`.
+template <int HEADS, int D, int FIRST, int VECTORS>
+inline void sum_strip(const QueryHead* heads, Range tokens, float* totals, int64_t distance) {
+  vec sums[HEADS][VECTORS], total[HEADS];
+#pragma GCC unroll 4
+  for (int h = 0; h < HEADS; ++h) {
+    total[h] = broadcast(totals[h]);
+#pragma GCC unroll 8
+    for (int i = 0; i < VECTORS; ++i) sums[h][i] = load(heads[h].out + FIRST + i * W);
+  }
+  for (int64_t t = tokens.begin; t < tokens.end; ++t)
+#pragma GCC unroll 4
+    for (int h = 0; h < HEADS; ++h) {
+      const vec score = broadcast(heads[h].scores[t]);
+      const float* values = heads[h].values + t * D + FIRST;
+      if (FIRST == 0) total[h] += score;
+#pragma GCC unroll 8
+      for (int i = 0; i < VECTORS; ++i)
+        sums[h][i] += score * load_and_prefetch(values + i * W, distance);
     }
-  for (; t < length; ++t)
-    for (int d = 0; d < VECTORS; ++d)
-      sums[0][d] += broadcast(scores[t]) * load(values + t * D + d * W);
-  for (int d = 0; d < VECTORS; ++d) {
-    vec total_value = sums[0][d];
-    for (int c = 1; c < CHAINS; ++c) total_value += sums[c][d];
-    store(out + d * W, total_value / total);
+#pragma GCC unroll 4
+  for (int h = 0; h < HEADS; ++h) {
+    if (FIRST == 0) totals[h] = total[h][0];
+#pragma GCC unroll 8
+    for (int i = 0; i < VECTORS; ++i) store(heads[h].out + FIRST + i * W, sums[h][i]);
   }
 }
 
-using AttendKernel = void (*)(const float*, const float*, const float*, int64_t, float, float*,
-                              float*, int64_t);
+template <int HEADS, int D, int FIRST = 0>
+inline void sum_values(const QueryHead* heads, Range tokens, float* totals, int64_t distance) {
+  if constexpr (FIRST < D) {
+    constexpr int VECTORS = std::min(8, (D - FIRST) / W);
+    sum_strip<HEADS, D, FIRST, VECTORS>(heads, tokens, totals, distance);
+    sum_values<HEADS, D, FIRST + VECTORS * W>(heads, tokens, totals, distance);
+  }
+}
 
-// Null where the head size is not a number of whole vectors that is supported.
+// Calls use(tokens) for each span.
+template <typename Use>
+inline void for_each_span(int64_t length, Use use) {
+  for (int64_t begin = 0; begin < length; begin += SPAN_TOKENS)
+    use(Range{begin, std::min(begin + SPAN_TOKENS, length)});
+}
+
+// out (D) = softmax(scale * q . k[0..length)) v for each of `count` heads, whose sizes are VECTORS
+// vectors. `totals` is room for (count). The keys and values of the next call lie `distance` from
+// these.
+template <int VECTORS>
+inline void attend_heads(const QueryHead* heads, int count, int64_t length, float scale,
+                         float* totals, int64_t distance) {
+  constexpr int D = VECTORS * W, TOGETHER = heads_together(VECTORS);
+  for_each_span(length, [&](Range tokens) {
+    const int blocks = static_cast<int>(ceil_div(tokens.end - tokens.begin, W));
+    for (int h = 0; h < count; ++h)
+      dispatch_rows<SPAN_TOKENS / W>(blocks, [&](auto n) {
+        score_blocks<D, n>(heads[h].q, heads[h].keys + tokens.begin * D,
+                           heads[h].scores + tokens.begin, distance);
+      });
+  });
+  for (int h = 0; h < count; ++h) {
+    exponentiate(heads[h].scores, length, scale);
+    std::fill_n(heads[h].out, D, 0.0f);
+    totals[h] = 0.0f;
+  }
+  for_each_span(length, [&](Range tokens) {
+    for (int h = 0; h < count; h += TOGETHER)
+      dispatch_rows<TOGETHER>(std::min(TOGETHER, count - h), [&](auto n) {
+        sum_values<n, D>(heads + h, tokens, totals + h, distance);
+      });
+  });
+  for (int h = 0; h < count; ++h) {
+    const float factor = 1.0f / totals[h];
+    for (int d = 0; d < D; d += W) store(heads[h].out + d, load(heads[h].out + d) * factor);
+  }
+}
+
+// `attend_heads` of a head size, and how many heads it does at a time.
+struct AttendKernel {
+  void (*run)(const QueryHead*, int, int64_t, float, float*, int64_t);
+  int64_t together;
+};
+
+template <int VECTORS>
+inline AttendKernel attend_kernel() {
+  return {attend_heads<VECTORS>, heads_together(VECTORS)};
+}
+
+// `run` is null where the head size is not a number of whole vectors that is supported.
 inline AttendKernel attend_kernel_for(int64_t head_dim) {
-  if (head_dim % W) return nullptr;
-  switch (head_dim / W) {
-    case 1: return attend_head<1>;
-    case 2: return attend_head<2>;
-    case 3: return attend_head<3>;
-    case 4: return attend_head<4>;
-    case 5: return attend_head<5>;
-    case 6: return attend_head<6>;
-    case 7: return attend_head<7>;
-    case 8: return attend_head<8>;
-    case 16: return attend_head<16>;
-    case 32: return attend_head<32>;
-    default: return nullptr;
+  switch (head_dim % W ? 0 : head_dim / W) {
+    case 1: return attend_kernel<1>();
+    case 2: return attend_kernel<2>();
+    case 3: return attend_kernel<3>();
+    case 4: return attend_kernel<4>();
+    case 5: return attend_kernel<5>();
+    case 6: return attend_kernel<6>();
+    case 7: return attend_kernel<7>();
+    case 8: return attend_kernel<8>();
+    case 16: return attend_kernel<16>();
+    case 32: return attend_kernel<32>();
+    default: return {nullptr, 1};
   }
 }
 

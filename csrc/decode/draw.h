@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "base/layers.h"
 #include "base/simd.h"
 
 namespace PUNA_ISA {
@@ -52,35 +53,19 @@ inline int64_t argmax(const float* logits, int64_t count) {
   return index;
 }
 
-// Writes exp(logit - max) over `logits`. Log-probs are of the tempered distribution; at
-// temperature 0, greedy, of the one at temperature 1. NaN where there is no distribution: a logit
-// is NaN or inf, which makes the sum of the exponentials NaN, or all are -inf.
-inline void draw_token(float* logits, int64_t vocab, float temperature, int64_t seed,
-                       int64_t* token, float* logprob) {
+// `weights` is room for (vocab). Log-probs are of the tempered distribution; at temperature 0,
+// greedy, of the one at temperature 1. NaN where there is no distribution: a logit is NaN or inf,
+// which makes the sum of the exponentials NaN, or all are -inf.
+inline void draw_token(const float* logits, int64_t vocab, float temperature, int64_t seed,
+                       float* weights, int64_t* token, float* logprob) {
   const float factor = temperature > 0.0f ? 1.0f / temperature : 1.0f;
   const int64_t best = argmax(logits, vocab);
   const float maximum = logits[best];
-  double total = 0.0;
-  int64_t i = 0;
-  for (; i + 4 * W <= vocab; i += 4 * W) {
-    vec sums = {};
-    for (int j = 0; j < 4; ++j) {
-      const vec e = exp((load(logits + i + j * W) - maximum) * factor);
-      store(logits + i + j * W, e);
-      sums += e;
-    }
-    total += reduce_sum(sums);
-  }
-  for (; i < vocab; ++i) total += logits[i] = std::exp((logits[i] - maximum) * factor);
-  int64_t chosen = best;
-  float score = 0.0f;  // log of e^(maximum - maximum)
-  if (temperature > 0.0f) {
-    chosen = inverse_cdf(logits, vocab, uniform(seed), total);
-    score = std::log(logits[chosen]);
-  }
-  *token = chosen;
-  const float found = score - static_cast<float>(std::log(total));
-  *logprob = found > 0.0f ? 0.0f : found;  // fmin would take NaN for a number
+  const double total =
+      sum_exp(logits, vocab, maximum, factor,
+              [&](int64_t i, vec, vec e, auto size) { store(weights + i, e, size); });
+  *token = temperature > 0.0f ? inverse_cdf(weights, vocab, uniform(seed), total) : best;
+  *logprob = logprob_of(logits[*token], maximum, factor, std::log(total));
 }
 
 }  // namespace PUNA_ISA

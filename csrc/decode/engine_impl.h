@@ -19,6 +19,8 @@ using puna::Weights;
 // Tokens that go through the layers together: their activations stay in the second-level cache.
 constexpr int64_t BLOCK_TOKENS = 96;
 
+constexpr int64_t MAX_PREFETCH = 1 << 15;  // floats of keys, and as many of values
+
 // What a block of tokens needs on its way through a layer.
 struct Activations {
   Buffer qkv, attended, hidden;
@@ -94,16 +96,19 @@ class LlamaSession final : public puna::Session {
       apply_head(batch, part, parts);
       if (draw) {
         barrier_.wait(parts);
-        draw_tokens(batch, *draw, index, split(batch.wanted_count, part, parts));
+        draw_tokens(batch, *draw, index, part, parts);
       }
     });
   }
 
-  void draw_tokens(const Batch& batch, const Draw& draw, int64_t index, Range rows) const {
+  void draw_tokens(const Batch& batch, const Draw& draw, int64_t index, int part,
+                   int parts) const {
+    const Range rows = split(batch.wanted_count, part, parts);
+    float* const weights = activations_[0].scores[part].get();
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       const int64_t at = index * batch.wanted_count + i;
       draw_token(batch.logits + i * shape_.vocab, shape_.vocab, draw.temperature, draw.seeds[at],
-                 draw.tokens + at, draw.logprobs + at);
+                 weights, draw.tokens + at, draw.logprobs + at);
     }
   }
 
@@ -144,7 +149,8 @@ class LlamaSession final : public puna::Session {
     a.attended = allocate(block_capacity_ * q_width());
     a.hidden = allocate(block_capacity_ * shape_.ffn);
     for (int i = 0; i < threads; ++i) {
-      a.scores.push_back(allocate(score_capacity_));
+      a.scores.push_back(
+          allocate(std::max(shape_.vocab, heads_together() * (score_capacity_ + 1))));
       a.normed.push_back(allocate(block_capacity_ * shape_.dim));
       a.quantized.push_back(
           allocate(quantizes ? QuantizedRows::floats_needed(block_capacity_, widest) : 0));
@@ -196,7 +202,7 @@ class LlamaSession final : public puna::Session {
   }
 
   void normalize(const float* x, const std::vector<float>& weight, float* y) const {
-    rms_norm_row<1>(x, weight.data(), shape_.dim, shape_.eps, y);
+    rms_norm_row(x, weight.data(), shape_.dim, shape_.eps, y);
   }
 
   // Every thread normalizes all rows for itself: that is cheaper than waiting for the others.
@@ -239,36 +245,54 @@ class LlamaSession final : public puna::Session {
     team.wait();
   }
 
+  int64_t group_size() const { return shape_.heads / shape_.kv_heads; }
+
+  // Key/value heads that attend together, so that there are enough query heads; and those.
+  int64_t kv_heads_together() const { return ceil_div(attend_.together, group_size()); }
+  int64_t heads_together() const { return kv_heads_together() * group_size(); }
+
   // A thread takes some key/value heads of all tokens: their cache is written and read by it alone.
   // With fewer heads than threads, some threads only wait.
   void attend(const Batch& batch, int64_t first, int64_t count, int64_t l, const Team& team,
               Activations& a) {
-    const int64_t d = shape_.head_dim, width = q_width() + 2 * kv_width();
-    const int64_t group = shape_.heads / shape_.kv_heads;
     const Range heads = split(shape_.kv_heads, team.part, team.parts);
-    float* scores = a.scores[team.part].get();
-    const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t t = batch.positions[first + i], row = batch.rows[first + i];
-      const float *cos = weights_.cos + t * (d / 2), *sin = weights_.sin + t * (d / 2);
-      float* q = a.qkv.get() + i * width;
-      for (int64_t g = heads.begin; g < heads.end; ++g) {
-        float* k = q + q_width() + g * d;
-        rotate_head(k, cos, sin, 1.0f, d / 2, k);
-        cache_.write(l, row, g, t, k, k + kv_width());
-        const float* keys = cache_.keys(l, row, g);
-        const float* next = keys;
-        if (g + 1 < heads.end)
-          next = cache_.keys(l, row, g + 1);
+    std::vector<QueryHead> together(heads_together());
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t g = heads.begin; g < heads.end; g += kv_heads_together()) {
+        const int64_t row = batch.rows[first + i];
+        const float *keys = cache_.keys(l, row, g), *next = keys;
+        if (g + kv_heads_together() < heads.end)
+          next = cache_.keys(l, row, g + kv_heads_together());
         else if (i + 1 < count)
           next = cache_.keys(l, batch.rows[first + i + 1], heads.begin);
-        for (int64_t h = g * group; h < (g + 1) * group; ++h) {
-          rotate_head(q + h * d, cos, sin, 1.0f, d / 2, q + h * d);
-          attend_(q + h * d, keys, cache_.values(l, row, g), t + 1, scale, scores,
-                  a.attended.get() + i * q_width() + h * d, next - keys);
-        }
+        const Range some{g, std::min(g + kv_heads_together(), heads.end)};
+        attend_token(batch, first, i, l, some, a, a.scores[team.part].get(), together.data(),
+                     next - keys);
+      }
+  }
+
+  // Some key/value heads of token `i` of a block.
+  void attend_token(const Batch& batch, int64_t first, int64_t i, int64_t l, Range kv_heads,
+                    Activations& a, float* scores, QueryHead* heads, int64_t distance) {
+    const int64_t d = shape_.head_dim, group = group_size();
+    const int64_t t = batch.positions[first + i], row = batch.rows[first + i];
+    const float *cos = weights_.cos + t * (d / 2), *sin = weights_.sin + t * (d / 2);
+    float* const q = a.qkv.get() + i * (q_width() + 2 * kv_width());
+    int count = 0;
+    for (int64_t g = kv_heads.begin; g < kv_heads.end; ++g) {
+      float* const k = q + q_width() + g * d;
+      rotate_head(k, cos, sin, 1.0f, d / 2, k);
+      cache_.write(l, row, g, t, k, k + kv_width());
+      for (int64_t h = g * group; h < (g + 1) * group; ++h, ++count) {
+        rotate_head(q + h * d, cos, sin, 1.0f, d / 2, q + h * d);
+        heads[count] = {q + h * d, cache_.keys(l, row, g), cache_.values(l, row, g),
+                        scores + count * score_capacity_, a.attended.get() + i * q_width() + h * d};
       }
     }
+    const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+    // What is prefetched of long rows would be gone again when it is read.
+    if ((t + 1) * d * (kv_heads.end - kv_heads.begin) > MAX_PREFETCH) distance = 0;
+    attend_.run(heads, count, t + 1, scale, scores + heads_together() * score_capacity_, distance);
   }
 
   void feed_forward(const PackedLayer& layer, int64_t count, float* x, const Team& team,
@@ -289,14 +313,9 @@ class LlamaSession final : public puna::Session {
     team.wait();
   }
 
-  // up = silu(gate) * up. Unlike training's SwiGLU it divides once, by 1 + e^-gate; the two differ
-  // in the last bit.
   static void swiglu_tile(const Tile& gate, float* up) {
-    for (int64_t m = 0; m < gate.rows; ++m)
-      for (int64_t i = m * PANEL_WIDTH; i < (m + 1) * PANEL_WIDTH; i += W) {
-        const vec g = load(gate.data + i);
-        store(up + i, g / (1.0f + exp(-g)) * load(up + i));
-      }
+    for (int64_t i = 0; i < gate.rows * PANEL_WIDTH; i += W)
+      store(up + i, swiglu(load(gate.data + i), load(up + i)));
   }
 
   void apply_head(const Batch& batch, int part, int parts) {
@@ -321,7 +340,7 @@ class LlamaSession final : public puna::Session {
 class Llama final : public puna::Engine {
  public:
   Llama(const ModelShape& shape, const Weights& weights) : weights_(shape, weights) {
-    if (!attend_kernel_for(shape.head_dim))
+    if (!attend_kernel_for(shape.head_dim).run)
       throw std::invalid_argument("this instruction set cannot split the head size");
   }
   std::unique_ptr<puna::Session> new_session() const override {

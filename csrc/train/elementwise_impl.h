@@ -11,8 +11,6 @@ namespace PUNA_ISA {
 // With fewer elements, some 5 us of work, one thread does it all: waking the others takes as long.
 constexpr int64_t PARALLEL_THRESHOLD = 1 << 14;
 
-constexpr int NORM_SUMS = 4;  // partial sums of a row
-
 // Calls work(begin, end) with each thread's share of `count` elements, in whole vectors.
 template <typename Work>
 inline void parallel_elements(int64_t count, int threads, Work work) {
@@ -25,8 +23,8 @@ inline void parallel_elements(int64_t count, int threads, Work work) {
 inline void rms_norm(const puna::RMSNorm& a, int threads) {
   puna::parallel(a.rows * a.width < PARALLEL_THRESHOLD ? 1 : threads, [&](int part, int parts) {
     for (int64_t row = a.rows * part / parts; row < a.rows * (part + 1) / parts; ++row)
-      a.scale[row] = rms_norm_row<NORM_SUMS>(a.x + row * a.width, a.weight, a.width, a.eps,
-                                             a.y + row * a.width);
+      a.scale[row] =
+          rms_norm_row(a.x + row * a.width, a.weight, a.width, a.eps, a.y + row * a.width);
   });
 }
 
@@ -40,7 +38,7 @@ inline void rms_norm_gradient_rows(const puna::RMSNormGradient& a, int64_t row, 
   float* d_x = a.d_x + row * a.width;
   float inner[N];
   for (int r = 0; r < N; ++r) {
-    const float total = sum_terms<NORM_SUMS>(a.width, [&](int64_t i, auto size) {
+    const float total = sum_terms(a.width, [&](int64_t i, auto size) {
       return load(d_y + r * a.width + i, size) * load(a.weight + i, size) *
              load(x + r * a.width + i, size);
     });
@@ -79,14 +77,10 @@ inline void rms_norm_gradient(const puna::RMSNormGradient& a, int threads) {
     for (int64_t i = 0; i < a.width; ++i) a.d_weight[i] += a.partial[part * 2 * a.width + i];
 }
 
-// 1 / (1 + e^-x); 0 below -88, where `exp` stays at e^88 and -inf * sigmoid would be -inf.
-inline vec sigmoid(vec x) { return select(x < broadcast(-88.0f), vec{}, 1.0f / (1.0f + exp(-x))); }
-
 // Elements `begin` to `end`.
 inline void swiglu(const puna::SwiGLU& a, int64_t begin, int64_t end) {
   for_each_vector(begin, end, [&](int64_t i, auto size) {
-    const vec gate = load(a.gate + i, size);
-    store(a.y + i, gate * sigmoid(gate) * load(a.up + i, size), size);
+    store(a.y + i, swiglu(load(a.gate + i, size), load(a.up + i, size)), size);
   });
 }
 

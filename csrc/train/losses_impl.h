@@ -2,6 +2,7 @@
 #pragma once
 
 #include "base/buffer.h"
+#include "base/layers.h"
 #include "base/simd.h"
 #include "base/standard.h"
 #include "train/losses.h"
@@ -50,29 +51,22 @@ inline void softmax_loss_row(const puna::SoftmaxLoss& a, int64_t row) {
 inline void logprobs_row(const puna::LogProbs& a, int64_t row) {
   const float* logits = a.logits + row * a.vocab;
   const float max_logit = row_max(logits, a.vocab), inverse_temperature = 1.0f / a.temperature;
-  double total = 0.0, weighted = 0.0;  // sums of e^x and x e^x
-  int64_t i = 0;
-  for (; i + 4 * W <= a.vocab; i += 4 * W) {
-    vec sums = {}, products = {};
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const vec x = (load(logits + i + j * W) - max_logit) * inverse_temperature, e = exp(x);
-      sums += e;
-      products += e * x;
-    }
-    total += reduce_sum(sums);
-    weighted += reduce_sum(products);
-  }
-  for (; i < a.vocab; ++i) {
-    const double x = (logits[i] - max_logit) * inverse_temperature, e = std::exp(x);
-    total += e;
-    weighted += e * x;
-  }
+  double weighted = 0.0;  // the sum of x e^x
+  vec products = {};      // since `weighted` was added to
+  const double total = sum_exp(logits, a.vocab, max_logit, inverse_temperature,
+                               [&](int64_t i, vec x, vec e, auto) {
+                                 if (i % SPAN == 0) {
+                                   weighted += reduce_sum(products);
+                                   products = vec{};
+                                 }
+                                 products += e * x;
+                               });
+  weighted += reduce_sum(products);
   const double log_total = std::log(total);
   a.max_logit[row] = max_logit;
   a.sum_exp[row] = static_cast<float>(total);
   a.logprobs[row] =
-      static_cast<float>((logits[a.labels[row]] - max_logit) * inverse_temperature - log_total);
+      logprob_of(logits[a.labels[row]], max_logit, inverse_temperature, log_total);
   a.entropy[row] = static_cast<float>(log_total - weighted / total);
   a.mean[row] = static_cast<float>(weighted / total);
 }

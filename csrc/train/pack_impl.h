@@ -5,6 +5,7 @@
 #include "base/buffer.h"
 #include "base/simd.h"
 #include "base/standard.h"
+#include "base/tile.h"
 #include "train/matmul.h"
 
 namespace PUNA_ISA {
@@ -13,7 +14,7 @@ namespace PUNA_ISA {
 constexpr int TILE_ROWS = W == 16 ? 8 : 6, TILE_VECTORS = W == 16 ? 3 : 2;
 constexpr int TILE_COLUMNS = TILE_VECTORS * W;
 // Floats. A block of b, and one of a where it is packed, share 1 MB of second-level cache.
-constexpr int64_t MAX_INNER_BLOCK = 512, BLOCK_FLOATS = 1 << 17;
+constexpr int64_t MAX_INNER_BLOCK = 2 * CHAIN, BLOCK_FLOATS = 1 << 17;
 
 // Packs a (rows, inner), which begins at `a`, in strips of TILE_ROWS; in a strip the rows lie side
 // by side. The last strip is filled up with zeros.
@@ -56,8 +57,10 @@ inline int64_t inner_block_count(const puna::MatMul& p) {
   return std::max<int64_t>(1, ceil_div(p.inner, MAX_INNER_BLOCK));
 }
 
+// Blocks are whole chains, but for the last one: an even split would be another order of the sums.
 inline Range inner_block(const puna::MatMul& p, int64_t number) {
-  return split(p.inner, static_cast<int>(number), static_cast<int>(inner_block_count(p)));
+  const int64_t begin = number * MAX_INNER_BLOCK;
+  return {begin, std::min(p.inner, begin + MAX_INNER_BLOCK)};
 }
 
 // All of b, packed: for each inner block its strips of columns, one after the other.
