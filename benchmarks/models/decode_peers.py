@@ -19,6 +19,8 @@ from torch import Tensor
 
 from puna.benchmarks.machine import installed
 from puna.core.checkpoint import llama2c
+from puna.core.checkpoint.gguf_file import gguf_name
+from puna.core.checkpoint.gguf_write import write_settings
 from puna.core.checkpoint.source import interleaved, rope_heads
 from puna.core.errors import UserError
 from puna.core.model import Transformer
@@ -145,27 +147,14 @@ def write_gguf(path: Path, model: Transformer) -> None:
     """The weights as fp32, without a vocabulary: llama.cpp fills it with names of its own."""
     import gguf
 
-    config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    writer.add_context_length(config.context)
-    writer.add_embedding_length(config.dim)
-    writer.add_block_count(config.n_layers)
-    writer.add_feed_forward_length(config.ffn_dim)
-    writer.add_head_count(config.n_heads)
-    writer.add_head_count_kv(config.n_kv_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_vocab_size(config.vocab_size)
+    write_settings(writer, model.config)
     writer.add_tokenizer_model("no_vocab")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layers)
     for name, tensor in _tensors(model):
-        heads = rope_heads(name, config)
+        heads = rope_heads(name, model.config)
         stored = interleaved(tensor, heads) if heads else tensor
-        writer.add_tensor(
-            names.get_name(name, try_suffixes=(".weight",)) or name, stored.contiguous().numpy()
-        )
+        writer.add_tensor(gguf_name(name), stored.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

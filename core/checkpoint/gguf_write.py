@@ -44,7 +44,7 @@ def write(
     writer = gguf.GGUFWriter(path, "llama")
     try:
         writer.add_file_type(getattr(gguf.LlamaFileType, FILE_TYPES[dtype]))
-        _settings(writer, source.config)
+        write_settings(writer, source.config)
         _vocabulary(writer, known)
         scaling = source.config.rope_scaling
         first: list[tuple[str, Tensor]] = []
@@ -99,7 +99,8 @@ def _stored_shape(tensor: Tensor, kind: torch.dtype) -> list[int]:
     return [*rows, width * 2 if kind == torch.bfloat16 else width]
 
 
-def _settings(writer: Any, config: ModelConfig) -> None:
+def write_settings(writer: Any, config: ModelConfig) -> None:
+    """The model's shape, into the header of gguf's `GGUFWriter`."""
     writer.add_context_length(config.context)
     writer.add_embedding_length(config.dim)
     writer.add_block_count(config.n_layers)

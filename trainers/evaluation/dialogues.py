@@ -78,7 +78,7 @@ def next_turn(
     max_new_tokens: int,
     seed: int,
     memory: Memory,
-    engine: Engine | None,
+    engine: Engine | None = None,
     **limits: int,
 ) -> list[list[int]]:
     """The answer of each dialogue to its next message; none where it has no further one, or is

@@ -121,9 +121,8 @@ def draw_answers(
     """
     place = parallel.rank() % among
     mine = range(place, len(prompts), among)
-    asked, numbers, samples = (
-        [each[i] for i in mine] for each in (prompts, prompt_ids, sample_ids)
-    )
+    asked = [prompts[i] for i in mine]
+    numbers, samples = [prompt_ids[i] for i in mine], [sample_ids[i] for i in mine]
     if engine is not None:
         answers = engine.draw(
             policy,

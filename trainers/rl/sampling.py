@@ -30,7 +30,7 @@ class Drawing(NamedTuple):
     temperature: float
     max_new_tokens: int
     chunk: int  # prompts at a time, all ranks together
-    limits: Mapping[str, int]  # of what stands side by side, as `generate` takes them
+    limits: Mapping[str, Any]  # of what stands side by side, as `generate` takes them
     seed: int
     round: int  # part of the random numbers
     title: str = "sampling"  # beside the progress

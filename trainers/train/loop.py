@@ -76,7 +76,7 @@ class DrawingConfig(Options):
     """neighbouring ranks, of one node, that share one copy of the model while it samples (paper: a
     node); 1 gathers it whole on every rank"""
 
-    def limits(self) -> dict[str, int]:
+    def limits(self) -> dict[str, Any]:
         """Of what stands side by side, as `generate` takes them."""
         return {"batch_size": self.generation_batch, "cache_bytes": int(self.cache_gb * 1e9)}
 
