@@ -68,12 +68,12 @@ def run(config: DataConfig) -> None:
     parts = parts_of if tokenizer is None else encoded_parts(tokenizer)
     unit = "characters" if tokenizer is None else "tokens"
     sizes = [length(kind, parts(kind, row)) for row in rows]
-    count_too_long(config, rows, sizes, skipped)
+    too_long = count_too_long(config, rows, sizes, skipped)
     say_table(
         [
             ("data", str(config.file)),
             ("read as", f"{kind}: {layout}"),
-            ("rows", f"{len(rows):,}"),
+            ("rows", f"{len(rows) - too_long:,}"),
             ("skipped", f"{sum(skipped.values()):,}"),
             (f"{unit} in all", f"{sum(sizes):,}"),
         ]
@@ -170,14 +170,19 @@ def length(kind: Kind, parts: Sequence[Part]) -> int:
 
 def count_too_long(
     config: DataConfig, rows: Sequence[Any], sizes: Sequence[int], skipped: Skipped
-) -> None:
-    """Adds the rows that a model has no room for."""
+) -> int:
+    """Adds the rows that a model has no room for; returns how many they are."""
     if config.model is None or not config.model.is_dir():
-        return
+        return 0
     context = open_source(config.model).config.context
-    for row, size in zip(rows, sizes, strict=True):
-        if size > context and hasattr(row, "where"):  # texts are cut into rows
-            skipped.add(f"longer than the context of {context:,} tokens", row.where)
+    long = [
+        row.where
+        for row, size in zip(rows, sizes, strict=True)
+        if size > context and hasattr(row, "where")  # texts are cut into rows
+    ]
+    if long:
+        skipped.add(f"longer than the context of {context:,} tokens", long[0], len(long))
+    return len(long)
 
 
 def histogram(sizes: Sequence[int]) -> list[tuple[str, str, str]]:

@@ -33,6 +33,8 @@ def test_puna_data_says_what_is_read(tmp_path: Path, tiny: Path, capsys) -> None
         "How long the rows are",
     ):
         assert expected in said
+    cells = [line.split() for line in said.split("\n")]
+    assert ["rows", "2"] in cells and ["skipped", "2"] in cells
     assert "\x1b" not in said and "x1b" in said
     shown = said[said.index("as a model sees it") :]
     context, learned = shown[: shown.index("learned")], shown[shown.index("learned") :]
