@@ -163,9 +163,9 @@ def write_gguf(path: Path, model: Transformer) -> None:
     for name, tensor in _tensors(model):
         heads = rope_heads(name, config)
         stored = interleaved(tensor, heads) if heads else tensor
-        writer.add_tensor(
-            names.get_name(name, try_suffixes=(".weight",)), stored.contiguous().numpy()
-        )
+        theirs = names.get_name(name, try_suffixes=(".weight",))
+        assert theirs is not None, f"gguf has no name for {name}"
+        writer.add_tensor(theirs, stored.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
