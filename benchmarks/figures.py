@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import NullFormatter, PercentFormatter
 
 from puna.benchmarks.models.shapes import multiplied_parameters
 from puna.core.config import SIZES
@@ -156,6 +156,8 @@ def curve(ax: Axes, rows: Rows, x: str, y: str, colour: str) -> None:
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def growing(rows: Rows, fits: Rows, name: str) -> str | None:
@@ -172,7 +174,7 @@ def growing(rows: Rows, fits: Rows, name: str) -> str | None:
     figure, panels = drawing.canvas(lines, columns, 2.1 * lines)
     for ax, ((what, along), chosen) in zip(panels, axes.items(), strict=False):
         curve(ax, chosen, "x", "seconds", BLUE)
-        slope = f": exponent {slopes[what]:.2f}" if what in slopes else ""
+        slope = f": {slopes[what]:.2f}" if what in slopes else ""
         drawing.heading(ax, f"{what}{slope}")
         drawing.name_axes(ax, x=along, y="seconds")
     for ax in panels[len(axes) :]:
@@ -182,7 +184,7 @@ def growing(rows: Rows, fits: Rows, name: str) -> str | None:
 
 def iteration(rows: Rows, name: str) -> str | None:
     """Where a PPO iteration's time goes, a bar a shape; None where none was measured."""
-    shapes = list(dict.fromkeys(row["shape"] for row in rows if "share" in row))
+    shapes = list(dict.fromkeys(row["shape"] for row in rows if "share" in row))[::-1]
     if not shapes:
         return None
     figure, (ax,) = drawing.canvas(1, 1, 0.9 + 0.45 * len(shapes))

@@ -91,7 +91,8 @@ def pieces(name: str, found: Mapping[str, Any]) -> Iterator[str]:
     of_kernels = [row for row in found["rows"] if row["bench"] == "kernel"]
     of_models = [row for row in found["rows"] if row["bench"] != "kernel"]
     versions = ("commit", "torch", "transformers", "llama_cpp")
-    card = [f"{key} {told(found['machine'].get(key))}" for key in versions]
+    machine = found["machine"]
+    card = [f"{key} {told(machine[key])}" for key in versions if key in machine]
     yield page.paragraph(", ".join(card), "small")
     fits = found.get("growth", [])
     if of_models:
@@ -102,7 +103,7 @@ def pieces(name: str, found: Mapping[str, Any]) -> Iterator[str]:
             "Where one iteration of PPO spends its time.": figures.iteration(
                 of_models, f"ppo-{name}"
             ),
-            "Seconds over what grows, in logarithms: the slope is the exponent.": figures.growing(
+            "Seconds over what grows, in logarithms, with the fitted exponents.": figures.growing(
                 of_models, fits, f"growth-{name}"
             ),
         }

@@ -177,7 +177,7 @@ class Held:
         self.key: tuple[object, ...] = ()
         self.models: Models | None = None
 
-    def open(self, shape: Shape, dtype: str, *, trained: bool = False) -> Models:
+    def take(self, shape: Shape, dtype: str, *, trained: bool = False) -> Models:
         key = shape.size, dtype, trained and self.setting.gpu
         if self.models is None or self.key != key:
             self.close()  # first: a GPU has no room for both
@@ -189,14 +189,14 @@ class Held:
 
 
 def generate(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
-    models = held.open(shape, setting.kind)
+    models = held.take(shape, setting.kind)
     for batch in GPU_BATCHES if models.gpu else BATCHES:
         yield bench_generate(models, batch, setting.turns)
 
 
 def decode(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
     if not setting.gpu and setting.kind == "fp32":
-        models = held.open(shape, "fp32")
+        models = held.take(shape, "fp32")
         yield bench_decode(
             models, setting.turns, setting.llama2c, setting.llama_bench, peers=setting.peers
         )
@@ -204,7 +204,7 @@ def decode(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
 
 def rollout(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
     prompts = QUICK_PROMPTS if setting.quick else 0
-    yield bench_rollout(held.open(shape, setting.kind), setting.turns, prompts)
+    yield bench_rollout(held.take(shape, setting.kind), setting.turns, prompts)
 
 
 def rlhf(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
@@ -220,7 +220,7 @@ def fsdp(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
 
 
 def train(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
-    models = held.open(shape, "fp32", trained=True)
+    models = held.take(shape, "fp32", trained=True)
     try:
         yield bench_train(models, setting.turns, setting.kind, quick=setting.quick)
     finally:

@@ -61,7 +61,7 @@ def test_the_page_has_every_row_and_loads_nothing(results, capsys):
         assert "".join(f"<td>{cell}</td>" for cell in line[:5]) in page
     assert ">0.82x<" in page
     assert page.count("<svg") == 6  # roof, batches, PPO, growth, ceilings of models and of kernels
-    assert "exponent 1.00" in page and "not timed" in page
+    assert "train by batch: 1.00" in page and "exponent 1.00" in page and "not timed" in page
     assert "<script" not in page and "<b>" not in page and "<i>" not in page
     outside = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?(?!#)[^\s\"')>]+", page)
     assert [each for each in outside if "url(#" not in each] == []
