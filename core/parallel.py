@@ -12,7 +12,7 @@ the end of that backward.
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -247,7 +247,7 @@ def _computing_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     for prefix, module in model.named_modules():
         if isinstance(module, FSDPModule):
             module.unshard()
-            for name, parameter in module.named_parameters(prefix):
+            for name, parameter in cast(nn.Module, module).named_parameters(prefix):
                 if module is not model or not name.startswith("model.layers."):
                     yield name, full(parameter.detach())
             module.reshard()

@@ -15,7 +15,6 @@ from torch import Tensor
 from puna.core import parallel
 from puna.core.chat import decode_answer
 from puna.core.generation.generate import Completion
-from puna.core.generation.memory import Memory
 from puna.core.generation.sampling import EosIds
 from puna.core.model import Transformer
 from puna.core.packed import forward_groups
@@ -107,22 +106,21 @@ def draw_answers(
     round_index: int,
     among: int = 1,
     engine: Engine | None = None,
-    memory: Memory | None = None,
-    called: str = "the policy",
-    **limits: int,
+    **options: Any,
 ) -> list[Completion]:
     """An answer to each prompt, of which `among` neighbouring ranks have the same ones and draw a
     part each (collective). `policy` may be gathered already.
 
     The draw for token t of row s is a function of (seed, round_index, prompt_ids[s],
-    sample_ids[s], t) alone: not of the batch, the order or the rank. `limits` are `generate`'s, of
-    what stands side by side, and `memory` of what was computed before. An `engine` draws in place
-    of this process, by a generator of its own, and says no log-probs.
+    sample_ids[s], t) alone: not of the batch, the order or the rank. `options` are `generate`'s, of
+    what stands side by side, what was computed before and what the model is called. An `engine`
+    draws in place of this process, by a generator of its own, and says no log-probs.
     """
     place = parallel.rank() % among
     mine = range(place, len(prompts), among)
     asked = [prompts[i] for i in mine]
-    numbers, samples = [prompt_ids[i] for i in mine], [sample_ids[i] for i in mine]
+    numbers = [prompt_ids[i] for i in mine]
+    samples = [sample_ids[i] for i in mine]
     if engine is not None:
         answers = engine.draw(
             policy,
@@ -131,7 +129,7 @@ def draw_answers(
             max_new_tokens=max_new_tokens,
             eos_id=eos_id,
             temperature=temperature,
-            batch_size=limits.get("batch_size", 256),
+            batch_size=options.get("batch_size", 256),
         )
         found = [Completion(each.tokens, [], each.finished) for each in answers]
     else:
@@ -146,9 +144,7 @@ def draw_answers(
                 round_index=round_index,
                 prompt_ids=numbers,
                 sample_ids=samples,
-                memory=memory,
-                called=called,
-                **limits,
+                **{"called": "the policy", **options},
             )
     if among == 1:
         return found
