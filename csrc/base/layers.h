@@ -63,8 +63,8 @@ inline float sum_terms(int64_t count, Term term) {
   return reduce_sum(sums);
 }
 
-// y = x * scale * weight; returns the scale, 1 / sqrt(mean(x^2) + eps). (Not inlined, as rotate_head
-// below: training and decoding run the same instructions, whatever stands around them.)
+// y = x * scale * weight; returns the scale, 1 / sqrt(mean(x^2) + eps). (Not inlined, as
+// rotate_head below: training and decoding run the same instructions, whatever stands around them.)
 __attribute__((noinline)) inline float rms_norm_row(const float* x, const float* weight,
                                                     int64_t width, float eps, float* y) {
   const float total = sum_terms(width, [&](int64_t i, auto size) {

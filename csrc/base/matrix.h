@@ -84,20 +84,26 @@ inline PanelInput prepare_input(const PackedMatrix& w, const float* x, int64_t r
   return input;
 }
 
+// The chain of inputs from `first` on, of the tile below.
+template <bool ADD, typename Element, int ROWS>
+__attribute__((always_inline)) inline void multiply_chain(const float* x, int64_t in,
+                                                          const Element* panel, int64_t first,
+                                                          float* tile) {
+  vec sums[ROWS][2];
+  clear(sums);
+  multiply_add(sums, x + first, in, 1, panel + first * PANEL_WIDTH, PANEL_WIDTH,
+               std::min(CHAIN, in - first));
+  store_tile(sums, tile, PANEL_WIDTH, ADD);
+}
+
 // tile (ROWS, PANEL_WIDTH) = x (ROWS, in) times one panel of fp32 or bf16. The inputs are summed in
 // chains for any number of rows: a row's result does not depend on the others.
 template <typename Element, int ROWS>
 inline void multiply_tile(const float* x, int64_t in, const uint8_t* panel, float* tile) {
   const auto* weights = reinterpret_cast<const Element*>(panel);
-  int64_t done = 0;
-  do {
-    vec sums[ROWS][2];
-    clear(sums);
-    multiply_add(sums, x + done, in, 1, weights + done * PANEL_WIDTH, PANEL_WIDTH,
-                 std::min(CHAIN, in - done));
-    store_tile(sums, tile, PANEL_WIDTH, done > 0);
-    done += CHAIN;
-  } while (done < in);
+  multiply_chain<false, Element, ROWS>(x, in, weights, 0, tile);
+  for (int64_t first = CHAIN; first < in; first += CHAIN)
+    multiply_chain<true, Element, ROWS>(x, in, weights, first, tile);
 }
 
 inline int max_tile_rows(const PackedMatrix& w) {

@@ -58,8 +58,8 @@ inline vec select(ivec condition, vec a, vec b) { return condition ? a : b; }
 inline vec max(vec a, vec b) { return b > a ? b : a; }
 inline vec min(vec a, vec b) { return b < a ? b : a; }
 
-// The sum of COUNT vectors' numbers. The second half is added to the first until one number is left:
-// an order that does not depend on the length of a vector.
+// The sum of COUNT vectors' numbers. The second half is added to the first until one number is
+// left: an order that does not depend on the length of a vector.
 template <int COUNT>
 inline float reduce_sum(const vec (&vectors)[COUNT]) {
   vec sums[COUNT];

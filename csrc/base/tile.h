@@ -11,8 +11,8 @@ constexpr int PANEL_WIDTH = 2 * W;               // output columns computed toge
 constexpr int MAX_TILE_ROWS = W == 16 ? 12 : 6;  // rows together: 24 (12) accumulators fit
 
 // Numbers summed in one go; the sums of such chains are then added in their order. All products of
-// fp32 keep to this, in training and in decoding, so that both get the same bits. Chains of 512 were
-// off 1.7 times as far as the BLAS's sums, of 256 1.2 times.
+// fp32 keep to this, in training and in decoding, so that both get the same bits. Chains of 512
+// were off 1.7 times as far as the BLAS's sums, of 256 1.2 times.
 constexpr int64_t CHAIN = 256;
 
 inline vec load(const uint16_t* bf16) { return load_bf16(bf16); }
