@@ -213,7 +213,7 @@ def look(stage: Stage, iteration: int) -> Look:
     rollout = sample(stage, prompts, [i for i, _ in picks], [e for _, e in picks], iteration)
     sampled = time.monotonic()
     check_finished(config, rollout)
-    answers = said(stage, rollout, prompts)
+    answers = as_answers(rollout.answers, rollout.finished.tolist(), prompts, stage.tokenizer)
     scores = score_answers(stage.reward, answers, rollout.lengths.device)
     experience = make_experience(stage.reference, stage.critic.model, rollout, scores.raw, config)
     row = rollout_metrics(experience, scores, stage.policy.model)
@@ -296,11 +296,6 @@ def sample(
     )
 
 
-def said(stage: Stage, rollout: Rollout, prompts: list[EncodedPrompt]) -> list[Answer]:
-    """The answers as the reward is given them."""
-    return as_answers(rollout.answers, rollout.finished.tolist(), prompts, stage.tokenizer)
-
-
 def evaluate(stage: Stage) -> dict[str, float]:
     """Mean reward of the policy on the held-out prompts: always the same prompts and draws."""
     config = stage.config
@@ -308,7 +303,7 @@ def evaluate(stage: Stage) -> dict[str, float]:
     numbers = range(rank, len(stage.eval_prompts), ranks)
     prompts = [stage.eval_prompts[i] for i in numbers]
     rollout = sample(stage, prompts, list(numbers), [0] * len(prompts), EVAL_ROUND)
-    answers = said(stage, rollout, prompts)
+    answers = as_answers(rollout.answers, rollout.finished.tolist(), prompts, stage.tokenizer)
     scores = score_answers(stage.reward, answers, rollout.lengths.device)
     totals = Totals(rollout.lengths.device)
     totals.add(
