@@ -19,6 +19,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
+
 IMPORTED = ["pytest", "puna.trainers.rlhf", "puna.trainers.gatt", "puna.cli.main"]
 
 Work = Callable[..., Any]  # of a file, in which the other process finds it by its name
@@ -38,14 +40,17 @@ def server() -> ForkServerContext:
     return context
 
 
-def start(ranks: int, work: Work, *arguments: Any, stderr: Sequence[Path] = ()) -> list[Any]:
-    """Processes that do `work(*arguments)`; a number that it returns is the exit code."""
+def start(
+    ranks: int, work: Work, *arguments: Any, stderr: Sequence[Path] = (), **more: Any
+) -> list[Any]:
+    """Processes that do `work(*arguments)`; a number that it returns is the exit code. `more` are
+    further variables."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     processes = []
     for rank in range(ranks):
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port, **more}
         variables = {name: str(value) for name, value in names.items()} if ranks > 1 else {}
         said = stderr[rank] if stderr else None
         found = inspect.getfile(work), work.__name__
@@ -74,7 +79,10 @@ def on_ranks(ranks: int, work: Work, *arguments: Any, folder: Path, seconds: flo
     """Wait for so many ranks; when one has failed the others are ended, as by torchrun. What they
     say goes to files of `folder`."""
     files = [folder / f"stderr-{rank}.txt" for rank in range(ranks)]
-    processes: list[BaseProcess] = start(ranks, work, *arguments, stderr=files)
+    # What they meet at is here, as with torchrun: else it would go with the first rank.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting = {"MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    processes: list[BaseProcess] = start(ranks, work, *arguments, stderr=files, **meeting)
     deadline = time.monotonic() + seconds
     while any(each.is_alive() for each in processes):
         late = time.monotonic() > deadline

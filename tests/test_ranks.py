@@ -1,6 +1,6 @@
-"""Two processes that torchrun started, one of which is not like the other.
+"""Two processes, one of which is not like the other.
 
-`torchrun tests/test_ranks.py OUT INPUTS CASE` is a worker; pytest starts it.
+`torchrun tests/test_ranks.py OUT INPUTS CASE` is a worker where torchrun itself matters.
 """
 
 import json
@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from launch import on_ranks
 
 from puna.trainers import sft
 from puna.trainers.train.command import command
@@ -89,7 +90,7 @@ def inputs(tiny, tmp_path):
 
 
 def said(text: str) -> list[str]:
-    """What the workers said on stderr, without torchrun's own lines."""
+    """What the workers said on stderr."""
     return [line for line in text.splitlines() if "puna sft" in line or "Traceback" in line[:9]]
 
 
@@ -117,15 +118,12 @@ def said(text: str) -> list[str]:
     ],
 )
 def test_one_rank_that_differs_ends_them_all_with_one_sentence(tmp_path, inputs, case, sentence):
-    began = time.monotonic()
-    result = subprocess.run(
-        torchrun(tmp_path / "run", inputs, case),
-        capture_output=True, text=True, env=ENVIRONMENT, timeout=SECONDS,
-    )  # fmt: skip
-    assert result.returncode != 0 and time.monotonic() - began < SECONDS
-    found = [line for line in said(result.stderr) if line.startswith("puna sft")]
+    run = tmp_path / "run"
+    ended = on_ranks(2, worker, run, inputs, case, folder=tmp_path, seconds=SECONDS)
+    assert any(ended.codes) and -signal.SIGKILL not in ended.codes  # nobody hung until the end
+    found = [line for line in said(ended.stderr) if line.startswith("puna sft")]
     assert len(found) == 1 and sentence in found[0]
-    assert not (tmp_path / "run" / "model").exists()
+    assert not (run / "model").exists()
 
 
 def test_a_rank_that_stands_still_is_waited_for_as_long_as_asked(tmp_path, inputs):
@@ -155,11 +153,9 @@ def test_a_checkpoint_that_one_rank_does_not_see_is_refused(tmp_path, inputs, la
     alone = arguments(inputs, out, "one process", 0)
     assert command("puna sft", sft.SFTConfig, sft.run, alone) == 0
     (out / "finished.json").unlink()
-    result = subprocess.run(
-        torchrun(out, inputs, f"{layout}no checkpoint"),
-        capture_output=True, text=True, env=ENVIRONMENT, timeout=SECONDS,
-    )  # fmt: skip
-    found = [line for line in said(result.stderr) if line.startswith("puna sft")]
+    case = f"{layout}no checkpoint"
+    ended = on_ranks(2, worker, out, inputs, case, folder=tmp_path, seconds=SECONDS)
+    found = [line for line in said(ended.stderr) if line.startswith("puna sft")]
     assert len(found) == 1 and "rank 1 has another checkpoint newest than rank 0 (none," in found[0]
 
 
