@@ -182,15 +182,15 @@ def test_workers_whose_torchrun_is_killed_stop_with_a_checkpoint(tmp_path, input
     )  # fmt: skip
     assert process.stdout is not None
     workers: set[int] = set()
-    for line in process.stdout:
-        if line.startswith("worker "):
-            workers.add(int(line.split()[1]))
-        if len(workers) == 2:
-            break
     began = time.monotonic()
-    while not (out / "metrics.jsonl").exists() and time.monotonic() - began < SECONDS:
-        time.sleep(0.1)
     try:
+        for line in process.stdout:
+            if line.startswith("worker "):
+                workers.add(int(line.split()[1]))
+            if len(workers) == 2:
+                break
+        while not (out / "metrics.jsonl").exists() and time.monotonic() - began < SECONDS:
+            time.sleep(0.1)
         process.kill()
         process.wait()
         other = [sys.executable, "-m", "puna.trainers.sft", *arguments(inputs, out, "long", 0)]
@@ -207,6 +207,7 @@ def test_workers_whose_torchrun_is_killed_stop_with_a_checkpoint(tmp_path, input
         assert not any(alive(worker) for worker in workers)
         assert list((out / "checkpoints").glob("step-*"))
     finally:
+        process.kill()
         for each in workers:
             if alive(each):
                 os.kill(each, signal.SIGKILL)
