@@ -5,7 +5,7 @@ A verb's module is imported only when it is called, so that `puna --help` answer
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import puna
@@ -124,16 +124,22 @@ def run_verb(name: str, arguments: Sequence[str]) -> int:
 
     starting.is_done()
     config, work = getattr(module, verb.config), getattr(module, verb.function)
-    return command(f"puna {name}", config, work, with_names(verb, arguments))
+    from puna.trainers.train.arguments import several_valued
+
+    given = with_names(verb, arguments, several_valued(config))
+    return command(f"puna {name}", config, work, given)
 
 
-def with_names(verb: Verb, arguments: Sequence[str]) -> list[str]:
+def with_names(verb: Verb, arguments: Sequence[str], several: Collection[str] = ()) -> list[str]:
     """`puna convert SOURCE TARGET` as if the options had been named; other options, which take one
-    value each, may stand before, between and behind."""
+    value each, may stand before, between and behind. What follows one that takes `several` is
+    its own."""
     flags = {argument.split("=")[0] for argument in arguments}
     names = [f"--{name}" for name in verb.named if f"--{name}" not in flags]
     found: list[str] = []
     for number, argument in enumerate(arguments):
+        if argument.split("=")[0].removeprefix("--").replace("-", "_") in several:
+            return found + list(arguments[number:])
         before = arguments[number - 1] if number else ""
         is_value = before.startswith("--") and "=" not in before
         if names and not (

@@ -150,11 +150,14 @@ def test_options_without_their_names():
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS.values() if verb.named], ids=str)
-def test_what_has_options_without_names_has_no_flag_that_takes_none_or_many(verb):
+def test_what_has_options_without_names_has_no_flag_that_takes_none_or_swallows_them(verb):
     cls = getattr(importlib.import_module(verb.module), verb.config)
     hints = typing.get_type_hints(cls)
-    assert set(verb.named) <= set(hints)
-    assert not several_valued(cls) and bool not in hints.values()
+    assert set(verb.named) <= set(hints) and bool not in hints.values()
+    for name in (many := several_valued(cls)):
+        words = [f"--{name}", "a", "b", "c"]
+        assert with_names(verb, words, many) == words
+        assert with_names(verb, ["x", *words], many) == [f"--{verb.named[0]}", "x", *words]
 
 
 @pytest.mark.parametrize(

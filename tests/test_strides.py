@@ -21,7 +21,7 @@ from puna.core.native.loader import extension
 B, T, H, K, D, C, V = 2, 9, 4, 2, 16, 24, 23
 FLOATS = {
     "gate", "hidden", "k", "k_cache", "logits", "q", "residual", "rewards", "up", "v", "v_cache",
-    "values", "weight", "x", "cos", "sin",
+    "values", "weight", "x", "cos", "sin", "divisors",
 }  # fmt: skip
 
 

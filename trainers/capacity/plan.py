@@ -5,6 +5,7 @@ where it does not fit, the smallest change that does. All of it is arithmetic (`
 """
 
 import importlib
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -58,9 +59,10 @@ class PlanConfig(Options):
     """how the model is shared out; left out: as the recipe says"""
 
     def __post_init__(self) -> None:
-        if self.parallel is AS_THE_RECIPE and self.recipe is not MISSING:
-            self.parallel = stage_of(self.recipe)[1].parallel
         super().__post_init__()
+        if self.parallel is AS_THE_RECIPE and self.recipe is not MISSING:
+            with suppress(ValueError):  # `run` says what is wrong with the recipe
+                self.parallel = stage_of(self.recipe)[1].parallel
 
 
 class Need(NamedTuple):
