@@ -48,6 +48,7 @@ def test_the_papers_sizes(name, fields):
         "context": 4096,
         "norm_eps": 1e-5,
         "rope_theta": 10000.0,
+        "rope_scaling": None,
     }
 
 

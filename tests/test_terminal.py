@@ -75,6 +75,7 @@ class Talker:
     """A model that says what is evil."""
 
     head = "lm"
+    tokenizer = None
 
     def __init__(self) -> None:
         self.model = self
