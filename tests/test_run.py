@@ -183,6 +183,7 @@ def test_what_is_read_is_pinned(tmp_path, opened: Opened, capsys):
 def test_a_start_models_files_are_pinned_and_its_readme_is_not(tmp_path, opened: Opened):
     out, model = tmp_path / "run", tmp_path / "lm"
     model.mkdir()
+    (model / "config.json").write_text("{}")
     (model / "tokenizer.model").write_bytes(b"one")
     (model / "model.safetensors").write_bytes(b"weights")
     opened(out, data=[model]).log(1, loss=1.0)
