@@ -10,10 +10,12 @@ import functools
 import inspect
 import multiprocessing
 import os
+import random
 import runpy
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -45,9 +47,7 @@ def start(
 ) -> list[Any]:
     """Processes that do `work(*arguments)`; a number that it returns is the exit code. `more` are
     further variables."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
+    port = free_port()
     processes = []
     for rank in range(ranks):
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port, **more}
@@ -57,6 +57,16 @@ def start(
         processes.append(server().Process(target=process, args=(variables, said, found, arguments)))
         processes[-1].start()
     return processes
+
+
+def free_port() -> int:
+    """One below those that the system gives to outgoing connections: such a one was taken before
+    the first rank listened there."""
+    while True:
+        port = random.randint(15_000, 32_000)
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            return port
 
 
 def process(

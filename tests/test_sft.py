@@ -125,8 +125,9 @@ def test_starting_points_that_cannot_be(tiny, tmp_path):
     with pytest.raises(ValueError, match="holds a score head and no lm head; take the language"):
         sft.run(configured(tiny, tmp_path / "a", model=tiny / "safety"))
     shutil.copytree(tiny / "lm", tmp_path / "bare")
-    (tmp_path / "bare" / "tokenizer.model").unlink()
-    with pytest.raises(ValueError, match="bare has no tokenizer.model"):
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (tmp_path / "bare" / name).unlink()
+    with pytest.raises(ValueError, match="bare has no tokenizer"):
         sft.run(configured(tiny, tmp_path / "b", model=tmp_path / "bare"))
     with pytest.raises(ValueError, match="row_tokens 999 exceeds the model's context of 256"):
         sft.run(configured(tiny, tmp_path / "c", row_tokens=999))
