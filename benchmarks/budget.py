@@ -11,9 +11,10 @@ returns first.
 import math
 import os
 import signal
+import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,16 @@ def is_spent() -> bool:
 def seconds_left() -> float | None:
     """Until `OutOfTime`, for programs that are waited for; None: as long as they take."""
     return None if _hard == math.inf else max(0.1, _hard - time.monotonic())
+
+
+def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """A program, waited for no longer than there is time; what it prints is kept as text. OutOfTime
+    where it does not end. `options` are those of `subprocess.run`."""
+    kept: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace"}
+    try:
+        return subprocess.run(command, timeout=seconds_left(), **kept, **options)
+    except subprocess.TimeoutExpired as error:
+        raise OutOfTime from error
 
 
 def process_age() -> float:

@@ -50,12 +50,17 @@ NUMBERS = ("tok/s", "p20", "p80", "of limit", "puna is", "error", "peak MB")
 
 def rows_table(found: Sequence[Row]) -> Table:
     """The rows for a terminal."""
+    return table_of(TEXTS, NUMBERS, row_cells(found))
+
+
+def table_of(texts: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Rows of cells for a terminal, under headings of texts and then of numbers."""
     table = Table()
-    for heading in TEXTS:
+    for heading in texts:
         table.add_column(heading)
-    for heading in NUMBERS:
+    for heading in numbers:
         table.add_column(heading, justify="right")
-    for cells in row_cells(found):
+    for cells in rows:
         table.add_row(*cells)
     return table
 

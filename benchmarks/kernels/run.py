@@ -18,6 +18,7 @@ from puna.benchmarks.kernels.peers import Function
 from puna.benchmarks.kernels.verify import ABOVE, Verdict, prepared, verify, verify_timed
 from puna.benchmarks.machine import why_not_compiled
 from puna.benchmarks.opponents import KERNELS, PACKAGES
+from puna.benchmarks.output import table_of
 from puna.benchmarks.rows import KernelRow
 from puna.benchmarks.timing import Clock, Timing, interleaved, kernel_clock, peak_mb
 from puna.core.errors import UserError
@@ -199,14 +200,7 @@ NUMBERS = ("ms", "rate", "p20", "p80", "of ceiling", "times best", "error", "pea
 
 def kernels_table(found: Sequence[KernelRow]) -> Table:
     """The rows for a terminal."""
-    table = Table()
-    for heading in TEXTS:
-        table.add_column(heading)
-    for heading in NUMBERS:
-        table.add_column(heading, justify="right")
-    for cells in kernel_cells(found):
-        table.add_row(*cells)
-    return table
+    return table_of(TEXTS, NUMBERS, kernel_cells(found))
 
 
 def kernel_cells(found: Sequence[KernelRow]) -> list[list[str]]:

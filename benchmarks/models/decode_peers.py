@@ -7,7 +7,6 @@ Both rotate adjacent pairs of a head, as Meta does, so rows of q and k are reord
 import os
 import re
 import struct
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from numpy.ctypeslib import as_array
 from torch import Tensor
 
+from puna.benchmarks import budget
 from puna.benchmarks.machine import installed
 from puna.core.checkpoint import llama2c
 from puna.core.checkpoint.gguf_file import gguf_name
@@ -56,9 +56,7 @@ def llama2c_decoder(executable: Path, model: Transformer, new: int, folder: Path
 
     def decode() -> Decoded:
         environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        ended = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace"
-        )
+        ended = budget.run(command, cwd=folder, env=environment)
         if ended.returncode:
             raise UserError(
                 f"llama2.c's run ended with status {ended.returncode}: {ended.stderr.strip()}"

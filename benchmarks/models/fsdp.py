@@ -14,7 +14,6 @@ the same. The limit is the matrix products' rate of all ranks together, measured
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from time import perf_counter
@@ -74,17 +73,7 @@ def launched(ranks: int, shape: Shape, device: torch.device, dtype: str, rounds:
     command += [f"--device={device.type}", *(["--tiny"] if shape.tiny else [])]
     threads = max(1, torch.get_num_threads() // rank_counts(device)[-1])
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    try:
-        ended = subprocess.run(
-            command,
-            env=environment,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=budget.seconds_left(),
-        )
-    except subprocess.TimeoutExpired as error:
-        raise budget.OutOfTime from error
+    ended = budget.run(command, env=environment)
     if ended.returncode:
         said = [line for line in ended.stderr.splitlines() if line.strip()] or ["nothing"]
         failure = next((line for line in said if "Error" in line), said[-1])

@@ -7,7 +7,6 @@ nothing that could be held against Puna's tokens, so that its rows have no `erro
 
 import json
 import os
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,16 +51,7 @@ def llama_bench_decoder(program: Path, model: Transformer, new: int, folder: Pat
     command += ["-t", threads, "-r", "1", "-o", "json"]
 
     def decode() -> Decoded:
-        try:
-            ended = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=budget.seconds_left(),
-            )
-        except subprocess.TimeoutExpired as error:
-            raise budget.OutOfTime from error
+        ended = budget.run(command)
         if ended.returncode:
             said = (ended.stderr.strip().splitlines() or ["nothing"])[-1]
             raise UserError(f"{program} ended with status {ended.returncode}: {said}")
