@@ -35,14 +35,21 @@ class Row(Further):
     peak_mb: float | None  # memory that one call needs over what was held before it; see train
 
 
-class KernelRow(TypedDict):
+class OnGPU(TypedDict, total=False):
+    """What a kernel's row says on a GPU alone."""
+
+    host_us: float  # until the call returns, the GPU's work apart
+    graph_ms: float | None  # the same launches as one CUDA graph; None: they cannot be captured
+
+
+class KernelRow(OnGPU):
     bench: str  # "kernel"
     operation: str  # a name of puna.kernels
     direction: str  # "forward" or "forward+backward"
     shape: str
     batch: int  # rows, or tokens of attention
     dtype: str
-    provider: str  # "puna(-native)", "torch(-compiled)", "liger-kernel" or "sdpa"
+    provider: str  # "puna(-native)", "torch(-compiled, -autotuned)", "liger-kernel" or "sdpa"
     value: float | None  # the median; None, as p20 to ms, where it was not timed
     unit: str  # GB/s of what must be moved, or TFLOP/s of the products that must be made
     p20: float | None

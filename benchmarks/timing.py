@@ -85,6 +85,37 @@ def kernel_clock(device: torch.device) -> Clock:
     return several
 
 
+def host_seconds(call: Callable[[], object], rounds: int = 20) -> float:
+    """What a call costs before a GPU does anything: until it returns, while the GPU is busy with
+    something else; the fastest of `rounds`."""
+
+    def once() -> float:
+        torch.cuda.synchronize()
+        torch.cuda._sleep(20_000_000)  # clock cycles: about ten milliseconds
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    return min(once() for _ in range(rounds))
+
+
+def captured(call: Callable[[], object]) -> Callable[[], object] | None:
+    """A call's launches as one CUDA graph, replayed; None where it cannot be captured (it waits for
+    the GPU, or launches what a graph may not hold)."""
+    graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(aside):
+            call()  # first calls compile and allocate
+        torch.cuda.current_stream().wait_stream(aside)
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
+
+
 def summarise(seconds: list[float]) -> Timing:
     """Median, 20th and 80th percentile."""
     if len(seconds) == 1:

@@ -19,8 +19,16 @@ from puna.benchmarks.kernels.verify import ABOVE, Verdict, prepared, verify, ver
 from puna.benchmarks.machine import why_not_compiled
 from puna.benchmarks.opponents import KERNELS, PACKAGES
 from puna.benchmarks.output import table_of
-from puna.benchmarks.rows import KernelRow
-from puna.benchmarks.timing import Clock, Timing, interleaved, kernel_clock, peak_mb
+from puna.benchmarks.rows import KernelRow, OnGPU
+from puna.benchmarks.timing import (
+    Clock,
+    Timing,
+    captured,
+    host_seconds,
+    interleaved,
+    kernel_clock,
+    peak_mb,
+)
 from puna.core.errors import UserError
 from puna.kernels.backend import choose
 
@@ -102,6 +110,10 @@ class Bench:
             providers["puna-native"] = case.native
         if case.compiled and self.compiles:
             providers["torch-compiled"] = torch.compile(case.eager, dynamic=False)
+            if case.products and self.device.type == "cuda":  # the others have nothing to choose
+                providers["torch-autotuned"] = torch.compile(
+                    case.eager, dynamic=False, mode="max-autotune-no-cudagraphs"
+                )
         found = self.direction(case, providers, backward=False)
         if case.differentiable:
             found += self.direction(case, providers, backward=True)
@@ -130,10 +142,22 @@ class Bench:
             if failed:
                 verdicts[name] = verdicts[name]._replace(failed=failed)
                 del timings[name], peaks[name]
-        return [
+        found = [
             row(case, backward, name, work, limit, verdict, timings.get(name), peaks.get(name))
             for name, verdict in verdicts.items()
         ]
+        if self.device.type == "cuda":
+            for each in found:
+                if each["failed"] is None:
+                    each |= self.launches(calls[each["provider"]])
+        return found
+
+    def launches(self, call: Callable[[], object]) -> OnGPU:
+        """What launching costs, and the time without it. Last, since a call that breaks off a
+        capture may leave its own state behind."""
+        host, replay = host_seconds(call), captured(call)
+        best = replay and min(self.clock(replay) for _ in range(self.rounds))
+        return {"host_us": 1e6 * host, "graph_ms": best and 1e3 * best}
 
     def peak(self, call: Callable[[], object]) -> float | None:
         return peak_mb(call, self.device) if self.device.type == "cuda" else None
@@ -196,6 +220,7 @@ def not_timed(found: Sequence[KernelRow]) -> list[str]:
 
 TEXTS = ("operation", "shape", "direction", "provider")
 NUMBERS = ("ms", "rate", "p20", "p80", "of ceiling", "times best", "error", "peak MB")
+NUMBERS += ("host us", "graph ms")
 
 
 def kernels_table(found: Sequence[KernelRow]) -> Table:
@@ -217,7 +242,7 @@ def kernel_cells(found: Sequence[KernelRow]) -> list[list[str]]:
         value, p20, p80 = each["value"], each["p20"], each["p80"]
         error = "" if each["error"] is None else f"{each['error']:.1e}"
         if value is None or p20 is None or p80 is None:
-            table.append([*cells, "not timed", *[""] * 5, error, ""])
+            table.append([*cells, "not timed", *[""] * 5, error, "", "", ""])
             continue
         rival = best.get(work_of(each))
         cells += [
@@ -229,6 +254,7 @@ def kernel_cells(found: Sequence[KernelRow]) -> list[list[str]]:
             f"{value / rival:.2f}" if rival and each["provider"] in OURS else "",
             error,
             "" if each["peak_mb"] is None else f"{each['peak_mb']:,.0f}",
+            *(f"{each[name]:.3g}" if each.get(name) else "" for name in ("host_us", "graph_ms")),
         ]
         table.append(cells)
     return table
