@@ -121,7 +121,7 @@ HOLES = {
     "convert": "--context 0",
     "evaluate": "--micro-batch 0",
     "tokenizer train": "--vocab-size 5|--character-coverage 0.5",
-    "bench": "--rounds 0|--threads -1",
+    "bench": "--rounds -1|--threads -1",
     "demo": "--scale 0|--seed -1",
 }
 
