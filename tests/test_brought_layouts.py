@@ -2,6 +2,7 @@
 Run: python -m pytest tests/test_brought_layouts.py -q"""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,11 @@ from puna.trainers.data.columns import Columns, ReadingComparisons, ReadingMessa
 from puna.trainers.data.readers import (
     read_answered,
     read_dialogues,
+    read_ghosts,
     read_preferences,
+    read_preprompts,
     read_prompts,
+    read_texts,
 )
 from puna.trainers.reward import RewardConfig
 from puna.trainers.train.config import load_recipe
@@ -261,6 +265,45 @@ def test_columns_and_ratings_on_the_command_line(tmp_path: Path, tiny: Path, cap
     command += ["cpu", "--prompts", str(prompts), "--samples", "1", "--max-new-tokens", "2"]
     assert main([*command, "--out", str(tmp_path / "drawn")]) == 0
     assert len((tmp_path / "drawn" / "samples.jsonl").read_text().split("\n")) == 3
+
+
+RENAMED = {
+    read_texts: {"text": "red"},
+    read_dialogues: {"prompt": "red", "response": "blue"},
+    read_prompts: {"messages": [USER], "safety": True, "category": "fire"},
+    read_preprompts: {"preprompt": "Be safe.", "category": "fire"},
+    read_ghosts: {"turns": ["red", "blue"], "instruction": "Be short.", "short": "Short."},
+    read_preferences: {
+        "prompt": "red", "chosen": "a", "rejected": "b", "rating": "better",
+        "safety": "both_safe", "batch": 3,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("read", RENAMED)
+def test_every_column_can_have_another_name(read, tmp_path: Path) -> None:
+    row = RENAMED[read]
+    plain = read(lines(tmp_path / "plain.jsonl", row))[0][0]
+    file = lines(tmp_path / "own.jsonl", {f"my {name}": value for name, value in row.items()})
+    names = Columns(**{name: f"my {name}" for name in row})
+    (found,), skipped = read(file, ReadingComparisons(columns=names))
+    where = {"where": f"{file}:1"} if hasattr(plain, "where") else {}
+    assert not skipped and found == (plain._replace(**where) if where else plain)
+
+
+def test_no_column_is_left_out_above() -> None:
+    """But those of answers a and b, and what is put into prompts: PREFERENCES and DIALOGUES."""
+    elsewhere = {"a", "b", "a_safe", "b_safe", "system", "input"}
+    named = {name for row in RENAMED.values() for name in row}
+    assert named | elsewhere == {field.name for field in fields(Columns)}
+
+
+def test_the_prompts_of_transcripts(tmp_path: Path) -> None:
+    said = "\n\nHuman: red\n\nAssistant: blue\n\nHuman: cup\n\nAssistant: "
+    file = lines(tmp_path / "hh.jsonl", {"chosen": said + "yes", "rejected": said + "no"})
+    (prompt,), skipped = read_prompts(file)
+    assert [message["content"] for message in prompt.messages] == ["red", "blue", "cup"]
+    assert not prompt.is_safety and not skipped
 
 
 def test_long_dialogues_are_cut_where_asked(tiny: Path, tmp_path: Path) -> None:

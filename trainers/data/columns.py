@@ -43,6 +43,16 @@ class Columns:
     """Preferences: which answers are safe. Prompts: whether it asks for something unsafe."""
     batch: str = "batch"
     """The week or round of a preference."""
+    turns: str = "turns"
+    """Ghost Attention: what the user says, a list of texts."""
+    instruction: str = "instruction"
+    """Ghost Attention: what is to be kept."""
+    short: str = "short"
+    """Ghost Attention: the instruction's short form."""
+    preprompt: str = "preprompt"
+    """Safety distillation: a text to stand before prompts."""
+    category: str = "category"
+    """Safety distillation: the kind of risk of a prompt or a pre-prompt."""
 
 
 Roles = dict[str, str]  # the file's names -> ours

@@ -116,46 +116,49 @@ def parse_dialogue(row: Row, columns: Columns) -> Dialogue:
 
 
 def parse_prompt(row: Row, columns: Columns) -> Prompt:
-    """`messages` or `prompt`, and perhaps `safety`, true or false, and `category`."""
+    """`messages` or `prompt`, and perhaps `safety`, true or false, and `category`; of two
+    transcripts what stands before the answers."""
     if has(row, columns.messages):
         messages = _messages(row, columns)
     elif has(row, columns.prompt):
         messages = _prompt(row, columns)
+    elif has(row, columns.chosen):  # a comparison's own
+        messages = _chosen_and_rejected(row, columns)[0]
     else:
         raise missing(row, f"'{columns.messages}' or '{columns.prompt}'")
     safety = row.get(columns.safety, False)
     if not isinstance(safety, bool):
         raise Malformed(f"'{columns.safety}' is {shortened(safety)}, expected true or false")
     check_prompt(messages)
-    return Prompt(messages, safety, category=_category(row))
+    return Prompt(messages, safety, category=_category(row, columns))
 
 
-def parse_preprompt(row: Row) -> Preprompt:
+def parse_preprompt(row: Row, columns: Columns) -> Preprompt:
     """`preprompt`, and perhaps `category`."""
-    text = string(row, "preprompt").strip()
+    text = string(row, columns.preprompt).strip()
     if not text:
         raise Unusable("the preprompt is empty")
     check_text(text, "system")
-    return Preprompt(text, _category(row))
+    return Preprompt(text, _category(row, columns))
 
 
-def _category(row: Row) -> str:
-    return "" if row.get("category") is None else string(row, "category")
+def _category(row: Row, columns: Columns) -> str:
+    return string(row, columns.category) if has(row, columns.category) else ""
 
 
-def parse_ghost(row: Row) -> Ghost:
+def parse_ghost(row: Row, columns: Columns) -> Ghost:
     """`turns` (what the user says) or `messages` (their user messages are taken), and perhaps
     `instruction` and `short`."""
-    told = parse_instruction(row) if row.get("instruction") is not None else Ghost([])
-    if "turns" in row:
-        turns = row["turns"]
+    told = parse_instruction(row, columns) if has(row, columns.instruction) else Ghost([])
+    if has(row, columns.turns):
+        turns = row[columns.turns]
         if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
-            raise Malformed(f"'turns' is {shortened(turns)}, expected a list of texts")
-    elif "messages" in row:
-        messages = messages_of(row["messages"], "messages")
+            raise Malformed(f"'{columns.turns}' is {shortened(turns)}, expected a list of texts")
+    elif has(row, columns.messages):
+        messages = messages_of(row[columns.messages], columns.messages)
         turns = [message["content"] for message in messages if message["role"] == "user"]
     else:
-        raise missing(row, "'turns' or 'messages'")
+        raise missing(row, f"'{columns.turns}' or '{columns.messages}'")
     if not turns:
         raise Unusable("the dialogue has no user message")
     for turn in turns:
@@ -163,10 +166,10 @@ def parse_ghost(row: Row) -> Ghost:
     return told._replace(turns=turns)
 
 
-def parse_instruction(row: Row) -> Ghost:
+def parse_instruction(row: Row, columns: Columns) -> Ghost:
     """`instruction`, and perhaps `short`: what may stand for it in training."""
-    instruction = string(row, "instruction")
-    short = instruction if row.get("short") is None else string(row, "short")
+    instruction = string(row, columns.instruction)
+    short = string(row, columns.short) if has(row, columns.short) else instruction
     for name, text in (("instruction", instruction), ("short instruction", short)):
         check_text(text, name)
     return Ghost([], instruction, short)

@@ -194,8 +194,7 @@ def read_ghosts(
 ) -> tuple[list[Ghost], Skipped]:
     """What Ghost Attention samples from: rows of `turns` or `messages`, and perhaps `instruction`
     and `short`; with `alone`, rows of the last two."""
-    parse = parse_instruction if alone else parse_ghost
-    return _read(path, "others", how, lambda row, columns: parse(row))
+    return _read(path, "others", how, parse_instruction if alone else parse_ghost)
 
 
 def read_prompts(
@@ -209,7 +208,7 @@ def read_preprompts(
     path: str | Path, how: ReadingMessages | None = None
 ) -> tuple[list[Preprompt], Skipped]:
     """What is put before adversarial prompts: rows of `preprompt`, and perhaps `category`."""
-    return _read(path, "others", how, lambda row, columns: parse_preprompt(row))
+    return _read(path, "others", how, parse_preprompt)
 
 
 def _read(
