@@ -1,11 +1,15 @@
 """A run's metrics in a viewer, besides metrics.jsonl: the same names, numbers and steps.
 
-Both packages are extras: `pip install "puna[tensorboard]"`, `pip install "puna[trackio]"`.
+Each package is an extra, imported when it is asked for: `pip install "puna[tensorboard]"`,
+`"puna[trackio]"`, `"puna[wandb]"`.
 """
 
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from secrets import token_hex
+
+from puna.core.checkpoint.atomic import write_text
 
 Show = Callable[[int, Mapping[str, float]], None]  # (step, numbers by name)
 
@@ -22,7 +26,7 @@ def viewer(name: str, folder: Path) -> Show:
             f"log is {name}, but that package is not installed; "
             f"pip install 'puna[{name}]', or leave the option out"
         )
-    return tensorboard(folder) if name == "tensorboard" else trackio(folder)
+    return VIEWERS[name](folder)
 
 
 def tensorboard(folder: Path) -> Show:
@@ -56,3 +60,30 @@ def trackio(folder: Path) -> Show:
         runs[0].log(dict(values), step=step)
 
     return show
+
+
+def wandb(folder: Path) -> Show:
+    """A run of the project that the run's parent folder names; where it goes, and whether it goes
+    anywhere, say wandb's own settings. A run that is continued goes on there, too, by the name that
+    the folder keeps; wandb leaves out what a resumed run repeats."""
+    import wandb as package
+
+    runs: list[package.Run] = []
+
+    def show(step: int, values: Mapping[str, float]) -> None:
+        if not runs:
+            place, name = folder.resolve(), folder / ".wandb"
+            if not name.exists():
+                write_text(name, token_hex(8))
+            runs.append(
+                package.init(
+                    project=place.parent.name or "puna", name=place.name, dir=str(place),
+                    id=name.read_text(), resume="allow",
+                )
+            )  # fmt: skip
+        runs[0].log(dict(values), step=step)
+
+    return show
+
+
+VIEWERS = {"tensorboard": tensorboard, "trackio": trackio, "wandb": wandb}
