@@ -7,9 +7,11 @@ import sys
 import types
 import typing
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from puna.core.errors import UserError
 from puna.trainers import sft
 from puna.trainers.train.viewers import VIEWERS, viewer
 
@@ -76,10 +78,13 @@ def test_wandb_is_told_the_same_and_knows_a_run_that_goes_on(tiny, tmp_path, mon
     told, begun = faked(monkeypatch, "wandb")
     out = tmp_path / "project" / "run"
     assert trained(tiny, out, "wandb") == told
-    assert begun[0].pop("id") == (out / ".wandb").read_text()
-    assert begun == [{"project": "project", "name": "run", "dir": str(out), "resume": "allow"}]
+    assert begun[0].pop("id") == (out / ".wandb-id").read_text()
+    assert begun == [
+        {"project": "project", "name": "run", "dir": str(out), "resume": "allow",
+         "reinit": "create_new"}
+    ]  # fmt: skip
     viewer("wandb", out)(99, {"loss": 1.0})
-    assert begun[1]["id"] == (out / ".wandb").read_text()
+    assert begun[1]["id"] == (out / ".wandb-id").read_text()
     other = tmp_path / "project" / "other"
     other.mkdir()
     viewer("wandb", other)(0, {"loss": 1.0})
@@ -98,6 +103,14 @@ def test_no_package_is_imported_unless_it_is_asked_for(tiny, tmp_path, name):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert set(done.stdout.split()) <= {name} and done.returncode == 0, done.stderr
+
+
+def test_a_package_that_fails_is_one_sentence(tiny, tmp_path, monkeypatch):
+    faked(monkeypatch, "wandb")
+    monkeypatch.setattr(sys.modules["wandb"], "init", Mock(side_effect=RuntimeError("no key\nx")))
+    with pytest.raises(UserError, match=r"^wandb could not show step 0 \(no key\); .* continues$"):
+        trained(tiny, tmp_path / "run", "wandb")
+    assert trained(tiny, tmp_path / "run", "none")[-1]["step"] > 1
 
 
 def test_every_viewer_is_an_option_and_an_extra():
