@@ -88,14 +88,18 @@ def kind_and_layout(config: DataConfig) -> tuple[Kind, str]:
     """What the data is, and the name of its layout, by its first file's first row."""
     first = sources(config.file)[0]
     if is_text(first):
+        if config.kind == "prompts":
+            return "prompts", "one a line"
         if config.kind not in ("auto", "texts"):
             raise ValueError(f"{first.name} is one text, and no rows of {config.kind}")
         return "texts", "one document a file"
-    row = next((row for _, row in each_row(first) if isinstance(row, dict)), None)
-    if row is None:
-        raise ValueError(f"{first.name}: there is no row in it")
-    kind: Kind = kind_of(row, config) if config.kind == "auto" else config.kind
-    return kind, str(layout_of(kind, row, config))
+    wrong: ValueError | None = None
+    for _, row in each_row(first):
+        if isinstance(row, dict):
+            kind: Kind = kind_of(row, config) if config.kind == "auto" else config.kind
+            return kind, str(layout_of(kind, row, config))
+        wrong = wrong or row
+    raise wrong or ValueError(f"{first.name}: there is no row in it")
 
 
 def vocabulary_of(model: Path) -> Path:

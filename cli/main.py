@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import puna
 from puna.core import starting
-from puna.core.terminal import say
+from puna.core.terminal import outlasting, say
 
 
 class Verb(NamedTuple):
@@ -99,7 +99,12 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status. A user's mistake is one sentence on stderr."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    with outlasting():
+        return obeyed(list(sys.argv[1:] if argv is None else argv))
+
+
+def obeyed(arguments: list[str]) -> int:
+    """The exit status of a command line."""
     if not arguments or arguments[0] in ("-h", "--help"):
         say(usage())
         return 0

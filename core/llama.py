@@ -21,7 +21,6 @@ from puna.core import packed, ranks, tensor_parallel
 from puna.core.chat import (
     Message,
     check_dialogue,
-    decode_answer,
     encode_answer,
     encode_prompt,
     tags_of,
@@ -32,6 +31,7 @@ from puna.core.checkpoint.source import in_memory
 from puna.core.device import device_of_name
 from puna.core.generation import generate as generation
 from puna.core.generation.memory import Memory
+from puna.core.generation.stopping import Stops, as_strings, streamed
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer, stream_text
 
@@ -123,6 +123,7 @@ class Llama:
         temperature: float = 0.6,
         top_p: float = 0.9,
         top_k: int = 0,
+        stop: str | Sequence[str] = (),
         seed: int = 0,
         round_index: int = 0,
         weight_format: WeightFormat = "fp32",
@@ -139,6 +140,7 @@ class Llama:
         temperature: float = 0.6,
         top_p: float = 0.9,
         top_k: int = 0,
+        stop: str | Sequence[str] = (),
         seed: int = 0,
         round_index: int = 0,
         weight_format: WeightFormat = "fp32",
@@ -154,6 +156,7 @@ class Llama:
         temperature: float = 0.6,
         top_p: float = 0.9,
         top_k: int = 0,
+        stop: str | Sequence[str] = (),
         seed: int = 0,
         round_index: int = 0,
         weight_format: WeightFormat = "fp32",
@@ -163,9 +166,10 @@ class Llama:
         """The continuation of a text or the answer to a chat; of a list of them, the list of these.
 
         `temperature` 0 is greedy; `top_p` keeps the most likely tokens up to that mass, `top_k` so
-        many of them (0: all); with both, the mass is of what `top_k` leaves. What is drawn depends
-        on `seed`, `round_index` and the place in the list alone: the same call gives the same
-        text, and `[chat] * 4` four different ones. `weight_format` "bf16" or "int8" reads rounded
+        many of them (0: all); with both, the mass is of what `top_k` leaves. A text ends before a
+        string of `stop`, of several the one that is complete first. What is drawn depends on
+        `seed`, `round_index` and the place in the list alone: the same call gives the same text,
+        and `[chat] * 4` four different ones. `weight_format` "bf16" or "int8" reads rounded
         weights on a CPU, faster and a little worse; `batch_size` prompts are continued at once. A
         `memory` that is handed over for each turn of a chat spares a CPU the turns before. Raises
         ValueError for a prompt that fills the context and for a chat that does not end with a user
@@ -174,9 +178,10 @@ class Llama:
         several, alone = one_or_many(prompts)
         self._require("lm", "generate")
         tokenizer = self._tokenizer("generate")
+        stops = stops_of(tokenizer, several, stop)
         done = generation.generate(
             self.model,
-            [_prompt_ids(tokenizer, prompt) for prompt in several],
+            [prompt_ids(tokenizer, prompt) for prompt in several],
             max_new_tokens=max_new_tokens,
             eos_id=tokenizer.eos_ids,
             temperature=temperature,
@@ -187,11 +192,13 @@ class Llama:
             batch_size=batch_size,
             weight_format=weight_format,
             memory=memory,
+            stops=stops if stops.strings else None,
             called=self._name(),
         )
+        texts = [stops.text(number, each.tokens) for number, each in enumerate(done)]
         texts = [
-            _text(tokenizer, prompt, each.tokens)
-            for prompt, each in zip(several, done, strict=True)
+            text if isinstance(prompt, str) else text.strip()
+            for prompt, text in zip(several, texts, strict=True)
         ]
         return texts[0] if alone else texts
 
@@ -203,6 +210,7 @@ class Llama:
         temperature: float = 0.6,
         top_p: float = 0.9,
         top_k: int = 0,
+        stop: str | Sequence[str] = (),
         seed: int = 0,
         round_index: int = 0,
         weight_format: WeightFormat = "fp32",
@@ -217,10 +225,10 @@ class Llama:
         if not alone:
             raise ValueError("stream takes one text or one chat; generate takes a list of them")
         self._require("lm", "generate")
-        tokenizer = self._tokenizer("generate")
+        tokenizer, strings = self._tokenizer("generate"), as_strings(stop)
         drawn = generation.stream(
             self.model,
-            _prompt_ids(tokenizer, several[0]),
+            prompt_ids(tokenizer, several[0]),
             max_new_tokens=max_new_tokens,
             eos_id=tokenizer.eos_ids,
             temperature=temperature,
@@ -234,7 +242,8 @@ class Llama:
         )
         continued = isinstance(prompt, str) and bool(prompt)
         answered = (token for token in drawn if token not in tokenizer.eos_ids)
-        return stream_text(tokenizer, answered, continued=continued)
+        pieces = stream_text(tokenizer, answered, continued=continued)
+        return streamed(pieces, strings) if strings else pieces
 
     @overload
     def logprobs(self, texts: str | Chat) -> list[float]: ...
@@ -349,11 +358,19 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
-def _prompt_ids(tokenizer: Tokenizer, prompt: str | list[Message]) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, prompt: str | list[Message]) -> list[int]:
     """Ids up to where the text goes on, or the answer begins."""
     if isinstance(prompt, str):
         return tokenizer.encode_start(prompt)
     return encode_prompt(tokenizer, prompt)
+
+
+def stops_of(
+    tokenizer: Tokenizer, prompts: Sequence[str | list[Message]], stop: str | Sequence[str]
+) -> Stops:
+    """What reads the continuations of texts, with the space before them, and answers to chats."""
+    known = [tokenizer.encode(each) if isinstance(each, str) else [] for each in prompts]
+    return Stops(as_strings(stop), tokenizer, known)
 
 
 def _known_and_asked(
@@ -366,11 +383,3 @@ def _known_and_asked(
         raise ValueError("the chat must end with an assistant message: the answer to look at")
     check_dialogue(text, tags_of(tokenizer))
     return encode_prompt(tokenizer, text[:-1]), encode_answer(tokenizer, text[-1]["content"])
-
-
-def _text(tokenizer: Tokenizer, prompt: str | list[Message], ids: list[int]) -> str:
-    """What was drawn after a prompt, as text; after a text with the space between them."""
-    if isinstance(prompt, str):
-        known = tokenizer.encode(prompt)
-        return tokenizer.decode(known + ids)[len(tokenizer.decode(known)) :]
-    return decode_answer(tokenizer, ids)

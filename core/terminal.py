@@ -5,8 +5,11 @@ the cursor, rename the window, hide or turn around what stands there. Here they 
 escapes (`\\x1b`) and never sent. Nothing else prints; a test holds that.
 """
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 # C0 but for tab and line feed, DEL, C1, and what turns the direction of a text around or ends its
 # line; and halves of characters, which no stream takes.
@@ -50,3 +53,42 @@ def say_table(
         style = styles[number] if styles else None
         table.add_row(*(Text(shown(cell)) for cell in row), style=style)
     Console().print(table)
+
+
+class Outlasting:
+    """A stream whose reader may go away (`| head`): what is written from then on is dropped."""
+
+    def __init__(self, stream: TextIO | None):
+        # Python has none where it was closed from the beginning (`>&-`)
+        self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._let_go()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Also for what Python itself writes when it ends."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+@contextmanager
+def outlasting() -> Iterator[None]:
+    """Both streams outlast their readers until the block ends."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Outlasting(before[0]), Outlasting(before[1])
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before

@@ -1,6 +1,7 @@
 """Run: python -m pytest tests/test_pretrain.py -q"""
 
 import json
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from puna.core.checkpoint.folder import load_model
-from puna.core.tokenizer import Tokenizer
+from puna.core.tokenizer import Tokenizer, train_tokenizer
 from puna.trainers import pretrain
 from puna.trainers.data.encoding import Texts, encode_corpus, encode_file, encode_folder
 from puna.trainers.data.readers import read_texts
@@ -56,6 +57,46 @@ def test_the_finished_model_has_the_tokenizers_vocabulary_and_the_context_asked_
         tiny / "tokenizer.model"
     ).read_bytes()
     assert pretrain.run(configured(tiny, whole)) == whole / "model"  # done: not trained again
+
+
+def test_it_goes_on_from_given_weights(tiny, whole, tmp_path):
+    options = {"model": whole / "model", "tokenizer": None, "context": 0}
+    pretrain.run(configured(tiny, tmp_path / "on", **options))
+    before, after = metrics(whole), metrics(tmp_path / "on")
+    assert after[0]["eval_loss"] == pytest.approx(before[-1]["eval_loss"], abs=1e-6)
+    assert after[-1]["eval_loss"] < after[0]["eval_loss"] - 0.2
+    assert after[1]["lr"] == before[1]["lr"]  # a schedule of its own
+    model = load_model(tmp_path / "on" / "model")
+    assert model.config == load_model(whole / "model").config
+    assert (tmp_path / "on" / "model" / "tokenizer.model").read_bytes() == (
+        tiny / "tokenizer.model"
+    ).read_bytes()
+    with pytest.raises(ValueError, match="model is 1 files? where it was|model: .* where it was"):
+        pretrain.run(configured(tiny, tmp_path / "on", **options | {"model": tiny / "lm"}))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tokenizer": None}, "name a --tokenizer, or a --model to go on from"),
+        ({"model": "lm", "size": "15m", "context": 0}, "another shape than size 15m; leave it"),
+        ({"model": "lm"}, "lm is made for 256 tokens, and context is 48; leave it out"),
+        ({"model": "safety", "context": 0}, "safety holds a score head and no lm head"),
+        ({"model": "chat-run", "context": 0}, "no model|run's folder|run that is not finished"),
+        ({"model": "lm", "tokenizer": "other", "context": 0}, "agrees with the model's own"),
+    ],
+)
+def test_what_does_not_go_together_is_said(tiny, tmp_path, options, said):
+    if options.get("tokenizer") == "other":
+        draw = random.Random(0)
+        texts = ["".join(draw.choices("jkpqvxyz ", k=60)) for _ in range(300)]
+        train_tokenizer(texts, tmp_path / "other", vocab_size=330)
+        options = options | {"tokenizer": tmp_path / "other"}
+    if "model" in options:
+        options = options | {"model": tiny / options["model"]}
+    with pytest.raises(ValueError, match=said):
+        pretrain.run(configured(tiny, tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_corpus_of_ids_trains_as_its_texts_do_whatever_the_micro_batch(tiny, whole, tmp_path):

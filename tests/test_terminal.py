@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -95,8 +96,7 @@ def test_generate(talking, capsys) -> None:
 
 
 def test_chat(talking, capsys, monkeypatch) -> None:
-    answers = iter([EVIL, "hello", ""])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
+    monkeypatch.setattr("builtins.input", Mock(side_effect=[EVIL, "hello", EOFError]))
     chat.run(chat.ChatConfig(model=Path("m")))
     captured = capsys.readouterr()
     assert captured.out.count(SHOWN) == 2 and clean(captured.out) and clean(captured.err)

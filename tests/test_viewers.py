@@ -1,14 +1,19 @@
 """Run: python -m pytest tests/test_viewers.py -q"""
 
 import json
+import re
+import subprocess
 import sys
 import types
+import typing
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from puna.core.errors import UserError
 from puna.trainers import sft
-from puna.trainers.train.viewers import viewer
+from puna.trainers.train.viewers import VIEWERS, viewer
 
 
 def trained(tiny: Path, out: Path, log: str) -> list[dict[str, float]]:
@@ -50,18 +55,72 @@ def test_tensorboard_forgets_what_a_resumed_run_repeats(tmp_path):
     assert found == {(0, "loss", 1.0), (1, "loss", 1.0), (2, "loss", 1.0), (3, "loss", 2.0)}
 
 
-def test_trackio_is_told_the_same(tiny, tmp_path, monkeypatch):
+def faked(monkeypatch, name: str) -> tuple[list, list]:
+    """A package with the calls that both document, `init(...)` and `run.log(values, step=)`; what
+    it is told, and with what it is begun."""
     told, begun = [], []
-    fake = types.ModuleType("trackio")
-    fake.__spec__ = types.SimpleNamespace(name="trackio")
+    fake = types.ModuleType(name)
+    fake.__spec__ = types.SimpleNamespace(name=name)
     run = types.SimpleNamespace(log=lambda values, step: told.append({"step": step, **values}))
+    fake.Run = types.SimpleNamespace
     fake.init = lambda **options: begun.append(options) or run
-    monkeypatch.setitem(sys.modules, "trackio", fake)
+    monkeypatch.setitem(sys.modules, name, fake)
+    return told, begun
+
+
+def test_trackio_is_told_the_same(tiny, tmp_path, monkeypatch):
+    told, begun = faked(monkeypatch, "trackio")
     assert trained(tiny, tmp_path / "project" / "run", "trackio") == told
     assert begun == [{"project": "project", "name": "run", "resume": "allow"}]
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "trackio"])
+def test_wandb_is_told_the_same_and_knows_a_run_that_goes_on(tiny, tmp_path, monkeypatch):
+    told, begun = faked(monkeypatch, "wandb")
+    out = tmp_path / "project" / "run"
+    assert trained(tiny, out, "wandb") == told
+    assert begun[0].pop("id") == (out / ".wandb-id").read_text()
+    assert begun == [
+        {"project": "project", "name": "run", "dir": str(out), "resume": "allow",
+         "reinit": "create_new"}
+    ]  # fmt: skip
+    viewer("wandb", out)(99, {"loss": 1.0})
+    assert begun[1]["id"] == (out / ".wandb-id").read_text()
+    other = tmp_path / "project" / "other"
+    other.mkdir()
+    viewer("wandb", other)(0, {"loss": 1.0})
+    assert begun[2]["id"] != begun[1]["id"]
+    assert told[-2:] == [{"step": 99, "loss": 1.0}, {"step": 0, "loss": 1.0}]
+
+
+@pytest.mark.parametrize("name", ["none", *VIEWERS])
+def test_no_package_is_imported_unless_it_is_asked_for(tiny, tmp_path, name):
+    """In a process of its own: the others stay out."""
+    program = (
+        "import sys; from puna.trainers.train import viewers; from pathlib import Path\n"
+        f"try: viewers.viewer({name!r}, Path({str(tmp_path)!r}))\n"
+        "except ValueError: pass\n"
+        "print(*[each for each in viewers.VIEWERS if each in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert set(done.stdout.split()) <= {name} and done.returncode == 0, done.stderr
+
+
+def test_a_package_that_fails_is_one_sentence(tiny, tmp_path, monkeypatch):
+    faked(monkeypatch, "wandb")
+    monkeypatch.setattr(sys.modules["wandb"], "init", Mock(side_effect=RuntimeError("no key\nx")))
+    with pytest.raises(UserError, match=r"^wandb could not show step 0 \(no key\); .* continues$"):
+        trained(tiny, tmp_path / "run", "wandb")
+    assert trained(tiny, tmp_path / "run", "none")[-1]["step"] > 1
+
+
+def test_every_viewer_is_an_option_and_an_extra():
+    names = typing.get_args(typing.get_type_hints(sft.SFTConfig)["log"])
+    assert set(names) == {"none", *VIEWERS}
+    project = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text()
+    assert all(re.search(rf'^{name} = \["{name}', project, re.MULTILINE) for name in VIEWERS)
+
+
+@pytest.mark.parametrize("name", VIEWERS)
 def test_a_missing_package_is_named_before_anything_is_read(tmp_path, monkeypatch, name):
     monkeypatch.setattr("puna.trainers.train.viewers.find_spec", lambda _: None)
     with pytest.raises(ValueError, match=rf"log is {name}, .*; pip install 'puna\[{name}\]'"):

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated
 
 from puna.core import parallel
+from puna.core.checkpoint.folder import check_own, check_vocabulary, open_model, tokenizer_path
 from puna.core.checkpoint.source import Source, fresh
-from puna.core.config import size
+from puna.core.config import ModelConfig, size
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.capacity import fitting
 from puna.trainers.data.columns import Reading
@@ -25,19 +26,23 @@ from puna.trainers.train.plan import of_epochs, of_steps
 from puna.trainers.train.ranges import CountOrZero, ShareOf
 from puna.trainers.train.run import Run, open_run, open_start
 
+SMALLEST = "mini"
 MOST_WAITED_FOR = 500_000_000  # bytes of text: some minutes, less than a collective's timeout
 
 
 @dataclass(kw_only=True)
 class PretrainConfig(loop.RowsConfig, Reading):
-    """Train a language model from scratch on text."""
+    """Train a language model on text, from scratch or from given weights."""
 
     data: list[Path]
     """.txt (one document a file) and files of rows with `text`; or corpora of ids, .npy files and
     folders, that `puna tokenizer encode` wrote"""
-    tokenizer: Path
-    """tokenizer.model; its vocabulary is the model's"""
-    size: Annotated[str, FIXED] = "mini"
+    tokenizer: Path | None = None
+    """tokenizer.model; its vocabulary is the model's. Left out: that of `model`"""
+    model: Path | None = None
+    """language model whose weights to go on from, with an optimizer and a schedule of its own; left
+    out: fresh weights"""
+    size: Annotated[str, FIXED] = SMALLEST
     """model shape: 7b, 13b, 34b, 70b, or a small one (15m, 110m, 1b, demo, mini)"""
     context: Annotated[CountOrZero, FIXED] = 0
     """longest sequence the model is made for, tokens; 0 takes the shape's own"""
@@ -50,17 +55,21 @@ class PretrainConfig(loop.RowsConfig, Reading):
     eval_share: Annotated[float, ShareOf(), FIXED] = 0.01
     """share of the tokens, the last ones, kept for the held-out loss"""
 
+    def check(self) -> None:
+        if self.model is None and self.tokenizer is None:
+            raise ValueError("name a --tokenizer, or a --model to go on from")
+
 
 def run(config: PretrainConfig) -> Path:
     """Train, or continue, the run in `config.out`; returns the finished model's folder."""
-    tokenizer = Tokenizer(config.tokenizer)
-    with open_run(config, tokenizer=config.tokenizer) as folder:
+    tokenizer = tokenizer_of(config)
+    with open_run(config, tokenizer=tokenizer.path) as folder:
         return folder.final if folder.done else fit(config, folder, tokenizer)
 
 
 def fit(config: PretrainConfig, folder: Run, tokenizer: Tokenizer) -> Path:
     """What there is still to do in an open run."""
-    fitting.check("pretrain", config, size(config.size))
+    fitting.check("pretrain", config, config.model or size(config.size))
     corpus = load_corpus(config, folder, tokenizer)
     training, held = corpus, None
     if config.eval_share > 0:
@@ -83,10 +92,37 @@ def fit(config: PretrainConfig, folder: Run, tokenizer: Tokenizer) -> Path:
     )
 
 
+def tokenizer_of(config: PretrainConfig) -> Tokenizer:
+    """The one named, or that of the model; ValueError where the model is none to go on from, or
+    was trained with another one."""
+    if config.model is None:
+        assert config.tokenizer is not None  # `check` has seen to it
+        return Tokenizer(config.tokenizer)
+    own = tokenizer_path(config.model)
+    if config.tokenizer is not None:
+        check_own(config.tokenizer, own)
+    source = open_model(config.model, head="lm")
+    check_shape(config, source.config)
+    return check_vocabulary(config.tokenizer or own, source.config.vocab_size)
+
+
+def check_shape(config: PretrainConfig, given: ModelConfig) -> None:
+    """ValueError where the options ask for another shape than that of the model."""
+    asked = replace(size(config.size), vocab_size=given.vocab_size, context=given.context)
+    if config.size != SMALLEST and asked != given:
+        raise ValueError(f"{config.model} has another shape than size {config.size}; leave it out")
+    if config.context not in (0, given.context):
+        raise ValueError(
+            f"{config.model} is made for {given.context} tokens, and context is {config.context}; "
+            "leave it out"
+        )
+
+
 def new_model(config: PretrainConfig, folder: Run, vocab_size: int) -> Source:
-    """A freshly initialised model's weights, or that of the run's newest checkpoint."""
-    if folder.checkpoint is not None:
-        return open_start(folder, config.out)
+    """The weights of the run's newest checkpoint, of the model to go on from, or fresh ones."""
+    start = config.model or config.out
+    if folder.checkpoint is not None or config.model is not None:
+        return open_start(folder, start, head="lm")
     shape = replace(size(config.size), vocab_size=vocab_size)
     if config.context:
         shape = replace(shape, context=config.context)

@@ -7,7 +7,7 @@ copy its keys and values, and all feed that token. With a memory, a prompt is ru
 token on that does not stand in its slot.
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from torch import Tensor
 from puna.core import ops
 from puna.core.generation.memory import Memory, Name
 from puna.core.generation.sampling import EosIds, Sampler, all_of, step_seeds
+from puna.core.generation.stopping import Stops
 from puna.core.native.engine import Engine
 from puna.core.native.session import Session
 
@@ -79,8 +80,10 @@ def decode(
     slots: int,
     steps: int = STEPS,
     remembered: Remembered | None = None,
+    stops: Stops | None = None,
 ) -> Iterator[Drawn]:
-    """Draw from each prompt with its key (N,) until `eos_id` or its limit, `slots` at a time.
+    """Draw from each prompt with its key (N,) until `eos_id`, its limit or, some tokens later, one
+    of `stops`, `slots` at a time.
 
     Up to `steps` tokens of each slot come at once. Who has a memory says it what was run.
     """
@@ -99,7 +102,7 @@ def decode(
             slots = remembered.memory.slots
     with opened as session:
         given = prompts, list(groups.values()), keys, limits
-        yield from _decode(session, *given, sampler, eos_id, slots, steps, remembered)
+        yield from _decode(session, *given, sampler, eos_id, slots, steps, remembered, stops)
 
 
 def _decode(
@@ -113,6 +116,7 @@ def _decode(
     slots: int,
     steps: int,
     remembered: Remembered | None,
+    stops: Stops | None,
 ) -> Iterator[Drawn]:
     order = [i for members in groups for i in members]
     first = {i: members[0] for members in groups for i in members}
@@ -127,6 +131,7 @@ def _decode(
     if len(ends) > 1:
         steps = 1  # the engine itself looks for one
     step = nullcontext if remembered is None else remembered.step
+    told: defaultdict[int, list[int]] = defaultdict(list)  # by prompt what was drawn, for `stops`
     while True:
         with step():
             new: list[_Placed] = []
@@ -156,6 +161,11 @@ def _decode(
         done = counts >= most[active.prompts]
         if len(ends):
             done |= torch.isin(last, ends)
+        if stops is not None:
+            for number, ids in zip(active.prompts.tolist(), tokens.T.tolist(), strict=True):
+                told[number] += ids
+            found = [stops.found(number, told[number]) for number in active.prompts.tolist()]
+            done |= torch.tensor(found)
         if done.any():
             free += active.slots[done].tolist()
             active = _Active(*(part[~done] for part in active))

@@ -21,6 +21,7 @@ from puna.core.generation.sampling import (
     row_keys,
 )
 from puna.core.generation.slots import Ended, Slots, continued
+from puna.core.generation.stopping import Stops
 from puna.core.model import Transformer
 from puna.core.native.engine import Engine, engine_for
 
@@ -49,9 +50,11 @@ def generate(
     cache_bytes: int = CACHE_BYTES,
     weight_format: str = "fp32",
     memory: Memory | None = None,
+    stops: Stops | None = None,
     called: str = "the model",
 ) -> list[Completion]:
-    """Continue each prompt (a list of ids) until EOS, `max_new_tokens` or the context's end.
+    """Continue each prompt (a list of ids) until EOS, `max_new_tokens` or the context's end; or
+    until one of the strings of `stops` is complete, the token that completes it included.
 
     `eos_id` is none, one or several. `prompt_ids` and `sample_ids` name the rows for the
     counter-based draw (default: 0, 1, ... and 0); `batch_size` is how many are continued at once,
@@ -79,7 +82,7 @@ def generate(
     keys = row_keys(seed, round_index, ids, samples)
     limits = _limits(model, prompts, max_new_tokens)
     with blamed(called):
-        return complete(
+        completions = complete(
             model,
             prompts,
             keys,
@@ -90,7 +93,11 @@ def generate(
             cache_bytes,
             weight_format,
             remembered=_remembered(memory, ids, samples),
+            stops=stops,
         )
+    if stops is None:
+        return completions
+    return [_stopped(each, stops.length(n, each.tokens)) for n, each in enumerate(completions)]
 
 
 def complete(
@@ -104,8 +111,10 @@ def complete(
     cache_bytes: int = CACHE_BYTES,
     weight_format: str = "fp32",
     remembered: Remembered | None = None,
+    stops: Stops | None = None,
 ) -> list[Completion]:
-    """`generate` with a key (N,) int64 and a limit for each prompt; nothing is checked."""
+    """`generate` with a key (N,) int64 and a limit for each prompt; nothing is checked, and what
+    was drawn behind one of the strings of `stops` is still there."""
     engine = engine_for(model, weight_format)
     dtype = torch.float32 if engine is not None else model.dtype
     longest = max((len(prompt) + n for prompt, n in zip(prompts, limits, strict=True)), default=1)
@@ -114,8 +123,8 @@ def complete(
     rows = cache_bytes // bytes_a_token(model.config, dtype) // longest
     slots = max(1, min(batch_size, rows))
     if engine is not None:
-        return _by_engine(engine, prompts, keys, limits, sampler, eos_id, slots, remembered)
-    return _by_pytorch(model, prompts, keys, limits, sampler, eos_id, slots)
+        return _by_engine(engine, prompts, keys, limits, sampler, eos_id, slots, remembered, stops)
+    return _by_pytorch(model, prompts, keys, limits, sampler, eos_id, slots, stops)
 
 
 def stream(
@@ -195,10 +204,11 @@ def _by_engine(
     sampler: Sampler,
     eos_id: EosIds,
     batch_size: int,
-    remembered: Remembered | None = None,
+    remembered: Remembered | None,
+    stops: Stops | None,
 ) -> list[Completion]:
     given = engine, prompts, keys, limits, sampler, eos_id, batch_size
-    steps = list(continuous.decode(*given, remembered=remembered))
+    steps = list(continuous.decode(*given, remembered=remembered, stops=stops))
     shape = len(prompts), max(limits, default=0)
     tokens, logprobs = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
     lengths = torch.zeros(len(prompts), dtype=torch.int64)
@@ -228,10 +238,11 @@ def _by_pytorch(
     sampler: Sampler,
     eos_id: EosIds,
     slots: int,
+    stops: Stops | None,
 ) -> list[Completion]:
     found = {
         each.prompt: each
-        for each in continued(model, prompts, keys, limits, sampler, eos_id, slots)
+        for each in continued(model, prompts, keys, limits, sampler, eos_id, slots, stops)
     }
     none, ends = Ended(-1, [], []), set(all_of(eos_id))
     answers = [found.get(number, none) for number in range(len(prompts))]
@@ -239,6 +250,13 @@ def _by_pytorch(
         Completion(each.tokens, each.logprobs, bool(ends.intersection(each.tokens[-1:])))
         for each in answers
     ]
+
+
+def _stopped(whole: Completion, length: int | None) -> Completion:
+    """A completion as far as it counts."""
+    if length is None:
+        return whole
+    return Completion(whole.tokens[:length], whole.logprobs[:length], True)
 
 
 def _remembered(memory: Memory | None, ids: Tensor, samples: Tensor) -> Remembered | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from puna.core import ops
 from puna.core.generation.kv_cache import KVCache
 from puna.core.generation.sampling import EosIds, Sampler, all_of, step_seeds
+from puna.core.generation.stopping import Stops
 from puna.core.model import Transformer
 
 LOOK = 8  # steps between two looks: an ended slot is computed for nothing until the next
@@ -130,9 +131,19 @@ class Slots:
         ended = torch.isin(drawn, self.eos_ids) | (counts >= state.limits[slots])
         state.going[slots] = going & ~ended
 
-    def look(self) -> tuple[list[Ended], list[int]]:
+    def stop(self, stops: Stops) -> None:
+        """End the answers that hold one of the strings."""
+        going, counts = self.state.going.tolist(), self.state.counts.tolist()
+        for slot, held in enumerate(self.holds):
+            if held is not None and going[slot]:
+                ids = self.state.tokens[slot, : counts[slot]].tolist()
+                self.state.going[slot] = not stops.found(held, ids)
+
+    def look(self, stops: Stops | None = None) -> tuple[list[Ended], list[int]]:
         """Wait for the device: the answers that have ended since the last look, and the slots that
         are free. Raises NoDistribution for a log-prob that is NaN."""
+        if stops is not None:
+            self.stop(stops)
         state = self.state
         going, lengths = state.going.tolist(), state.lengths.tolist()
         taken = [slot for slot, held in enumerate(self.holds) if held is not None]
@@ -171,6 +182,7 @@ def continued(
     sampler: Sampler,
     eos_id: EosIds,
     count: int,
+    stops: Stops | None = None,
 ) -> Iterator[Ended]:
     """Answers to all prompts with a limit above 0, as they end, `count` at a time."""
     groups: dict[tuple[int, ...], list[int]] = {}  # one and the same prompt's samples side by side
@@ -193,5 +205,5 @@ def continued(
             slots.shrink()
         for _ in range(LOOK):
             slots.step()
-        ended, free = slots.look()
+        ended, free = slots.look(stops)
         yield from ended

@@ -72,6 +72,13 @@ class Prompt(NamedTuple):
     """The kind of risk, where the row says it."""
 
 
+class Start(NamedTuple):
+    """A text to be continued, as it is."""
+
+    text: str
+    where: str = ""
+
+
 class Preprompt(NamedTuple):
     """What stands before an adversarial prompt while its answer is sampled (section 4.2.4)."""
 
@@ -131,6 +138,16 @@ def parse_prompt(row: Row, columns: Columns) -> Prompt:
         raise Malformed(f"'{columns.safety}' is {shortened(safety)}, expected true or false")
     check_prompt(messages)
     return Prompt(messages, safety, category=_category(row, columns))
+
+
+def parse_start(row: Row, columns: Columns) -> Start:
+    """`prompt` or `text`; an empty one is a beginning, too."""
+    name = next((each for each in (columns.prompt, columns.text) if has(row, each)), None)
+    if name is None:
+        raise missing(row, f"'{columns.prompt}' or '{columns.text}'")
+    text = string(row, name)
+    check_unicode(text)
+    return Start(text)
 
 
 def parse_preprompt(row: Row, columns: Columns) -> Preprompt:

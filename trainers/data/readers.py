@@ -23,12 +23,14 @@ from puna.trainers.data.formats import (
     Preference,
     Preprompt,
     Prompt,
+    Start,
     parse_dialogue,
     parse_ghost,
     parse_instruction,
     parse_preference,
     parse_preprompt,
     parse_prompt,
+    parse_start,
     parse_text,
 )
 from puna.trainers.data.layouts import Kind, is_said, read_as
@@ -142,6 +144,13 @@ def whole_text(source: Source) -> str:
     return text.replace("\r\n", "\n")
 
 
+def each_line(source: Source, column: str) -> Rows:
+    """The lines of a text that are not blank, as rows with that column."""
+    for number, line in enumerate(whole_text(source).split("\n"), start=1):
+        if line.strip():
+            yield f"{source.name}:{number}", {column: line}
+
+
 def read_dialogues(
     path: str | Path, how: ReadingMessages | None = None
 ) -> tuple[list[Dialogue], Skipped]:
@@ -200,8 +209,14 @@ def read_ghosts(
 def read_prompts(
     path: str | Path, how: ReadingMessages | None = None
 ) -> tuple[list[Prompt], Skipped]:
-    """Prompts to be answered: rows of `messages` or `prompt`, and perhaps `safety`, `category`."""
-    return _read(path, "prompts", how, parse_prompt)
+    """Prompts to be answered: rows of `messages` or `prompt`, and perhaps `safety`, `category`; or
+    the lines of a `.txt`."""
+    return _read(path, "prompts", how, parse_prompt, lines=True)
+
+
+def read_starts(path: str | Path, how: Reading | None = None) -> tuple[list[Start], Skipped]:
+    """Texts to be continued: rows of `prompt` or `text`, or the lines of a `.txt`."""
+    return _read(path, "others", how, parse_start, lines=True)
 
 
 def read_preprompts(
@@ -212,10 +227,14 @@ def read_preprompts(
 
 
 def _read(
-    path: str | Path, kind: Kind, how: Reading | None, parse: Callable[..., T]
+    path: str | Path,
+    kind: Kind,
+    how: Reading | None,
+    parse: Callable[..., T],
+    lines: bool = False,
 ) -> tuple[list[T], Skipped]:
     skipped = Skipped()
-    return [*_each(sources(path), str(path), kind, how, skipped, parse)], skipped
+    return [*_each(sources(path), str(path), kind, how, skipped, parse, lines)], skipped
 
 
 def _each(
@@ -225,12 +244,20 @@ def _each(
     how: Reading | None,
     skipped: Skipped,
     parse: Callable[..., T],
+    lines: bool = False,
 ) -> Iterator[T]:
-    """What `parse` makes of the rows of files that are named together; ValueError where it makes
-    nothing of any."""
+    """What `parse` makes of the rows of files that are named together, with `lines` of a text's
+    lines, too; ValueError where it makes nothing of any."""
     own = Skipped()
     how = how or Reading()
-    parsed = (_parsed(each_row(file), file.name, kind, how, own, parse) for file in found)
+    prompt = how.columns.prompt
+    parsed = (
+        _parsed(
+            each_line(file, prompt) if lines and is_text(file) else each_row(file),
+            file.name, kind, how, own, parse,
+        )
+        for file in found
+    )  # fmt: skip
     yield from _usable(chain.from_iterable(parsed), name, own)
     skipped.merge(own)
 

@@ -1,14 +1,15 @@
-"""Samples drawn in chunks of prompts and appended to a file as they come: what a kill leaves of a
+"""Answers drawn in chunks of prompts and appended to a file as they come: what a kill leaves of a
 chunk is drawn again, and a run goes on from the last whole one."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from puna.core import parallel
-from puna.core.chat import Message
 from puna.core.checkpoint.atomic import atomic_file
-from puna.trainers.rl.best_of import Drawn, write_samples
+from puna.core.documents import append_rows
 from puna.trainers.train import written
 from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.progress import meter
@@ -17,15 +18,17 @@ from puna.trainers.train.progress import meter
 def append_chunks(
     title: str,
     path: Path,
-    asked: Sequence[list[Message]],
+    asked: Sequence[Any],
     chunk: int,
     each: int,
-    draw: Callable[[Sequence[int]], Sequence[Drawn]],
+    draw: Callable[[Sequence[int]], Sequence[Mapping[str, Any]]],
+    answers_to: Callable[[Any], Any] = itemgetter("messages"),
 ) -> None:
-    """Append `each` samples a prompt to `path`, chunk after chunk of prompts, from where it ends.
-    `asked`: the prompts; `draw` makes the samples of those with the numbers
-    that it is given. Collective; SystemExit where it is asked to stop."""
-    done = parallel.on_main(lambda: whole_chunks(path, asked, chunk, each))
+    """Append `each` rows a prompt to `path`, chunk after chunk of prompts, from where it ends.
+    `asked`: the prompts, which `answers_to` reads off a row, as JSON has them; `draw` makes the
+    rows of those with the numbers that it is given, in their order. Collective; SystemExit where
+    it is asked to stop."""
+    done = parallel.on_main(lambda: whole_chunks(path, asked, chunk, each, answers_to))
     starts = range(0, len(asked), chunk)
     bar = meter(title, len(starts), start=done, unit="answers", show=parallel.is_main())
     with bar as progress, stop_requests() as stop:
@@ -35,11 +38,13 @@ def append_chunks(
                     f"stopped after {start} prompts; the same command continues {path}"
                 )
             numbers = range(start, min(start + chunk, len(asked)))
-            append_chunk(path, draw(numbers[parallel.rank() :: parallel.world_size()]))
+            append_chunk(path, draw(numbers[parallel.rank() :: parallel.world_size()]), each)
             progress.advance(len(numbers) * each)
 
 
-def whole_chunks(path: Path, asked: Sequence[list[Message]], chunk: int, each: int) -> int:
+def whole_chunks(
+    path: Path, asked: Sequence[Any], chunk: int, each: int, answers_to: Callable[[Any], Any]
+) -> int:
     """How many chunks `path` holds; what a kill left of a further one is cut off. ValueError
     where they answer other prompts.
 
@@ -55,7 +60,7 @@ def whole_chunks(path: Path, asked: Sequence[list[Message]], chunk: int, each: i
     chunks = -(-len(complete) // size) if whole else len(complete) // size
     for number, line in enumerate(complete[: chunks * size]):
         prompt = number // each
-        if prompt >= len(asked) or json.loads(line)["messages"] != asked[prompt]:
+        if prompt >= len(asked) or answers_to(json.loads(line)) != asked[prompt]:
             raise ValueError(
                 f"{path}:{number + 1}: an answer to another prompt than prompt {prompt + 1} "
                 "of those given now; give the former ones, or remove the file to draw anew"
@@ -66,11 +71,13 @@ def whole_chunks(path: Path, asked: Sequence[list[Message]], chunk: int, each: i
     return chunks
 
 
-def append_chunk(path: Path, samples: Sequence[Drawn]) -> None:
-    """All ranks' samples of a chunk at the end of `path`, in the order of the prompts."""
-    merged = [sample for part in parallel.gather(samples) for sample in part]
+def append_chunk(path: Path, rows: Sequence[Mapping[str, Any]], each: int) -> None:
+    """All ranks' rows of a chunk, `each` to a prompt, at the end of `path`, in the order of the
+    prompts, which the ranks took in turn."""
+    parts = parallel.gather(rows)
     if parallel.is_main():
-        merged.sort(key=lambda sample: (sample["prompt"], sample["sample"]))
-        write_samples(path, merged, mode="a")
+        starts = [(start, part) for start in range(0, len(parts[0]), each) for part in parts]
+        merged = [row for start, part in starts for row in part[start : start + each]]
+        append_rows(path, merged)
         written.note(path.parent, path.name)
     parallel.barrier()

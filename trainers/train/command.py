@@ -1,46 +1,17 @@
 """A stage as a command: its configuration from the command line, its exit status, its mistakes."""
 
-import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from puna.core import ranks, starting
 from puna.core.errors import Notice, UserError
-from puna.core.terminal import say
+from puna.core.terminal import outlasting, say
 from puna.trainers.train.config import Config, parse
-
-
-class Outlasting:
-    """A stream whose reader may go away (`| head`): what is written from then on is dropped."""
-
-    def __init__(self, stream: TextIO | None):
-        # Python has none where it was closed from the beginning (`>&-`)
-        self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except BrokenPipeError:
-            self._let_go()
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except BrokenPipeError:
-            self._let_go()
-
-    def _let_go(self) -> None:
-        """Also for what Python itself writes when it ends."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 def command(
@@ -55,8 +26,6 @@ def command(
     of ours shows where it happened.
     """
     starting.is_done()
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Outlasting(sys.stdout), Outlasting(sys.stderr)
     library = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
@@ -65,25 +34,25 @@ def command(
         elif ranks.is_main():
             say(message)
 
-    warnings.showwarning = show
-    try:
-        ranks.init()
-        work(parse(config, sys.argv[1:] if arguments is None else arguments, prog))
-        ranks.close()
-        return 0
-    except KeyboardInterrupt:
-        return ended(f"{prog}: interrupted", 130)
-    except SystemExit as stop:
-        if not isinstance(stop.code, str):
-            raise
-        return ended(f"{prog}: {stop.code}", 1)
-    except Exception as error:
-        if ranks.is_lost(error):
-            return ended(f"{prog}: {ranks.who_is_missing()}", 1, by_others=True)
-        return ended(f"{prog}: {sentence(error)}", 1)
-    finally:
-        sys.stdout, sys.stderr = before
-        warnings.showwarning = library
+    with outlasting():
+        warnings.showwarning = show
+        try:
+            ranks.init()
+            work(parse(config, sys.argv[1:] if arguments is None else arguments, prog))
+            ranks.close()
+            return 0
+        except KeyboardInterrupt:
+            return ended(f"{prog}: interrupted", 130)
+        except SystemExit as stop:
+            if not isinstance(stop.code, str):
+                raise
+            return ended(f"{prog}: {stop.code}", 1)
+        except Exception as error:
+            if ranks.is_lost(error):
+                return ended(f"{prog}: {ranks.who_is_missing()}", 1, by_others=True)
+            return ended(f"{prog}: {sentence(error)}", 1)
+        finally:
+            warnings.showwarning = library
 
 
 def ended(line: str, status: int, *, by_others: bool = False) -> int:

@@ -113,7 +113,7 @@ class TrainConfig(FolderConfig):
     """go on with an interrupted or finished run under other options, or on other data, from here"""
     resume: Annotated[Literal["newest", "previous"], FREE] = "newest"
     """previous: where the newest checkpoint is damaged, set it aside and take the one before it"""
-    log: Annotated[Literal["none", "tensorboard", "trackio"], FREE] = "none"
+    log: Annotated[Literal["none", "tensorboard", "trackio", "wandb"], FREE] = "none"
     """where else to show the metrics, by a package of its own: pip install "puna[tensorboard]" """
     plan: Annotated[bool, FREE] = True
     """refuse, before loading, what cannot fit the GPUs by the arithmetic of `puna plan`"""

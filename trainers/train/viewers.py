@@ -1,11 +1,16 @@
 """A run's metrics in a viewer, besides metrics.jsonl: the same names, numbers and steps.
 
-Both packages are extras: `pip install "puna[tensorboard]"`, `pip install "puna[trackio]"`.
+Each package is an extra, imported when it is asked for: `pip install "puna[tensorboard]"`,
+`"puna[trackio]"`, `"puna[wandb]"`.
 """
 
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from secrets import token_hex
+
+from puna.core.checkpoint.atomic import write_text
+from puna.core.errors import UserError
 
 Show = Callable[[int, Mapping[str, float]], None]  # (step, numbers by name)
 
@@ -13,7 +18,8 @@ Show = Callable[[int, Mapping[str, float]], None]  # (step, numbers by name)
 def viewer(name: str, folder: Path) -> Show:
     """What shows a row of the run in `folder`; "none" shows nothing.
 
-    Nothing is written before the first row. Raises ValueError where the package is missing.
+    Nothing is written before the first row. Raises ValueError where the package is missing;
+    what it gives raises UserError where the package fails.
     """
     if name == "none":
         return lambda step, values: None
@@ -22,7 +28,19 @@ def viewer(name: str, folder: Path) -> Show:
             f"log is {name}, but that package is not installed; "
             f"pip install 'puna[{name}]', or leave the option out"
         )
-    return tensorboard(folder) if name == "tensorboard" else trackio(folder)
+    show = VIEWERS[name](folder)
+
+    def safely(step: int, values: Mapping[str, float]) -> None:
+        try:
+            show(step, values)
+        except Exception as error:  # nobody is logged in, a service that cannot be reached
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{name} could not show step {step} ({why}); put that right or leave --log out: "
+                "the same command continues"
+            ) from error
+
+    return safely
 
 
 def tensorboard(folder: Path) -> Show:
@@ -56,3 +74,30 @@ def trackio(folder: Path) -> Show:
         runs[0].log(dict(values), step=step)
 
     return show
+
+
+def wandb(folder: Path) -> Show:
+    """A run of the project that the run's parent folder names; where it goes, and whether it goes
+    anywhere, say wandb's own settings. A run that is continued goes on there, too, by the name that
+    the folder keeps; wandb leaves out what a resumed run repeats."""
+    import wandb as package
+
+    runs: list[package.Run] = []
+
+    def show(step: int, values: Mapping[str, float]) -> None:
+        if not runs:
+            place, name = folder.resolve(), folder / ".wandb-id"
+            if not name.exists():
+                write_text(name, token_hex(8))
+            runs.append(
+                package.init(
+                    project=place.parent.name or "puna", name=place.name, dir=str(place),
+                    id=name.read_text(), resume="allow", reinit="create_new",
+                )
+            )  # fmt: skip
+        runs[0].log(dict(values), step=step)
+
+    return show
+
+
+VIEWERS = {"tensorboard": tensorboard, "trackio": trackio, "wandb": wandb}
