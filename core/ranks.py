@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from queue import Empty, Queue
@@ -20,8 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from puna.core.terminal import say
+
 PARENT_SECONDS = 1.0  # between looks at whether torchrun is still there
 LAST_SECONDS = 300.0  # for a worker without torchrun to save a checkpoint before it is ended
+LATE_SECONDS = 30.0  # for all ranks to have started before it is said who is waited for
 FAILED = "puna/failed"  # in the ranks' common store: "<rank>\n<why>"
 STUCK = "puna/stuck"  # the same: ranks that waited in vain
 ANSWER_SECONDS = 3.0  # for that store to answer; where it does not, nothing is said through it
@@ -56,8 +60,27 @@ def init() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend)
+    with said_if_late():
+        dist.init_process_group(backend)
     stop_with_parent()
+
+
+@contextmanager
+def said_if_late() -> Iterator[None]:
+    """Says whom this process waits for where that takes long: variables left behind from a torchrun
+    that is gone would make it wait for half an hour without a word."""
+    where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+    words = (
+        f"waiting for the {os.environ['WORLD_SIZE']} processes of WORLD_SIZE to meet at {where}; "
+        "where there is only this one, stop it and unset WORLD_SIZE"
+    )
+    timer = threading.Timer(LATE_SECONDS, say, [words], {"error": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def wait_at_most(seconds: float) -> None:

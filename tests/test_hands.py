@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from campaign.options import RUNS, config_of
 
 from puna.cli.main import VERBS, main
+from puna.core import ranks
 
 WORDS = RUNS | {
     "demo": "",
@@ -124,6 +126,27 @@ def test_world_size_is_left_behind(verb, tiny, tmp_path, monkeypatch):
     status, shown, said = ended(lambda: main(words_of(verb, tiny, tmp_path)))
     is_one_sentence(status, shown, said)
     assert "start several processes with torchrun, or unset WORLD_SIZE" in said
+
+
+def test_all_of_torchruns_variables_are_left_behind(tiny, tmp_path, monkeypatch):
+    """Nobody else comes: it is said whom it waits for."""
+    said = []
+
+    def meet(backend: str) -> None:
+        while not said:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    names = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "here"}
+    for name, value in (names | {"MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "LATE_SECONDS", 0.01)
+    monkeypatch.setattr(ranks, "say", lambda *words, **where: said.append((words, where)))
+    monkeypatch.setattr(ranks.dist, "init_process_group", meet)
+    assert main(words_of("generate", tiny, tmp_path)) == 130
+    ((words,), where) = said[0]
+    assert "waiting for the 2 processes of WORLD_SIZE to meet at here:1; " in words
+    assert "unset WORLD_SIZE" in words and where == {"error": True}
 
 
 def numbers(verb: str) -> list[str]:
