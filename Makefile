@@ -13,10 +13,14 @@ ROOMS := $(filter-out puna,$(patsubst %/py.typed,%,$(wildcard */py.typed)))
 export ONEDNN_MAX_CPU_ISA ?= AVX512_CORE_BF16
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-gpu sanitize threads campaign lint aot bench
+.PHONY: demo try-real test test-gpu sanitize threads campaign lint aot bench
 
 demo: $(READY)
 	$(BIN)/puna demo
+
+# A real chat model, SmolLM2-135M-Instruct, through all stages on the comparisons in the folder DATA.
+try-real: $(READY)
+	$(BIN)/puna demo real --data $(or $(DATA),$(error name your comparisons: make try-real DATA=FOLDER))
 
 # One process a core with one thread each: faster than one process with all threads.
 test: export OMP_NUM_THREADS = 1

@@ -28,6 +28,7 @@ from puna.kernels.linear_loss.cross_entropy import mean_of as mean_of
 from puna.kernels.sample import NoDistribution as NoDistribution
 from puna.kernels.sample import check_settings as check_settings
 from puna.kernels.sample import mix64 as mix64
+from puna.kernels.surroundings import transformed as transformed
 
 
 class use_backend(backend.use_backend):
@@ -41,8 +42,11 @@ class use_backend(backend.use_backend):
 
 
 def _native() -> bool:
-    # Traced tensors (torch.compile, fake ones) have no memory to hand to the extension.
-    return forced() in ("auto", "native") and not traced()
+    # Traced tensors (torch.compile, fake ones) and a transform's have no memory to hand to the
+    # extension, and autocast asks for other products than fp32's.
+    if forced() not in ("auto", "native") or traced():
+        return False
+    return not (transformed() or torch.is_autocast_enabled("cpu"))
 
 
 def _differentiated(*inputs: Tensor) -> bool:

@@ -16,11 +16,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .attention.forward import LOG2_E, WIDEST, block_d, dense, dot, load_tile
 from .backend import cast as to
-from .backend import choose, jit, on_device, once, opaque, registered, tl, triton, visible
+from .backend import choose, jit, on_device, registered, tl, triton, visible
+from .derivatives import once, opaque
+from .surroundings import product
 
 SPLIT = 256  # cache entries of one program
 
 
+@product(3)
 def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *, scale: float | None = None
 ) -> Tensor:

@@ -15,8 +15,6 @@ from torch import Tensor
 from .backend import (
     as_rows,
     choose,
-    differentiable,
-    first_only,
     jit,
     on_device,
     processors,
@@ -25,6 +23,8 @@ from .backend import (
     triton,
 )
 from .backend import cast as to
+from .derivatives import differentiable, first_only
+from .surroundings import transformed
 
 # One row is held in registers. Up to 8192 (Llama 2 70B) nothing spills; at 16384 a few registers
 # of the backward do.
@@ -77,7 +77,7 @@ def _too_wide(x: Tensor) -> str | None:
 
 
 def _reference(x: Tensor, weight: Tensor, eps: float, cast: str) -> Tensor:
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not transformed():
         y = _RMSNorm.apply(x, weight, eps)
     else:  # an autograd.Function costs a decoding step as much as the norm itself
         y = _normalise(x, weight, eps)[0]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from . import backend
 from .backend import cast as to
-from .backend import choose, differentiable, jit, on_device, registered, tl, triton, visible
+from .backend import choose, jit, on_device, registered, tl, triton, visible
+from .derivatives import differentiable
 
 
 def rope_tables(
@@ -68,7 +69,7 @@ def rope(
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (..., T, 1, D/2): one angle for all heads
     # One rotation of both: at a token a step, what counts is the number of operations.
     turned = _rotate(torch.cat((q, k), 2), cos, sin, interleaved)
-    return turned[:, :, : q.shape[2]], turned[:, :, q.shape[2] :]
+    return turned[:, :, : q.shape[2]].contiguous(), turned[:, :, q.shape[2] :].contiguous()
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:

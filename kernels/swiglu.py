@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from .backend import as_rows, choose, differentiable, jit, on_device, registered, tl, triton
+from .backend import as_rows, choose, jit, on_device, registered, tl, triton
 from .backend import cast as to
+from .derivatives import differentiable
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ def test_core_and_trainers_take_operations_from_core_ops():
         if isinstance(node, (ast.Import, ast.ImportFrom)) and "kernels" in ast.unparse(node)
     }
     assert not wrong, sorted(wrong)
-    assert native == {"from puna.kernels.backend import first_only"}
+    assert native == {"from puna.kernels.derivatives import first_only"}
 
 
 def test_no_import_cycles():

@@ -14,7 +14,7 @@ from puna.core.native import (
     linear,
     logprobs,
 )
-from puna.kernels.backend import first_only
+from puna.kernels.derivatives import first_only
 
 
 class Linears(torch.autograd.Function):

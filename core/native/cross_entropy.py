@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from puna.core.native.linear import matmul
-from puna.core.native.loader import address, best_instructions, extension, native
+from puna.core.native.loader import address, best_instructions, extension, native, readable
 
 # Logits held at once, 32 MB. With less, what is copied of the weights for each chunk counts: 16 MB
 # took 1.1 times as long, 64 as long (2048 x 288 by 32000).
@@ -37,8 +37,8 @@ def fits(
 ) -> bool:
     """Whether the native pass can do it. Mistakes do not fit: the kernels explain them."""
     return (
-        hidden.device.type == weight.device.type == targets.device.type == "cpu"
-        and hidden.dtype == weight.dtype == torch.float32
+        readable(hidden, weight)
+        and targets.is_cpu
         and targets.dtype == torch.int64
         and weight.dim() == 2
         and len(weight) > 0

@@ -23,7 +23,6 @@ def fits(x: Tensor, weight: Tensor) -> bool:
         and x.dim() > 1
         and x.shape[-1] == weight.shape[1]
         and not _few(x, weight)
-        and not torch.is_autocast_enabled("cpu")
         and best_instructions() in FAST
     )
 

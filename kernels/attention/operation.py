@@ -9,18 +9,23 @@ beside this file.
 Source: Vaswani et al. 2017; Ainslie et al. 2023 (GQA); Llama 2 paper, section 2.2 and A.2.1.
 """
 
+from contextlib import nullcontext
 from importlib import import_module
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..backend import choose, differentiable, forced, once, opaque, visible
+from ..backend import choose, forced, visible
+from ..derivatives import differentiable, once, opaque
+from ..surroundings import product, refuse_transforms, transformed
 from .backward import attention_backward
 from .forward import WIDEST, attention_forward
 
 
+@product(3)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -39,6 +44,7 @@ def attention(
     """
     _check(q, k, v, cu_seqlens)
     if forced() == "flash_attn":
+        refuse_transforms()
         q, k, v = once(q, k, v)
         return _flash_attn(q, k, v, cu_seqlens, scale)
     size = q.shape[3]
@@ -168,15 +174,17 @@ def attention_packed_reference(
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     grouped = q.shape[2] != k.shape[2]
-    out = scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        is_causal=True,
-        scale=scale,
-        enable_gqa=grouped,
-    )
-    return out.transpose(1, 2)
+    # Under a transform by plain products: PyTorch's own kernels have no rule for all of them.
+    with sdpa_kernel(SDPBackend.MATH) if transformed() else nullcontext():
+        out = scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            is_causal=True,
+            scale=scale,
+            enable_gqa=grouped,
+        )
+    return out.transpose(1, 2).contiguous()  # most of PyTorch's kernels lay it out so
 
 
 def _segments(q: Tensor, k: Tensor, v: Tensor, cuts: list[int], scale: float | None) -> Tensor:

@@ -15,13 +15,16 @@ overflow before the upstream gradient has scaled them, go through `linear_softma
 import torch
 from torch import Tensor
 
-from ..backend import choose, debug, first_only, opaque, visible
+from ..backend import choose, debug, visible
+from ..derivatives import first_only, opaque
+from ..surroundings import product, valueless
 from .cross_entropy_sum import summed_cross_entropy
 from .softmax import linear_softmax
 
 CHUNK_ELEMENTS = 1 << 23  # logits held at once: 32 MB in fp32
 
 
+@product(2)
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -99,7 +102,7 @@ def _check_shapes(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
 
 def _check_labels(labels: Tensor, weight: Tensor) -> None:
     seen = labels.device.type == "cpu" or debug()  # elsewhere it would wait for the device
-    if seen and not torch.compiler.is_compiling() and len(labels):
+    if seen and not torch.compiler.is_compiling() and not valueless(labels) and len(labels):
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= weight.shape[0]:
             raise ValueError(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..backend import cast as to
-from ..backend import differentiable, jit, on_device, registered, tl, traced, triton
+from ..backend import jit, on_device, registered, tl, traced, triton
+from ..derivatives import differentiable
 from .softmax import softmax_gradients
 from .tiles import add_product, kept, near, slices
 

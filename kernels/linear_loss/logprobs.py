@@ -11,11 +11,14 @@ loss, which stay plain PyTorch above it.
 import torch
 from torch import Tensor
 
-from ..backend import choose, first_only
+from ..backend import choose
+from ..derivatives import first_only
+from ..surroundings import product, refuse_transforms
 from .cross_entropy import _check_labels, _check_shapes, _chunks, _propagate, flat_labels
 from .softmax import linear_softmax
 
 
+@product(2)
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -24,6 +27,7 @@ def linear_logprobs(
     Gradients flow to `hidden` and `weight` from both outputs. Raises ValueError for shapes,
     labels or a temperature that do not fit.
     """
+    refuse_transforms()
     _check_shapes(hidden, weight, targets)
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, it must be above 0")

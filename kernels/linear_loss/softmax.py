@@ -23,8 +23,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..backend import INTERPRETED, differentiable, jit, on_device, registered, tl, triton
+from ..backend import INTERPRETED, jit, on_device, registered, tl, triton
 from ..backend import cast as to
+from ..derivatives import differentiable
 from .tiles import add_product, kept, near, slices, tiles
 
 SLICE_BYTES = 96 << 20  # d z held at once in the backward
