@@ -1,7 +1,7 @@
 """The operations as the engine uses them: what `kernels` offers, under one import.
 
 The native back end, `puna.core._C`, is added here: for fp32 on the CPU it comes first, and what it
-differentiates is in `native.autograd`.
+differentiates is in `native.autograd`. `use_products` lets it multiply such tensors as bf16.
 """
 
 import torch
@@ -15,6 +15,9 @@ from puna.core.native import elementwise as native_elementwise
 from puna.core.native import feed_forward as native_feed_forward
 from puna.core.native import linear as native_linear
 from puna.core.native import logprobs as native_logprobs
+from puna.core.native.products import multiplies_bf16 as multiplies_bf16
+from puna.core.native.products import products as products
+from puna.core.native.products import use_products as use_products
 from puna.kernels import add_rms_norm as add_rms_norm
 from puna.kernels import backend
 from puna.kernels import decode_attention as decode_attention

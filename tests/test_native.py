@@ -45,7 +45,7 @@ def test_steps_in_one_call_are_those_of_many(steps, rows, eos):
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=str)
-@pytest.mark.parametrize("name", ["avx512", "avx2", "base"])
+@pytest.mark.parametrize("name", ["avx512_bf16", "avx512", "avx2", "base"])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_against_fp64(config, name, threads):
     if name not in instruction_sets(config.head_dim):

@@ -69,7 +69,7 @@ def test_packed_sequences_against_fp64(lengths, wide):
     compare(q, k, v, upstream, cu_seqlens=cuts if wide else cuts.int())
 
 
-@pytest.mark.parametrize("name", ["avx512", "avx2", "base"])
+@pytest.mark.parametrize("name", ["avx512_bf16", "avx512", "avx2", "base"])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_each_instruction_set(name, threads, monkeypatch):
     if name not in extension().instruction_sets():

@@ -125,7 +125,7 @@ def three_threads():
 
 
 @pytest.mark.usefixtures("three_threads")
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "base"])
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "base"])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_each_instruction_set(name, threads, isa, monkeypatch):

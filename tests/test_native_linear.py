@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(extension() is None, reason="the native extension is not built"),
     pytest.mark.usefixtures("poisoned_empty"),
 ]
-SETS = ("avx512", "avx2", "base")
+SETS = ("avx512_bf16", "avx512", "avx2", "base")
 
 
 def laid_out(rows, columns, layout):

@@ -46,7 +46,7 @@ def test_against_the_reference_in_fp64(rows, vocabulary, held, reduction, z_loss
         torch.testing.assert_close(mine.double(), truth, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["avx512", "avx2", "base"])
+@pytest.mark.parametrize("name", ["avx512_bf16", "avx512", "avx2", "base"])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("vocabulary", [1, 15, 64, 259])
 def test_each_instruction_set(name, threads, vocabulary):

@@ -12,12 +12,13 @@ from puna.core.config import ModelConfig
 from puna.core.generation.generate import generate
 from puna.core.model import Transformer
 from puna.core.native.engine import Engine
+from puna.core.native.linear import FAST
 from puna.core.native.loader import best_instructions
 from puna.core.ops import use_backend
 from puna.trainers.rl.rollout import answer_logprobs, answer_states, answer_values, collect
 
 pytestmark = pytest.mark.skipif(
-    best_instructions() not in ("avx2", "avx512"), reason="PyTorch multiplies on this machine"
+    best_instructions() not in FAST, reason="PyTorch multiplies on this machine"
 )
 
 # Sums of more than one chain and of parts of one; groups of 1, 2, 3 and 8 heads; odd vocabularies.

@@ -41,6 +41,7 @@ from puna.trainers.train.command import command
 from puna.trainers.train.config import check_table, from_values
 from puna.trainers.train.layout import of_stage
 from puna.trainers.train.notice import notice
+from puna.trainers.train.precision import compute_dtype
 from puna.trainers.train.recipes import read_toml
 
 
@@ -373,7 +374,7 @@ def accuracy_of(
             open_model(path),
             device_of_name(config.device),
             frozen=True,
-            compute_dtype=loop.DTYPES[config.dtype],
+            compute_dtype=compute_dtype(config),
         )
         rows, _ = read_preferences(folder / f"{kind}.jsonl")
         tokenizer = Tokenizer(tokenizer_path(path))

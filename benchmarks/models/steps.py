@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from puna.benchmarks.machine import why_not_compiled
-from puna.core import parallel
+from puna.core import ops, parallel
 from puna.core.model import Transformer
 from puna.core.native.loader import keep_freed_memory
 
@@ -24,16 +24,22 @@ def puna_step(
 ) -> Step:
     """As the trainers do: applied from outside, weights in fp32 whatever they are multiplied in.
     Of several ranks each gives its own `tokens`, and its part of the loss is returned."""
+    on_cpu = tokens.device.type == "cpu"
+    native = on_cpu and compute_dtype == torch.bfloat16 and ops.multiplies_bf16()
     model = parallel.prepare(
-        model, compute_dtype=compute_dtype, checkpointing=checkpointing, replicate=replicate
+        model,
+        compute_dtype=None if native else compute_dtype,
+        checkpointing=checkpointing,
+        replicate=replicate,
     )
-    if tokens.device.type == "cpu":
+    if on_cpu:
         keep_freed_memory()  # as the trainers do; who shares the process gains by it too
     targets = torch.full_like(tokens, -100)
     targets[:, :-1] = tokens[:, 1:]
 
     def loss() -> Tensor:
-        return model.cross_entropy(model(tokens), targets) / parallel.world_size()
+        with ops.use_products("bf16" if native else "fp32"):
+            return model.cross_entropy(model(tokens), targets) / parallel.world_size()
 
     return training_step(model, loss)
 

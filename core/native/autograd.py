@@ -1,8 +1,11 @@
 """The derivatives of what native code computes: one autograd.Function an operation.
 
 Each takes what its `fits` has accepted. A second derivative is refused. Shapes are those of the
-functions called here.
+functions called here. A backward multiplies what its forward did (`products`).
 """
+
+import functools
+from collections.abc import Callable
 
 import torch
 
@@ -14,17 +17,31 @@ from puna.core.native import (
     linear,
     logprobs,
 )
+from puna.core.native.products import products, use_products
 from puna.kernels.derivatives import first_only
+
+
+def same_products(backward: Callable) -> Callable:
+    """A backward with the products that were in force in its forward."""
+
+    @functools.wraps(backward)
+    def multiplying(ctx, *upstream):
+        with use_products(ctx.products):
+            return backward(ctx, *upstream)
+
+    return multiplying
 
 
 class Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *weights):
         ctx.save_for_backward(x, *weights)
+        ctx.products = products()
         return tuple(linear.linear(x, weight) for weight in weights)
 
     @staticmethod
     @first_only
+    @same_products
     def backward(ctx, *d_ys):
         x, *weights = ctx.saved_tensors
         wants_x, *wanted = ctx.needs_input_grad
@@ -40,10 +57,12 @@ class FeedForward(torch.autograd.Function):
     def forward(ctx, x, gate, up, down):
         y, *kept = feed_forward.feed_forward(x, gate, up, down, keep=True)
         ctx.save_for_backward(x, gate, up, down, *kept)
+        ctx.products = products()
         return y
 
     @staticmethod
     @first_only
+    @same_products
     def backward(ctx, d_y):
         x, gate, up, down, gates, ups = ctx.saved_tensors
         return feed_forward.gradients(x, gate, up, down, gates, ups, d_y)
@@ -131,11 +150,13 @@ class LogProbs(torch.autograd.Function):
     def forward(ctx, rows, weight, labels, temperature):
         found = logprobs.logprobs(rows, weight, labels, temperature)
         ctx.save_for_backward(rows, weight, labels, *found)
+        ctx.products = products()
         ctx.temperature = temperature
         return found.logprobs, found.entropy
 
     @staticmethod
     @first_only
+    @same_products
     def backward(ctx, d_logprobs, d_entropy):
         rows, weight, labels, *found = ctx.saved_tensors
         gradients = logprobs.gradient(

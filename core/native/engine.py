@@ -36,10 +36,12 @@ FORMATS = {"fp32": 4.0, "bf16": 2.0, "int8": 1.125}  # bytes a weight; groups of
 class Engine:
     """A model's weights as they are now, packed for decoding; sessions read them.
 
-    `weight_format` is that of the packed copy: "fp32"; "bf16"; "int8", where groups of 32 inputs
-    share an fp32 scale for each output, and what they multiply is rounded to int8 in the same
-    groups. All else is fp32. Nothing changes an engine: any number of sessions, threads too, read
-    it at once, and go on with the weights they began with when the model's change.
+    `weight_format` is that of the packed copy: "fp32"; "bf16", where what the weights multiply is
+    rounded too if the processor has products of bf16 (instruction set "avx512_bf16"); "int8", where
+    groups of 32 inputs share an fp32 scale for each output, and what they multiply is rounded to
+    int8 in the same groups. All else is fp32. Nothing changes an engine: any number of sessions,
+    threads too, read it at once, and go on with the weights they began with when the model's
+    change.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from puna.core.native import linear
 from puna.core.native.loader import address, best_instructions, native, readable
+from puna.core.native.products import products
 
 
 def fits(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
@@ -33,7 +34,7 @@ def feed_forward(
     native().feed_forward(
         best_instructions(), rows, *gate.T.shape,
         *(0 if each is None else address(each) for each in (x, gate, up, down, gates, ups, y)),
-        torch.get_num_threads(),
+        products() == "bf16", torch.get_num_threads(),
     )  # fmt: skip
     return y, gates, ups
 
@@ -47,6 +48,6 @@ def gradients(
     native().feed_forward_gradient(
         best_instructions(), x.shape[:-1].numel(), *gate.T.shape,
         *(address(each) for each in (*given, d_x, d_gate, d_up, d_down)),
-        torch.get_num_threads(),
+        products() == "bf16", torch.get_num_threads(),
     )  # fmt: skip
     return d_x, d_gate, d_up, d_down

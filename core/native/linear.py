@@ -1,6 +1,7 @@
 """Linear layers in native code: the three matrix products of training, for fp32 on the CPU.
 
-A row's result is the same bits whatever the other rows and however many threads.
+A row's result is the same bits whatever the other rows and however many threads. `use_products`
+says what is multiplied.
 """
 
 from collections.abc import Sequence
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 
 from puna.core.native.loader import best_instructions, native, readable
+from puna.core.native.products import products
 
 # With fewer, most of a tile is empty, and the BLAS reads the weights faster.
 FEWEST_ROWS = 8
-FAST = ("avx512", "avx2")  # elsewhere the BLAS has better kernels
+FAST = ("avx512_bf16", "avx512", "avx2")  # elsewhere the BLAS has better kernels
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
@@ -65,6 +67,6 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
     native().matmul(
         best_instructions(), *out.shape, a.shape[1],
         (a.data_ptr(), *a.stride()), (b.data_ptr(), *b.stride()),
-        out.data_ptr(), add, torch.get_num_threads(),
+        out.data_ptr(), add, products() == "bf16", torch.get_num_threads(),
     )  # fmt: skip
     return out

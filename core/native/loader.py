@@ -8,7 +8,12 @@ import torch  # before the extension: both then share torch's OpenMP
 
 log = logging.getLogger("puna")
 
-WIDTHS = {"avx512": 16, "avx2": 8, "base": 4}  # instruction sets: floats a vector
+WIDTHS = {
+    "avx512_bf16": 16,
+    "avx512": 16,
+    "avx2": 8,
+    "base": 4,
+}  # instruction sets: floats a vector
 
 
 @functools.cache

@@ -12,7 +12,8 @@ namespace PUNA_ISA {
 using puna::WeightFormat;
 
 // A matrix (out, in) packed in panels of PANEL_WIDTH outputs, which are read once, from front to
-// back. A panel of fp32 or bf16 is (in, PANEL_WIDTH); int8.h describes one of int8.
+// back. A panel of fp32 is (in, PANEL_WIDTH), of bf16 (pairs, PANEL_WIDTH); int8.h describes one of
+// int8.
 class PackedMatrix {
  public:
   int64_t in = 0, out = 0, panels = 0;
@@ -44,66 +45,77 @@ class PackedMatrix {
   int64_t panel_bytes() const {
     switch (format) {
       case WeightFormat::fp32: return in * PANEL_WIDTH * 4;
-      case WeightFormat::bf16: return in * PANEL_WIDTH * 2;
+      case WeightFormat::bf16: return pairs_of(in) * PANEL_WIDTH * 4;
       default: return ceil_div(in, QUANT_GROUP) * QUANT_GROUP_BYTES;
     }
   }
 
   void pack_row(const float* weights, uint8_t* panel, int64_t column) const {
     if (format == WeightFormat::int8) return quantize_row(weights, in, panel, column);
-    for (int64_t i = 0; i < in; ++i) {
-      const int64_t at = i * PANEL_WIDTH + column;
-      if (format == WeightFormat::fp32)
-        reinterpret_cast<float*>(panel)[at] = weights[i];
-      else
-        reinterpret_cast<uint16_t*>(panel)[at] = to_bf16(weights[i]);
-    }
-  }
-
-  static uint16_t to_bf16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    if (x != x) return 0x7FC0;
-    return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);  // ties to even
+    if (format == WeightFormat::fp32)
+      for (int64_t i = 0; i < in; ++i)
+        reinterpret_cast<float*>(panel)[i * PANEL_WIDTH + column] = weights[i];
+    else
+      for (int64_t i = 0; i < in; i += 2)
+        reinterpret_cast<Pair*>(panel)[i / 2 * PANEL_WIDTH + column] =
+            to_pair(weights[i], i + 1 < in ? weights[i + 1] : 0.0f);
   }
 
   uint8_t* data_ = nullptr;
 };
 
-// Rows of activations (rows, in), and for int8 weights the same rows quantized.
+// Rows of activations (rows, in), or what they were rounded to for the format of the weights.
 struct PanelInput {
   const float* x;
+  const Pair* pairs;  // (rows, pairs)
   QuantizedRows quantized;
 };
 
-// `memory`: QuantizedRows::floats_needed(rows, w.in) floats, used for int8.
-inline PanelInput prepare_input(const PackedMatrix& w, const float* x, int64_t rows,
-                                float* memory) {
-  PanelInput input{x, QuantizedRows(memory, rows, w.in)};
+// Floats that `prepare_input` needs to round in.
+inline int64_t rounding_room(WeightFormat format, int64_t rows, int64_t in) {
+  switch (format) {
+    case WeightFormat::fp32: return 0;
+    case WeightFormat::bf16: return MULTIPLIES_PAIRS ? rows * pairs_of(in) : 0;
+    default: return QuantizedRows::floats_needed(rows, in);
+  }
+}
+
+inline PanelInput prepare_input(const PackedMatrix& w, const float* x, int64_t rows, float* room) {
+  auto* pairs = reinterpret_cast<Pair*>(room);
+  PanelInput input{x, pairs, QuantizedRows(room, rows, w.in)};
   if (w.format == WeightFormat::int8) input.quantized.quantize(x, rows, w.in);
+  if (w.format == WeightFormat::bf16 && MULTIPLIES_PAIRS)
+    for (int64_t row = 0; row < rows; ++row)
+      round_row(x + row * w.in, w.in, pairs + row * pairs_of(w.in));
   return input;
 }
 
-// The chain of inputs from `first` on, of the tile below.
-template <bool ADD, typename Element, int ROWS>
-__attribute__((always_inline)) inline void multiply_chain(const float* x, int64_t in,
-                                                          const Element* panel, int64_t first,
-                                                          float* tile) {
-  vec sums[ROWS][2];
-  clear(sums);
-  multiply_add(sums, x + first, in, 1, panel + first * PANEL_WIDTH, PANEL_WIDTH,
-               std::min(CHAIN, in - first));
-  store_tile(sums, tile, PANEL_WIDTH, ADD);
+// tile (ROWS, PANEL_WIDTH) = x (ROWS, in) times one panel of fp32, or of bf16 where both are pairs.
+// The inputs are summed in chains for any number of rows: a row's result does not depend on the
+// others.
+template <typename Number, int ROWS>
+inline void multiply_tile(const Number* x, int64_t in, const uint8_t* panel, float* tile) {
+  const auto* weights = reinterpret_cast<const Number*>(panel);
+  for (int64_t first = 0; first < in; first += CHAIN) {
+    vec sums[ROWS][2];
+    clear(sums);
+    multiply_add(sums, x + first, in, 1, weights + first * PANEL_WIDTH, PANEL_WIDTH,
+                 std::min(CHAIN, in - first));
+    store_tile(sums, tile, PANEL_WIDTH, first > 0);
+  }
 }
 
-// tile (ROWS, PANEL_WIDTH) = x (ROWS, in) times one panel of fp32 or bf16. The inputs are summed in
-// chains for any number of rows: a row's result does not depend on the others.
-template <typename Element, int ROWS>
-inline void multiply_tile(const float* x, int64_t in, const uint8_t* panel, float* tile) {
-  const auto* weights = reinterpret_cast<const Element*>(panel);
-  multiply_chain<false, Element, ROWS>(x, in, weights, 0, tile);
-  for (int64_t first = CHAIN; first < in; first += CHAIN)
-    multiply_chain<true, Element, ROWS>(x, in, weights, first, tile);
+// The same of floats and a panel of bf16.
+template <int ROWS>
+inline void multiply_tile_widened(const float* x, int64_t in, const uint8_t* panel, float* tile) {
+  const auto* weights = reinterpret_cast<const Pair*>(panel);
+  for (int64_t first = 0; first < in; first += CHAIN) {
+    vec sums[ROWS][2];
+    clear(sums);
+    multiply_add_widened(sums, x + first, in, weights + first / 2 * PANEL_WIDTH, PANEL_WIDTH,
+                         std::min(CHAIN, in - first));
+    store_tile(sums, tile, PANEL_WIDTH, first > 0);
+  }
 }
 
 inline int max_tile_rows(const PackedMatrix& w) {
@@ -119,8 +131,13 @@ inline void multiply_panel(const PackedMatrix& w, int64_t panel, const PanelInpu
     dispatch_rows<MAX_TILE_ROWS / 2>(
         rows, [&](auto n) { multiply_tile_int8<n>(input.quantized, first, packed, tile); });
   else if (w.format == WeightFormat::bf16)
-    dispatch_rows<MAX_TILE_ROWS>(
-        rows, [&](auto n) { multiply_tile<uint16_t, n>(x, w.in, packed, tile); });
+    dispatch_rows<MAX_TILE_ROWS>(rows, [&](auto n) {
+      const int64_t pairs = pairs_of(w.in);
+      if constexpr (MULTIPLIES_PAIRS)
+        multiply_tile<Pair, n>(input.pairs + first * pairs, pairs, packed, tile);
+      else
+        multiply_tile_widened<n>(x, w.in, packed, tile);
+    });
   else
     dispatch_rows<MAX_TILE_ROWS>(rows,
                                  [&](auto n) { multiply_tile<float, n>(x, w.in, packed, tile); });

@@ -22,13 +22,20 @@ inline vec load(const float* p) {
 
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 
-// W bf16 numbers: the upper halves of floats.
-inline vec load_bf16(const uint16_t* p) {
-  typedef uint16_t halves __attribute__((vector_size(W * 2)));
-  halves v;
+// Two bf16 numbers, the first in the lower half: neighbours in the inner dimension of a product.
+struct Pair {
+  uint32_t bits;
+};
+
+inline ivec load(const Pair* p) {
+  ivec v;
   std::memcpy(&v, p, sizeof v);
-  return (vec)(__builtin_convertvector(v, ivec) << 16);
+  return v;
 }
+
+// One number of each pair: a bf16 number is the upper half of a float.
+inline vec first_of(ivec pairs) { return (vec)(pairs << 16); }
+inline vec second_of(ivec pairs) { return (vec)(pairs & static_cast<int32_t>(0xFFFF0000)); }
 
 // Adds to each lane of `sum` the dot product of its 4 bytes, 0 to 255, with 4 integers of -127 to
 // 127. `even` holds the integers for bytes 0 and 2 as 16-bit halves, `odd` those for 1 and 3.
@@ -51,6 +58,7 @@ inline ivec dot4(ivec sum, ivec bytes, int32_t even, int32_t odd) {
 }
 
 inline vec broadcast(float x) { return x - vec{}; }  // subtracting keeps a negative zero
+inline ivec broadcast(Pair x) { return static_cast<int32_t>(x.bits) - ivec{}; }
 
 inline vec select(ivec condition, vec a, vec b) { return condition ? a : b; }
 

@@ -1,7 +1,9 @@
-// The inner loop of every fp32 matrix product: a tile of the result stays in registers while the
-// inner dimension passes, vectors of b's columns and one number of a at a time.
+// The inner loop of every matrix product of fp32 or bf16: a tile of the result stays in registers
+// while the inner dimension passes, vectors of b's columns and one number of a at a time. Of bf16 a
+// number is a pair.
 #pragma once
 
+#include "base/bf16.h"
 #include "base/simd.h"
 #include "base/standard.h"
 
@@ -10,12 +12,10 @@ namespace PUNA_ISA {
 constexpr int PANEL_WIDTH = 2 * W;               // output columns computed together
 constexpr int MAX_TILE_ROWS = W == 16 ? 12 : 6;  // rows together: 24 (12) accumulators fit
 
-// Numbers summed in one go; the sums of such chains are then added in their order. All products of
-// fp32 keep to this, in training and in decoding, so that both get the same bits. Chains of 512
-// were off 1.7 times as far as the BLAS's sums, of 256 1.2 times.
+// Numbers (or pairs) summed in one go; the sums of such chains are then added in their order. All
+// products of fp32 keep to this, in training and in decoding, so that both get the same bits.
+// Chains of 512 were off 1.7 times as far as the BLAS's sums, of 256 1.2 times.
 constexpr int64_t CHAIN = 256;
-
-inline vec load(const uint16_t* bf16) { return load_bf16(bf16); }
 
 template <int ROWS, int VECTORS>
 inline void clear(vec (&sums)[ROWS][VECTORS]) {
@@ -25,23 +25,47 @@ inline void clear(vec (&sums)[ROWS][VECTORS]) {
     for (int j = 0; j < VECTORS; ++j) sums[m][j] = vec{};
 }
 
-// sums (ROWS, VECTORS * W) += a (ROWS, count) b (count, VECTORS * W). Numbers of a lie `a_row`
-// apart from row to row and `a_inner` within a row; rows of b, fp32 or bf16, lie `b_row` apart.
-template <typename Element, int ROWS, int VECTORS>
-__attribute__((always_inline)) inline void multiply_add(vec (&sums)[ROWS][VECTORS], const float* a,
+// sums (ROWS, VECTORS * W) += a (ROWS, count) b (count, VECTORS * W), of floats or of pairs.
+// Numbers of a lie `a_row` apart from row to row and `a_inner` within a row; rows of b lie `b_row`
+// apart.
+template <typename Number, int ROWS, int VECTORS>
+__attribute__((always_inline)) inline void multiply_add(vec (&sums)[ROWS][VECTORS], const Number* a,
                                                         int64_t a_row, int64_t a_inner,
-                                                        const Element* b, int64_t b_row,
+                                                        const Number* b, int64_t b_row,
                                                         int64_t count) {
   for (int64_t i = 0; i < count; ++i, a += a_inner, b += b_row) {
-    vec columns[VECTORS];
+    decltype(load(b)) columns[VECTORS];
 #pragma GCC unroll 4
     for (int j = 0; j < VECTORS; ++j) columns[j] = load(b + j * W);
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS; ++m) {
-      const vec value = broadcast(a[m * a_row]);
+      const auto value = broadcast(a[m * a_row]);
 #pragma GCC unroll 4
-      for (int j = 0; j < VECTORS; ++j) sums[m][j] += value * columns[j];
+      for (int j = 0; j < VECTORS; ++j) sums[m][j] = multiply_add(sums[m][j], value, columns[j]);
     }
+  }
+}
+
+// The same of floats, each row `count` of them side by side, and pairs, `b_row` apart.
+template <int ROWS, int VECTORS>
+__attribute__((always_inline)) inline void multiply_add_widened(vec (&sums)[ROWS][VECTORS],
+                                                                const float* a, int64_t a_row,
+                                                                const Pair* b, int64_t b_row,
+                                                                int64_t count) {
+  const auto add = [&](int64_t i, auto half) __attribute__((always_inline)) {
+    vec columns[VECTORS];
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j) columns[j] = half(load(b + i / 2 * b_row + j * W));
+#pragma GCC unroll 16
+    for (int m = 0; m < ROWS; ++m) {
+      const vec value = broadcast(a[m * a_row + i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < VECTORS; ++j) sums[m][j] = multiply_add(sums[m][j], value, columns[j]);
+    }
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    add(i, [](ivec pairs) { return first_of(pairs); });
+    if (++i < count) add(i, [](ivec pairs) { return second_of(pairs); });
   }
 }
 

@@ -21,8 +21,10 @@ std::vector<std::string> instruction_sets() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
+    if (__builtin_cpu_supports("avx512bf16")) found.push_back("avx512_bf16");
     found.push_back("avx512");
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back("avx2");
 #endif
   found.push_back("base");
@@ -34,6 +36,7 @@ const Operations& operations(const std::string& isa) {
   for (const auto& name : found) {
     if (name != isa) continue;
 #if defined(__x86_64__)
+    if (isa == "avx512_bf16") return operations_avx512_bf16();
     if (isa == "avx512") return operations_avx512();
     if (isa == "avx2") return operations_avx2();
 #endif

@@ -17,31 +17,31 @@ struct Strided {
 };
 
 void matmul(const std::string& isa, int64_t rows, int64_t columns, int64_t inner,
-            const py::tuple& a, const py::tuple& b, Address c, bool add, int threads) {
+            const py::tuple& a, const py::tuple& b, Address c, bool add, bool bf16, int threads) {
   const Strided left(a), right(b);
   run(&Operations::matmul, isa, threads,
       MatMul{rows, columns, inner, left.data, left.row, left.column, right.data, right.row,
-             right.column, at<float>(c), add});
+             right.column, at<float>(c), add, bf16});
 }
 
 void feed_forward(const std::string& isa, int64_t rows, int64_t width, int64_t hidden, Address x,
                   Address gate, Address up, Address down, Address gates, Address ups, Address y,
-                  int threads) {
+                  bool bf16, int threads) {
   run(&Operations::feed_forward, isa, threads,
       FeedForward{rows, width, hidden, at<const float>(x), at<const float>(gate),
                   at<const float>(up), at<const float>(down), at<float>(gates), at<float>(ups),
-                  at<float>(y)});
+                  at<float>(y), bf16});
 }
 
 void feed_forward_gradient(const std::string& isa, int64_t rows, int64_t width, int64_t hidden,
                            Address x, Address gate, Address up, Address down, Address gates,
                            Address ups, Address d_y, Address d_x, Address d_gate, Address d_up,
-                           Address d_down, int threads) {
+                           Address d_down, bool bf16, int threads) {
   run(&Operations::feed_forward_gradient, isa, threads,
       FeedForwardGradient{rows, width, hidden, at<const float>(x), at<const float>(gate),
                           at<const float>(up), at<const float>(down), at<const float>(gates),
                           at<const float>(ups), at<const float>(d_y), at<float>(d_x),
-                          at<float>(d_gate), at<float>(d_up), at<float>(d_down)});
+                          at<float>(d_gate), at<float>(d_up), at<float>(d_down), bf16});
 }
 
 void softmax_loss(const std::string& isa, int64_t rows, int64_t vocab, Address logits,
@@ -76,12 +76,12 @@ void logprobs_gradient(const std::string& isa, int64_t rows, int64_t vocab, Addr
 
 void bind_products(py::module_& m) {
   m.def("matmul", &matmul, "isa"_a, "rows"_a, "columns"_a, "inner"_a, "a"_a, "b"_a, "c"_a, "add"_a,
-        "threads"_a, "a and b: (address, row stride, column stride)");
+        "bf16"_a, "threads"_a, "a and b: (address, row stride, column stride)");
   m.def("feed_forward", &feed_forward, "isa"_a, "rows"_a, "width"_a, "hidden"_a, "x"_a, "gate"_a,
-        "up"_a, "down"_a, "gates"_a, "ups"_a, "y"_a, "threads"_a);
+        "up"_a, "down"_a, "gates"_a, "ups"_a, "y"_a, "bf16"_a, "threads"_a);
   m.def("feed_forward_gradient", &feed_forward_gradient, "isa"_a, "rows"_a, "width"_a, "hidden"_a,
         "x"_a, "gate"_a, "up"_a, "down"_a, "gates"_a, "ups"_a, "d_y"_a, "d_x"_a, "d_gate"_a,
-        "d_up"_a, "d_down"_a, "threads"_a);
+        "d_up"_a, "d_down"_a, "bf16"_a, "threads"_a);
   m.def("softmax_loss", &softmax_loss, "isa"_a, "rows"_a, "vocab"_a, "logits"_a, "labels"_a,
         "scale"_a, "z_loss"_a, "losses"_a, "threads"_a);
   m.def("logprobs", &logprobs, "isa"_a, "rows"_a, "vocab"_a, "logits"_a, "labels"_a,

@@ -1,5 +1,6 @@
-// A Llama's forward pass for decoding on a CPU. Activations are fp32, the packed weights fp32,
-// bf16 or int8 (which multiplies activations rounded to int8).
+// A Llama's forward pass for decoding on a CPU. Activations are fp32, the packed weights fp32, bf16
+// or int8. int8 multiplies activations rounded to int8; bf16 multiplies activations rounded to bf16
+// where the processor has an instruction for that, and fp32 ones elsewhere.
 //
 // A call takes any number of tokens, each with its cache row and its position: one token of many
 // rows (decoding), many tokens of a few rows (prompts), or both. A token's result depends on its

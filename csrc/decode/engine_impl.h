@@ -24,7 +24,7 @@ constexpr int64_t MAX_PREFETCH = 1 << 15;  // floats of keys, and as many of val
 // What a block of tokens needs on its way through a layer.
 struct Activations {
   Buffer qkv, attended, hidden;
-  std::vector<Buffer> normed, scores, quantized;  // one for each thread that works on the block
+  std::vector<Buffer> normed, scores, rounded;  // one for each thread that works on the block
 };
 
 class LlamaSession final : public puna::Session {
@@ -101,8 +101,7 @@ class LlamaSession final : public puna::Session {
     });
   }
 
-  void draw_tokens(const Batch& batch, const Draw& draw, int64_t index, int part,
-                   int parts) const {
+  void draw_tokens(const Batch& batch, const Draw& draw, int64_t index, int part, int parts) const {
     const Range rows = split(batch.wanted_count, part, parts);
     float* const weights = activations_[0].scores[part].get();
     for (int64_t i = rows.begin; i < rows.end; ++i) {
@@ -143,7 +142,6 @@ class LlamaSession final : public puna::Session {
 
   Activations new_activations(int threads) const {
     const int64_t widest = std::max({shape_.dim, q_width(), shape_.ffn});
-    const bool quantizes = weights_.head.format == WeightFormat::int8;
     Activations a;
     a.qkv = allocate(block_capacity_ * (q_width() + 2 * kv_width()));
     a.attended = allocate(block_capacity_ * q_width());
@@ -152,8 +150,7 @@ class LlamaSession final : public puna::Session {
       a.scores.push_back(
           allocate(std::max(shape_.vocab, heads_together() * (score_capacity_ + 1))));
       a.normed.push_back(allocate(block_capacity_ * shape_.dim));
-      a.quantized.push_back(
-          allocate(quantizes ? QuantizedRows::floats_needed(block_capacity_, widest) : 0));
+      a.rounded.push_back(allocate(rounding_room(weights_.head.format, block_capacity_, widest)));
     }
     return a;
   }
@@ -188,7 +185,8 @@ class LlamaSession final : public puna::Session {
     float* x = residual_.get() + first * dim;
     const Range tokens = split(count, team.part, team.parts);
     for (int64_t i = tokens.begin; i < tokens.end; ++i)
-      std::memcpy(x + i * dim, weights_.embedding + batch.tokens[first + i] * dim, dim * sizeof(float));
+      std::memcpy(x + i * dim, weights_.embedding + batch.tokens[first + i] * dim,
+                  dim * sizeof(float));
     team.wait();
     for (int64_t l = 0; l < shape_.layers; ++l) {
       attention(batch, first, count, l, x, team, a);
@@ -216,8 +214,8 @@ class LlamaSession final : public puna::Session {
   // y (rows, w.out) = x (rows, w.in) W^T, or y + that with ADD; this thread's part of the columns.
   template <bool ADD>
   static void linear(const PackedMatrix& w, const float* x, int64_t rows, float* y, int part,
-                     int parts, float* quantized) {
-    for_each_tile(w, prepare_input(w, x, rows, quantized), rows, split(w.panels, part, parts),
+                     int parts, float* rounded) {
+    for_each_tile(w, prepare_input(w, x, rows, rounded), rows, split(w.panels, part, parts),
                   [&](const Tile& tile) { store_columns<ADD>(tile, tile.data, y, w.out); });
   }
 
@@ -236,12 +234,12 @@ class LlamaSession final : public puna::Session {
                  const Team& team, Activations& a) {
     const PackedLayer& layer = weights_.layers[l];
     const float* normed = normalize_block(x, layer.attention_norm, count, team, a);
-    float* quantized = a.quantized[team.part].get();
-    linear<false>(layer.qkv, normed, count, a.qkv.get(), team.part, team.parts, quantized);
+    float* rounded = a.rounded[team.part].get();
+    linear<false>(layer.qkv, normed, count, a.qkv.get(), team.part, team.parts, rounded);
     team.wait();
     attend(batch, first, count, l, team, a);
     team.wait();
-    linear<true>(layer.o, a.attended.get(), count, x, team.part, team.parts, quantized);
+    linear<true>(layer.o, a.attended.get(), count, x, team.part, team.parts, rounded);
     team.wait();
   }
 
@@ -298,8 +296,8 @@ class LlamaSession final : public puna::Session {
   void feed_forward(const PackedLayer& layer, int64_t count, float* x, const Team& team,
                     Activations& a) {
     const float* normed = normalize_block(x, layer.ffn_norm, count, team, a);
-    float *hidden = a.hidden.get(), *quantized = a.quantized[team.part].get();
-    const PanelInput input = prepare_input(layer.gate, normed, count, quantized);
+    float *hidden = a.hidden.get(), *rounded = a.rounded[team.part].get();
+    const PanelInput input = prepare_input(layer.gate, normed, count, rounded);
     for_each_tile(layer.gate, input, count, split(layer.gate.panels, team.part, team.parts),
                   [&](const Tile& gate) {
                     alignas(64) float up[MAX_TILE_ROWS * PANEL_WIDTH];
@@ -309,7 +307,7 @@ class LlamaSession final : public puna::Session {
                     store_columns<false>(gate, up, hidden, shape_.ffn);
                   });
     team.wait();
-    linear<true>(layer.down, hidden, count, x, team.part, team.parts, quantized);
+    linear<true>(layer.down, hidden, count, x, team.part, team.parts, rounded);
     team.wait();
   }
 
@@ -319,11 +317,11 @@ class LlamaSession final : public puna::Session {
   }
 
   void apply_head(const Batch& batch, int part, int parts) {
-    float* quantized = activations_[0].quantized[part].get();
+    float* rounded = activations_[0].rounded[part].get();
     for (int64_t first = 0; first < batch.wanted_count; first += BLOCK_TOKENS)
       linear<false>(weights_.head, final_.get() + first * shape_.dim,
                     std::min(BLOCK_TOKENS, batch.wanted_count - first),
-                    batch.logits + first * shape_.vocab, part, parts, quantized);
+                    batch.logits + first * shape_.vocab, part, parts, rounded);
   }
 
   const ModelShape shape_;

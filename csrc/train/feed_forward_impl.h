@@ -10,8 +10,10 @@
 
 namespace PUNA_ISA {
 
-constexpr int64_t MAX_PART_ROWS = 512;     // rows whose hidden gradients are held at a time
-constexpr int64_t WEIGHT_PIECE_ROWS = 16;  // rows of a weight's gradient in a piece of work
+constexpr int64_t MAX_PART_ROWS = 512;  // rows whose hidden gradients are held at a time
+// Rows of a weight's gradient in a piece of work. Of bf16 more: each piece rounds the inputs again.
+template <typename Number>
+constexpr int64_t WEIGHT_PIECE_ROWS = std::is_same_v<Number, Pair> ? 64 : 16;
 
 // The three products of a linear layer of weights w (outputs, inputs).
 inline puna::MatMul output_product(int64_t rows, int64_t inputs, int64_t outputs, const float* x,
@@ -30,43 +32,45 @@ inline puna::MatMul weight_product(int64_t rows, int64_t inputs, int64_t outputs
 }
 
 // Rows of a product, by one thread.
-inline void multiply_rows(const puna::MatMul& p, Range rows, float* workspace,
-                          const float* packed = nullptr) {
-  BlockedProduct(p, rows, {0, p.columns}, workspace, packed).run();
+template <typename Number>
+void multiply_rows(const puna::MatMul& p, Range rows, float* workspace,
+                   const Number* packed = nullptr) {
+  BlockedProduct<Number>(p, rows, {0, p.columns}, workspace, packed).run();
 }
 
-inline void feed_forward(const puna::FeedForward& f, int threads) {
+template <typename Number>
+void feed_forward_of(const puna::FeedForward& f, int threads) {
+  using Columns = PackedColumns<Number>;
   const puna::MatMul gate = output_product(f.rows, f.width, f.hidden, f.x, f.gate, nullptr);
   const puna::MatMul up = output_product(f.rows, f.width, f.hidden, f.x, f.up, nullptr);
   const puna::MatMul down = output_product(f.rows, f.hidden, f.width, nullptr, f.down, nullptr);
-  const Buffer packed =
-      allocate(PackedColumns::size(gate) + PackedColumns::size(up) + PackedColumns::size(down));
-  float* const packed_gate = packed.get();
-  float* const packed_up = packed_gate + PackedColumns::size(gate);
-  float* const packed_down = packed_up + PackedColumns::size(up);
-  const int64_t gate_pieces = PackedColumns::pieces(gate);
-  const int64_t down_pieces = PackedColumns::pieces(down);
+  const Buffer packed = allocate(Columns::size(gate) + Columns::size(up) + Columns::size(down));
+  auto* const packed_gate = reinterpret_cast<Number*>(packed.get());
+  Number* const packed_up = packed_gate + Columns::size(gate);
+  Number* const packed_down = packed_up + Columns::size(up);
+  const int64_t gate_pieces = Columns::pieces(gate), down_pieces = Columns::pieces(down);
 
   const auto pack = [&](int64_t i) {
-    if (i < gate_pieces) return PackedColumns::pack_piece(gate, i, packed_gate);
-    if (i < 2 * gate_pieces) return PackedColumns::pack_piece(up, i - gate_pieces, packed_up);
-    PackedColumns::pack_piece(down, i - 2 * gate_pieces, packed_down);
+    if (i < gate_pieces) return Columns::pack_piece(gate, i, packed_gate);
+    if (i < 2 * gate_pieces) return Columns::pack_piece(up, i - gate_pieces, packed_up);
+    Columns::pack_piece(down, i - 2 * gate_pieces, packed_down);
   };
 
   const int64_t piece = rows_per_piece(f.rows, threads), piece_size = piece * f.hidden;
   const int64_t thread_size = piece_size * (f.gates ? 1 : 3);
-  const Buffer hidden = allocate(threads * thread_size);
-  const auto forward_rows = [&](int64_t first, int64_t count, float* inner) {
+  const Buffer hidden = allocate(threads * thread_size), workspaces = allocate(threads * WORKSPACE);
+  const auto forward_rows = [&](int64_t first, int64_t count, float* inner, float* workspace) {
     float* const gates = f.gates ? f.gates + first * f.hidden : inner + piece_size;
     float* const ups = f.gates ? f.ups + first * f.hidden : gates + piece_size;
     const float* x = f.x + first * f.width;
     float* const y = f.y + first * f.width;
     const Range rows{0, count};
-    multiply_rows(output_product(count, f.width, f.hidden, x, f.gate, gates), rows, nullptr,
+    multiply_rows(output_product(count, f.width, f.hidden, x, f.gate, gates), rows, workspace,
                   packed_gate);
-    multiply_rows(output_product(count, f.width, f.hidden, x, f.up, ups), rows, nullptr, packed_up);
+    multiply_rows(output_product(count, f.width, f.hidden, x, f.up, ups), rows, workspace,
+                  packed_up);
     swiglu({count * f.hidden, gates, ups, inner}, 0, count * f.hidden);
-    multiply_rows(output_product(count, f.hidden, f.width, inner, f.down, y), rows, nullptr,
+    multiply_rows(output_product(count, f.hidden, f.width, inner, f.down, y), rows, workspace,
                   packed_down);
   };
 
@@ -75,9 +79,13 @@ inline void feed_forward(const puna::FeedForward& f, int threads) {
     queue.for_each(count, 2 * gate_pieces + down_pieces, pack);
     queue.for_each(count, ceil_div(f.rows, piece), [&](int64_t i) {
       forward_rows(i * piece, std::min(piece, f.rows - i * piece),
-                   hidden.get() + thread * thread_size);
+                   hidden.get() + thread * thread_size, workspaces.get() + thread * WORKSPACE);
     });
   });
+}
+
+inline void feed_forward(const puna::FeedForward& f, int threads) {
+  with_number(f.bf16, [&](auto number) { feed_forward_of<decltype(number)>(f, threads); });
 }
 
 // What the weights' gradients are made of.
@@ -87,30 +95,34 @@ struct HiddenGradients {
 };
 
 // d_x and the above, of rows `first` to `first + count`.
-inline void rows_gradient(const puna::FeedForwardGradient& f, int64_t first, int64_t count,
-                          HiddenGradients to, float* workspace) {
+template <typename Number>
+void rows_gradient(const puna::FeedForwardGradient& f, int64_t first, int64_t count,
+                   HiddenGradients to, float* workspace) {
   const Range rows{0, count};
   const int64_t offset = first * f.hidden, size = count * f.hidden;
   const float* d_y = f.d_y + first * f.width;
   float* const d_x = f.d_x + first * f.width;
-  multiply_rows(input_product(count, f.hidden, f.width, d_y, f.down, to.inner, false), rows,
-                workspace);
+  multiply_rows<Number>(input_product(count, f.hidden, f.width, d_y, f.down, to.inner, false), rows,
+                        workspace);
   swiglu_gradient({size, f.gates + offset, f.ups + offset, to.inner, to.gates, to.ups, to.inner}, 0,
                   size);
-  multiply_rows(input_product(count, f.width, f.hidden, to.gates, f.gate, d_x, false), rows,
-                workspace);
-  multiply_rows(input_product(count, f.width, f.hidden, to.ups, f.up, d_x, true), rows, workspace);
+  multiply_rows<Number>(input_product(count, f.width, f.hidden, to.gates, f.gate, d_x, false), rows,
+                        workspace);
+  multiply_rows<Number>(input_product(count, f.width, f.hidden, to.ups, f.up, d_x, true), rows,
+                        workspace);
 }
 
-inline void feed_forward_gradient(const puna::FeedForwardGradient& f, int threads) {
+template <typename Number>
+void feed_forward_gradient_of(const puna::FeedForwardGradient& f, int threads) {
   const int64_t parts = std::max<int64_t>(1, ceil_div(f.rows, MAX_PART_ROWS));
   const int64_t part_rows = ceil_div(f.rows, parts), part_size = part_rows * f.hidden;
   const int64_t piece = rows_per_piece(part_rows, threads);
   const Buffer hidden = allocate(3 * part_size), workspaces = allocate(threads * WORKSPACE);
   const HiddenGradients part_gradients{hidden.get(), hidden.get() + part_size,
                                        hidden.get() + 2 * part_size};
-  const int64_t hidden_pieces = ceil_div(f.hidden, WEIGHT_PIECE_ROWS);
-  const int64_t width_pieces = ceil_div(f.width, WEIGHT_PIECE_ROWS);
+  constexpr int64_t WEIGHT_ROWS = WEIGHT_PIECE_ROWS<Number>;
+  const int64_t hidden_pieces = ceil_div(f.hidden, WEIGHT_ROWS);
+  const int64_t width_pieces = ceil_div(f.width, WEIGHT_ROWS);
 
   // Pieces of d_gate, then of d_up, then of d_down.
   const auto weights_gradient = [&](int64_t piece, Range rows, float* workspace) {
@@ -118,8 +130,8 @@ inline void feed_forward_gradient(const puna::FeedForwardGradient& f, int thread
     const float *x = f.x + rows.begin * f.width, *d_y = f.d_y + rows.begin * f.width;
     const bool add = rows.begin > 0;
     const auto multiply_piece = [&](const puna::MatMul& p, int64_t i) {
-      multiply_rows(p, {i * WEIGHT_PIECE_ROWS, std::min((i + 1) * WEIGHT_PIECE_ROWS, p.rows)},
-                    workspace);
+      multiply_rows<Number>(p, {i * WEIGHT_ROWS, std::min((i + 1) * WEIGHT_ROWS, p.rows)},
+                            workspace);
     };
     if (piece < hidden_pieces)
       multiply_piece(
@@ -141,15 +153,19 @@ inline void feed_forward_gradient(const puna::FeedForwardGradient& f, int thread
       const int64_t count = rows.end - rows.begin;
       queue.for_each(thread_count, ceil_div(count, piece), [&](int64_t i) {
         const int64_t first = i * piece, offset = first * f.hidden;
-        rows_gradient(f, rows.begin + first, std::min(piece, count - first),
-                      {part_gradients.gates + offset, part_gradients.ups + offset,
-                       part_gradients.inner + offset},
-                      workspace);
+        rows_gradient<Number>(f, rows.begin + first, std::min(piece, count - first),
+                              {part_gradients.gates + offset, part_gradients.ups + offset,
+                               part_gradients.inner + offset},
+                              workspace);
       });
       queue.for_each(thread_count, 2 * hidden_pieces + width_pieces,
                      [&](int64_t i) { weights_gradient(i, rows, workspace); });
     }
   });
+}
+
+inline void feed_forward_gradient(const puna::FeedForwardGradient& f, int threads) {
+  with_number(f.bf16, [&](auto number) { feed_forward_gradient_of<decltype(number)>(f, threads); });
 }
 
 }  // namespace PUNA_ISA

@@ -14,6 +14,7 @@ struct MatMul {
   int64_t b_inner, b_column;
   float* c;
   bool add;
+  bool bf16 = false;  // a and b are rounded to bf16; sums are fp32
 };
 
 }  // namespace puna

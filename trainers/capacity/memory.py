@@ -12,7 +12,7 @@ import torch
 
 from puna.core.config import ModelConfig, parameter_count
 from puna.core.generation.kv_cache import bytes_a_token
-from puna.trainers.train.loop import DTYPES
+from puna.trainers.train.precision import DTYPES
 
 Bytes = dict[str, float]  # kind -> bytes of one rank
 FP32 = 4

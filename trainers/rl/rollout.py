@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from puna.core import parallel
+from puna.core import ops, parallel
 from puna.core.chat import decode_answer
 from puna.core.generation.generate import Completion
 from puna.core.generation.sampling import EosIds
 from puna.core.model import Transformer
+from puna.core.native.engine import unfit
 from puna.core.packed import forward_groups
 from puna.core.tensor_parallel import generate_together
 from puna.core.tokenizer import Tokenizer
@@ -144,6 +145,7 @@ def draw_answers(
                 round_index=round_index,
                 prompt_ids=numbers,
                 sample_ids=samples,
+                weight_format=_format(whole),
                 **{"called": "the policy", **options},
             )
     if among == 1:
@@ -151,6 +153,12 @@ def draw_answers(
     first = parallel.rank() - place
     parts = parallel.gather([list(each) for each in found])[first : first + among]
     return [Completion(*parts[i % among][i // among]) for i in range(len(prompts))]
+
+
+def _format(model: Transformer) -> str:
+    """Of the weights that draw: that of the products in force, so that log-probs are
+    training's (with heads of 16, 32, ... to the bit)."""
+    return "bf16" if ops.products() == "bf16" and unfit(model) is None else "fp32"
 
 
 @torch.no_grad()

@@ -21,8 +21,9 @@ from puna.trainers.rl.comparisons import Annotator, Variant, annotate, sample_pa
 from puna.trainers.rl.config import RLHFConfig, SamplingConfig, engine_of, prompt_room
 from puna.trainers.rl.people import check_people as check_people
 from puna.trainers.rl.people import collect
-from puna.trainers.train import loop, written
+from puna.trainers.train import written
 from puna.trainers.train.next_token import say
+from puna.trainers.train.precision import compute_dtype
 
 
 class Waiting(UserError):
@@ -134,7 +135,7 @@ def sample_kind(
         round_index=2 * number + KINDS.index(kind),
         device=device_of_name(config.device),
         limits=config.limits(),
-        compute_dtype=loop.DTYPES[config.dtype],
+        compute_dtype=compute_dtype(config),
         sampling_tp=config.sampling_tp,
         engine=engine_of(config, tokenizer),
     )

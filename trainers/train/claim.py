@@ -24,6 +24,7 @@ from puna.trainers.train.inputs import Given, Inputs, differences, inputs_of
 from puna.trainers.train.kinds import Kind, kinds_of
 from puna.trainers.train.lock import locked
 from puna.trainers.train.notice import notice
+from puna.trainers.train.precision import computing
 from puna.trainers.train.ranges import Options, enforce
 from puna.trainers.train.recipes import read_toml
 
@@ -46,8 +47,8 @@ def owned(
     given: Given | None = None,
     step: Callable[[Path], int] = lambda path: 0,
 ) -> Iterator[frozenset[str]]:
-    """Hold `config.out` as the folder of this configuration, alone, until the block ends; gives the
-    names of the options that this start has amended.
+    """Hold `config.out` as the folder of this configuration, alone, until the block ends, in which
+    products are the configuration's; gives the names of the options that this start has amended.
 
     `given` came from Python and not from a file; `step` says after which step a run in a folder
     would be amended, or raises ValueError.
@@ -69,7 +70,9 @@ def owned(
             stack.enter_context(taken_back(config.out))
             return claim(config, inputs, tables or {}, step)
 
-        yield frozenset(parallel.on_main(take))
+        amended = frozenset(parallel.on_main(take))
+        stack.enter_context(computing(config))
+        yield amended
 
 
 @contextmanager

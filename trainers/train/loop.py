@@ -26,6 +26,7 @@ from puna.core.offload import at_hand, offload
 from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.kinds import FIXED, FREE
 from puna.trainers.train.layout import Parallel
+from puna.trainers.train.precision import compute_dtype
 from puna.trainers.train.progress import meter
 from puna.trainers.train.ranges import (
     Above,
@@ -41,9 +42,6 @@ from puna.trainers.train.ranges import (
     Weight,
 )
 from puna.trainers.train.run import Run, Trained
-
-# what weights are gathered and multiplied in, by the name in a recipe; None: what they are kept in
-DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 
 
 @dataclass(kw_only=True)
@@ -161,7 +159,7 @@ def load(source: Source, config: FolderConfig, *, frozen: bool = False, tp: int 
         source,
         device,
         frozen=frozen,
-        compute_dtype=DTYPES[config.dtype],
+        compute_dtype=compute_dtype(config),
         checkpointing=layout.checkpointing,
         compile=layout.compile,
         replicate=layout.replicate,

@@ -31,6 +31,7 @@ struct Operations {
   void (*rope)(const Rope&, int threads);
 };
 
+const Operations& operations_avx512_bf16();
 const Operations& operations_avx512();
 const Operations& operations_avx2();
 const Operations& operations_base();
