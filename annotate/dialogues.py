@@ -6,8 +6,8 @@ from starlette.responses import Response
 
 from puna.annotate.supply import Supply
 from puna.annotate.visits import Visit, sentence, to
-from puna.core.chat import Message, check_dialogue
 from puna.core.errors import UserError
+from puna.core.text.chat import Message, check_dialogue
 from puna.trainers.annotations.items import KINDS, add_item, dialogue_in
 from puna.trainers.annotations.verdicts import last_verdict
 

@@ -10,7 +10,7 @@ from puna.annotate.background import Background
 from puna.annotate.supply import files_of, version_of
 from puna.core.checkpoint.folder import load_model, open_source, tokenizer_path
 from puna.core.device import device_of_name
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.annotations.scores import ToScore, put_scores, to_score
 from puna.trainers.annotations.store import Store
 from puna.trainers.data.packing import encode_held_out

@@ -13,13 +13,13 @@ import numpy as np
 
 from puna.annotate.background import Background, requests
 from puna.annotate.config import AnnotateConfig
-from puna.core.chat import Message, check_text, decode_answer, encode_prompt
 from puna.core.checkpoint.folder import load_model, open_source
 from puna.core.checkpoint.hashes import digests
 from puna.core.device import device_of_name
 from puna.core.generation.generate import generate
 from puna.core.model import Transformer
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import Message, check_text, decode_answer, encode_prompt
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.annotations.items import (
     Given,
     add_item,

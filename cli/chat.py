@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import puna
-from puna.core.chat import Message, check_dialogue, check_text, tags_of
 from puna.core.checkpoint.atomic import write_text
 from puna.core.terminal import say
+from puna.core.text.chat import Message, check_dialogue, check_text, tags_of
 from puna.trainers.train.ranges import Above, AtMost, Count, Options, Seed, TemperatureOrGreedy
 
 

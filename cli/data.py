@@ -6,10 +6,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from puna.core.chat import encode_answer, encode_dialogue, encode_prompt, spelled
 from puna.core.checkpoint.folder import open_source, tokenizer_path
 from puna.core.terminal import say, say_table
-from puna.core.tokenizer import Tokenizer, stream_text
+from puna.core.text.chat import encode_answer, encode_dialogue, encode_prompt, spelled
+from puna.core.text.tokenizer import Tokenizer, stream_text
 from puna.trainers.data.columns import ReadingComparisons
 from puna.trainers.data.files import each_row, is_text, sources
 from puna.trainers.data.layouts import Kind, kind_of, layout_of

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import puna
 from puna.core import parallel
-from puna.core.chat import Message
 from puna.core.generation import generate as generation
 from puna.core.llama import prompt_ids, stops_of
 from puna.core.ranks import is_main
 from puna.core.terminal import say
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import Message
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.columns import ReadingMessages
 from puna.trainers.data.readers import Skipped, read_prompts, read_starts
 from puna.trainers.rl.chunks import append_chunks

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from puna.core.terminal import say, say_table
-from puna.core.tokenizer import Tokenizer, train_tokenizer
+from puna.core.text.tokenizer import Tokenizer, train_tokenizer
 from puna.trainers.data.columns import Reading
 from puna.trainers.data.encoding import Texts, encode_file, encode_folder
 from puna.trainers.data.readers import read_texts

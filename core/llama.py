@@ -18,13 +18,6 @@ from typing import Any, Literal, TypeAlias, overload
 import torch
 
 from puna.core import packed, ranks, tensor_parallel
-from puna.core.chat import (
-    Message,
-    check_dialogue,
-    encode_answer,
-    encode_prompt,
-    tags_of,
-)
 from puna.core.checkpoint.any_format import open_any
 from puna.core.checkpoint.folder import check_own, check_vocabulary, save_model
 from puna.core.checkpoint.source import in_memory
@@ -33,7 +26,14 @@ from puna.core.generation import generate as generation
 from puna.core.generation.memory import Memory
 from puna.core.generation.stopping import Stops, as_strings, streamed
 from puna.core.model import Transformer
-from puna.core.tokenizer import Tokenizer, stream_text
+from puna.core.text.chat import (
+    Message,
+    check_dialogue,
+    encode_answer,
+    encode_prompt,
+    tags_of,
+)
+from puna.core.text.tokenizer import Tokenizer, stream_text
 
 # A literal chat is inferred as the second: type checkers do not take it for the first.
 Chat: TypeAlias = list[Message] | list[dict[str, str]]

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from puna.core.chat import Message, encode_answer, encode_prompt
 from puna.core.checkpoint.atomic import write_text
 from puna.core.checkpoint.folder import load_model, tokenizer_path
 from puna.core.config import parameter_count
 from puna.core.documents import json_rows, read_object
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import Message, encode_answer, encode_prompt
+from puna.core.text.tokenizer import Tokenizer
 from puna.demo import measure
 from puna.demo.kept import kept, seconds
 from puna.demo.measure import HeldOut

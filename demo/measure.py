@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from puna.core.attended import attention_to
-from puna.core.chat import Message, decode_answer, encode_answer, encode_prompt, encode_turn
 from puna.core.checkpoint.atomic import write_text
 from puna.core.checkpoint.folder import load_model, tokenizer_path
 from puna.core.generation.generate import generate
 from puna.core.generation.memory import Memory
 from puna.core.model import Transformer
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import Message, decode_answer, encode_answer, encode_prompt, encode_turn
+from puna.core.text.tokenizer import Tokenizer
 from puna.demo.kept import kept
 from puna.demo.village import oracle
 from puna.demo.village.world import MEASURED_TURNS, PersonaDialogue

@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeVar
 from puna.core.checkpoint.atomic import write_text
 from puna.core.documents import json_rows
 from puna.core.terminal import say
-from puna.core.tokenizer import train_tokenizer
+from puna.core.text.tokenizer import train_tokenizer
 from puna.demo import evaluation
 from puna.demo.evaluation import newest
 from puna.demo.kept import seconds

@@ -20,14 +20,14 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from puna.core.chat import Message, decode_answer, encode_answer, encode_prompt
 from puna.core.checkpoint.atomic import write_text
 from puna.core.checkpoint.convert import convert
 from puna.core.checkpoint.folder import load_model, tokenizer_path
 from puna.core.documents import json_rows
 from puna.core.generation.generate import generate
 from puna.core.terminal import say, say_table
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import Message, decode_answer, encode_answer, encode_prompt
+from puna.core.text.tokenizer import Tokenizer
 from puna.demo.kept import kept
 from puna.demo.smollm2 import NAME, fetched
 from puna.trainers import ppo, reward, sft

@@ -28,11 +28,11 @@ if any(word.startswith("puna.") for word in sys.orig_argv[1:4]) and sys.argv[:1]
     import_module("puna.core.starting").begins()
 
 if TYPE_CHECKING:  # the same as PLACES, for type checkers and editors
-    from puna.core.chat import Message
     from puna.core.checkpoint.convert import convert
     from puna.core.generation.memory import Memory
     from puna.core.llama import Llama, load
-    from puna.core.tokenizer import Tokenizer, train_tokenizer
+    from puna.core.text.chat import Message
+    from puna.core.text.tokenizer import Tokenizer, train_tokenizer
     from puna.trainers.distill import DistillConfig
     from puna.trainers.distill import run as distill
     from puna.trainers.evaluate import EvaluateConfig
@@ -87,13 +87,13 @@ STAGES = {
 PLACES = {  # name -> module, and what it is called there
     **{stage: (f"puna.trainers.{stage}", "run") for stage in STAGES},
     **{config: (f"puna.trainers.{stage}", config) for stage, config in STAGES.items()},
-    "Message": ("puna.core.chat", "Message"),
+    "Message": ("puna.core.text.chat", "Message"),
     "convert": ("puna.core.checkpoint.convert", "convert"),
     "Memory": ("puna.core.generation.memory", "Memory"),
     "Llama": ("puna.core.llama", "Llama"),
     "load": ("puna.core.llama", "load"),
-    "Tokenizer": ("puna.core.tokenizer", "Tokenizer"),
-    "train_tokenizer": ("puna.core.tokenizer", "train_tokenizer"),
+    "Tokenizer": ("puna.core.text.tokenizer", "Tokenizer"),
+    "train_tokenizer": ("puna.core.text.tokenizer", "train_tokenizer"),
     "Answer": ("puna.trainers.rl.rewards", "Answer"),
     "evaluate_chat": ("puna.trainers.evaluation.chat", "run"),
     "EvaluateChatConfig": ("puna.trainers.evaluation.config", "EvaluateChatConfig"),

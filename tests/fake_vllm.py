@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from puna.core.checkpoint.folder import load_model
 from puna.core.generation.generate import generate
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 
 NUMBER = (int, float)
 FIELDS = {  # of CompletionRequest, as far as a trainer needs them

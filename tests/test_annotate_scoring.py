@@ -10,10 +10,10 @@ from annotated import filled
 from puna.annotate.background import Background, Requests
 from puna.annotate.scoring import Scoring
 from puna.annotate.statistics import seen
-from puna.core.chat import encode_answer, encode_prompt
 from puna.core.checkpoint.folder import load_model, tokenizer_path
 from puna.core.packed import score
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import encode_answer, encode_prompt
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.annotations.exchange import preferences
 from puna.trainers.annotations.items import hand_out
 from puna.trainers.annotations.people import person

@@ -18,9 +18,9 @@ from annotated import filled
 from puna.annotate.config import AnnotateConfig
 from puna.annotate.run import hosts_of, run
 from puna.annotate.supply import Supply
-from puna.core.chat import decode_answer, encode_prompt
 from puna.core.checkpoint.folder import load_model
 from puna.core.generation.generate import generate
+from puna.core.text.chat import decode_answer, encode_prompt
 from puna.trainers.annotations.exchange import preferences
 from puna.trainers.annotations.items import hand_out, progress_of
 from puna.trainers.annotations.people import new_token, person

@@ -145,7 +145,7 @@ WRITERS = {
     "core/checkpoint/shards.py": "into a folder that atomic_folder made",
     "core/checkpoint/hashes.py": "the same",
     "core/checkpoint/llama2c.py": "to a name that atomic_file made",
-    "core/tokenizer.py": "the same",
+    "core/text/tokenizer.py": "the same",
     "trainers/data/encoding.py": "the same",
     "core/documents.py": "the same, or rows at the end, fsynced, cut to whole ones by their reader",
     "core/checkpoint/kept.py": "into a folder that atomic_folder made",

@@ -10,7 +10,7 @@ from puna.core import attended
 from puna.core.attended import attention_to
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.demo import measure
 from puna.demo.village import world
 

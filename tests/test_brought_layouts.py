@@ -9,8 +9,8 @@ import pytest
 from brought import BAD, GIVEN, GOOD, ROWS, SHAREGPT, USER, WORSE, Q, lines
 
 from puna.cli.main import main
-from puna.core.chat import encode_dialogue
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import encode_dialogue
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers import sft
 from puna.trainers.data.columns import Columns, ReadingComparisons, ReadingMessages
 from puna.trainers.data.readers import (

@@ -9,7 +9,7 @@ import pytest
 from brought import BAD, GIVEN, GOOD, SHAREGPT, USER, Q, lines
 
 from puna.cli.main import main
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data import encoding, long_texts
 
 # --- puna data

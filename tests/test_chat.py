@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puna.core.chat import (
+from puna.core.text.chat import (
     TAGS,
     check_dialogue,
     decode_answer,
@@ -15,7 +15,7 @@ from puna.core.chat import (
     encode_dialogue,
     encode_prompt,
 )
-from puna.core.tokenizer import Tokenizer, train_tokenizer
+from puna.core.text.tokenizer import Tokenizer, train_tokenizer
 
 SHARED = Path(
     os.environ.get("PUNA_SHARED", Path(__file__).resolve().parents[1] / ".." / "shared" / "data")

@@ -14,7 +14,7 @@ from puna.core.checkpoint.folder import load_model, save_model, tokenizer_path
 from puna.core.config import ModelConfig
 from puna.core.generation.generate import generate
 from puna.core.model import Transformer
-from puna.core.tokenizer import train_tokenizer
+from puna.core.text.tokenizer import train_tokenizer
 
 transformers = pytest.importorskip("transformers")
 

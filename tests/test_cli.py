@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from puna.cli.main import VERBS, main
 from puna.core.checkpoint.folder import load_model
-from puna.core.tokenizer import train_tokenizer
+from puna.core.text.tokenizer import train_tokenizer
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.prompts import load_prompts
 from puna.trainers.data.readers import read_preferences
 from puna.trainers.rl import comparisons

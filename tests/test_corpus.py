@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from puna.core.tokenizer import Tokenizer, train_tokenizer
+from puna.core.text.tokenizer import Tokenizer, train_tokenizer
 from puna.trainers.data import encoding
 from puna.trainers.data.corpus import Corpus, open_corpus, split_corpus, token_dtype
 from puna.trainers.data.encoding import (

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from puna.core.chat import encode_prompt
 from puna.core.checkpoint.folder import load_model
 from puna.core.packed import score
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import encode_prompt
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers import distill
 from puna.trainers.data.preprompts import (
     ADJECTIVES,

@@ -13,7 +13,7 @@ from fake_vllm import FakeVLLM, served
 
 from puna.core.checkpoint.folder import load_model
 from puna.core.model import Transformer
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers import distill, gatt, ppo, rejection, rlhf, sample
 from puna.trainers.data.prompts import load_prompts
 from puna.trainers.evaluation import chat
@@ -150,7 +150,7 @@ def test_a_server_that_sends_elsewhere_is_not_followed(fake, url, tiny, tmp_path
 def test_another_vocabulary_context_or_shape_is_named(fake, url, tiny, tmp_path):
     with pytest.raises(ValueError, match="room for 200 tokens, and a prompt of 4 with max_new_tok"):
         rollout(tiny, tmp_path / "engine", url, most=197)
-    from puna.core.tokenizer import train_tokenizer
+    from puna.core.text.tokenizer import train_tokenizer
 
     texts = ["where is the cat of the house that they said so"] * 40
     fake.tokenizer = train_tokenizer(texts, tmp_path / "other.model", vocab_size=290)

@@ -9,7 +9,7 @@ import torch
 
 from puna.core.checkpoint.folder import load_model
 from puna.core.packed import score
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers import evaluate
 from puna.trainers.data.packing import Pair, encode_pairs
 from puna.trainers.data.readers import read_preferences

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import puna
-from puna.core.chat import encode_answer, encode_prompt
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import encode_answer, encode_prompt
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.evaluation import chat, report, safety, wins
 from puna.trainers.evaluation.answers import Reader, as_read
 from puna.trainers.evaluation.config import EvaluateChatConfig

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from puna.core.chat import decode_answer, encode_answer, encode_prompt
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import decode_answer, encode_answer, encode_prompt
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.ghost import GhostDialogue, read_ghost_dialogues
 from puna.trainers.evaluation import chat, dialogues
 from puna.trainers.evaluation.config import EvaluateChatConfig

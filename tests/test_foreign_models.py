@@ -18,7 +18,7 @@ from puna.core.checkpoint.source import interleaved, meta_name, rope_heads
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
 from puna.core.rope_scaling import RopeScaling
-from puna.core.tokenizer import Tokenizer, train_tokenizer
+from puna.core.text.tokenizer import Tokenizer, train_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -119,7 +119,7 @@ def test_gguf_keeps_the_tokenizer_and_the_chat(tokenizer: Path, tmp_path: Path) 
         assert one.decode(one.encode(text)) == other.decode(one.encode(text))
     dialogue = [{"role": r, "content": c} for r, c in (("system", "be"), ("user", "hello"))]
     said = [*dialogue, {"role": "assistant", "content": "answer"}]
-    from puna.core.chat import encode_dialogue, encode_prompt
+    from puna.core.text.chat import encode_dialogue, encode_prompt
 
     for each in (other, third):
         assert encode_prompt(each, dialogue) == encode_prompt(one, dialogue)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from puna.core.chat import decode_answer, encode_answer, encode_dialogue, encode_prompt
 from puna.core.checkpoint.folder import load_model
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import decode_answer, encode_answer, encode_dialogue, encode_prompt
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers import gatt
 from puna.trainers.data.ghost import GhostDialogue, read_ghost_dialogues
 from puna.trainers.gatt import GAttConfig

@@ -9,7 +9,7 @@ import pytest
 
 import puna
 from puna.cli.main import main
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.readers import read_answered, read_dialogues
 from puna.trainers.rl import chunks
 

@@ -12,7 +12,7 @@ from puna.core.checkpoint.folder import load_model
 from puna.core.generation.generate import generate
 from puna.core.model import Transformer
 from puna.core.ops import use_backend
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 
 SHARED = Path(
     os.environ.get("PUNA_SHARED", Path(__file__).resolve().parents[1] / ".." / "shared" / "data")

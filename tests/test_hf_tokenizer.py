@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puna.core.chat import Message, encode_dialogue, encode_prompt
 from puna.core.checkpoint.folder import save_model
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
-from puna.core.tokenizer import Tokenizer, train_tokenizer
+from puna.core.text.chat import Message, encode_dialogue, encode_prompt
+from puna.core.text.tokenizer import Tokenizer, train_tokenizer
 
 transformers = pytest.importorskip("transformers")
 jinja2 = pytest.importorskip("jinja2")
@@ -58,7 +58,7 @@ def chat_ids(tokenizer: Tokenizer, dialogue: list[Message]) -> list[int]:
 
 @pytest.mark.parametrize("dialogue", DIALOGUES)
 def test_chat_template_is_our_chat_format(dialogue: list, tokenizer: Path, tmp_path: Path) -> None:
-    """The rendered text, cut at BOS and EOS and encoded, is what core/chat.py encodes."""
+    """The rendered text, cut at BOS and EOS and encoded, is what core/text/chat.py encodes."""
     save_random_model(tmp_path, tokenizer)
     document = json.loads((tmp_path / "tokenizer_config.json").read_text())
     text = (

@@ -9,12 +9,18 @@ import torch
 from byte_level import CHATML, byte_level, with_model
 
 import puna
-from puna.core.chat import decode_answer, encode_answer, encode_dialogue, encode_prompt, encode_turn
 from puna.core.checkpoint.folder import load_model, open_source, save_model, tokenizer_path
 from puna.core.config import ModelConfig
 from puna.core.generation.generate import generate
 from puna.core.model import Transformer
-from puna.core.tokenizer import Tokenizer, stream_text, train_tokenizer
+from puna.core.text.chat import (
+    decode_answer,
+    encode_answer,
+    encode_dialogue,
+    encode_prompt,
+    encode_turn,
+)
+from puna.core.text.tokenizer import Tokenizer, stream_text, train_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")

@@ -19,7 +19,7 @@ from puna.core.checkpoint.folder import load_model, save_model, tokenizer_path
 from puna.core.checkpoint.hf_tokenizer import tokenizer_json
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
-from puna.core.tokenizer import Tokenizer, train_tokenizer
+from puna.core.text.tokenizer import Tokenizer, train_tokenizer
 
 TEXTS = ["[INST] hello there [/INST] general answer", "<<SYS>> be kind <</SYS>> 7 times"] * 20
 LLAMA2 = {

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import puna
-from puna.core.chat import encode_answer, encode_dialogue, encode_prompt
 from puna.core.checkpoint.convert import convert
 from puna.core.checkpoint.folder import load_model
 from puna.core.checkpoint.source import interleaved, meta_name, rope_heads
 from puna.core.generation.generate import generate
-from puna.core.tokenizer import Tokenizer, train_tokenizer
+from puna.core.text.chat import encode_answer, encode_dialogue, encode_prompt
+from puna.core.text.tokenizer import Tokenizer, train_tokenizer
 
 CHAT = [{"role": "user", "content": "red cup"}]
 LONGER = [

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers import reward, rlhf, sft
 from puna.trainers.data.mix import draw_share, mixed
 from puna.trainers.data.readers import Skipped

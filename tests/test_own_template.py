@@ -9,9 +9,9 @@ from tiny import make_tiny
 
 import puna
 from puna.cli import chat
-from puna.core.chat import encode_dialogue
 from puna.core.checkpoint.folder import tokenizer_path
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import encode_dialogue
+from puna.core.text.tokenizer import Tokenizer
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("transformers")

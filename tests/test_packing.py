@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puna.core.chat import encode_dialogue
 from puna.core.packed import flat_sequences
-from puna.core.tokenizer import Tokenizer, train_tokenizer
+from puna.core.text.chat import encode_dialogue
+from puna.core.text.tokenizer import Tokenizer, train_tokenizer
 from puna.trainers.data.corpus import Corpus
 from puna.trainers.data.formats import Preference
 from puna.trainers.data.packing import (

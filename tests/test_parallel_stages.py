@@ -22,7 +22,7 @@ from puna.core import ranks
 from puna.core.checkpoint.folder import load_model, save_model
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
-from puna.core.tokenizer import Tokenizer, train_tokenizer
+from puna.core.text.tokenizer import Tokenizer, train_tokenizer
 from puna.trainers import rlhf
 from puna.trainers.rl.comparisons import Verdict
 from puna.trainers.rl.rewards import Answer

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from puna.core.checkpoint.folder import load_model, save_model
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
-from puna.core.tokenizer import train_tokenizer
+from puna.core.text.tokenizer import train_tokenizer
 from puna.trainers import ppo
 from puna.trainers.data.prompts import draw
 from puna.trainers.ppo import PPOConfig

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from puna.core.checkpoint.folder import load_model
-from puna.core.tokenizer import Tokenizer, train_tokenizer
+from puna.core.text.tokenizer import Tokenizer, train_tokenizer
 from puna.trainers import pretrain
 from puna.trainers.data.encoding import Texts, encode_corpus, encode_file, encode_folder
 from puna.trainers.data.readers import read_texts

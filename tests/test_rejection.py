@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from puna.core import parallel
-from puna.core.chat import encode_prompt
 from puna.core.checkpoint.folder import load_model, save_model
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
-from puna.core.tokenizer import Tokenizer, train_tokenizer
+from puna.core.text.chat import encode_prompt
+from puna.core.text.tokenizer import Tokenizer, train_tokenizer
 from puna.trainers import rejection
 from puna.trainers.rejection import RejectionConfig
 from puna.trainers.rl import sampling

@@ -11,7 +11,7 @@ import torch
 from puna.core import parallel
 from puna.core.checkpoint.folder import load_model
 from puna.core.packed import score
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers import reward
 from puna.trainers.data.formats import RATINGS, Columns
 from puna.trainers.data.packing import encode_pairs

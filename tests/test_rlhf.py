@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from puna.core.checkpoint.folder import load_model
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers import reward, rlhf
 from puna.trainers.data.packing import encode_pairs
 from puna.trainers.data.readers import read_preferences

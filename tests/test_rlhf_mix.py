@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_rlhf import ANNOTATORS, configured
 
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers import reward, rlhf
 from puna.trainers.rlhf import RLHFConfig
 from puna.trainers.train.recipes import read_toml

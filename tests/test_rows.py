@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from puna.cli.main import VERBS
-from puna.core.chat import encode_dialogue
 from puna.core.documents import json_rows
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import encode_dialogue
+from puna.core.text.tokenizer import Tokenizer
 from puna.demo import pipeline
 from puna.demo.kept import kept, seconds
 from puna.trainers import reward, sft

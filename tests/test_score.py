@@ -10,7 +10,7 @@ import torch
 import puna
 from puna.cli.main import main
 from puna.core.checkpoint.folder import load_model
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers import score
 from puna.trainers.score import ScoreConfig
 

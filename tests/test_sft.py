@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import puna
-from puna.core.chat import encode_dialogue
 from puna.core.checkpoint.folder import load_model
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import encode_dialogue
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers import sft
 from puna.trainers.data.formats import Columns
 from puna.trainers.data.readers import read_dialogues

@@ -18,7 +18,7 @@ from puna.core.checkpoint.folder import load_model, save_model
 from puna.core.checkpoint.source import parameter_shapes
 from puna.core.config import ModelConfig, parameter_count
 from puna.core.model import Transformer
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.corpus import open_corpus
 from puna.trainers.rl.best_of import read_samples
 from puna.trainers.train.recipes import read_toml

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puna.core.tokenizer import Tokenizer, stream_text, train_tokenizer
+from puna.core.text.tokenizer import Tokenizer, stream_text, train_tokenizer
 
 SHARED = Path(
     os.environ.get("PUNA_SHARED", Path(__file__).resolve().parents[1] / ".." / "shared" / "data")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from puna.cli.tokenizer import Encode, Inspect, TrainTokenizer, run
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.train.config import parse
 
 TEXT = "the quick brown fox [bold]jumps[/bold] over 12 lazy dogs\n" * 20

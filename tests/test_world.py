@@ -6,8 +6,8 @@ from itertools import chain
 
 import pytest
 
-from puna.core.chat import TAGS, check_dialogue, encode_dialogue
-from puna.core.tokenizer import train_tokenizer
+from puna.core.text.chat import TAGS, check_dialogue, encode_dialogue
+from puna.core.text.tokenizer import train_tokenizer
 from puna.demo.village import vocabulary as v
 from puna.demo.village import world
 from puna.demo.village.personas import (

@@ -7,7 +7,7 @@ from pathlib import Path
 from puna.core.checkpoint.folder import save_model
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
-from puna.core.tokenizer import train_tokenizer
+from puna.core.text.tokenizer import train_tokenizer
 from puna.trainers import sft
 
 WORDS = (

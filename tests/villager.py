@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 from annotate_pages import httpx, key_on
 
-from puna.core.chat import Message
+from puna.core.text.chat import Message
 from puna.demo.village import oracle
 from puna.trainers.rl.comparisons import Verdict
 from puna.trainers.rl.rewards import Answer

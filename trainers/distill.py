@@ -24,7 +24,7 @@ from puna.core import parallel
 from puna.core.checkpoint.atomic import atomic_file, write_text
 from puna.core.model import Transformer
 from puna.core.terminal import say_table
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.capacity import fitting
 from puna.trainers.data.preprompts import Adversarial, load_adversarial
 from puna.trainers.data.prompts import EncodedPrompt, common_tokenizer

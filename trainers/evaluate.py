@@ -17,7 +17,7 @@ from puna.core.checkpoint.atomic import write_text
 from puna.core.checkpoint.folder import load_model, open_source, tokenizer_path
 from puna.core.device import device_of_name
 from puna.core.terminal import say_table
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.columns import ReadingComparisons
 from puna.trainers.data.formats import RATINGS
 from puna.trainers.data.packing import Pair, encode_pairs

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from puna.core import parallel
-from puna.core.chat import Message, decode_answer, encode_dialogue, encode_turn
 from puna.core.checkpoint.folder import open_model, tokenizer_path
 from puna.core.generation.memory import Memory
 from puna.core.model import Transformer
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import Message, decode_answer, encode_dialogue, encode_turn
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.capacity import fitting
 from puna.trainers.data.columns import ReadingMessages
 from puna.trainers.data.ghost import GhostDialogue, read_ghost_dialogues

@@ -20,7 +20,7 @@ from puna.core import parallel
 from puna.core.checkpoint.folder import open_model
 from puna.core.errors import UserError
 from puna.core.model import Transformer
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.capacity import fitting
 from puna.trainers.data.prompts import EncodedPrompt, common_tokenizer, draw, load_prompts
 from puna.trainers.rl import early_stopping

@@ -13,7 +13,7 @@ from puna.core import parallel
 from puna.core.checkpoint.folder import check_own, check_vocabulary, open_model, tokenizer_path
 from puna.core.checkpoint.source import Source, fresh
 from puna.core.config import ModelConfig, size
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.capacity import fitting
 from puna.trainers.data.columns import Reading
 from puna.trainers.data.corpus import Corpus, is_corpus, open_corpus, split_corpus

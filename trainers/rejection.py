@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from puna.core import parallel
-from puna.core.chat import decode_answer, encode_dialogue, encode_prompt
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import decode_answer, encode_dialogue, encode_prompt
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.capacity import fitting
 from puna.trainers.data.formats import Dialogue
 from puna.trainers.data.packing import PackedRows

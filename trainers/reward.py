@@ -18,7 +18,7 @@ from puna.core.checkpoint.folder import open_source, tokenizer_path
 from puna.core.checkpoint.source import Source
 from puna.core.model import Transformer
 from puna.core.terminal import say
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.capacity import fitting
 from puna.trainers.data.columns import ReadingComparisons
 from puna.trainers.data.formats import Preference

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 from puna.core import parallel
 from puna.core.checkpoint.folder import open_model, open_source, tokenizer_path
 from puna.core.device import device_of_name
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers import gatt, ppo, rejection
 from puna.trainers.data.ghost import read_ghost_dialogues
 from puna.trainers.data.packing import encode_pairs

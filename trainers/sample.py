@@ -12,7 +12,7 @@ from pathlib import Path
 
 from puna.core import parallel
 from puna.core.terminal import say
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.prompts import common_tokenizer, load_prompts
 from puna.trainers.rl.best_of import POOL, SAMPLES, SELECTED, keep_best
 from puna.trainers.rl.config import (

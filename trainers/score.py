@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from puna.core import parallel
-from puna.core.chat import Message, decode_answer, encode_answer, encode_prompt
 from puna.core.checkpoint.atomic import write_text
 from puna.core.checkpoint.folder import load_model, open_source
 from puna.core.device import device_of_name
 from puna.core.model import Transformer
 from puna.core.terminal import say_table
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import Message, decode_answer, encode_answer, encode_prompt
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.answered import Answered
 from puna.trainers.data.columns import ReadingMessages
 from puna.trainers.data.prompts import common_tokenizer

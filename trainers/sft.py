@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from puna.core.chat import encode_dialogue
 from puna.core.checkpoint.folder import tokenizer_path
 from puna.core.documents import as_name
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import encode_dialogue
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.capacity import fitting
 from puna.trainers.data.columns import ReadingMessages
 from puna.trainers.data.formats import Dialogue

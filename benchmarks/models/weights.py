@@ -20,7 +20,7 @@ from puna.core.checkpoint.folder import load_model, tokenizer_path
 from puna.core.generation.generate import generate
 from puna.core.model import Transformer
 from puna.core.native.engine import FORMATS, Engine
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 
 WINDOW, ROWS = 256, 8  # tokens a row; rows in one call
 

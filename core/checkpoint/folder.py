@@ -34,7 +34,7 @@ from puna.core.config import ModelConfig
 from puna.core.documents import read_object
 from puna.core.errors import Notice
 from puna.core.model import Transformer, check_parameters
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 
 ABSENT = "no such model; give a model folder or a .gguf or llama2.c .bin file"
 

@@ -1,7 +1,7 @@
 """GGUF, llama.cpp's format: models are read from it, quantised ones as fp32.
 
 The rows of q and k are ordered as Meta's are. What the file says of its tokenizer is read in
-`core/gguf_tokenizer.py`.
+`core/text/gguf_tokenizer.py`.
 """
 
 import math
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from puna.core.checkpoint.gguf_header import Header, Place, read_header
 from puna.core.checkpoint.source import (
     EMBEDDING,
     HEADS,
@@ -24,7 +25,6 @@ from puna.core.checkpoint.source import (
 )
 from puna.core.config import ModelConfig
 from puna.core.documents import as_name, field
-from puna.core.gguf_header import Header, Place, read_header
 from puna.core.rope_scaling import RopeScaling
 
 PARTS = {

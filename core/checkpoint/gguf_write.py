@@ -11,11 +11,11 @@ from puna.core.checkpoint.folder import check_vocabulary
 from puna.core.checkpoint.gguf_file import FREQUENCIES, gguf_name
 from puna.core.checkpoint.source import Source, as_type, interleaved, rope_heads
 from puna.core.config import ModelConfig
-from puna.core.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER
-from puna.core.tokenizer import Tokenizer
-from puna.core.tokenizer_files import CHAT_TEMPLATE
-from puna.core.tokenizer_opened import document_of
-from puna.core.vocabulary import CUTS
+from puna.core.text.beside import CHAT_TEMPLATE
+from puna.core.text.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER
+from puna.core.text.opened import document_of
+from puna.core.text.tokenizer import Tokenizer
+from puna.core.text.vocabulary import CUTS
 
 FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
 

@@ -13,7 +13,7 @@ from puna.core.checkpoint.hf_tokenizer import PAD_ID, pad_id
 from puna.core.config import ModelConfig
 from puna.core.documents import as_name, field, read_object, shortened, typed
 from puna.core.rope_scaling import RopeScaling
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 
 ARCHITECTURES = {"LlamaForCausalLM": "lm", "LlamaForSequenceClassification": "score"}
 

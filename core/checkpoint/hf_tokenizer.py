@@ -15,10 +15,10 @@ from puna.core.checkpoint.shards import write_json
 from puna.core.checkpoint.tokenizer_check import difference
 from puna.core.config import ModelConfig
 from puna.core.documents import read_object
-from puna.core.tokenizer import Tokenizer
-from puna.core.tokenizer_files import CHAT_TEMPLATE
-from puna.core.tokenizer_opened import document_of
-from puna.core.vocabulary import added_json, sentencepiece_json
+from puna.core.text.beside import CHAT_TEMPLATE
+from puna.core.text.opened import document_of
+from puna.core.text.tokenizer import Tokenizer
+from puna.core.text.vocabulary import added_json, sentencepiece_json
 
 # Llama 2 has no padding piece. Its unknown piece never ends a sequence (bytes spell what is
 # unknown), so a scorer that looks for the last token which is not padding finds the last one.

@@ -8,7 +8,7 @@ get other ids from it, and nothing would say so.
 from collections.abc import Iterator
 from typing import Any
 
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 # Each meets one way in which SentencePiece models differ.

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 
 SLACK = 32  # tokens looked at beyond those that a string can fill: drawn since the last look
 

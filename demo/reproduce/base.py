@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from puna.core.documents import json_rows
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.demo.evaluation import compare_held_out
 from puna.demo.pipeline import Demo, annotators, ghost_row
 from puna.demo.village import oracle, world

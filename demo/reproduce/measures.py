@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from puna.core.chat import Message, encode_answer, encode_prompt
 from puna.core.checkpoint.folder import load_model, tokenizer_path
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import Message, encode_answer, encode_prompt
+from puna.core.text.tokenizer import Tokenizer
 from puna.demo import measure
 from puna.demo.evaluation import held_out
 from puna.demo.measure import MODES, HeldOut

@@ -7,7 +7,7 @@ and about hobbies and public figures. It never contains the chat tags, nor a hel
 import random
 from collections.abc import Callable, Iterator
 
-from puna.core.chat import Message
+from puna.core.text.chat import Message
 from puna.demo.village import vocabulary as v
 from puna.demo.village.answers import PUPIL, REFUSALS, compose
 from puna.demo.village.oracle import assess

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 from zlib import crc32
 
-from puna.core.chat import Message
+from puna.core.text.chat import Message
 from puna.demo.village import vocabulary as v
 from puna.demo.village.answers import BRIEF_REFUSAL, REFUSALS
 from puna.demo.village.personas import (

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from puna.core.chat import Message
+from puna.core.text.chat import Message
 from puna.demo.village.answers import MIXED, PERSONA, compose
 from puna.demo.village.documents import documents
 from puna.demo.village.personas import (

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from campaign import mutations
 
-from puna.core.chat import check_dialogue, encode_dialogue, encode_prompt
 from puna.core.checkpoint.any_format import open_any
 from puna.core.checkpoint.convert import convert
 from puna.core.checkpoint.folder import save_model
 from puna.core.checkpoint.source import Source, interleaved, meta_name, rope_heads
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
-from puna.core.tokenizer import Tokenizer, train_tokenizer
+from puna.core.text.chat import check_dialogue, encode_dialogue, encode_prompt
+from puna.core.text.tokenizer import Tokenizer, train_tokenizer
 from puna.demo.kept import kept, seconds
 from puna.trainers import sft
 from puna.trainers.data.corpus import INDEX, open_corpus

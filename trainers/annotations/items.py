@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from puna.core.chat import Message
+from puna.core.text.chat import Message
 from puna.trainers.annotations.store import Store
 
 KINDS = ("helpfulness", "safety")

@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from puna.core.chat import Message
 from puna.core.documents import are_ids, field, shortened
+from puna.core.text.chat import Message
 from puna.trainers.data.columns import Columns
 from puna.trainers.data.formats import Row, parse_dialogue, parse_prompt
 from puna.trainers.data.messages import Malformed

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, cast
 
-from puna.core import chat
-from puna.core.chat import Message
 from puna.core.documents import listed, shortened
+from puna.core.text import chat
+from puna.core.text.chat import Message
 from puna.trainers.data.messages import Malformed, Unusable
 
 Row = Mapping[str, Any]

@@ -15,7 +15,7 @@ from numpy.lib.format import MAGIC_PREFIX
 
 from puna.core.checkpoint.hashes import digest
 from puna.core.documents import field, read_object, regular_file
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 
 INDEX = "corpus.json"
 HEADER = 128  # bytes before the ids: the shape's digits may change, their place may not

@@ -18,7 +18,7 @@ from numpy.lib.format import magic
 from puna.core.checkpoint.atomic import atomic_file, write_text
 from puna.core.checkpoint.hashes import digest, digests
 from puna.core.documents import field, read_object
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.columns import Reading
 from puna.trainers.data.corpus import HEADER, INDEX, Corpus, token_dtype
 from puna.trainers.data.files import Source, is_packed, sources

@@ -10,8 +10,8 @@ import json
 import re
 from typing import Any, NamedTuple
 
-from puna.core.chat import Message
 from puna.core.documents import shortened
+from puna.core.text.chat import Message
 from puna.trainers.data.cells import (
     Row,
     check_dialogue,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 
 PIECE = 1 << 18  # characters
 AT_ONCE = 8  # pieces, on all threads

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, cast
 
-from puna.core.chat import Message
 from puna.core.documents import as_name, shortened
+from puna.core.text.chat import Message
 
 ROLES = ("system", "user", "assistant")
 OTHERS = {  # what the roles are called elsewhere

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from puna.core.chat import encode_answer, encode_prompt
 from puna.core.packed import flat_sequences
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import encode_answer, encode_prompt
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.corpus import Corpus, check_ids, token_dtype
 from puna.trainers.data.formats import RATINGS, Preference
 from puna.trainers.data.readers import Skipped

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from puna.core.chat import Message, encode_prompt
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import Message, encode_prompt
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.columns import ReadingMessages
 from puna.trainers.data.readers import Skipped, read_preprompts, read_prompts
 

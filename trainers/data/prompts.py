@@ -5,9 +5,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from puna.core.chat import Message, encode_prompt
 from puna.core.checkpoint.folder import tokenizer_path
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import Message, encode_prompt
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.columns import ReadingMessages
 from puna.trainers.data.readers import Skipped, read_prompts
 from puna.trainers.data.visits import epoch_order

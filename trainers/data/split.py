@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from puna.core.chat import Message
+from puna.core.text.chat import Message
 
 Item = TypeVar("Item")
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from puna.core import parallel
-from puna.core.chat import encode_prompt, respelled
 from puna.core.checkpoint.folder import open_source, tokenizer_path
 from puna.core.model import Transformer
 from puna.core.packed import score
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import encode_prompt, respelled
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.formats import Prompt
 from puna.trainers.data.prompts import EncodedPrompt
 from puna.trainers.data.readers import Skipped, read_prompts

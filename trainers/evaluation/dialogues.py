@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from puna.core import parallel
-from puna.core.chat import decode_answer, encode_turn
 from puna.core.checkpoint.folder import tokenizer_path
 from puna.core.documents import are_ids, field, json_rows, shortened
 from puna.core.generation.memory import Memory
 from puna.core.model import Transformer
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import decode_answer, encode_turn
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.ghost import GhostDialogue
 from puna.trainers.evaluation.answers import kept_in
 from puna.trainers.evaluation.config import EvaluateChatConfig, policies

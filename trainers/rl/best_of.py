@@ -14,9 +14,9 @@ from typing import Any, Literal, TypedDict, cast
 import torch
 from torch import Tensor
 
-from puna.core.chat import Message
 from puna.core.checkpoint.atomic import atomic_file, write_text
 from puna.core.documents import append_rows, are_ids, field, json_rows, shortened
+from puna.core.text.chat import Message
 from puna.trainers.data.formats import Columns, parse_prompt
 from puna.trainers.rl.config import BestOfConfig
 from puna.trainers.train import written

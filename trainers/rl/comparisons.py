@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from puna.core import parallel
-from puna.core.chat import decode_answer, encode_prompt
 from puna.core.checkpoint.atomic import atomic_file
 from puna.core.checkpoint.folder import open_model
 from puna.core.documents import are_ids, field, json_rows, shortened
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import decode_answer, encode_prompt
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.formats import RATINGS, SAFETY, Columns, parse_prompt
 from puna.trainers.data.prompts import EncodedPrompt, draw
 from puna.trainers.rl.engine import Engine

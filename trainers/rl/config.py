@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from puna.core.checkpoint.folder import open_model
 from puna.core.model import Transformer
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.columns import ReadingMessages
 from puna.trainers.rl.engine import Engine, check_url
 from puna.trainers.rl.rewards import Reward, RewardModels

@@ -28,7 +28,7 @@ from puna.core import parallel
 from puna.core.documents import parse_json
 from puna.core.generation.sampling import EosIds, all_of
 from puna.core.model import Transformer
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.train.run import save_model
 
 TOKEN = "PUNA_ENGINE_TOKEN"  # the environment variable with the server's --api-key

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from puna.core.chat import Message
 from puna.core.errors import UserError
 from puna.core.model import Transformer
 from puna.core.packed import score
+from puna.core.text.chat import Message
 from puna.trainers.rl.losses import whiten
 
 SAFETY_THRESHOLD = 0.15  # on sigma(R_s): precision 0.89, recall 0.55 on Meta's safety test set

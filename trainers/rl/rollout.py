@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from puna.core import ops, parallel
-from puna.core.chat import decode_answer
 from puna.core.generation.generate import Completion
 from puna.core.generation.sampling import EosIds
 from puna.core.model import Transformer
 from puna.core.native.engine import unfit
 from puna.core.packed import forward_groups
 from puna.core.tensor_parallel import generate_together
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.chat import decode_answer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.prompts import EncodedPrompt
 from puna.trainers.rl.engine import Engine
 from puna.trainers.rl.rewards import Answer, check_finite

@@ -10,7 +10,7 @@ from puna.core.checkpoint.folder import open_source, tokenizer_path
 from puna.core.device import device_of_name
 from puna.core.documents import field, json_rows
 from puna.core.errors import UserError
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.annotations.items import KINDS
 from puna.trainers.data.prompts import draw, load_prompts
 from puna.trainers.data.readers import read_preferences, read_prompts

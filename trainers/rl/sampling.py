@@ -12,7 +12,7 @@ from puna.core import parallel
 from puna.core.checkpoint.atomic import write_text
 from puna.core.documents import field, read_object
 from puna.core.model import Transformer
-from puna.core.tokenizer import Tokenizer
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.prompts import EncodedPrompt
 from puna.trainers.rl.best_of import Drawn, Sample, is_usable
 from puna.trainers.rl.chunks import append_chunks

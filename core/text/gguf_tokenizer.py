@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from puna.core.checkpoint.gguf_header import read_header
 from puna.core.documents import as_name, field
-from puna.core.gguf_header import read_header
-from puna.core.tokenizer_files import Beside
-from puna.core.vocabulary import byte_pair_json, sentencepiece_json
+from puna.core.text.beside import Beside
+from puna.core.text.vocabulary import byte_pair_json, sentencepiece_json
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
 ENDS = ("eos", "eot", "eom")

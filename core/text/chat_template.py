@@ -12,8 +12,8 @@ from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
 
-from puna.core.tokenizer import Tokenizer
-from puna.core.tokenizer_files import CHAT_TEMPLATE
+from puna.core.text.beside import CHAT_TEMPLATE
+from puna.core.text.tokenizer import Tokenizer
 
 # What a template's own mistakes raise.
 WRONG = (ArithmeticError, LookupError, TypeError, AttributeError, ValueError)
@@ -38,7 +38,7 @@ def render(template: str, messages: Sequence[Any], names: dict[str, str], ask: b
     """
     from jinja2 import TemplateError
 
-    from puna.core.sandbox import joined as bounded
+    from puna.core.text.sandbox import joined as bounded
 
     said = [{"role": each["role"], "content": each["content"]} for each in messages]
     given: dict[str, Any] = {"bos_token": "", "eos_token": "", **names, "messages": said}
@@ -56,7 +56,7 @@ def render(template: str, messages: Sequence[Any], names: dict[str, str], ask: b
 
 @lru_cache(maxsize=8)
 def _compiled(template: str) -> Any:
-    from puna.core.sandbox import Sandbox
+    from puna.core.text.sandbox import Sandbox
 
     plain = _GENERATION.sub(lambda m: m[1] + ("endif" if m[2] else "if true") + m[3], template)
     return Sandbox().from_string(plain)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from puna.core.documents import field, read_object, regular_file, typed
 
 LARGEST_TEMPLATE = 1 << 20  # bytes; the longest known ones have 20 KB
-# The template that Puna writes: core/chat.py as text, BOS before and EOS after each exchange, the
-# system message inside the first user message. `trim` is Python's strip.
+# The template that Puna writes: core/text/chat.py as text, BOS before and EOS after each exchange,
+# the system message inside the first user message. `trim` is Python's strip.
 CHAT_TEMPLATE = (
     "{%- set ns = namespace(system='') -%}"
     "{%- for message in messages -%}"

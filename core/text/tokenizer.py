@@ -12,8 +12,8 @@ from pathlib import Path
 import sentencepiece
 
 from puna.core.checkpoint.atomic import atomic_file
-from puna.core.json_tokenizer import Control, JsonPieces
-from puna.core.tokenizer_opened import open_tokenizer
+from puna.core.text.json_tokenizer import Control, JsonPieces
+from puna.core.text.opened import open_tokenizer
 
 PADDING = 64
 MAX_SENTENCE_BYTES = 4192  # Llama 2's setting: SentencePiece drops longer lines

@@ -5,15 +5,15 @@ system message is folded into the first user message. Each side of an exchange i
 own. No SentencePiece piece reaches across the space after `[/INST]`, so the ids are those of the
 whole text, as in Meta's code, and a prompt's ids are always the beginning of the dialogue's.
 
-A model that brings another chat template has its dialogues written by that: `core/chat_template.py`
-cuts them into the same parts.
+A model that brings another chat template has its dialogues written by that:
+`core/text/chat_template.py` cuts them into the same parts.
 """
 
 from collections.abc import Sequence
 from typing import Literal, TypedDict
 
-from puna.core import chat_template
-from puna.core.tokenizer import Tokenizer
+from puna.core.text import chat_template
+from puna.core.text.tokenizer import Tokenizer
 
 INST, END_INST = "[INST]", "[/INST]"
 SYSTEM, END_SYSTEM = "<<SYS>>", "<</SYS>>"

@@ -1,7 +1,7 @@
 """A Hugging Face tokenizer.json, read through the `tokenizers` library.
 
-It stands in the place of SentencePiece's processor in `puna.core.tokenizer`. Control tokens that a
-text spells are text: only a template or `bos=True` puts the ids of control tokens.
+It stands in the place of SentencePiece's processor in `puna.core.text.tokenizer`. Control tokens
+that a text spells are text: only a template or `bos=True` puts the ids of control tokens.
 """
 
 import copy

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import sentencepiece
 
 from puna.core.documents import read_object, regular_file
-from puna.core.gguf_tokenizer import read_tokenizer
-from puna.core.json_tokenizer import Control, JsonPieces, spelled
-from puna.core.tokenizer_files import CHAT_TEMPLATE, Beside, read_beside
+from puna.core.text.beside import CHAT_TEMPLATE, Beside, read_beside
+from puna.core.text.gguf_tokenizer import read_tokenizer
+from puna.core.text.json_tokenizer import Control, JsonPieces, spelled
 
 LARGEST_BYTES = 1 << 26  # Llama 2's has half a MB
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
