@@ -122,7 +122,8 @@ def test_every_viewer_is_an_option_and_an_extra():
 
 @pytest.mark.parametrize("name", VIEWERS)
 def test_a_missing_package_is_named_before_anything_is_read(tmp_path, monkeypatch, name):
-    monkeypatch.setattr("puna.trainers.train.viewers.find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match=rf"log is {name}, .*; pip install 'puna\[{name}\]'"):
         viewer(name, tmp_path)
     assert viewer("none", tmp_path)(1, {"loss": 1.0}) is None

@@ -5,7 +5,6 @@ Each package is an extra, imported when it is asked for: `pip install "puna[tens
 """
 
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
 
@@ -23,12 +22,13 @@ def viewer(name: str, folder: Path) -> Show:
     """
     if name == "none":
         return lambda step, values: None
-    if find_spec(name) is None:
+    try:
+        show = VIEWERS[name](folder)
+    except ImportError as error:  # it is not there, or not whole
         raise ValueError(
-            f"log is {name}, but that package is not installed; "
+            f"log is {name}, but that package is not installed ({error}); "
             f"pip install 'puna[{name}]', or leave the option out"
-        )
-    show = VIEWERS[name](folder)
+        ) from error
 
     def safely(step: int, values: Mapping[str, float]) -> None:
         try:
