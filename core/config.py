@@ -11,6 +11,7 @@ from torch import Tensor
 
 from puna.core.rope_scaling import RopeScaling
 
+WIDEST_HEAD = 1 << 16
 LONGEST = 1 << 20  # tokens: the rotation tables of a whole context are made at once
 LARGEST_MULTIPLIER = 1e6  # of the FFN width; the 70B model has 1.3
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "context")
@@ -30,6 +31,8 @@ class ModelConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None  # of a context that was stretched
+    head_size: int | None = None  # D where it is not C / H
+    attention_bias: bool = False  # whether q, k, v and the output's projection have biases
 
     def __post_init__(self) -> None:
         for name in SHAPE:
@@ -45,7 +48,12 @@ class ModelConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
         if self.rope_scaling is not None:
             self.rope_scaling.check()
-        if self.dim % self.n_heads:
+        if self.head_size is not None:
+            if not 1 <= self.head_size <= WIDEST_HEAD:
+                raise ValueError(f"head_size is {self.head_size}; it must be 1 to {WIDEST_HEAD}")
+            if self.head_size * self.n_heads == self.dim:
+                object.__setattr__(self, "head_size", None)  # said twice: still the same model
+        elif self.dim % self.n_heads:
             raise ValueError(f"dim {self.dim} must be a multiple of n_heads {self.n_heads}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
@@ -56,7 +64,17 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.dim // self.n_heads
+        return self.head_size or self.dim // self.n_heads
+
+    @property
+    def q_dim(self) -> int:
+        """H D, width of all queries; C but for a head size of its own."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def kv_dim(self) -> int:
+        """K D, width of all keys."""
+        return self.n_kv_heads * self.head_dim
 
     def rope_divisors(self) -> Tensor | None:
         """What each pair's frequency is divided by, (D/2,); None: by nothing."""
@@ -102,9 +120,14 @@ def size(name: str) -> ModelConfig:
     return SIZES[name]
 
 
+def block_parameters(config: ModelConfig) -> int:
+    """Number of parameters of one block."""
+    q, kv = config.q_dim, config.kv_dim
+    attention = 2 * config.dim * (q + kv) + (q + 2 * kv + config.dim) * config.attention_bias
+    return attention + 3 * config.dim * config.ffn_dim + 2 * config.dim
+
+
 def parameter_count(config: ModelConfig) -> int:
     """Number of parameters with the untied language-model head."""
-    kv_dim = config.n_kv_heads * config.head_dim
-    attention = 2 * config.dim * config.dim + 2 * config.dim * kv_dim
-    block = attention + 3 * config.dim * config.ffn_dim + 2 * config.dim
-    return config.n_layers * block + config.dim + 2 * config.vocab_size * config.dim
+    blocks = config.n_layers * block_parameters(config)
+    return blocks + config.dim + 2 * config.vocab_size * config.dim

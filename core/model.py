@@ -30,14 +30,14 @@ class Rotary(NamedTuple):
 
 @transparent
 class Linear(nn.Linear):
-    """A projection without a bias."""
+    """A projection; without a bias, as Llama 2 has them, but where it is asked for."""
 
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, bias=False)
+    def __init__(self, inputs: int, outputs: int, bias: bool = False):
+        super().__init__(inputs, outputs, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y = ops.linear(x, self.weight)
-        return y if self.bias is None else y + self.bias  # someone may give it one
+        return y if self.bias is None else y + self.bias
 
 
 @transparent
@@ -57,11 +57,10 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
-        kv_dim = config.n_kv_heads * config.head_dim
-        self.q_proj = Linear(config.dim, config.dim)
-        self.k_proj = Linear(config.dim, kv_dim)
-        self.v_proj = Linear(config.dim, kv_dim)
-        self.o_proj = Linear(config.dim, config.dim)
+        self.q_proj = Linear(config.dim, config.q_dim, config.attention_bias)
+        self.k_proj = Linear(config.dim, config.kv_dim, config.attention_bias)
+        self.v_proj = Linear(config.dim, config.kv_dim, config.attention_bias)
+        self.o_proj = Linear(config.q_dim, config.dim, config.attention_bias)
 
     def forward(
         self,
@@ -289,14 +288,14 @@ class Transformer(nn.Module):
         | other projections  | fan_in^-1/2                             |
         | lm_head            | 0.02                                    |
         | score              | (C + 1)^-1/2                            |
-        | norms              | one                                     |
+        | norms, biases      | one, zero                               |
 
         At width 128 the usual 0.02 everywhere never learned to copy in 2.4M tokens.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
-                yield name, torch.ones(parameter.shape)
+                yield name, torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0)
             else:
                 start = torch.empty(parameter.shape)
                 yield name, start.normal_(0.0, self._init_std(name, parameter), generator=generator)

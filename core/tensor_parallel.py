@@ -67,6 +67,8 @@ def check(config: ModelConfig, size: int, called: str = "sampling_tp") -> None:
             f"rank{'s' * (world > 1)}, no multiple of it; "
             f"{'start more ranks with torchrun' if world < size else 'take a divisor'}"
         )
+    if config.attention_bias:
+        raise ValueError(f"{called} is {size} and the model's attention has biases; set it to 1")
     for name in ("n_kv_heads", "ffn_dim"):
         if getattr(config, name) % size:
             raise ValueError(

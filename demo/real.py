@@ -23,7 +23,7 @@ import numpy as np
 from puna.core.checkpoint.atomic import write_text
 from puna.core.checkpoint.convert import convert
 from puna.core.checkpoint.folder import load_model, tokenizer_path
-from puna.core.documents import json_rows
+from puna.core.documents import json_rows, listed
 from puna.core.generation.generate import generate
 from puna.core.terminal import say, say_table
 from puna.core.text.chat import Message, decode_answer, encode_answer, encode_prompt
@@ -63,9 +63,10 @@ MODELS = ("as it came", "after SFT", "after PPO")
 class RealConfig(Options):
     """Take a real small chat model through SFT, both reward models and PPO, on your comparisons."""
 
-    data: Path
-    """folder of comparisons: files that have "helpful" in their path train the helpfulness model,
-    those with "harmless" the safety model (so are Anthropic's HH files named)"""
+    data: list[Path]
+    """comparisons, files or folders of them: those with "helpful" in their name, or in their path
+    inside a folder, train the helpfulness model, those with "harmless" the safety model (so are
+    Anthropic's HH files named)"""
     out: Path = Path("runs/real")
     """folder of the run; an interrupted run in it is continued"""
     model: Path | None = None
@@ -82,7 +83,7 @@ class RealConfig(Options):
 def run(config: RealConfig) -> Path:
     """Run, or continue, all stages; prints what changed and returns the file of the figures.
 
-    Raises ValueError where the folder lacks comparisons of one kind, or short ones.
+    Raises ValueError where comparisons of one kind are missing, or short ones.
     """
     files = files_of(config.data)
     with owned(config):
@@ -149,11 +150,13 @@ def talk(model: Path, cache: Path) -> list[str]:
 # -- data ---------------------------------------------------------------------------------------
 
 
-def files_of(folder: Path) -> dict[str, list[Path]]:
+def files_of(paths: Sequence[Path]) -> dict[str, list[Path]]:
     """Reward model -> its files of comparisons; says which files are of neither."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; name one of comparisons with --data")
-    names = {source.file: str(source.file.relative_to(folder)) for source in sources(folder)}
+    names = {
+        source.file: str(source.file.relative_to(path) if path.is_dir() else source.file.name)
+        for path in paths
+        for source in sources(path)
+    }
     found = {
         kind: [file for file, name in names.items() if word in name.lower()]
         for kind, word in KINDS.items()
@@ -161,11 +164,11 @@ def files_of(folder: Path) -> dict[str, list[Path]]:
     for kind, word in KINDS.items():
         if not found[kind]:
             raise ValueError(
-                f'{folder} has no file with "{word}" in its name to train the {kind} model on; '
-                "name such a file so, or name another folder with --data"
+                f'no file has "{word}" in its name, to train the {kind} model on: '
+                f"{listed(names.values())}; name such a file so, or add one to --data"
             )
     if left := [name for file, name in names.items() if not any(file in f for f in found.values())]:
-        say(f"not used: {', '.join(left)} (neither helpful nor harmless by name)")
+        say(f"not used: {listed(left)} (neither helpful nor harmless by name)")
     return found
 
 
@@ -206,6 +209,7 @@ def short_ones(
 ) -> tuple[list[Preference], list[Preference]]:
     """(to train on, held out), drawn among the comparisons of at most LONGEST tokens; no prompt is
     on both sides. ValueError where there are fewer than four."""
+    word = [*KINDS.values()][number]
     wanted = scaled(config, PAIRS, 6) + scaled(config, HELD, 2)
     found: list[Preference] = []
     for index in np.random.default_rng((config.seed, number)).permutation(len(rows)).tolist():
@@ -217,8 +221,8 @@ def short_ones(
             break
     if len(found) < 4:
         raise ValueError(
-            f"{config.data} has {len(found)} comparisons of at most {LONGEST} tokens, too few to "
-            "train on some and hold some out; add shorter ones"
+            f"there are {len(found)} {word} comparisons of at most {LONGEST} tokens, too few to "
+            "train on some and hold some out; add shorter ones to --data"
         )
     return split(found, HELD / (PAIRS + HELD), config.seed, reward.begins)
 

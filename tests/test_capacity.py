@@ -13,7 +13,7 @@ from test_recipes import SIZES, STAGES, config_of, fake_ranks, language_step, re
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
 from puna.core.checkpoint.source import fresh, parameter_shapes
-from puna.core.config import size
+from puna.core.config import block_parameters, size
 from puna.core.generation.kv_cache import KVCache
 from puna.core.tensor_parallel import Group, part
 from puna.trainers.capacity import fitting, memory, phases, plan
@@ -32,7 +32,7 @@ def test_parameters_are_those_of_the_model(name: str, head: str) -> None:
     shape = size(name)
     whole = sum(torch.Size(each).numel() for each in parameter_shapes(shape, head).values())
     assert memory.parameters(shape, head) == whole
-    blocks = shape.n_layers * memory.block_parameters(shape)
+    blocks = shape.n_layers * block_parameters(shape)
     assert blocks + memory.root_parameters(shape, head) == whole
 
 

@@ -277,7 +277,7 @@ HARM = {
     ),
     "impossible config": (
         lambda f: edit_config(f, num_attention_heads=5),
-        "config.json: dim 64 must be a multiple of n_heads 5",
+        "config.json: n_heads 5 must be a multiple of n_kv_heads 4",
     ),
     "another architecture": (
         lambda f: edit_config(f, model_type="mistral", architectures=["MistralForCausalLM"]),
@@ -295,10 +295,17 @@ HARM = {
         lambda f: edit_config(f, rope_scaling={"rope_type": "llama3", "factor": 8.0}),
         "low_freq_factor is missing, expected a finite number",
     ),
-    "attention_bias": (lambda f: edit_config(f, attention_bias=True), "attention_bias = true"),
+    "attention_bias": (
+        lambda f: edit_config(f, attention_bias=True),
+        "missing tensors: model.layers.0.self_attn.q_proj.bias",
+    ),
     "mlp_bias": (lambda f: edit_config(f, mlp_bias=True), "mlp_bias = true"),
     "activation": (lambda f: edit_config(f, hidden_act="gelu"), 'hidden_act = "gelu"'),
-    "head_dim": (lambda f: edit_config(f, head_dim=32), "head_dim = 32 where .* is 16"),
+    "head_dim": (
+        lambda f: edit_config(f, head_dim=32),
+        r"q_proj.weight has shape \(64, 64\) where the config says \(128, 64\)",
+    ),
+    "no head_dim": (lambda f: edit_config(f, head_dim=0), "head_size is 0; it must be 1"),
 }
 
 

@@ -106,3 +106,16 @@ def test_transformers_encodes_with_llama2s_tokenizer_as_we_do(tmp_path: Path) ->
         assert found == [int(token) for token in row.split()]
     for text in [" " * n + "x" + "-" * n + "\n" * (n % 5) + "a" * n for n in range(60)]:
         assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
+
+
+def test_what_the_tokenizer_gives_is_what_the_model_takes(tokenizer: Path, tmp_path: Path) -> None:
+    """`model(**tokenizer(text))`: token_type_ids, which some classes add, a Llama refuses."""
+    save_random_model(tmp_path, tokenizer)
+    document = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert document["model_input_names"] == ["input_ids", "attention_mask"]
+    given = transformers.AutoTokenizer.from_pretrained(tmp_path)(
+        ["hello there"], return_tensors="pt"
+    )
+    assert set(given) == {"input_ids", "attention_mask"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model(**given).logits.isfinite().all()

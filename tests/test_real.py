@@ -46,8 +46,10 @@ def test_all_stages_run_and_go_on(tiny: Path, brought: Path, tmp_path: Path) -> 
     asked = ("demo", "real", "--data", brought, "--model", tiny / "chat", "--out", out)
     done = puna(*asked, "--scale", "0.1")
     assert done.returncode == 0, done.stderr
-    assert "not used: other.jsonl" in done.stdout and "reward by PPO: " in done.stdout
+    assert "not used: 'other.jsonl'" in done.stdout and "reward by PPO: " in done.stdout
     figures = json.loads((out / "real.json").read_text())
+    inputs = json.loads((out / "inputs.json").read_text())["data"]
+    assert len(inputs) == 3 and all(each["sha256"] for each in inputs)
     assert list(figures["models"]) == ["as it came", "after SFT", "after PPO"]
     for row in figures["models"].values():
         assert set(row) == FIGURES and all(half >= 0 for _, half in row.values())
@@ -84,10 +86,10 @@ def test_a_folder_without_one_kind_is_said_before_anything_is_done(
 ) -> None:
     (brought / "My_Helpful.jsonl").rename(brought / "mine.jsonl")
     out = tmp_path / "real"
-    with pytest.raises(ValueError, match='no file with "helpful" in its name'):
-        real.run(real.RealConfig(data=brought, out=out))
-    with pytest.raises(ValueError, match="is no folder"):
-        real.run(real.RealConfig(data=brought / "mine.jsonl", out=out))
+    with pytest.raises(ValueError, match='no file has "helpful" in its name.*mine.jsonl'):
+        real.run(real.RealConfig(data=[brought], out=out))
+    with pytest.raises(ValueError, match="no such file"):
+        real.run(real.RealConfig(data=[brought / "absent"], out=out))
     assert not out.exists()
 
 
@@ -95,8 +97,8 @@ def test_comparisons_that_are_all_too_long(tiny: Path, brought: Path, tmp_path: 
     long = [{"prompt": "old cat " * 60, "chosen": f"red {n}", "rejected": "big"} for n in range(9)]
     file = brought / "My_Helpful.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in long))
-    config = real.RealConfig(data=brought, out=tmp_path / "real", model=tiny / "chat")
-    with pytest.raises(ValueError, match="has 0 comparisons of at most 96 tokens"):
+    config = real.RealConfig(data=[brought], out=tmp_path / "real", model=tiny / "chat")
+    with pytest.raises(ValueError, match="there are 0 helpful comparisons of at most 96 tok"):
         real.run(config)
 
 

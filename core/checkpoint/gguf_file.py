@@ -63,8 +63,9 @@ def gguf_name(name: str) -> str:
     """llama.cpp's name of our parameter `name`."""
     if name in OUTSIDE or name == HEAD:
         return OUTSIDE.get(name, "output.weight")
-    _, _, layer, part = name.removesuffix(".weight").split(".", 3)
-    return f"blk.{layer}.{PARTS[part]}.weight"
+    stem, _, kind = name.rpartition(".")
+    _, _, layer, part = stem.split(".", 3)
+    return f"blk.{layer}.{PARTS[part]}.{kind}"
 
 
 def open_source(path: Path) -> Source:
@@ -128,8 +129,10 @@ def _config(path: Path, header: Header) -> ModelConfig:
         context=said("context_length", int),
         norm_eps=_short(said("attention.layer_norm_rms_epsilon", float)),
         rope_theta=_short(said("rope.freq_base", float, 10000.0)),
+        head_size=said("attention.key_length", int, None),
+        attention_bias="blk.0.attn_q.bias" in header.tensors,
     )
-    for key in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
+    for key in ("rope.dimension_count", "attention.value_length"):
         if said(key, int, config.head_dim) != config.head_dim:
             raise ValueError(f"llama.{key} is another size than the heads have; Puna has no such")
     if said("expert_count", int, 0):

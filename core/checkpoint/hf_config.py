@@ -37,7 +37,7 @@ def config_json(
         "rope_theta": config.rope_theta,  # transformers 4 and llama.cpp
         "rope_parameters": {**_rope_json(config), "rope_theta": config.rope_theta},  # 5
         "hidden_act": "silu",
-        "attention_bias": False,
+        "attention_bias": config.attention_bias,
         "attention_dropout": 0.0,
         "mlp_bias": False,
         "tie_word_embeddings": False,
@@ -99,8 +99,9 @@ def read_config(path: Path) -> tuple[ModelConfig, str, bool]:
             rope_theta=field(rope, "rope_theta", float, None)
             or field(document, "rope_theta", float, 10000.0),
             rope_scaling=_rope_scaling(rope),
+            head_size=field(document, "head_dim", int, None),
+            attention_bias=field(document, "attention_bias", bool, False),
         )
-        _check_head_dim(document, config)
         return config, ARCHITECTURES[name], field(document, "tie_word_embeddings", bool, False)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -154,7 +155,6 @@ def refuse_unsupported(document: dict[str, Any], name: str, rope: dict[str, Any]
         "rope_scaling": _rope_type(rope) not in ("default", "linear", "llama3"),
         "partial_rotary_factor": field(rope, "partial_rotary_factor", float, 1.0) != 1.0
         or field(document, "partial_rotary_factor", float, 1.0) != 1.0,
-        "attention_bias": field(document, "attention_bias", bool, False),
         "mlp_bias": field(document, "mlp_bias", bool, False),
         "hidden_act": field(document, "hidden_act", str, "silu") not in ("silu", "swish"),
         "quantization_config": bool(document.get("quantization_config")),
@@ -174,12 +174,3 @@ def _labels(document: dict[str, Any]) -> int:
     if labels := field(document, "id2label", dict, {}):
         return len(labels)
     return field(document, "num_labels", int, 2)
-
-
-def _check_head_dim(document: dict[str, Any], config: ModelConfig) -> None:
-    head_dim = field(document, "head_dim", int, config.head_dim)
-    if head_dim != config.head_dim:
-        raise ValueError(
-            f"head_dim = {head_dim} where hidden_size / num_attention_heads is {config.head_dim}; "
-            "a Llama 2 has them equal: use another checkpoint"
-        )

@@ -39,6 +39,14 @@ def adds_tokens(document: Path, pieces: int) -> bool:
     return any(type(each.get("id")) is int and each["id"] >= pieces for each in entries)
 
 
+# tokenizer.json as it stands. What it gives a model is said, because the class's own list has
+# token_type_ids, which a Llama refuses: `model(**tokenizer(text))`, as in RewardBench, failed.
+FAST = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "model_input_names": ["input_ids", "attention_mask"],
+}
+
+
 def copy_json(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
     """The files of a tokenizer.json as they are, into `folder`; what transformers needs besides is
     written where it is not there."""
@@ -49,7 +57,7 @@ def copy_json(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
     document = {"model_max_length": config.context, **tokenizer.names}
-    document["tokenizer_class"] = "PreTrainedTokenizerFast"
+    document |= FAST
     if (folder / OTHERS[0]).exists():
         document = read_object(folder / OTHERS[0])
     if source.suffix == ".gguf" or tokenizer.chat_template == CHAT_TEMPLATE:
@@ -61,7 +69,7 @@ def tokenizer_config_json(config: ModelConfig, head: str, tokenizer: Tokenizer) 
     """The contents of tokenizer_config.json, with the chat template."""
     pieces = _special_pieces(tokenizer)
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # tokenizer.json as it stands
+        **FAST,
         "unk_token": pieces[PAD_ID],
         "bos_token": pieces[tokenizer.bos_id],
         "eos_token": pieces[tokenizer.eos_id],

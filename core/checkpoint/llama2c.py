@@ -87,8 +87,9 @@ def write(path: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]]
     ):
         if not math.isclose(value, only):
             raise ValueError(f"a llama2.c .bin cannot hold {name} {value}; it is always {only}")
-    if config.rope_scaling is not None:
-        raise ValueError("a llama2.c .bin cannot hold a rope_scaling; write a model folder")
+    for name in ("rope_scaling", "head_size", "attention_bias"):
+        if getattr(config, name):
+            raise ValueError(f"a llama2.c .bin cannot hold {name}; write a model folder or a .gguf")
     offsets = _layout(config)
     kept: dict[str, Tensor] = {}  # the two that decide whether the head is tied
     with path.open("wb") as file:

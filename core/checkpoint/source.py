@@ -90,7 +90,7 @@ def as_type(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def meta_name(name: str) -> str:
-    """Meta's name of our parameter `name`: model.layers.0.mlp.up_proj.weight ->
+    """Meta's name of our weight `name`: model.layers.0.mlp.up_proj.weight ->
     layers.0.feed_forward.w3.weight."""
     stem = name.removesuffix(".weight")
     if stem in META_NAMES:
@@ -101,35 +101,33 @@ def meta_name(name: str) -> str:
 
 def rope_heads(name: str, config: ModelConfig) -> int | None:
     """Number of heads whose rows the two layouts order differently; None where they agree."""
-    if name.endswith("q_proj.weight"):
+    if name.endswith(("q_proj.weight", "q_proj.bias")):
         return config.n_heads
-    if name.endswith("k_proj.weight"):
+    if name.endswith(("k_proj.weight", "k_proj.bias")):
         return config.n_kv_heads
     return None
 
 
 def half_split(weight: Tensor, heads: int) -> Tensor:
-    """Rows of (H*D, C) from adjacent pairs to halves: x0 x1 x2 x3 -> x0 x2 x1 x3."""
-    rows, width = weight.shape
-    pairs = weight.reshape(heads, rows // heads // 2, 2, width)
-    return pairs.transpose(1, 2).reshape(rows, width)
+    """Rows of (H*D, C), or (H*D,), from adjacent pairs to halves: x0 x1 x2 x3 -> x0 x2 x1 x3."""
+    pairs = weight.reshape(heads, len(weight) // heads // 2, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
     """The inverse of `half_split`."""
-    rows, width = weight.shape
-    halves = weight.reshape(heads, 2, rows // heads // 2, width)
-    return halves.transpose(1, 2).reshape(rows, width)
+    halves = weight.reshape(heads, 2, len(weight) // heads // 2, *weight.shape[1:])
+    return halves.transpose(1, 2).reshape(weight.shape)
 
 
 def parameter_shapes(config: ModelConfig, head: str) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, in the model's order: counted, no model is built."""
-    C, F, KD = config.dim, config.ffn_dim, config.n_kv_heads * config.head_dim
+    C, F, HD, KD = config.dim, config.ffn_dim, config.q_dim, config.kv_dim
     block = {
-        "self_attn.q_proj": (C, C),
+        "self_attn.q_proj": (HD, C),
         "self_attn.k_proj": (KD, C),
         "self_attn.v_proj": (KD, C),
-        "self_attn.o_proj": (C, C),
+        "self_attn.o_proj": (C, HD),
         "mlp.gate_proj": (F, C),
         "mlp.up_proj": (F, C),
         "mlp.down_proj": (C, F),
@@ -140,6 +138,8 @@ def parameter_shapes(config: ModelConfig, head: str) -> dict[str, tuple[int, ...
     for layer in range(config.n_layers):
         for part, shape in block.items():
             shapes[f"model.layers.{layer}.{part}.weight"] = shape
+            if config.attention_bias and part.startswith("self_attn."):
+                shapes[f"model.layers.{layer}.{part}.bias"] = shape[:1]
     shapes["model.norm.weight"] = (C,)
     shapes[HEADS[head]] = (config.vocab_size if head == "lm" else 1, C)
     return shapes

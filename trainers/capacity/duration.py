@@ -11,7 +11,7 @@ from puna.trainers.capacity.phases import PROMPT, row_tokens
 def work(shape: ModelConfig, tokens: float, length: int) -> float:
     """Operations of training on so many tokens in rows of `length`: 6 N and 12 L C T a token (the
     second is attention's; PaLM, appendix B), recomputation not counted."""
-    return tokens * (6 * parameters(shape) + 12 * shape.n_layers * shape.dim * length)
+    return tokens * (6 * parameters(shape) + 12 * shape.n_layers * shape.q_dim * length)
 
 
 def operations(stage: str, config: Any, shape: ModelConfig, rows: int = 0) -> float | None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from puna.core.config import ModelConfig, parameter_count
+from puna.core.config import ModelConfig, block_parameters, parameter_count
 from puna.core.generation.kv_cache import bytes_a_token
 from puna.trainers.train.precision import DTYPES
 
@@ -42,11 +42,6 @@ class Setting(NamedTuple):
 
 def dtype_of(name: str) -> torch.dtype:
     return DTYPES[name] or torch.float32
-
-
-def block_parameters(shape: ModelConfig) -> int:
-    kv = shape.n_kv_heads * shape.head_dim
-    return 2 * shape.dim**2 + 2 * shape.dim * kv + 3 * shape.dim * shape.ffn_dim + 2 * shape.dim
 
 
 def root_parameters(shape: ModelConfig, head: str = "lm") -> int:
@@ -126,8 +121,8 @@ def activations(setting: Setting, tokens: int) -> float:
 def a_block(shape: ModelConfig, tp: int = 1) -> float:
     """Numbers that a block keeps of one token on one of `tp` ranks: they share out all but what
     goes into attention and FFN."""
-    kv = shape.n_kv_heads * shape.head_dim
-    return 2 * shape.dim + (4 * shape.dim + 2 * kv + 3 * shape.ffn_dim) / tp
+    kept = 2 * shape.dim + 2 * shape.q_dim + 2 * shape.kv_dim + 3 * shape.ffn_dim
+    return 2 * shape.dim + kept / tp
 
 
 def looking(setting: Setting, tokens: int, head: str = "lm") -> Bytes:
