@@ -13,7 +13,7 @@ struct Attention {
   const float *q, *k, *v;
   int64_t q_stride, k_stride, v_stride;  // from one token to the next; heads are contiguous
   float* out;                            // (N, H, D), contiguous
-  float* lse;                            // (N, H): log of the sum of e^score
+  float* lse;                            // (N, H): log of the sum of e^score; or null
 };
 
 // dq, dk and dv are contiguous (N, H, D), (N, K, D) and (N, K, D); they are written, not added to.

@@ -59,11 +59,11 @@ inline void multiply(int64_t rows, int vectors, const float* a, int64_t a_row, i
 // What one thread needs to do one key/value head of a segment after the other.
 class AttentionWorker {
  public:
-  AttentionWorker(const puna::Attention& a, int64_t longest, bool backward)
-      : a_(a),
-        head_dim_(a.head_dim),
-        group_size_(a.heads / a.kv_heads),
-        vectors_(static_cast<int>(a.head_dim / W)),
+  // Room for segments of up to `longest` tokens.
+  AttentionWorker(int64_t head_dim, int64_t group_size, int64_t longest, bool backward)
+      : head_dim_(head_dim),
+        group_size_(group_size),
+        vectors_(static_cast<int>(head_dim / W)),
         tile_rows_(vectors_ == 3 ? 8 : 12),
         keys_(allocate(longest * head_dim_)),
         values_(allocate(longest * head_dim_)),
@@ -77,31 +77,50 @@ class AttentionWorker {
     d_scores_ = allocate(BLOCK_ROWS * BLOCK_KEYS);
   }
 
-  void forward(int64_t segment, int64_t kv_head) {
+  void forward(const puna::Attention& a, int64_t segment, int64_t kv_head) {
+    a_ = &a;
     load_segment(segment, kv_head);
     for_each_block([&] { forward_block(); });
   }
 
+  // The queries of `tokens` alone, with the keys and values of all tokens up to them as a cache has
+  // them: keys in blocks of W tokens (D, W). q and out begin with the first of `tokens`.
+  void forward_cached(const puna::Attention& a, const float* keys, const float* values,
+                      Range tokens, int64_t kv_head) {
+    a_ = &a;
+    first_token_ = -tokens.begin;
+    first_query_ = tokens.begin;
+    token_count_ = tokens.end;
+    kv_head_ = kv_head;
+    for (int64_t t = 0; t < tokens.end; t += W)
+      for (int64_t i = 0; i < head_dim_; i += W)
+        transpose(keys + t * head_dim_ + i * W, W, keys_.get() + t * head_dim_ + i, head_dim_);
+    copy(values, head_dim_, tokens.end, 1.0f, values_.get(), head_dim_);
+    for_each_block([&] { forward_block(); });
+  }
+
   void backward(const puna::AttentionBackward& back, int64_t segment, int64_t kv_head) {
+    a_ = &back.of;
     load_segment(segment, kv_head);
     std::fill_n(d_keys_.get(), token_count_ * head_dim_, 0.0f);
     std::fill_n(d_values_.get(), token_count_ * head_dim_, 0.0f);
     for_each_block([&] { backward_block(back); });
-    const int64_t width = a_.kv_heads * head_dim_,
+    const int64_t width = a_->kv_heads * head_dim_,
                   offset = first_token_ * width + kv_head_ * head_dim_;
-    copy(d_keys_.get(), head_dim_, token_count_, a_.scale, back.dk + offset, width);
+    copy(d_keys_.get(), head_dim_, token_count_, a_->scale, back.dk + offset, width);
     copy(d_values_.get(), head_dim_, token_count_, 1.0f, back.dv + offset, width);
   }
 
  private:
   void load_segment(int64_t segment, int64_t kv_head) {
-    first_token_ = a_.cu_seqlens[segment];
-    token_count_ = a_.cu_seqlens[segment + 1] - first_token_;
+    first_token_ = a_->cu_seqlens[segment];
+    first_query_ = 0;
+    token_count_ = a_->cu_seqlens[segment + 1] - first_token_;
     kv_head_ = kv_head;
-    copy(a_.k + first_token_ * a_.k_stride + kv_head * head_dim_, a_.k_stride, token_count_, 1.0f,
-         keys_.get(), head_dim_);
-    copy(a_.v + first_token_ * a_.v_stride + kv_head * head_dim_, a_.v_stride, token_count_, 1.0f,
-         values_.get(), head_dim_);
+    copy(a_->k + first_token_ * a_->k_stride + kv_head * head_dim_, a_->k_stride, token_count_,
+         1.0f, keys_.get(), head_dim_);
+    copy(a_->v + first_token_ * a_->v_stride + kv_head * head_dim_, a_->v_stride, token_count_,
+         1.0f, values_.get(), head_dim_);
   }
 
   // Copies vectors (count, D), times a factor.
@@ -114,12 +133,13 @@ class AttentionWorker {
   // Blocks have nearly the same size: a last block of one vector would be slow.
   template <typename Use>
   void for_each_block(Use use) {
-    const int64_t rows = token_count_ * group_size_, vectors = (rows + W - 1) / W;
+    const int64_t first = first_query_ * group_size_, rows = token_count_ * group_size_ - first;
+    const int64_t vectors = (rows + W - 1) / W;
     const int blocks = static_cast<int>((vectors * W + BLOCK_ROWS - 1) / BLOCK_ROWS);
     for (int block = 0; block < blocks; ++block) {
       const Range range = split(vectors, block, blocks);
-      first_row_ = range.begin * W;
-      row_count_ = std::min(rows, range.end * W) - first_row_;
+      first_row_ = first + range.begin * W;
+      row_count_ = std::min(rows, range.end * W) - range.begin * W;
       block_vectors_ = static_cast<int>(range.end - range.begin);
       key_count_ = token(row_count_ - 1) + 1;
       use();
@@ -217,17 +237,17 @@ class AttentionWorker {
   }
 
   void forward_block() {
-    load_block(a_.q, a_.q_stride, q_.get());
+    load_block(a_->q, a_->q_stride, q_.get());
     const Range keys{0, key_count_};
     compute_scores(keys_.get(), keys, q_.get() + BLOCK_ROWS * head_dim_, scores_.get());
     alignas(64) float totals[BLOCK_ROWS], row_max[BLOCK_ROWS];
     for (int i = 0; i < block_vectors_; ++i) softmax_vector(i, totals + i * W, row_max + i * W);
     sum_over_keys(scores_.get(), keys, values_.get());
     for_each_row([&](int64_t r, int64_t t, int64_t h) {
-      const int64_t offset = t * a_.heads + h;
-      copy(sums_.get() + r * head_dim_, head_dim_, 1, 1.0f / totals[r], a_.out + offset * head_dim_,
-           head_dim_);
-      a_.lse[offset] = row_max[r] * a_.scale + std::log(totals[r]);
+      const int64_t offset = t * a_->heads + h;
+      copy(sums_.get() + r * head_dim_, head_dim_, 1, 1.0f / totals[r],
+           a_->out + offset * head_dim_, head_dim_);
+      if (a_->lse) a_->lse[offset] = row_max[r] * a_->scale + std::log(totals[r]);
     });
   }
 
@@ -240,7 +260,7 @@ class AttentionWorker {
       maximum = max(maximum, mask(load(scores + offset), maximum));
     });
     for_each_key(i, keys, [&](int64_t offset, auto mask) {
-      const vec e = mask(exp((load(scores + offset) - maximum) * a_.scale), vec{});
+      const vec e = mask(exp((load(scores + offset) - maximum) * a_->scale), vec{});
       total += e;
       store(scores + offset, e);
     });
@@ -249,22 +269,22 @@ class AttentionWorker {
   }
 
   void backward_block(const puna::AttentionBackward& back) {
-    load_block(a_.q, a_.q_stride, q_.get());
+    load_block(a_->q, a_->q_stride, q_.get());
     load_block(back.d_out, back.d_out_stride, d_out_.get());
     alignas(64) float deltas[BLOCK_ROWS] = {}, lse[BLOCK_ROWS] = {};
     for_each_row([&](int64_t r, int64_t t, int64_t h) {
-      const int64_t offset = t * a_.heads + h;
+      const int64_t offset = t * a_->heads + h;
       vec total = {};
       for (int64_t i = 0; i < head_dim_; i += W)
-        total += load(a_.out + offset * head_dim_ + i) * load(d_out_.get() + r * head_dim_ + i);
+        total += load(a_->out + offset * head_dim_ + i) * load(d_out_.get() + r * head_dim_ + i);
       deltas[r] = reduce_sum(total);
-      lse[r] = a_.lse[offset];
+      lse[r] = a_->lse[offset];
     });
     for (int64_t j = 0; j < key_count_; j += BLOCK_KEYS)
       backward_keys({j, std::min(key_count_, j + BLOCK_KEYS)}, deltas, lse);
     for_each_row([&](int64_t r, int64_t t, int64_t h) {
-      copy(sums_.get() + r * head_dim_, head_dim_, 1, a_.scale,
-           back.dq + (t * a_.heads + h) * head_dim_, head_dim_);
+      copy(sums_.get() + r * head_dim_, head_dim_, 1, a_->scale,
+           back.dq + (t * a_->heads + h) * head_dim_, head_dim_);
     });
   }
 
@@ -283,17 +303,17 @@ class AttentionWorker {
   void softmax_backward_vector(int i, Range keys, vec delta, vec lse) const {
     float *scores = scores_.get(), *d_p = d_scores_.get();
     for_each_key(i, keys, [&](int64_t offset, auto mask) {
-      const vec p = exp(load(scores + offset) * a_.scale - lse);
+      const vec p = exp(load(scores + offset) * a_->scale - lse);
       store(scores + offset, mask(p, vec{}));
       store(d_p + offset, mask(p * (load(d_p + offset) - delta), vec{}));
     });
   }
 
-  const puna::Attention& a_;
+  const puna::Attention* a_ = nullptr;
   int64_t head_dim_, group_size_;
   int vectors_;
   int64_t tile_rows_;  // rows or keys that are done together next to the mask
-  int64_t first_token_ = 0, token_count_ = 0, kv_head_ = 0;
+  int64_t first_token_ = 0, token_count_ = 0, kv_head_ = 0, first_query_ = 0;
   int64_t first_row_ = 0, row_count_ = 0, key_count_ = 0;  // of the block; keys from 0 on
   int block_vectors_ = 0;                                  // of its rows
   Buffer keys_, values_, q_, sums_, scores_, d_keys_, d_values_, d_out_, d_scores_;
@@ -310,7 +330,8 @@ inline void for_each_segment_head(const puna::Attention& a, bool backward, int t
   if (items == 0) return;
   const int worker_count = static_cast<int>(std::min<int64_t>(threads, items));
   std::vector<AttentionWorker> workers;  // allocated here, where std::bad_alloc can be caught
-  for (int i = 0; i < worker_count; ++i) workers.emplace_back(a, longest, backward);
+  for (int i = 0; i < worker_count; ++i)
+    workers.emplace_back(a.head_dim, a.heads / a.kv_heads, longest, backward);
   std::atomic<int64_t> next{0};
   puna::parallel(worker_count, [&](int part, int) {
     for (int64_t item; (item = next.fetch_add(1)) < items;)
@@ -320,8 +341,8 @@ inline void for_each_segment_head(const puna::Attention& a, bool backward, int t
 
 inline void attention(const puna::Attention& a, int threads) {
   for_each_segment_head(a, false, threads,
-                        [](AttentionWorker& worker, int64_t segment, int64_t kv_head) {
-                          worker.forward(segment, kv_head);
+                        [&](AttentionWorker& worker, int64_t segment, int64_t kv_head) {
+                          worker.forward(a, segment, kv_head);
                         });
 }
 
