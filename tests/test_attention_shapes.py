@@ -16,7 +16,7 @@ from puna.core.generation.generate import generate
 from puna.core.model import Transformer
 from puna.core.native.engine import unfit
 from puna.core.native.loader import extension
-from puna.core.tokenizer import train_tokenizer
+from puna.core.text.tokenizer import train_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
