@@ -156,7 +156,8 @@ WRITERS = {
     "trainers/train/run.py": "the same: metrics.jsonl, cut to its checkpoint",
     "benchmarks/models/decode_peers.py": "a peer's input, in a temporary folder",
     "benchmarks/timing.py": "/proc/self/clear_refs",
-    "trainers/train/command.py": "/dev/null, where a stream is closed",
+    "core/terminal.py": "/dev/null, where a stream is closed",
+    "demo/smollm2.py": "to a name that atomic_file made",
     "trainers/rl/engine.py": "a request over HTTP, no file",
 }
 
