@@ -30,6 +30,7 @@ CONFIG = ModelConfig(36, 3, 6, 3, 50, 131, context=64)
 EVEN = ModelConfig(36, 3, 6, 2, 50, 131, context=64)  # for tensor parallelism
 FOURS = ModelConfig(32, 3, 4, 4, 48, 131, context=64)
 STEPS, ROWS, TOKENS = 20, 4, 23
+LR = 3e-3
 FEW = 5  # steps of most jobs: what differs at all differs in the first ones
 PROMPTS = [[1, 5, 9], [1, 7], [3, 4, 5, 6, 8]]
 
@@ -84,7 +85,7 @@ def train(
         weights = [(name, t) for name, t in stored.items() if not name.startswith("optim.")]
         source = source._replace(tensors=lambda: iter(weights))
     model = parallel.load(source, "cpu", **options)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=0.1, fused=True)
     if offload:
         offloading.offload(optimizer)
     if start:
@@ -194,8 +195,10 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
     assert set(found["tensors"]) == set(expected["tensors"])
     for name, tensor in expected["tensors"].items():
         close = functools.partial(torch.testing.assert_close, msg=lambda m, n=name: f"{n}: {m}")
-        # AdamW divides by the root of squares near zero: weights agree less than losses do
-        close(found["tensors"][name], tensor, atol=10 * tolerance, rtol=tolerance)
+        # AdamW divides by the root of squares near zero: weights agree less than losses do, to a
+        # tenth of one step (AVX-512's sums differ from AVX2's: 1.2e-4 in one weight of 432)
+        most = 10 * tolerance if name.startswith("optim.") else max(10 * tolerance, LR / 10)
+        close(found["tensors"][name], tensor, atol=most, rtol=tolerance)
 
 
 @pytest.mark.parametrize("job", JOBS)

@@ -20,7 +20,6 @@ from puna.core.config import ModelConfig, parameter_count
 from puna.core.model import Transformer
 from puna.core.tokenizer import Tokenizer
 from puna.trainers.data.corpus import open_corpus
-from puna.trainers.data.readers import read_dialogues, read_texts
 from puna.trainers.rl.best_of import read_samples
 from puna.trainers.train.recipes import read_toml
 
@@ -179,10 +178,10 @@ def test_a_pipe_is_no_share_of_metas(meta_folder: Path) -> None:
     refused(lambda: open_any(meta_folder), "consolidated.00.pth is a pipe or a device")
 
 
-def test_a_pipe_is_no_data(tiny: Path, tmp_path: Path) -> None:
+def test_a_pipe_is_only_data(tiny: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     tokenizer = Tokenizer(tiny / "tokenizer.model")
-    readers = [read_texts, read_dialogues, read_samples, read_toml, Tokenizer, open_any]
+    readers = [read_samples, read_toml, Tokenizer, open_any]  # rows and texts: test_brought.py
     for read in [*readers, lambda path: open_corpus([path], tokenizer)]:
         refused(lambda read=read: read(tmp_path / "pipe.txt"), "pipe.txt")
 
