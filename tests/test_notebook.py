@@ -31,7 +31,7 @@ def test_it_runs_and_ppo_does_what_it_says(tmp_path, monkeypatch, capsys):
     for number, cell in enumerate(cells("code")):
         exec(compile(cell, f"cell {number}", "exec"), names)
     share, before, after = names["share"], names["before"], names["after"]
-    assert 0.2 < share(before) < 0.8 and share(after) > share(before) + 0.2
+    assert 0.2 < share(before) < 0.8 and share(after) > share(before) + 0.1
     old, new = names["lists"]
-    assert len(old) == len(new) == len(names["ids"]) and new[0] > old[0]
+    assert len(old) == len(new) == len(names["ids"]) and new[0] > old[0] + 0.2
     assert all(value <= 0 for value in old + new)
