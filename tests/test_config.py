@@ -49,6 +49,8 @@ def test_the_papers_sizes(name, fields):
         "norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "rope_scaling": None,
+        "head_size": None,
+        "attention_bias": False,
     }
 
 

@@ -37,10 +37,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def random_model(config: ModelConfig = CONFIG, head: str = "lm") -> Transformer:
     model = Transformer(config, head)
     model.init_weights(1)
+    generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
-                parameter.mul_(torch.rand_like(parameter) + 0.5)
+                parameter.mul_(torch.rand(parameter.shape, generator=generator) + 0.5)
     return model
 
 

@@ -50,14 +50,14 @@ def test_all_stages_run_and_go_on(tiny: Path, brought: Path, tmp_path: Path) -> 
     figures = json.loads((out / "real.json").read_text())
     inputs = json.loads((out / "inputs.json").read_text())["data"]
     assert len(inputs) == 3 and all(each["sha256"] for each in inputs)
-    assert list(figures["models"]) == ["as it came", "after SFT", "after PPO"]
+    assert list(figures["models"]) == ["before", "SFT", "PPO"]
     for row in figures["models"].values():
         assert set(row) == FIGURES and all(half >= 0 for _, half in row.values())
     # against itself a model has no KL, and what SFT does not start from, it has
-    assert figures["models"]["after SFT"]["kl"][0] == pytest.approx(0.0, abs=1e-4)
-    assert figures["models"]["after PPO"]["kl"][0] != 0.0
+    assert figures["models"]["SFT"]["kl"][0] == pytest.approx(0.0, abs=1e-4)
+    assert figures["models"]["PPO"]["kl"][0] != 0.0
     low, high = (
-        json.loads((out / "measured" / f"after-{name}.json").read_text())["reward"]
+        json.loads((out / "measured" / f"{name}.json").read_text())["reward"]
         for name in ("SFT", "PPO")
     )
     mean = sum(b - a for a, b in zip(low, high, strict=True)) / len(low)
@@ -156,6 +156,6 @@ def test_smollm2_from_the_index_to_ppo(shared: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     figures = json.loads((out / "real.json").read_text())
     assert "Paris" in figures["answers"][0]["before"]
-    assert figures["models"]["as it came"]["kl"][0] > 0
-    assert figures["models"]["after PPO"]["kl"][0] > 0
+    assert figures["models"]["before"]["kl"][0] > 0
+    assert figures["models"]["PPO"]["kl"][0] > 0
     assert figures["comparisons"]["prompts-held"] > 50
