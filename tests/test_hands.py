@@ -24,6 +24,7 @@ from puna.core import ranks
 
 WORDS = RUNS | {
     "demo": "",
+    "demo real": "--model {0}/chat --data {1}/helpful.jsonl {1}/harmless.jsonl --scale 0.02",
     "reproduce": "",
     "annotate": "--models {0}/chat {0}/lm --prompts {0}/prompts.jsonl --out {1}/c.db "
     "--max-new-tokens 8",
@@ -37,7 +38,7 @@ WORDS = RUNS | {
     "bench compare": "{1}/a.json {1}/b.json",
 }
 OUT = {"pretrain", "sft", "reward", "sample", "rejection", "ppo", "gatt", "distill", "rlhf",
-       "evaluate chat", "demo", "reproduce"}  # fmt: skip
+       "evaluate chat", "demo", "demo real", "reproduce"}  # fmt: skip
 MODELS = {"model", "models", "policy", "student", "source", "against", "judge", "second_judge",
           "helpfulness", "safety", "helpfulness_reward", "safety_reward"}  # fmt: skip
 DATA = ("data", "prompts", "dialogues", "file")
@@ -90,6 +91,9 @@ def ended(work: Callable[[], object], reader: bool = True) -> tuple[int | None, 
 
 
 def words_of(verb: str, tiny: Path, work: Path, *more: str) -> list[str]:
+    if verb == "demo real":  # it knows its files by their names
+        for kind in ("helpful", "harmless"):
+            shutil.copy(tiny / "preferences.jsonl", work / f"{kind}.jsonl")
     words = WORDS[verb].format(tiny, work).split()
     return [*verb.split(), *words, *(["--out", f"{work}/run"] if verb in OUT else []), *more]
 
@@ -169,7 +173,7 @@ def test_a_number_of_5000_digits_in_an_option(verb, tiny, tmp_path):
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if hints(verb).keys() & set(DATA)])
 def test_a_number_of_5000_digits_in_a_row(verb, tiny, tmp_path):
-    file = tmp_path / "rows.jsonl"
+    file = tmp_path / "helpful-rows.jsonl"
     row = {"prompt": "red", "response": "blue", "text": "red", "chosen": "red", "rejected": "blue"}
     file.write_text(json.dumps(row)[:-1] + f', "n": {HUGE}}}\n')
     words = words_of(verb, tiny, tmp_path)
