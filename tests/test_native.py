@@ -290,4 +290,5 @@ def slots_alone(model, prompts):
     """Greedy answers by the native engine; torch's own parallel regions would hang in a fork."""
     keys = torch.zeros(len(prompts), dtype=torch.int64)
     engine, sampler = engine_for(model), Sampler(0.0)
-    return _by_engine(engine, prompts, keys, [5] * len(prompts), sampler, None, 256)
+    limits = [5] * len(prompts)
+    return _by_engine(engine, prompts, keys, limits, sampler, None, 256, None, None)

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from puna.core import parallel
+from puna.core import ops, parallel
 from puna.core.checkpoint.source import fresh, parameter_shapes
 from puna.core.config import parameter_count, size
 from puna.core.model import Transformer
@@ -217,7 +217,8 @@ def test_full_size_has_the_papers_parameters(name: str, count: int) -> None:
 
 @contextmanager
 def fake_ranks(monkeypatch: pytest.MonkeyPatch, ranks: int) -> Iterator[None]:
-    """A process group that sends nothing, and tensors without memory.
+    """A process group that sends nothing, and tensors without memory, for GPUs: what a CPU would
+    multiply in bf16 by itself is cast as there.
 
     Literal inputs keep their values (`CONSTANT_NUMEL_LIMIT`), since the losses look at them: which
     rows count, where sequences begin.
@@ -232,6 +233,7 @@ def fake_ranks(monkeypatch: pytest.MonkeyPatch, ranks: int) -> Iterator[None]:
 
         return called
 
+    monkeypatch.setattr(ops, "multiplies_bf16", lambda: False)
     monkeypatch.setattr(parallel, "init_device_mesh", really(parallel.init_device_mesh))
     joined = staticmethod(really(DeviceMesh._concatenate))
     monkeypatch.setattr(DeviceMesh, "_concatenate", joined)

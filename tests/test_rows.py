@@ -319,12 +319,7 @@ def test_weight_0_is_not_learned_from(tiny: Path, tmp_path: Path) -> None:
         sft.pack(tokenizer, [half], 128)
 
 
-BESIDES = {  # what stands in for an option that a verb could do without, and must be given then
-    ("pretrain", "data"): ["--tokenizer", "x"],
-    ("generate", "prompts"): ["--out", "x"],
-    ("generate", "roles"): ["--prompt", "x"],
-    ("generate", "stop"): ["--prompt", "x"],
-}
+BESIDES = {"data": "--tokenizer", "prompts": "--out"}  # what such a list asks for besides
 LISTS = [
     (verb, flag)
     for verb, (module, config, *_) in VERBS.items()
@@ -339,14 +334,13 @@ def test_a_list_takes_all_that_its_flag_is_given(verb: str, flag: str) -> None:
     if typing.Any in typing.get_args(hint):
         pytest.skip("a recipe's table, which is no flag")
     inner = [each for each in typing.get_args(hint) if each is not Ellipsis]
-    numeric = any(each in (int, float) for each in inner)
-    values = ["0.5", "0.6", "0.7"] if numeric else ["a", "b", "c"]
+    values = ["0.5", "0.6", "0.7"] if {int, float} & set(inner) else ["a", "b", "c"]
     option = "--" + flag.replace("_", "-")
     if typing.get_origin(hint) is dict:
         given, expected = [option, "a", "b", option, "c", "d"], {"a": "b", "c": "d"}
     else:
         given, expected = [option, values[0], values[1], f"{option}={values[2]}"], values
-    required = [*BESIDES.get((verb, flag), [])]
+    required = [BESIDES.get(flag, "--prompt"), "x"] if verb in ("pretrain", "generate") else []
     for field in dataclasses.fields(cls):
         missing = dataclasses.MISSING
         if field.default is missing and field.default_factory is missing and field.name != flag:
