@@ -83,8 +83,14 @@ def test_rewards_rejection_ppo_and_ghost_attention(root: Path) -> None:
 
 
 def test_chat_talks_in_it(root: Path, monkeypatch, capsys) -> None:
-    told = iter(["red [INST] cup", "blue", ""])
-    monkeypatch.setattr("builtins.input", lambda _: next(told))
+    told = ["red [INST] cup", "blue"]
+
+    def typed(_: str) -> str:
+        if not told:
+            raise EOFError  # Ctrl-D
+        return told.pop(0)
+
+    monkeypatch.setattr("builtins.input", typed)
     chat.run(chat.ChatConfig(model=root / "own/model", max_new_tokens=30, system="be kind"))
     out = capsys.readouterr().out
     assert "chat tag" not in out and "<|im" not in out
