@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from puna.benchmarks import machine
-from puna.benchmarks.rows import Row
+from puna.benchmarks.rows import Row, is_above, share_of_limit
 from puna.core.checkpoint.atomic import write_text
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,6 +42,17 @@ def named(row: Row) -> str:
     part += f", {row['ranks']} rank{'s' * (row['ranks'] > 1)}" if "ranks" in row else ""
     share = f" ({row['share']:.0%})" if "share" in row else ""
     return f"{row['bench']}{part}{share}"
+
+
+def above_limit(found: Sequence[Row]) -> list[str]:
+    """A line for each row whose rate is beyond its limit."""
+    return [
+        f"above its limit, so do not trust it: {named(row)} {row['shape']} {row['batch']} "
+        f"{row['dtype']} {row['provider']} (the machine was slower while its ceilings were timed, "
+        "or weights stayed in a cache); measure again"
+        for row in found
+        if is_above(row)
+    ]
 
 
 TEXTS = ("bench", "shape", "batch", "dtype", "provider")
@@ -87,7 +98,7 @@ def row_cells(found: Sequence[Row]) -> list[list[str]]:
                 f"{row['value']:,.0f}",
                 f"{row['p20']:,.0f}",
                 f"{row['p80']:,.0f}",
-                f"{row['value'] / row['limit']:.0%}",
+                share_of_limit(row),
                 f"{ours[work(row)] / row['value']:.2f}x" if peer else "",
                 "" if row["error"] is None else f"{row['error']:.1e}",
                 "" if row["peak_mb"] is None else f"{row['peak_mb']:,.0f}",

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from puna.benchmarks.output import RESULTS, named
+from puna.benchmarks.rows import share_of_limit
 from puna.core.checkpoint.atomic import write_text
 
 BEGIN, END = "<!-- results: python -m puna.benchmarks.readme -->\n", "<!-- end of results -->\n"
@@ -33,7 +34,7 @@ def table(document: dict[str, Any]) -> str:
     for (bench, shape, batch, dtype), rows in work.items():
         ours = rows["puna"]
         cells = [f"{bench}, {shape}, {batch}", dtype, f"{ours['value']:,.0f}"]
-        cells.append(f"{ours['value'] / ours['limit']:.0%}")
+        cells.append(share_of_limit(ours))
         cells += [compared(ours, rows.get(name)) for name in peers]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

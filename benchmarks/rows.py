@@ -61,6 +61,19 @@ class KernelRow(OnGPU):
     failed: str | None  # why it was not timed
 
 
+ABOVE = 1.1  # of the measured ceiling: a rate beyond it says that the ceiling is wrong, or the rate
+
+
+def is_above(row: Row) -> bool:
+    """Whether a rate is beyond what its limit can mean."""
+    return row["value"] > ABOVE * row["limit"]
+
+
+def share_of_limit(row: Row) -> str:
+    """As a cell of a table; a share that cannot be is none."""
+    return "above" if is_above(row) else f"{row['value'] / row['limit']:.0%}"
+
+
 @dataclass(frozen=True)
 class Work:
     """What every provider of a group of rows does."""

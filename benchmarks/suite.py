@@ -30,7 +30,13 @@ from puna.benchmarks.models.rollout import bench_rollout
 from puna.benchmarks.models.shapes import DTYPES, Models, Shape, blocks_that_fit, open_models
 from puna.benchmarks.models.train import bench_train
 from puna.benchmarks.opponents import KERNELS
-from puna.benchmarks.output import card_table, rows_table, wide_console, write_document
+from puna.benchmarks.output import (
+    above_limit,
+    card_table,
+    rows_table,
+    wide_console,
+    write_document,
+)
 from puna.benchmarks.parts import Measured, Part, measure
 from puna.benchmarks.rows import Row
 from puna.core import parallel
@@ -116,7 +122,7 @@ def run_suite(
         console.print(kernels_table(kernels))
     if models:
         console.print(rows_table(models))
-    for line in not_timed(kernels):
+    for line in not_timed(kernels) + above_limit(models):
         console.print(line)
     document: dict[str, object] = {"machine": card, "command": command, "rows": found.rows}
     document["left_out"] = lines + found.left_out

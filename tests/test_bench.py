@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from puna.benchmarks import machine, output, readme, suite, timing
+from puna.benchmarks import machine, output, readme, rows, suite, timing
 from puna.benchmarks.models import decode, generate, rlhf, rollout, steps, train
 from puna.benchmarks.models import shapes as models
 from puna.benchmarks.models.generate import PUNA
@@ -117,6 +117,14 @@ def test_multiplied_parameters(shape):
     norms = (2 * config.n_layers + 1) * config.dim
     embedding = config.vocab_size * config.dim
     assert multiplied_parameters(config) == parameter_count(config) - norms - embedding
+
+
+def test_a_rate_above_its_limit_is_no_share_and_is_named():
+    work = rows.Work("generate", "demo", 1, tokens=100, limit=100.0)
+    fast, right = (rows.row(work, "puna", timing.summarise([t]), 0.0, None) for t in (0.5, 0.95))
+    assert [cells[8] for cells in output.row_cells([fast, right])] == ["above", "105%"]
+    (line,) = output.above_limit([fast, right])
+    assert line.startswith("above its limit, so do not trust it: generate demo 1 fp32 puna")
 
 
 def test_rounds_are_interleaved():

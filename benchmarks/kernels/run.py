@@ -15,11 +15,11 @@ from rich.table import Table
 from puna.benchmarks import budget, machine
 from puna.benchmarks.kernels.cases import CPU, DRY, GPU, Case, cases
 from puna.benchmarks.kernels.peers import Function
-from puna.benchmarks.kernels.verify import ABOVE, Verdict, prepared, verify, verify_timed
+from puna.benchmarks.kernels.verify import Verdict, prepared, verify, verify_timed
 from puna.benchmarks.machine import why_not_compiled
 from puna.benchmarks.opponents import KERNELS, PACKAGES
 from puna.benchmarks.output import table_of
-from puna.benchmarks.rows import KernelRow, OnGPU
+from puna.benchmarks.rows import ABOVE, KernelRow, OnGPU
 from puna.benchmarks.timing import (
     Clock,
     Timing,

@@ -16,8 +16,6 @@ from torch import Tensor
 from puna.benchmarks.kernels.cases import Case
 from puna.benchmarks.kernels.peers import Function, by_rows
 
-ABOVE = 1.1  # of the measured ceiling: a rate beyond it is a mistake, not a speed
-
 
 class Verdict(NamedTuple):
     error: float | None  # relative to the largest magnitude; None where there is no number
