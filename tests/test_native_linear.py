@@ -79,8 +79,13 @@ def test_where_the_blas_is_faster(add, monkeypatch):
 @pytest.mark.skipif(best_instructions() == "base", reason="the BLAS does products here")
 @pytest.mark.parametrize("transposed", [False, True])
 def test_same_bits_with_any_threads_and_other_rows(transposed, monkeypatch):
+    check_same_bits(1100, transposed, monkeypatch)
+
+
+def check_same_bits(inner, transposed, monkeypatch):
+    """A product's rows, on other threads and beside other rows."""
     torch.manual_seed(0)
-    a, b = laid_out(300, 1100, "transposed" if transposed else "dense"), torch.randn(1100, 113)
+    a, b = laid_out(300, inner, "transposed" if transposed else "dense"), torch.randn(inner, 113)
     whole = native_linear.matmul(a, b, torch.empty(300, 113))
     for threads in (1, 2, 3, 7):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)

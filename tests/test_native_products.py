@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native_linear import LAYOUTS, laid_out
+from test_native_linear import LAYOUTS, check_same_bits, laid_out
 from test_same_bits import SHAPES, build, check_rollouts
 
 from puna.core import ops
@@ -60,16 +60,8 @@ def test_a_product_is_that_of_rounded_numbers(rows, columns, inner, a, b, add, t
 @needs_bf16
 @pytest.mark.parametrize("transposed", [False, True])
 def test_same_bits_with_any_threads_and_other_rows(transposed, monkeypatch):
-    torch.manual_seed(0)
-    a, b = laid_out(300, 2100, "transposed" if transposed else "dense"), torch.randn(2100, 113)
     with use_products("bf16"):
-        whole = native_linear.matmul(a, b, torch.empty(300, 113))
-        for threads in (1, 2, 3, 7):
-            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-            assert torch.equal(native_linear.matmul(a, b, torch.empty(300, 113)), whole)
-        for first, last in ((0, 1), (5, 18), (299, 300)):
-            part = native_linear.matmul(a[first:last], b, torch.empty(last - first, 113))
-            assert torch.equal(part, whole[first:last])
+        check_same_bits(2100, transposed, monkeypatch)
 
 
 def gradients(model, tokens):

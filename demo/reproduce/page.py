@@ -39,8 +39,8 @@ writes this page again.
 All arms start from one SFT model and share its first comparisons and reward models; a seed varies
 what an arm samples and trains. An interval is of 95% and holds for other seeds and other prompts;
 where there is one seed, for other prompts alone. It does not hold for another SFT model and other
-judges: of two runs of all arms on two processors, whose sums are in another order, one had PPO gain
-on top of rejection sampling, the other lose (LOG.md). A difference is taken prompt by prompt, in
+judges, which another processor's order of sums already makes: Puna's LOG.md has two such runs that
+answer question 3 differently. A difference is taken prompt by prompt, in
 percentage points (rewards and attention as they are). *Agrees* and *disagrees* are said where the
 interval lies on one side of 0; there are $claims comparisons, so one or two of them would do so by
 chance. Amounts of data are named as they are at scale 1. $seeds $left
