@@ -19,7 +19,8 @@ from puna.demo.reproduce import arms, claims, measures, page, results, run, stag
 from puna.demo.reproduce.arms import ARMS, BY_NAME, SFT
 from puna.demo.reproduce.base import repeat_prompts
 from puna.demo.reproduce.claims import CLAIMS
-from puna.demo.village import tasks
+from puna.demo.village import oracle, tasks
+from puna.trainers.rl import rounds
 from puna.trainers.rl.rewards import Answer
 
 FEW = ("rejection", "second")
@@ -41,7 +42,9 @@ def config(out: Path, **options) -> run.ReproduceConfig:
 @pytest.fixture(scope="module")
 def only_few():
     with pytest.MonkeyPatch.context() as patch:
-        few = tuple(BY_NAME[name]._replace(measured=("answers", "branches")) for name in FEW)
+        few = tuple(
+            BY_NAME[name]._replace(measured=("answers", "branches"), extra=0) for name in FEW
+        )
         patch.setattr(arms, "ARMS", few)
         yield
 
@@ -102,6 +105,50 @@ def test_damaged_figures_are_made_anew(whole, tmp_path):
     file.write_text(file.read_text()[:100])
     run.run(config(out))
     assert (out / "results.json").read_text() == (whole / "results.json").read_text()
+
+
+def test_each_seed_has_judges_of_its_own(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(arms, "ARMS", (BY_NAME["rejection"]._replace(measured=("answers",)),))
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    run.run(config(out))
+    first = out / "base" / "rlhf" / "round-1"
+    second = out / "judges" / "seed-1" / "round-1"
+    for kind in rounds.KINDS:
+        assert (first / f"{kind}.jsonl").read_text() != (second / f"{kind}.jsonl").read_text()
+    used = (out / "arms" / "rejection" / "seed-1" / "config.toml").read_text()
+    assert str(second / "safety" / "model") in used
+    found = results.read_results(out, 1)[SFT]
+    assert found[0]["wins t1"] == found[1]["wins t1"] and "repeat t1" in found[1]
+    assert found[0]["reward t1"] != found[1]["reward t1"]
+
+
+def test_ppo_on_top_by_judges_that_know_its_start_and_by_the_oracle(whole, tmp_path, monkeypatch):
+    few = [BY_NAME["rejection"]._replace(extra=0)]
+    few += [arm._replace(extra=0) for arm in ARMS if arm.name.endswith(("-again", "-oracle"))]
+    monkeypatch.setattr(arms, "ARMS", few)
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    run.run(config(out))
+    again = (out / "arms" / "on-top-again" / "seed-0" / "config.toml").read_text()
+    assert f"{out}/arms/helpfulness-again/seed-0/model" in again
+    trained = (out / "arms" / "safety-again" / "seed-0" / "config.toml").read_text()
+    assert all(f"round-{number}/safety.jsonl" in trained for number in (1, 2))
+    assert "arms/rejection/seed-0/model" in trained
+    assert "helpfulness" not in (
+        out / "arms" / "on-top-oracle" / "seed-0" / "config.toml"
+    ).read_text().replace("helpfulness_", "")
+    assert set(results.read_results(out, 1)) == {SFT, *(arm.name for arm in few)}
+
+
+def test_the_oracles_reward_is_what_wins_are_decided_by():
+    question = tasks.draw_task(random.Random(0), kind="repeat").question
+    answers = answers_to(question, "no", question, "x y z")
+    rewards = stages.by_quality(answers)
+    for a, first in zip(answers, rewards, strict=True):
+        for b, second in zip(answers, rewards, strict=True):
+            wins = oracle.better(a.messages, a.text, b.text)
+            assert wins == (0.5 if first == second else float(first > second))
 
 
 def test_the_page_shows_what_was_measured(whole):

@@ -11,7 +11,7 @@ from puna.demo.reproduce import stages
 from puna.demo.reproduce.stages import Stage
 
 SFT = "sft"  # the model that the arms start from, itself measured
-EXTRA_SEEDS = 2  # of the reward models: cheap to train, and their differences are small
+EXTRA_SEEDS = 2  # of what is cheap to train, or differs by little
 TEMPERATURES = [0.8, 1.0, 1.2, 1.4]  # that a second version is let choose from
 
 
@@ -25,7 +25,7 @@ class Arm(NamedTuple):
     measured: tuple[str, ...]  # of measures.MEASURES
     options: Mapping[str, Any] = {}
     start: str = SFT  # the arm whose model samples first or is trained on
-    judges: Mapping[str, str] = {"helpfulness": "", "safety": ""}  # kind -> arm; "": the base's
+    judges: Mapping[str, str] = {"helpfulness": "", "safety": ""}  # kind -> arm; "": the seed's
     extra: int = 0  # seeds beyond those asked for
 
     @property
@@ -41,9 +41,9 @@ ALONE: Mapping[str, str] = {}
 ARMS = (
     Arm(
         "rejection", (1, 2, 3), "rejection sampling, switch", stages.sample_best,
-        ("answers", "instructions", "repeat", "branches"),
+        ("answers", "instructions", "repeat", "branches"), extra=EXTRA_SEEDS,
     ),
-    # Question 4: reward models. The base's own are of the same settings as "small" and "with".
+    # Question 4: reward models. A seed's own are of the same settings as "small" and "with".
     Arm(
         "margin-none", (4,), "no margin", stages.judge, ("helpfulness pairs",),
         {"kinds": ("helpfulness",), "margin": "none"}, judges=ALONE, extra=EXTRA_SEEDS,
@@ -105,7 +105,25 @@ ARMS = (
     ),
     Arm(
         "on-top", (3,), "PPO on top of all of rejection sampling", stages.improve, CHAT,
-        start="rejection",
+        start="rejection", extra=EXTRA_SEEDS,
+    ),
+    # Whose fault it is where PPO on top does not help: its own, or that of the judges.
+    Arm(
+        "helpfulness-again", (3,), "helpfulness model of the second version", stages.judge_again,
+        ("helpfulness pairs",), {"kind": "helpfulness"}, start="rejection", judges=ALONE,
+    ),
+    Arm(
+        "safety-again", (3,), "safety model of the second version", stages.judge_again,
+        ("safety pairs",), {"kind": "safety"}, start="rejection", judges=ALONE,
+    ),
+    Arm(
+        "on-top-again", (3,), "PPO on top, by the second version's reward models", stages.improve,
+        CHAT, start="rejection",
+        judges={"helpfulness": "helpfulness-again", "safety": "safety-again"},
+    ),
+    Arm(
+        "on-top-oracle", (3,), "PPO on top, by the oracle", stages.improve, CHAT,
+        {"critic": "policy"}, start="rejection", judges=ALONE,
     ),
     Arm(
         "ppo-unwhitened", (3,), "PPO without whitening", stages.improve, CHAT, {"whiten": False},

@@ -1,11 +1,13 @@
-"""What all arms share: the demo's data, its SFT model, first comparisons and both reward models.
+"""What the arms build on: the demo's data and its SFT model, and what each seed judges by.
 
-The stages are the demo's own, with the demo's recipes. One base serves all seeds: the seed of an
-arm varies what the arm samples and trains.
+The stages are the demo's own, with the demo's recipes. All arms share one SFT model. Each seed has
+comparisons and both reward models of its own, as the arms of one seed do not say what other judges
+would have led to: seed 0 has the demo's.
 """
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,14 +30,26 @@ GHOST_DIALOGUES = 200  # of 20 exchanges
 GHOST_PERSONAS = 800  # short dialogues mixed into Ghost Attention's training
 # Held-out comparisons, each of another prompt; some go because both answers are the same.
 PAIRS = {"helpfulness": 6_000, "safety": 2_500}
+MOST_SEEDS = 1000
 
 
 class Base(NamedTuple):
-    """The folder of the run, and in it the demo run that the arms start from."""
+    """The folder of the run, the demo run in it that the arms start from, and a seed's judges."""
 
     out: Path
     demo: Demo
-    loop: RLHFConfig  # the demo's, whose first round gives comparisons and reward models
+    loop: RLHFConfig  # whose first round gives comparisons and reward models
+
+    def of_seed(self, seed: int) -> "Base":
+        """With a loop of its own for each seed; the demo's for seed 0."""
+        if seed == 0:
+            return self
+        folder = self.out / "judges" / f"seed-{seed}"
+        return self._replace(loop=replace(self.loop, out=folder, seed=self.drawn(seed)))
+
+    def drawn(self, seed: int) -> int:
+        """The random numbers of an arm's seed: another run's arms have others."""
+        return MOST_SEEDS * self.demo.config.seed + seed
 
     @property
     def sft(self) -> Path:
@@ -70,8 +84,6 @@ def make(base: Base) -> None:
         "tokenizer": base.demo.train_tokenizer,
         "pretrain": base.demo.pretrain,
         "sft": base.demo.sft,
-        "comparisons": lambda: compare_first(base),
-        "reward": lambda: train_judges(base),
         "arms' data": lambda: write_data(base),
         "held-out comparisons": lambda: write_held_out(base),
     }
@@ -79,16 +91,17 @@ def make(base: Base) -> None:
         base.demo.stage(name, work)
 
 
-def compare_first(base: Base) -> None:
-    """V1's comparisons: two answers of the SFT model, read by the oracle."""
-    folder = base.loop.out / "round-1"
-    compare(base.loop, 1, folder, [base.sft] * 2, annotators(base.loop.seed))
-
-
-def train_judges(base: Base) -> None:
-    """V1's reward models."""
+def make_judges(base: Base) -> None:
+    """V1's comparisons, two answers of the SFT model that the oracle reads, and reward models."""
+    compare_answers(base, 1, base.sft)
     for kind in KINDS:
         rlhf.once(rlhf.reward_config(base.loop, 1, kind, base.sft, None), run_reward)
+
+
+def compare_answers(base: Base, number: int, model: Path) -> None:
+    """Comparisons of two answers of `model` each, as those of version `number`."""
+    folder = base.loop.out / f"round-{number}"
+    compare(base.loop, number, folder, [model] * 2, annotators(base.loop.seed))
 
 
 def write_data(base: Base) -> None:

@@ -120,6 +120,19 @@ CLAIMS = (
         True,
     ),
     Claim(
+        3, "wins over SFT, PPO on top by reward models that know its start", "wins t1",
+        "on-top-again", "rejection", "annotators compare the newest models (3.2.1); no figure", 1,
+        True,
+    ),
+    Claim(
+        3, "wins over SFT, PPO on top by the oracle", "wins t1", "on-top-oracle", "rejection",
+        NOT_SAID, 0, True,
+    ),
+    Claim(
+        3, "wins over SFT, PPO on top by the oracle, greedy", "wins greedy", "on-top-oracle",
+        "rejection", NOT_SAID,
+    ),
+    Claim(
         3, "reward of Eq. 4, PPO on top", "reward t1", "on-top", "rejection",
         "above, by its reward models (Fig. 11)", 1,
     ),

@@ -1,11 +1,11 @@
 """The figures of an arm, as one number for each held-out prompt, dialogue or pair.
 
 All arms and seeds answer the same prompts, so that two of them can be compared prompt by prompt.
-The oracle judges answers, and the base's reward models besides: where only these see a gain, it is
-theirs that was optimised.
+The oracle judges answers, and a seed's first reward models besides: where only these see a gain, it
+is theirs that was optimised.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +47,7 @@ class Scene(NamedTuple):
     """What is held out, and the SFT model's answers to it."""
 
     base: Base
+    judges: Mapping[str, Path]  # reward models by kind
     held: HeldOut
     tagged: list[bool]  # which of held.win carry the safety tag
     baseline: dict[str, dict[str, list[str]]]  # mode -> kind of prompt -> answers
@@ -58,7 +59,7 @@ def scene_of(base: Base) -> Scene:
     held = held_out(seed, count)
     rows = world.prompts(seed, len(held.win), "all", held_out=True)
     said = measure.answer_all(base.sft, held, seed, base.out / "data" / "sft-answers.json")
-    return Scene(base, held, [row["safety"] for row in rows], said)
+    return Scene(base, base.judges, held, [row["safety"] for row in rows], said)
 
 
 def scaled(base: Base, count: int, least: int) -> int:
@@ -77,7 +78,7 @@ def measured(scene: Scene, model: Path, which: Sequence[str], answers: Path) -> 
 def of_answers(scene: Scene, model: Path, answers: Path) -> Values:
     """Wins over SFT, helpfulness, violations and refusals, and the reward of Eq. 4."""
     said = measure.answer_all(model, scene.held, scene.base.loop.seed, answers)
-    judges = [load_model(scene.base.judges[kind]) for kind in KINDS]
+    judges = [load_model(scene.judges[kind]) for kind in KINDS]
     reward = RewardModels(judges[0], judges[1])
     tokenizer = Tokenizer(scene.base.demo.tokenizer)
     held = scene.held

@@ -36,11 +36,10 @@ million parameters. So it shows how the parts work and says nothing about 70B. W
 and what we read into it are kept apart. `python -m puna.demo.reproduce.page runs/reproduce docs`
 writes this page again.
 
-All arms start from one SFT model and share its first comparisons and reward models; a seed varies
-what an arm samples and trains. An interval is of 95% and holds for other seeds and other prompts;
-where there is one seed, for other prompts alone. It does not hold for another SFT model and other
-judges, which another processor's order of sums already makes: Puna's LOG.md has two such runs that
-answer question 3 differently. A difference is taken prompt by prompt, in
+All arms start from one SFT model. A seed varies what an arm samples and trains, and has comparisons
+and reward models of its own. An interval is of 95% and holds for other seeds, so for other judges
+too, and other prompts; where there is one seed, for other prompts alone. It does not hold for
+another SFT model. A difference is taken prompt by prompt, in
 percentage points (rewards and attention as they are). *Agrees* and *disagrees* are said where the
 interval lies on one side of 0; there are $claims comparisons, so one or two of them would do so by
 chance. Amounts of data are named as they are at scale 1. $seeds $left
@@ -130,11 +129,14 @@ SECTIONS = (
         "needed; and a distribution that is only sharper wins at temperature 1 and not greedily.",
         "Equally many samples to the same prompts: all by rejection sampling, all by PPO (60 "
         "iterations of 128, the first 10 for the critic alone), half and half; and PPO on top of "
-        "all of rejection sampling, which has twice as many. Rejection sampling that takes any one "
-        "of the K answers shows what fine-tuning on own answers does without a judge. PPO without "
+        "all of rejection sampling, which has twice as many: by the reward models of the first "
+        "version, which saw answers of the SFT model only; by those of a second version, made as "
+        "in the loop from comparisons of the answers that PPO starts with, besides; and by the "
+        "oracle itself, which is never wrong. Rejection sampling that takes any one of the K "
+        "answers shows what fine-tuning on own answers does without a judge. PPO without "
         "whitening, without KL and its limit, and on the sum of both scores. A second version of "
         "rejection sampling with the temperature as it was, and chosen again. The oracle judges, "
-        "and beside it the reward models that were optimised: where these rise and wins do not, it "
+        "and beside it the first version's reward models: where these rise and wins do not, it "
         "is over-optimisation.",
         (("experiment-ppo", "Wins and reward", plots.improved),),
         ("wins t1", "wins greedy", "reward t1", "reward greedy", "helpful t1", "violations t1"),

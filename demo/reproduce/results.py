@@ -1,13 +1,14 @@
 """The figures of the arms as files, and results.json made of them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from puna.core.checkpoint.atomic import write_text
 from puna.core.terminal import say_table
 from puna.demo.kept import kept
-from puna.demo.reproduce.arms import SFT, planned, title_of
+from puna.demo.reproduce.arms import SFT, Arm, planned, title_of
 from puna.demo.reproduce.claims import CLAIMS, Claim, verdict
 from puna.demo.reproduce.measures import Values
 from puna.demo.reproduce.tables import Estimate, Results, difference, figure, is_score
@@ -40,14 +41,18 @@ def is_row(values: Any) -> bool:
 
 def read_results(out: Path, seeds: int) -> Results:
     """Arm -> seed -> figures of what is there. The model that all start from is one and the same
-    under every seed."""
+    under every seed, and only its judges differ: what was measured with seed 0 alone is of all."""
     results: dict[str, dict[int, Values]] = {}
-    for arm, seed in planned(seeds):
-        if (found := figures_of(out, arm.name, seed)) is not None:
-            results.setdefault(arm.name, {})[seed] = found
-    if (found := figures_of(out, SFT, 0)) is not None:
-        results[SFT] = dict.fromkeys(range(seeds), found)
+    plan = planned(seeds)
+    first = figures_of(out, SFT, 0) or {}
+    for name, seed in [(arm.name, seed) for arm, seed in plan] + [(SFT, s) for s in seeds_of(plan)]:
+        if (found := figures_of(out, name, seed)) is not None:
+            results.setdefault(name, {})[seed] = first | found if name == SFT else found
     return results
+
+
+def seeds_of(plan: Sequence[tuple[Arm, int]]) -> list[int]:
+    return sorted({seed for _, seed in plan})
 
 
 def missing(out: Path, seeds: int) -> list[str]:

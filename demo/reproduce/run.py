@@ -1,6 +1,7 @@
 """`puna reproduce`: the base, then the arms, then what they say.
 
-    base/                         the demo's stages up to V1's reward models
+    base/                         the demo's stages up to the SFT model; seed 0's reward models
+    judges/seed-<n>/              the comparisons and reward models of the other seeds
     data/                         what the arms are trained on and measured with
     arms/<arm>/seed-<n>/          the arm's run;  seed-<n>.json   what was measured of it
     results.json                  every figure with its interval
@@ -21,7 +22,7 @@ from puna.core.terminal import say
 from puna.demo.pipeline import Demo, DemoConfig
 from puna.demo.reproduce import base as bases
 from puna.demo.reproduce.arms import EXTRA_SEEDS, SFT, Arm, planned
-from puna.demo.reproduce.base import Base
+from puna.demo.reproduce.base import MOST_SEEDS, Base
 from puna.demo.reproduce.measures import Scene, measured, scene_of
 from puna.demo.reproduce.page import write_page
 from puna.demo.reproduce.results import (
@@ -37,7 +38,6 @@ from puna.trainers.train.claim import owned
 from puna.trainers.train.kinds import FREE
 from puna.trainers.train.ranges import Above, AtLeast, AtMost, Options, Rate, Seed
 
-MOST_SEEDS = 1000
 SFT_MEASURED = ("answers", "instructions", "repeat")
 
 
@@ -48,7 +48,7 @@ class ReproduceConfig(Options):
     out: Path = Path("runs/reproduce")
     """folder of the run; an interrupted run in it is continued"""
     seeds: Annotated[int, AtLeast(1), AtMost(MOST_SEEDS - EXTRA_SEEDS), FREE] = 3
-    """times each arm is tried, with other random numbers; reward models twice more"""
+    """times each arm is tried, with other random numbers and judges; some twice more"""
     minutes: Annotated[Rate, FREE] = 90.0
     """no arm is begun after so many, all calls together; the page says what is left out"""
     seed: Seed = 0
@@ -79,7 +79,7 @@ def run(config: ReproduceConfig) -> Path:
 def try_arms(base: Base, plan: list[tuple[Arm, int]], minutes: float) -> None:
     """Make and measure what is not there yet, as long as there is time."""
     scene = scene_of(base)
-    base.demo.stage(SFT, lambda: measure_sft(scene))
+    base.demo.stage("judges 0", partial(judge_seed, scene, 0))
     for number, (arm, seed) in enumerate(plan, 1):
         spent = base.demo.seconds() / 60
         if figures_of(base.out, arm.name, seed) is not None:
@@ -87,17 +87,19 @@ def try_arms(base: Base, plan: list[tuple[Arm, int]], minutes: float) -> None:
         if spent >= minutes:
             return
         say(f"\narm {number} of {len(plan)}: {arm.title}, seed {seed} ({spent:.0f} min so far)")
+        base.demo.stage(f"judges {seed}", partial(judge_seed, scene, seed))
         base.demo.stage(f"{arm.name} {seed}", partial(try_arm, scene, arm, seed))
 
 
 def try_arm(scene: Scene, arm: Arm, seed: int) -> None:
     """One arm's model and its figures."""
-    base = scene.base
+    base = scene.base.of_seed(seed)
+    scene = scene._replace(judges=base.judges)
     models = {"start": base.sft if arm.start == SFT else model_of(base, arm.start, seed)}
     for kind, judge in arm.judges.items():
         models[kind] = model_of(base, judge, seed) if judge else base.judges[kind]
     out = folder_of(base.out, arm.name, seed)
-    model = arm.stage(base, out, seed_of(base, seed), models, arm.options)
+    model = arm.stage(base, out, base.drawn(seed), models, arm.options)
     answers = out.with_name(f"{out.name}-answers.json")
     note(base.out, arm.name, seed, measured(scene, model, arm.measured, answers))
 
@@ -106,14 +108,13 @@ def model_of(base: Base, arm: str, seed: int) -> Path:
     return folder_of(base.out, arm, seed) / "model"
 
 
-def seed_of(base: Base, seed: int) -> int:
-    """The random numbers of an arm's seed: another run's arms have others."""
-    return MOST_SEEDS * base.loop.seed + seed
-
-
-def measure_sft(scene: Scene) -> None:
-    """The model that the arms start from, measured as they are."""
-    base = scene.base
-    if figures_of(base.out, SFT, 0) is None:
+def judge_seed(scene: Scene, seed: int) -> None:
+    """A seed's judges, and what they say of the model that the arms start from; what does not
+    depend on them is measured once, with seed 0."""
+    base = scene.base.of_seed(seed)
+    bases.make_judges(base)
+    if figures_of(base.out, SFT, seed) is None:
         answers = base.out / "data" / "sft-answers.json"
-        note(base.out, SFT, 0, measured(scene, base.sft, SFT_MEASURED, answers))
+        which = SFT_MEASURED if seed == 0 else ("answers",)
+        scene = scene._replace(judges=base.judges)
+        note(base.out, SFT, seed, measured(scene, base.sft, which, answers))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from puna.core.checkpoint.folder import load_model
-from puna.demo.reproduce.base import Base
+from puna.demo.reproduce.base import Base, compare_answers
 from puna.demo.village import oracle
 from puna.demo.village.tasks import read_question
 from puna.trainers import gatt, ppo, rejection, rlhf
@@ -54,15 +54,17 @@ def sample_best(
 def improve(base: Base, out: Path, seed: int, models: Models, options: Mapping[str, Any]) -> Path:
     """PPO with as many answers as rejection sampling draws, to the same prompts; `share` of them.
 
-    Options are PPOConfig's.
+    Without reward models the oracle rewards. Options are PPOConfig's.
     """
     given = dict(options)
     share = given.pop("share", 1.0)
-    config = rlhf.ppo_config(base.loop, 1, models["start"], judges_in(models))
+    judges = judges_in(models)
+    config = rlhf.ppo_config(base.loop, 1, models["start"], judges)
     iterations = max(LEAST_ITERATIONS, round(config.iterations * share))
     given["iterations"] = iterations
     given["critic_warmup"] = min(config.critic_warmup, iterations // 2)
-    return ppo.run(replace(config, out=out, seed=seed, prompts=[base.file("first")], **given))
+    config = replace(config, out=out, seed=seed, prompts=[base.file("first")], **given)
+    return ppo.run(config, None if judges else by_quality)
 
 
 def keep_instructions(
@@ -97,6 +99,17 @@ def judge(base: Base, out: Path, seed: int, models: Models, options: Mapping[str
     return run_reward(replace(config, out=out, seed=seed, data=data, eval_share=0.0, **given))
 
 
+def judge_again(
+    base: Base, out: Path, seed: int, models: Models, options: Mapping[str, Any]
+) -> Path:
+    """A reward model of the second version, as the loop makes it: from the newest model, which is
+    the one that is to be judged, on comparisons of its answers and on those before."""
+    kind: str = options["kind"]
+    compare_answers(base, 2, models["start"])
+    config = rlhf.reward_config(base.loop, 2, kind, models["start"], None)
+    return run_reward(replace(config, out=out, seed=seed))
+
+
 def loop_unseen(
     base: Base, out: Path, seed: int, models: Models, options: Mapping[str, Any]
 ) -> Path:
@@ -117,6 +130,11 @@ def loop_unseen(
         **options,
     )
     return rlhf.run(config, reward=blind(judges_in(models), seed))
+
+
+def by_quality(answers: Sequence[Answer]) -> list[float]:
+    """The oracle's own measure as the reward, by which answers win: nothing to be wrong about."""
+    return [oracle.assess(answer.messages, answer.text).quality for answer in answers]
 
 
 def by_lot(seed: int) -> Reward:
