@@ -10,7 +10,7 @@ from puna.trainers import rlhf, sft
 from puna.trainers.pretrain import PretrainConfig
 from puna.trainers.sample import SampleConfig
 from puna.trainers.sft import SFTConfig
-from puna.trainers.train.claim import changes
+from puna.trainers.train.claim import changes, plain
 from puna.trainers.train.config import parse
 from puna.trainers.train.layout import Parallel
 
@@ -72,3 +72,13 @@ def test_a_run_from_before_the_table_goes_on() -> None:
     assert changes(before, config, {}) == (["parallel.tp 2 where it was 1"], [], [])
     drawn = SampleConfig(policy="m", prompts=["d"], out="o")
     assert not any("compile" in each for each in sum(changes({"compile": True}, drawn, {}), []))
+
+
+def test_what_a_recorded_table_did_not_have_yet_is_as_usual() -> None:
+    config = SFTConfig(model=Path("m"), data=[Path("d")], out=Path("o"))
+    before = plain(config)
+    before["columns"] = {"messages": "messages"}  # of a version that had no other columns
+    assert changes(before, config, {}) == ([], [], [])
+    before["columns"] = {"messages": "talk"}
+    found = sum(changes(before, config, {}), [])
+    assert found == ["columns.messages messages where it was talk"]

@@ -176,8 +176,10 @@ def changes(
     before: Mapping[str, Any], config: Any, tables: Tables
 ) -> tuple[list[str], list[str], list[str]]:
     """What differs from the recorded options, as phrases: (free, to be amended, fixed)."""
-    old = renamed(flat({**defaults(type(config)), **before}), hasattr(config, "parallel"))
-    new = flat({**defaults(type(config)), **plain(config)})
+    # A table of an older version lacks what has been added to it since, as the whole may.
+    usual = flat(defaults(type(config)))
+    old = renamed(usual | flat(before), hasattr(config, "parallel"))
+    new = usual | flat(plain(config))
     found: dict[Kind, list[str]] = {kind: [] for kind in Kind}
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
