@@ -12,6 +12,8 @@ import torch
 from puna.benchmarks.timing import best_seconds
 
 MATMUL_SIDE = 1024
+# The products' operands where a CPU's weights are stored so.
+RATED = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 def card(device: torch.device) -> dict[str, object]:
@@ -45,12 +47,14 @@ def slug(machine: dict[str, object]) -> str:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, *, dry: bool = False) -> float:
-    """The best matrix product seen, in FLOP/s, of two square matrices; `dry`: of small ones, where
-    only the code is tried."""
+    """The best matrix product seen, in FLOP/s, of two square matrices (of int8 into int32 for
+    torch.int8); `dry`: of small ones, where only the code is tried."""
     side = MATMUL_SIDE * (8 if device.type == "cuda" else 1)  # a small one leaves a GPU idle
     side = 64 if dry else side
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    return 2 * side**3 / best_seconds(lambda: a @ a, device)
+    a = torch.randn(side, side, device=device)
+    a = (10 * a).to(dtype)
+    multiply = torch._int_mm if dtype == torch.int8 else torch.mm
+    return 2 * side**3 / best_seconds(lambda: multiply(a, a), device)
 
 
 def read_rate(device: torch.device, size: int) -> float:

@@ -19,11 +19,13 @@ from puna.benchmarks.kernels.run import (
     not_timed,
 )
 from puna.benchmarks.models import growth
+from puna.benchmarks.models.contexts import LENGTHS, bench_behind, bench_prompt
+from puna.benchmarks.models.decode import BATCHES as DECODE_BATCHES
 from puna.benchmarks.models.decode import bench_decode
-from puna.benchmarks.models.decode_peers import llama_cpp_installed
 from puna.benchmarks.models.fsdp import BYTES as FSDP_BYTES
 from puna.benchmarks.models.fsdp import bench_fsdp
 from puna.benchmarks.models.generate import BATCHES, GPU_BATCHES, bench_generate
+from puna.benchmarks.models.llama_cpp import llama_cpp_installed
 from puna.benchmarks.models.rlhf import BYTES as RLHF_BYTES
 from puna.benchmarks.models.rlhf import bench_rlhf
 from puna.benchmarks.models.rollout import bench_rollout
@@ -201,11 +203,16 @@ def generate(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
 
 
 def decode(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
-    if not setting.gpu and setting.kind == "fp32":
-        models = held.take(shape, "fp32")
-        yield bench_decode(
-            models, setting.turns, setting.llama2c, setting.llama_bench, peers=setting.peers
-        )
+    if setting.gpu or setting.kind != "fp32":
+        return
+    models, turns, peers = held.take(shape, "fp32"), setting.turns, setting.peers
+    for batch in DECODE_BATCHES[:1] if setting.quick else DECODE_BATCHES:
+        programs = setting.llama2c, setting.llama_bench
+        yield bench_decode(models, turns, *programs, peers=peers, batch=batch)
+    if not setting.quick:  # minutes, of the larger shapes
+        for length in LENGTHS:
+            yield bench_prompt(models, length, turns, peers=peers)
+        yield bench_behind(models, LENGTHS[-1], turns, peers=peers)
 
 
 def rollout(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from puna.benchmarks import machine, output, readme, rows, suite, timing
-from puna.benchmarks.models import decode, generate, rlhf, rollout, steps, train
+from puna.benchmarks.models import contexts, decode, generate, rlhf, rollout, steps, train
 from puna.benchmarks.models import shapes as models
 from puna.benchmarks.models.generate import PUNA
 from puna.benchmarks.models.shapes import Shape, multiplied_parameters, open_models
@@ -30,7 +30,11 @@ def tiny(monkeypatch):
     monkeypatch.setattr(generate, "PROMPT", 4)
     monkeypatch.setattr(generate, "NEW", 8)
     monkeypatch.setattr(decode, "NEW", 8)
-    monkeypatch.setattr(decode, "llama_cpp_installed", lambda: False)
+    for module in (contexts, decode):
+        monkeypatch.setattr(module, "llama_cpp_installed", lambda: False)
+    monkeypatch.setattr(contexts, "BEHIND", 4)
+    monkeypatch.setattr(suite, "LENGTHS", (12,))
+    monkeypatch.setattr(suite, "DECODE_BATCHES", (1, 3))
     monkeypatch.setattr(suite, "BATCHES", (1, 3))
     monkeypatch.setattr(rlhf, "CPU", rlhf.DRY)
     monkeypatch.setattr(suite, "bench_fsdp", lambda *_, **__: iter([[]]))  # processes know no tiny
@@ -51,6 +55,13 @@ def test_the_last_line_is_the_document(tiny, capsys, tmp_path, monkeypatch):
         ("generate", 3, "transformers", "fp32"),
         ("decode", 1, "puna", "fp32"),
         *(("decode", 1, "puna", dtype) for dtype in rounded),
+        ("decode", 3, "puna", "fp32"),
+        *(("decode", 3, "puna", dtype) for dtype in rounded),
+        *(
+            (bench, 1, "puna", dtype)
+            for bench in ("prefill", "context")
+            for dtype in ("fp32", *rounded)
+        ),
         *[("rlhf", 4, "puna", "fp32")] * 5,
         ("train", 2, "puna", "fp32"),
         ("train", 2, "transformers", "fp32"),

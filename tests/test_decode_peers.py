@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from puna.benchmarks import output, suite
-from puna.benchmarks.models import decode, decode_peers
+from puna.benchmarks.models import contexts, decode, decode_peers, llama_cpp
 from puna.benchmarks.models.shapes import Shape, open_models
 from puna.benchmarks.rows import Row, Work, row
 from puna.benchmarks.timing import Timing
@@ -22,6 +22,7 @@ from puna.core.checkpoint import llama2c
 from puna.core.config import SIZES, ModelConfig
 from puna.core.generation.generate import generate
 from puna.core.model import Transformer
+from puna.core.native.loader import extension
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(64, 2, 4, 2, 96, 128, context=64)
@@ -34,7 +35,10 @@ def tiny(monkeypatch):
     monkeypatch.setitem(SIZES, "tiny", TINY)
     monkeypatch.setattr(suite, "SHAPES", ("tiny",))
     monkeypatch.setattr(decode, "NEW", NEW)
-    for module in (decode, suite):
+    monkeypatch.setattr(suite, "DECODE_BATCHES", (1,))
+    monkeypatch.setattr(suite, "LENGTHS", (12,))
+    monkeypatch.setattr(contexts, "BEHIND", 4)
+    for module in (contexts, decode, suite):
         monkeypatch.setattr(module, "llama_cpp_installed", lambda: False)
     model = Transformer(TINY)
     model.init_weights(seed=0)
@@ -107,7 +111,8 @@ def test_a_program_in_llama2cs_place(tiny, tmp_path, capsys):
     printed = capsys.readouterr().out
     document = json.loads(printed.splitlines()[-1])
     assert document["command"] == "puna bench decode --rounds 1 --device cpu --llama2c run"
-    ours, theirs = (row for row in document["rows"] if row["dtype"] == "fp32")
+    rows = [row for row in document["rows"] if row["bench"] == "decode"]
+    ours, theirs = (row for row in rows if row["dtype"] == "fp32")
     assert (ours["provider"], theirs["provider"]) == ("puna", "llama2.c")
     assert theirs["value"] == pytest.approx(123.4)
     assert (theirs["error"], theirs["peak_mb"]) == (0.0, None)
@@ -162,7 +167,7 @@ def test_decoding_is_compared_on_the_cpu(tiny):
 
 def test_gguf_file(tiny, tmp_path):
     gguf = pytest.importorskip("gguf", reason="gguf is not installed (extra `llama-cpp`)")
-    decode_peers.write_gguf(tmp_path / "model.gguf", tiny)
+    llama_cpp.write_gguf(tmp_path / "model.gguf", tiny)
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     read = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
     ours = dict(tiny.named_parameters())
@@ -180,9 +185,72 @@ def test_gguf_file(tiny, tmp_path):
             assert torch.equal(theirs[:, 2 * i + 1], heads[:, i + half])
 
 
-def test_llama_cpp_writes_the_same_tokens(tiny, tmp_path):
+@pytest.fixture
+def with_llama_cpp():
     for package in ("gguf", "llama_cpp"):
         pytest.importorskip(package, reason=f"{package} is not installed (extra `llama-cpp`)")
-    found = decode_peers.llama_cpp_decoder(tiny, NEW, tmp_path)()
-    assert found.tokens == greedy(tiny)
-    assert found.seconds > 0
+
+
+def test_llama_cpp_writes_the_same_tokens(with_llama_cpp, tiny, tmp_path):
+    with llama_cpp.opened(tiny, "fp32", tmp_path, rows=1, positions=NEW + 1) as opened:
+        for _ in range(2):  # what was held is forgotten
+            found = decode.llama_cpp_decoded(opened, [decode_peers.BOS], NEW)
+            assert found.tokens == [greedy(tiny)] and found.seconds > 0
+
+
+def test_llama_cpp_writes_the_same_tokens_in_a_batch(with_llama_cpp, tiny, tmp_path):
+    starts = [3, 9, 27]
+    found = generate(
+        tiny, [[start] for start in starts], max_new_tokens=NEW, eos_id=None, temperature=0.0
+    )
+    with llama_cpp.opened(tiny, "fp32", tmp_path, rows=3, positions=NEW + 1) as opened:
+        assert llama_cpp.greedy(opened, starts, NEW) == [each.tokens for each in found]
+
+
+@pytest.mark.parametrize("dtype", llama_cpp.STORED)
+def test_llama_cpp_in_every_format_and_behind_a_prompt(with_llama_cpp, tiny, tmp_path, dtype):
+    models = open_models(Shape("tiny"), tmp_path / "model", CPU, peers=False)
+    prompt = [5, 80, 2, 33, 61, 7, 90, 14]
+    expected = contexts.next_tokens(models.puna, prompt, "fp32", 4, None)
+    for reads in (True, False):
+        with llama_cpp.opened(tiny, dtype, tmp_path, rows=1, positions=32, reads=reads) as opened:
+            first = llama_cpp.prefill(opened, prompt)
+            llama_cpp.forget(opened, len(prompt) - 1)
+            found = llama_cpp.greedy(opened, prompt[-1:], 4, behind=len(prompt) - 1)[0]
+        assert found[0] == first
+        if dtype == "fp32":
+            assert found == expected
+
+
+def test_prompts_and_what_is_decoded_behind_them(tiny, tmp_path):
+    models = open_models(Shape("tiny"), tmp_path / "model", CPU, peers=False)
+    rows = contexts.bench_prompt(models, 100, 1) + contexts.bench_behind(models, 100, 1)
+    found = [(row["bench"], row["operation"], row["dtype"]) for row in rows]
+    formats = ["fp32"] if extension() is None else ["fp32", "bf16", "int8"]
+    assert found == [
+        (bench, operation, dtype)
+        for bench, operation in (("prefill", "100 tokens"), ("context", "behind 100 tokens"))
+        for dtype in formats
+    ]
+    assert all(row["value"] > 0 and row["limit"] > 0 for row in rows)
+
+
+def test_a_longer_context_shares_the_weights(tiny):
+    longer = contexts.with_context(tiny, 200)  # tiny's own is 64
+    assert longer.config.context == 200
+    assert longer.lm_head.weight.data_ptr() == tiny.lm_head.weight.data_ptr()
+    ids = torch.arange(1, 40)[None]
+    assert torch.equal(longer(ids), tiny(ids))
+    assert contexts.with_context(tiny, 64) is tiny
+
+
+def test_the_products_of_a_prompt_are_those_that_pytorch_counts(tiny):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    length = 48
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        tiny.logits(tiny(torch.arange(length)[None])[:, -1])
+    pairs = length**2 / 2  # of a query and a key: attention is an operation that it does not count
+    attention = 2 * 2 * TINY.n_layers * TINY.n_heads * TINY.head_dim * pairs
+    found = contexts.products_of_prompt(TINY, length)
+    assert found == counter.get_total_flops() + attention

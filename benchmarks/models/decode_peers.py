@@ -1,27 +1,20 @@
-"""Programs that decode on CPUs, on Puna's weights: llama2.c's `run`, and llama.cpp.
+"""llama2.c's `run`, a program that decodes on CPUs, on Puna's weights.
 
-Each reads a file that is written here in its own format, begins at BOS and writes greedy tokens.
-Both rotate adjacent pairs of a head, as Meta does, so rows of q and k are reordered in the files.
+It reads a file that is written here in its own format, begins at BOS and writes greedy tokens.
 """
 
 import os
 import re
 import struct
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from numpy.ctypeslib import as_array
 from torch import Tensor
 
 from puna.benchmarks import budget
-from puna.benchmarks.machine import installed
 from puna.core.checkpoint import llama2c
-from puna.core.checkpoint.gguf_file import gguf_name
-from puna.core.checkpoint.gguf_write import write_settings
-from puna.core.checkpoint.source import interleaved, rope_heads
 from puna.core.errors import UserError
 from puna.core.model import Transformer
 
@@ -29,7 +22,7 @@ BOS = 1  # where llama2.c's run begins, and where it ends
 
 
 class Decoded(NamedTuple):
-    tokens: list[int]  # the new ones
+    tokens: list[list[int]]  # the new ones of each row
     seconds: float  # that writing them took, without loading
 
 
@@ -61,7 +54,7 @@ def llama2c_decoder(executable: Path, model: Transformer, new: int, folder: Path
             raise UserError(
                 f"llama2.c's run ended with status {ended.returncode}: {ended.stderr.strip()}"
             )
-        return Decoded(read_tokens(ended.stdout, new), new / read_rate(ended.stderr))
+        return Decoded([read_tokens(ended.stdout, new)], new / read_rate(ended.stderr))
 
     return decode
 
@@ -95,68 +88,6 @@ def read_rate(printed: str) -> float:
     if not found or not float(found[1]):
         raise UserError(f"llama2.c's run printed no rate: {printed[:80]!r}")
     return float(found[1])
-
-
-def llama_cpp_installed() -> bool:
-    """Whether llama.cpp can be called, and files for it written."""
-    return all(installed(package) for package in ("llama-cpp-python", "gguf"))
-
-
-def llama_cpp_decoder(model: Transformer, new: int, folder: Path) -> Decoder:
-    """`new` tokens by llama.cpp in this process, on as many threads as PyTorch has.
-
-    Its C functions are called one by one, and the largest logit is looked up in place: less
-    time than its Python class or its sampler takes. Keys and values are fp32, as ours are.
-    """
-    import llama_cpp
-
-    path = folder / "model.gguf"
-    write_gguf(path, model)
-    threads = torch.get_num_threads()
-    opened = llama_cpp.Llama(
-        str(path),
-        n_ctx=new + 1,
-        n_threads=threads,
-        n_threads_batch=threads,
-        type_k=llama_cpp.GGML_TYPE_F32,
-        type_v=llama_cpp.GGML_TYPE_F32,
-        verbose=False,
-    )
-    shape = (model.config.vocab_size,)
-
-    def decode() -> Decoded:
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(opened.ctx), False)
-        tokens = []
-        token = (llama_cpp.llama_token * 1)(BOS)
-        start = time.perf_counter()
-        for _ in range(new):
-            failed = llama_cpp.llama_decode(opened.ctx, llama_cpp.llama_batch_get_one(token, 1))
-            if failed:
-                raise UserError(f"llama_decode failed with status {failed}")
-            logits = llama_cpp.llama_get_logits_ith(opened.ctx, -1)
-            token[0] = int(as_array(logits, shape).argmax())
-            tokens.append(token[0])
-        return Decoded(tokens, time.perf_counter() - start)
-
-    return decode
-
-
-def write_gguf(path: Path, model: Transformer) -> None:
-    """The weights as fp32, without a vocabulary: llama.cpp fills it with names of its own."""
-    import gguf
-
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    write_settings(writer, model.config)
-    writer.add_tokenizer_model("no_vocab")
-    for name, tensor in _tensors(model):
-        heads = rope_heads(name, model.config)
-        stored = interleaved(tensor, heads) if heads else tensor
-        writer.add_tensor(gguf_name(name), stored.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def _tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:

@@ -14,7 +14,8 @@ import torch
 
 from puna.benchmarks import budget
 from puna.benchmarks.machine import installed
-from puna.benchmarks.models.decode_peers import Decoded, Decoder, write_gguf
+from puna.benchmarks.models.decode_peers import Decoded, Decoder
+from puna.benchmarks.models.llama_cpp import write_gguf
 from puna.core.documents import parse_json
 from puna.core.errors import UserError
 from puna.core.model import Transformer
@@ -43,7 +44,7 @@ def named_programs(given: Sequence[str]) -> dict[str, Path]:
 
 def llama_bench_decoder(program: Path, model: Transformer, new: int, folder: Path) -> Decoder:
     """`new` tokens by one llama-bench, a process of its own on as many threads as PyTorch has."""
-    path = folder / "model.gguf"
+    path = folder / "fp32.gguf"
     if not path.exists():
         write_gguf(path, model)
     threads = str(torch.get_num_threads())
