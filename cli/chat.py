@@ -62,7 +62,9 @@ class Talk:
 
 def run(config: ChatConfig) -> None:
     """Read messages from stdin until it ends; a message that cannot be sent says why."""
-    llama = puna.load(config.model, device=config.device, tokenizer=config.tokenizer)
+    llama = puna.load(
+        config.model, device=config.device, tokenizer=config.tokenizer, weight_format=config.weights
+    )
     if llama.model.head != "lm":
         raise ValueError(f"{config.model} is a reward model; chat needs a language model")
     talk = Talk(llama, config, config.system)

@@ -97,6 +97,7 @@ def run(config: GenerateConfig) -> str | Path:
         dtype=config.dtype,
         tokenizer=config.tokenizer,
         tp=config.tp,
+        weight_format=config.weights,
     )
     settings: dict[str, Any] = {
         "max_new_tokens": config.max_new_tokens,

@@ -26,6 +26,7 @@ from puna.core.generation import generate as generation
 from puna.core.generation.memory import Memory
 from puna.core.generation.stopping import Stops, as_strings, streamed
 from puna.core.model import Transformer
+from puna.core.native.engine import check_format, in_format
 from puna.core.text.chat import (
     Message,
     check_dialogue,
@@ -52,6 +53,7 @@ def load(
     tokenizer: str | os.PathLike[str] | None = None,
     context: int | None = None,
     tp: int = 1,
+    weight_format: WeightFormat = "fp32",
 ) -> "Llama":
     """A language or reward model: a folder (ours, Hugging Face's or Meta's), a GGUF file or a
     llama2.c `.bin`.
@@ -60,9 +62,11 @@ def load(
     "fp16"; `tokenizer` is a tokenizer.model, where the model has none beside it; `context` is the
     longest sequence in tokens, where it is not to be the stored one (Meta's folders store none:
     4096). So many ranks that torchrun started (`tp`) share a language model that is larger than one
-    device: each generates, with the same arguments, and gets the same. Raises ValueError for what
-    is no Llama 2 or damaged, for a tokenizer of another vocabulary and for a device that is not
-    there.
+    device: each generates, with the same arguments, and gets the same. `weight_format` "bf16" or
+    "int8" rounds the weights while they are read, so that they take 2 or 1.1 bytes a number, and no
+    more meanwhile: such a model generates on the CPU and does nothing else. Raises ValueError for
+    what is no Llama 2 or damaged, for a tokenizer of another vocabulary and for a device that is
+    not there.
     """
     if isinstance(dtype, str):
         if dtype not in DTYPES:
@@ -83,6 +87,15 @@ def load(
     vocabulary = None if file is None else check_vocabulary(file, source.config.vocab_size)
     if tokenizer is not None and source.tokenizer is not None:
         check_own(tokenizer, source.tokenizer)
+    check_format(weight_format)
+    if weight_format != "fp32":
+        if tp > 1 or place.type != "cpu" or dtype != torch.float32:
+            raise ValueError(
+                f"{weight_format} weights are read on one CPU and computed with in fp32; give "
+                "device cpu and dtype fp32, and no tp"
+            )
+        rounded = in_format(source, weight_format)
+        return Llama(rounded, vocabulary, Path(path), weight_format)
     if tp > 1:
         ranks.init()
         place = device_of_name(device)  # of the local rank
@@ -99,19 +112,27 @@ class Llama:
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer | None = None, path: Path | None = None
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None = None,
+        path: Path | None = None,
+        weight_format: WeightFormat = "fp32",
     ):
-        """`path` is where the model came from, for messages."""
+        """`path` is where the model came from, for messages; `weight_format` what `generate` reads
+        where it is not told."""
+        self.weight_format: WeightFormat = weight_format
         self.model = model
         self.tokenizer = tokenizer
         self.path = path
 
     def __repr__(self) -> str:
         size = sum(parameter.numel() for parameter in self.model.parameters())
-        kind = str(self.model.dtype).removeprefix("torch.")
+        kind, device = str(self.model.dtype).removeprefix("torch."), str(self.model.device)
+        if device == "meta":
+            kind, device = self.weight_format, "cpu"
         return (
             f"<Llama {self._name()}: {self.model.head} head, {size:,} parameters, {kind} on "
-            f"{self.model.device}>"
+            f"{device}>"
         )
 
     @overload
@@ -126,7 +147,7 @@ class Llama:
         stop: str | Sequence[str] = (),
         seed: int = 0,
         round_index: int = 0,
-        weight_format: WeightFormat = "fp32",
+        weight_format: WeightFormat | None = None,
         batch_size: int = 256,
         memory: Memory | None = None,
     ) -> str: ...
@@ -143,7 +164,7 @@ class Llama:
         stop: str | Sequence[str] = (),
         seed: int = 0,
         round_index: int = 0,
-        weight_format: WeightFormat = "fp32",
+        weight_format: WeightFormat | None = None,
         batch_size: int = 256,
         memory: Memory | None = None,
     ) -> list[str]: ...
@@ -159,7 +180,7 @@ class Llama:
         stop: str | Sequence[str] = (),
         seed: int = 0,
         round_index: int = 0,
-        weight_format: WeightFormat = "fp32",
+        weight_format: WeightFormat | None = None,
         batch_size: int = 256,
         memory: Memory | None = None,
     ) -> str | list[str]:
@@ -170,7 +191,8 @@ class Llama:
         string of `stop`, of several the one that is complete first. What is drawn depends on
         `seed`, `round_index` and the place in the list alone: the same call gives the same text,
         and `[chat] * 4` four different ones. `weight_format` "bf16" or "int8" reads rounded
-        weights on a CPU, faster and a little worse; `batch_size` prompts are continued at once. A
+        weights on a CPU, faster and a little worse (None: as the model was loaded, in fp32 where
+        nothing was said); `batch_size` prompts are continued at once. A
         `memory` that is handed over for each turn of a chat spares a CPU the turns before. Raises
         ValueError for a prompt that fills the context and for a chat that does not end with a user
         message.
@@ -190,7 +212,7 @@ class Llama:
             seed=seed,
             round_index=round_index,
             batch_size=batch_size,
-            weight_format=weight_format,
+            weight_format=weight_format or self.weight_format,
             memory=memory,
             stops=stops if stops.strings else None,
             called=self._name(),
@@ -213,7 +235,7 @@ class Llama:
         stop: str | Sequence[str] = (),
         seed: int = 0,
         round_index: int = 0,
-        weight_format: WeightFormat = "fp32",
+        weight_format: WeightFormat | None = None,
         memory: Memory | None = None,
     ) -> Iterator[str]:
         """The text of `generate(prompt, ...)` piece by piece, as it is drawn.
@@ -236,7 +258,7 @@ class Llama:
             top_k=top_k,
             seed=seed,
             round_index=round_index,
-            weight_format=weight_format,
+            weight_format=weight_format or self.weight_format,
             memory=memory,
             called=self._name(),
         )
@@ -257,6 +279,7 @@ class Llama:
         where they are NaN."""
         several, alone = one_or_many(texts)
         self._require("lm", "logprobs")
+        self._whole("logprobs")
         tokenizer = self._tokenizer("logprobs")
         pairs = [_known_and_asked(tokenizer, text) for text in several]
         found = packed.logprobs(self.model, [known + asked for known, asked in pairs])
@@ -294,6 +317,7 @@ class Llama:
         An earlier model there is replaced when all is on disk. Raises ValueError where `path` holds
         something else.
         """
+        self._whole("save")
         save_model(path, self.model, None if self.tokenizer is None else self.tokenizer.path)
         return Path(path)
 
@@ -311,6 +335,13 @@ class Llama:
         if self.model.head != head:
             is_a, needs = ("reward", "language") if head == "lm" else ("language", "reward")
             raise ValueError(f"{self._name()} is a {is_a} model; {verb} needs a {needs} model")
+
+    def _whole(self, verb: str) -> None:
+        if self.model.device.type == "meta":
+            raise ValueError(
+                f"{self._name()} was loaded with {self.weight_format} weights, to generate; load "
+                f"it without weight_format to {verb}"
+            )
 
     def _tokenizer(self, verb: str) -> Tokenizer:
         if self.tokenizer is None:

@@ -29,7 +29,9 @@ def exact_in(model, tokens, weights, rounds):
     wide.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
     with torch.no_grad(), use_backend("reference"), pytest.MonkeyPatch.context() as patch:
         for module in wide.modules():
-            if isinstance(module, torch.nn.Linear):
+            if isinstance(module, torch.nn.Linear) or (
+                weights == "int8" and isinstance(module, torch.nn.Embedding)
+            ):
                 module.weight.copy_(rounding(module.weight))
         patch.setattr(torch.nn.functional, "linear", lambda x, w: (of_inputs(x[0]) @ w.T)[None])
         hidden = wide(torch.tensor([tokens]))[0, -1:]

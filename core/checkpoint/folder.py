@@ -8,8 +8,9 @@ put their own state in `training/` beside the weights.
 import os
 import shutil
 import warnings
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,13 +30,14 @@ from puna.core.checkpoint.source import (
     in_memory,
     parameter_shapes,
 )
-from puna.core.checkpoint.tensor_files import read_headers, read_tensor
+from puna.core.checkpoint.tensor_files import read_headers, read_rows, read_tensor
 from puna.core.config import ModelConfig
 from puna.core.documents import read_object
 from puna.core.errors import Notice
 from puna.core.model import Transformer, check_parameters
 from puna.core.text.tokenizer import Tokenizer
 
+PIECE = 1 << 19  # numbers of a tensor that are read at once, where it need not be whole
 ABSENT = "no such model; give a model folder or a .gguf or llama2.c .bin file"
 
 
@@ -219,17 +221,34 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     if tokenizer is not None:
         check_vocabulary(tokenizer, config.vocab_size)
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for file, names in shards.items():
-            for name in names:
-                tensor = read_tensor(path / file, name)
-                yield name, tensor
-                if name in copied:
-                    yield copied[name], tensor.clone()
-
     types = {name: view.dtype for stored in shards.values() for name, view in stored.items()}
     dtype = types.get(EMBEDDING) or types[HEADS["lm"]]
-    return Source(config, head, dtype, tokenizer, tensors)
+    return Source(config, head, dtype, tokenizer, InShards(path, shards, copied))
+
+
+class InShards(NamedTuple):
+    """The tensors of a folder's safetensors; called, it gives them one by one."""
+
+    folder: Path
+    shards: Mapping[str, Iterable[str]]  # file -> names
+    copied: Mapping[str, str]  # stored name -> name of its copy
+
+    def __call__(self) -> Iterator[tuple[str, Tensor]]:
+        for file, names in self.shards.items():
+            for name in names:
+                tensor = read_tensor(self.folder / file, name)
+                yield name, tensor
+                if name in self.copied:
+                    yield self.copied[name], tensor.clone()
+
+    def pieces(self) -> Iterator[tuple[str, int, Tensor]]:
+        """As Source.pieces gives them."""
+        for file, names in self.shards.items():
+            for name in names:
+                for first, rows in read_rows(self.folder / file, name, PIECE):
+                    yield name, first, rows
+                    if name in self.copied:
+                        yield self.copied[name], first, rows
 
 
 def _left_out(found: Container[str]) -> dict[str, str]:

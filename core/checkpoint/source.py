@@ -53,6 +53,13 @@ class Source(NamedTuple):
     # Every parameter once, by our names. A tensor may be a view of a mapped file: copy it.
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
 
+    def pieces(self) -> Iterator[tuple[str, int, Tensor]]:
+        """Every parameter, in as small pieces as the files allow: its name, a row and the rows from
+        there on; of a norm, rows are numbers. `tensors` with a method `pieces` gives them."""
+        if (pieces := getattr(self.tensors, "pieces", None)) is not None:
+            return pieces()
+        return ((name, 0, tensor) for name, tensor in self.tensors())
+
 
 def fresh(config: ModelConfig, seed: int, head: str = "lm") -> Source:
     """The weights of a model that nothing was trained yet, drawn from `seed`."""

@@ -1,5 +1,6 @@
 """Tensors in safetensors files: their headers, checked, and one tensor at a time."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,6 +73,16 @@ def read_tensor(file: Path, name: str) -> Tensor:
     # Opened anew for each tensor: the pages of a file kept open would count as ours.
     with _opened(file) as tensors:
         return tensors.get_tensor(name)
+
+
+def read_rows(file: Path, name: str, count: int) -> Iterator[tuple[int, Tensor]]:
+    """A tensor's rows, about `count` numbers at a time: (the first row, rows)."""
+    with _opened(file) as tensors:
+        rows, *others = tensors.get_slice(name).get_shape()
+    step = max(1, count // math.prod(others))
+    for first in range(0, rows, step):
+        with _opened(file) as tensors:  # anew, as above
+            yield first, tensors.get_slice(name)[first : first + step]
 
 
 @contextmanager

@@ -14,15 +14,14 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from puna.core import ops
-from puna.core.checkpoint.source import parameter_shapes
+from puna.core.checkpoint.source import LAYER, Source, as_type, parameter_shapes
 from puna.core.config import ModelConfig
-from puna.core.model import Block, RMSNorm, Transformer
+from puna.core.model import RMSNorm, Transformer
 from puna.core.native.loader import WIDTHS, best_instructions, extension
 from puna.core.native.session import Session
 from puna.core.plain import altered
@@ -33,45 +32,91 @@ log = logging.getLogger("puna")
 FORMATS = {"fp32": 4.0, "bf16": 2.0, "int8": 1.125}  # bytes a weight; groups of 32 share a scale
 
 
+PARTS = {  # of a parameter's name: what the extension calls it
+    "model.embed_tokens": "embedding", "lm_head": "head", "model.norm": "norm",
+    "self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v",
+    "self_attn.o_proj": "o", "mlp.gate_proj": "gate", "mlp.up_proj": "up", "mlp.down_proj": "down",
+    "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
 class Engine:
     """A model's weights as they are now, packed for decoding; sessions read them.
 
     `weight_format` is that of the packed copy: "fp32"; "bf16", where what the weights multiply is
     rounded too if the processor has products of bf16 (instruction set "avx512_bf16"); "int8", where
     groups of 32 inputs share an fp32 scale for each output, and what they multiply is rounded to
-    int8 in the same groups. All else is fp32. Nothing changes an engine: any number of sessions,
-    threads too, read it at once, and go on with the weights they began with when the model's
-    change.
+    int8 in the same groups; the embedding's rows are rounded so, too, and in bf16 they are not. All
+    else is fp32. Nothing changes an engine: any number of sessions, threads too, read it at once,
+    and go on with the weights they began with when the model's change.
     """
 
     def __init__(
         self, model: Transformer, instruction_set: str | None = None, *, weight_format: str = "fp32"
     ):
-        module = extension()
-        if module is None:
-            raise ValueError("the native engine is not built; install Puna with a C++ compiler")
+        check_built()
         why = unfit(model)
         if why:
             raise ValueError(f"the native engine does not take this model: {why}")
-        fitting = instruction_sets(model.config.head_dim)
+        self.stamp = stamp(model)
+        tables = model.rope_tables(torch.device("cpu"))
+        self._allocate(model.config, tables, instruction_set, weight_format)
+        for name, weight in model.named_parameters(remove_duplicate=False):
+            self._pack(name, 0, weight.detach())
+
+    @classmethod
+    def read(cls, source: Source, weight_format: str) -> "Engine":
+        """The engine of a checkpoint that is read piece by piece, so that its weights are in memory
+        in `weight_format` alone. ValueError where it is not the engine's."""
+        check_built()
+        why = unfit_config(source.config, source.head)
+        if why:
+            raise ValueError(f"the native engine does not take this model: {why}")
+        with torch.device("meta"):
+            tables = Transformer(source.config).rope_tables(torch.device("cpu"))
+        engine = cls.__new__(cls)
+        engine.stamp = ()
+        engine._allocate(source.config, tables, None, weight_format)
+        for name, first, rows in source.pieces():
+            engine._pack(name, first, as_type(name, rows, torch.float32).contiguous())
+        return engine
+
+    def _allocate(
+        self,
+        config: ModelConfig,
+        tables: tuple[Tensor, Tensor],
+        instruction_set: str | None,
+        weight_format: str,
+    ) -> None:
+        fitting = instruction_sets(config.head_dim)
         if instruction_set is None:
             instruction_set = fitting[0]
         elif instruction_set not in fitting:
             raise ValueError(
                 f"instruction set is {instruction_set!r}; this machine and a head size of "
-                f"{model.config.head_dim} allow {fitting}"
+                f"{config.head_dim} allow {fitting}"
             )
-        self.config = model.config
-        self.stamp = stamp(model)
-        # Read where they are. The embedding is a copy, or a session would see it change.
-        self._alive = (
-            model.model.embed_tokens.weight.detach().clone(),
-            *model.rope_tables(torch.device("cpu")),
-        )
+        module = extension()
+        assert module is not None
+        self.config = config
+        self._alive = tables  # read where they are
+        shape = {
+            "layers": config.n_layers, "dim": config.dim, "heads": config.n_heads,
+            "kv_heads": config.n_kv_heads, "head_dim": config.head_dim, "ffn": config.ffn_dim,
+            "vocab": config.vocab_size, "eps": config.norm_eps,
+        }  # fmt: skip
         self._native = module.make_engine(
-            instruction_set, weight_format, *_description(model, self._alive)
+            instruction_set, weight_format, shape, *(_address("RoPE", each) for each in tables)
         )
         self._idle: deque[Session] = deque(maxlen=1)
+
+    def _pack(self, name: str, first: int, rows: Tensor) -> None:
+        """Rows of a parameter, from `first` on."""
+        stem = name.removesuffix(".weight")
+        layer = 0
+        if found := LAYER.match(stem):
+            layer, stem = int(found[1]), stem[found.end() :]
+        self._native.pack(PARTS[stem], layer, first, len(rows), _address(name, rows))
 
     def new_session(self) -> Session:
         """A session without room yet, for who keeps it longer than a call."""
@@ -101,9 +146,6 @@ HEAD_VECTORS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)  # head sizes the engine has cod
 
 def unfit(model: Transformer) -> str | None:
     """Why the engine cannot run this model, or None."""
-    config = model.config
-    if model.head != "lm":
-        return "it has no language-model head"
     if ops.traced():
         return "it is being traced"
     for name, module in model.named_modules():
@@ -120,9 +162,24 @@ def unfit(model: Transformer) -> str | None:
             return "its weights are sharded"
         if not weight.is_contiguous():
             return "its weights are not contiguous"
+    return unfit_config(model.config, model.head)
+
+
+def unfit_config(config: ModelConfig, head: str) -> str | None:
+    """Why the engine can run no model of this shape and head, or None."""
+    if head != "lm":
+        return "it has no language-model head"
+    if config.attention_bias:
+        return "its attention has biases"
     if not instruction_sets(config.head_dim):
         return f"its head size is {config.head_dim}"
     return None
+
+
+def check_built() -> None:
+    """ValueError where there is no extension."""
+    if extension() is None:
+        raise ValueError("the native engine is not built; install Puna with a C++ compiler")
 
 
 def _unlike_its_config(model: Transformer) -> str | None:
@@ -175,8 +232,35 @@ class _Kept:
         self.engines: dict[str, Engine] = {}
 
 
+_read: "weakref.WeakKeyDictionary[Transformer, tuple[str, Engine]]" = weakref.WeakKeyDictionary()
+"""The models of `in_format`, with their format"""
 _kept: "weakref.WeakKeyDictionary[Transformer, _Kept]" = weakref.WeakKeyDictionary()
 _kept_lock = threading.Lock()
+
+
+def in_format(source: Source, weight_format: str) -> Transformer:
+    """A model that only generates: its weights are in memory as the engine's, in `weight_format`,
+    and its parameters are on the meta device. At the peak it takes little more than these.
+
+    ValueError where the engine does not take the model or another back end is asked for.
+    """
+    check_format(weight_format)
+    if (asked := ops.forced()) not in ("auto", "native"):
+        raise ValueError(f"{weight_format} weights need the native engine, not back end {asked!r}")
+    with torch.device("meta"):
+        model = Transformer(source.config, source.head)
+    engine = Engine.read(source, weight_format)
+    with _kept_lock:
+        _read[model] = weight_format, engine
+    return model
+
+
+def check_format(weight_format: str) -> None:
+    """ValueError for a format that there is not."""
+    if weight_format not in FORMATS:
+        raise ValueError(
+            f"weight_format is {weight_format!r}; expected one of {', '.join(FORMATS)}"
+        )
 
 
 def engine_for(model: Transformer, weight_format: str = "fp32") -> Engine | None:
@@ -187,10 +271,15 @@ def engine_for(model: Transformer, weight_format: str = "fp32") -> Engine | None
     PyTorch, which is said once. `use_backend("native")` takes it too, and makes it an error
     (ValueError) where there can be no engine; so does a format that only the engine has.
     """
-    if weight_format not in FORMATS:
-        raise ValueError(
-            f"weight_format is {weight_format!r}; expected one of {', '.join(FORMATS)}"
-        )
+    check_format(weight_format)
+    if (read := _read.get(model)) is not None:
+        held, engine = read
+        if weight_format != held:
+            raise ValueError(
+                f"this model's weights are in memory as {held} alone; load it again for "
+                f"{weight_format} ones"
+            )
+        return engine
     asked = ops.forced()
     if asked not in ("auto", "native"):
         if weight_format != "fp32":
@@ -236,43 +325,7 @@ def _say_too_large(size: int) -> None:
     )
 
 
-def _description(
-    model: Transformer, alive: tuple[Tensor, ...]
-) -> tuple[dict[str, Any], dict[str, int], list[dict[str, int]]]:
-    """Shape, weights and layers as the extension wants them: numbers and addresses."""
-    config, decoder = model.config, model.model
-    shape = {
-        "layers": config.n_layers, "dim": config.dim, "heads": config.n_heads,
-        "kv_heads": config.n_kv_heads, "head_dim": config.head_dim, "ffn": config.ffn_dim,
-        "vocab": config.vocab_size, "eps": config.norm_eps,
-    }  # fmt: skip
-    embedding, cos, sin = alive
-    tensors = {
-        "embedding": embedding, "head": model.head_weight, "norm": decoder.norm.weight,
-        "cos": cos, "sin": sin,
-    }  # fmt: skip
-    layers = []
-    for block in decoder.layers:
-        assert isinstance(block, Block)
-        attention, mlp = block.self_attn, block.mlp
-        layers.append(
-            {
-                "q": attention.q_proj.weight,
-                "k": attention.k_proj.weight,
-                "v": attention.v_proj.weight,
-                "o": attention.o_proj.weight,
-                "gate": mlp.gate_proj.weight,
-                "up": mlp.up_proj.weight,
-                "down": mlp.down_proj.weight,
-                "attention_norm": block.input_layernorm.weight,
-                "ffn_norm": block.post_attention_layernorm.weight,
-            }
-        )
-    return shape, _addresses(tensors), [_addresses(layer) for layer in layers]
-
-
-def _addresses(tensors: dict[str, Tensor]) -> dict[str, int]:
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.data_ptr() % 4:
-            raise ValueError(f"{name} must be contiguous float32, aligned to 4 bytes")
-    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+def _address(name: str, tensor: Tensor) -> int:
+    if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.data_ptr() % 4:
+        raise ValueError(f"{name} must be contiguous float32, aligned to 4 bytes")
+    return tensor.data_ptr()

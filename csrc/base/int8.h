@@ -13,23 +13,32 @@ constexpr int QUANT_GROUP = 32;  // inputs that share a scale, for each output
 // (PANEL_WIDTH) fp32 scales.
 constexpr int64_t QUANT_GROUP_BYTES = QUANT_GROUP * PANEL_WIDTH + PANEL_WIDTH * sizeof(float);
 
+// Calls use(i, integer) for each of `count` numbers of a group, where they are not all 0; returns
+// the group's scale.
+template <typename Use>
+inline float round_group(const float* numbers, int64_t count, Use use) {
+  float max_abs = 0.0f;
+  bool finite = true;
+  for (int64_t i = 0; i < count; ++i) {
+    max_abs = std::max(max_abs, std::fabs(numbers[i]));
+    finite = finite && std::isfinite(numbers[i]);
+  }
+  // A number that is not finite makes its whole group NaN, so that the error shows.
+  const float scale = finite ? max_abs / 127.0f : NAN;
+  for (int64_t i = 0; i < count && scale > 0.0f; ++i) {
+    const float rounded = std::nearbyint(numbers[i] / scale);
+    use(i, static_cast<int>(std::fmin(std::fmax(rounded, -127.0f), 127.0f)));
+  }
+  return scale;
+}
+
 // Writes weights (in) as output `column` of a panel.
 inline void quantize_row(const float* weights, int64_t in, uint8_t* panel, int64_t column) {
   for (int64_t begin = 0; begin < in; begin += QUANT_GROUP, panel += QUANT_GROUP_BYTES) {
     const int64_t count = std::min<int64_t>(QUANT_GROUP, in - begin);
-    float max_abs = 0.0f;
-    bool finite = true;
-    for (int64_t i = begin; i < begin + count; ++i) {
-      max_abs = std::max(max_abs, std::fabs(weights[i]));
-      finite = finite && std::isfinite(weights[i]);
-    }
-    // A number that is not finite makes its whole group NaN, so that the error shows.
-    const float scale = finite ? max_abs / 127.0f : NAN;
-    for (int64_t i = 0; i < count && scale > 0.0f; ++i) {
-      const float rounded = std::nearbyint(weights[begin + i] / scale);
-      const float clamped = std::fmin(std::fmax(rounded, -127.0f), 127.0f);
-      panel[(i / 4 * PANEL_WIDTH + column) * 4 + i % 4] = static_cast<uint8_t>(clamped + 128.0f);
-    }
+    const float scale = round_group(weights + begin, count, [&](int64_t i, int integer) {
+      panel[(i / 4 * PANEL_WIDTH + column) * 4 + i % 4] = static_cast<uint8_t>(integer + 128);
+    });
     reinterpret_cast<float*>(panel + QUANT_GROUP * PANEL_WIDTH)[column] = scale;
   }
 }

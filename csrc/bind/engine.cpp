@@ -16,26 +16,22 @@ WeightFormat format_from(const std::string& name) {
 }
 
 std::unique_ptr<Engine> make_engine(const std::string& isa, const std::string& format,
-                                    const py::dict& shape, const py::dict& weights,
-                                    const py::list& layers) {
+                                    const py::dict& shape, Address cos, Address sin) {
   const auto size = [&](const char* name) { return shape[name].cast<int64_t>(); };
   const ModelShape s{size("layers"),   size("dim"), size("heads"), size("kv_heads"),
                      size("head_dim"), size("ffn"), size("vocab"), shape["eps"].cast<float>()};
-  const auto tensor = [](const py::dict& from, const char* name) {
-    return at<const float>(from[name].cast<Address>());
-  };
-  Weights w{tensor(weights, "embedding"), tensor(weights, "head"), tensor(weights, "norm"),
-            tensor(weights, "cos"),       tensor(weights, "sin"),  {},
-            format_from(format)};
-  for (const auto& item : layers) {
-    const auto one = item.cast<py::dict>();
-    w.layers.push_back({tensor(one, "q"), tensor(one, "k"), tensor(one, "v"), tensor(one, "o"),
-                        tensor(one, "gate"), tensor(one, "up"), tensor(one, "down"),
-                        tensor(one, "attention_norm"), tensor(one, "ffn_norm")});
-  }
+  const Tables tables{at<const float>(cos), at<const float>(sin)};
+  const WeightFormat wanted = format_from(format);
   const Operations& native = operations(isa);
   py::gil_scoped_release released;
-  return native.make_engine(s, w);
+  return native.make_engine(s, tables, wanted);
+}
+
+void pack(Engine& engine, const std::string& part, int64_t layer, int64_t first, int64_t count,
+          Address rows) {
+  const auto* from = at<const float>(rows);
+  py::gil_scoped_release released;
+  engine.pack(part, layer, first, count, from);
 }
 
 // Whoever comes into a session while another thread is in it is turned away: the two would write to
@@ -97,8 +93,9 @@ uint64_t fingerprint(const std::string& isa, Address values, int64_t count, int 
 
 void bind_engine(py::module_& m) {
   m.def("fingerprint", &fingerprint, "isa"_a, "values"_a, "count"_a, "threads"_a);
-  m.def("make_engine", &make_engine, "isa"_a, "format"_a, "shape"_a, "weights"_a, "layers"_a);
+  m.def("make_engine", &make_engine, "isa"_a, "format"_a, "shape"_a, "cos"_a, "sin"_a);
   py::class_<Engine>(m, "Engine")
+      .def("pack", &pack, "part"_a, "layer"_a, "first"_a, "count"_a, "rows"_a)
       .def("new_session", &Engine::new_session, py::keep_alive<0, 1>());
   py::class_<Session>(m, "Session")
       .def("reserve", &reserve, "rows"_a, "max_tokens"_a)

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "base/weight_format.h"
@@ -21,16 +22,9 @@ struct ModelShape {
   float eps;
 };
 
-// Projections are fp32 (out, in), row-major, as PyTorch's Linear holds them.
-struct LayerWeights {
-  const float *q, *k, *v, *o, *gate, *up, *down, *attention_norm, *ffn_norm;
-};
-
-struct Weights {
-  const float *embedding, *head, *norm;  // (V, C), (V, C), (C)
-  const float *cos, *sin;                // (context, D / 2)
-  std::vector<LayerWeights> layers;
-  WeightFormat format;  // of the packed copy; the embedding is read where it is
+// Of RoPE: (context, D / 2) each.
+struct Tables {
+  const float *cos, *sin;
 };
 
 // The tokens of one row are neighbours, in the order of their positions.
@@ -72,10 +66,17 @@ class Session {
   std::atomic<bool> busy{false};
 };
 
-// A model's weights, packed. Nothing writes to them: any number of sessions read them at once.
+// A model's weights, packed. Once all are, nothing writes to them: any number of sessions read them
+// at once.
 class Engine {
  public:
   virtual ~Engine() = default;
+  // Takes rows `first` to `first + count` of a tensor, fp32 and row-major as PyTorch holds them, so
+  // that a tensor need never be whole. Of the model: "embedding" and "head" (V, C), "norm" (C); of
+  // a layer q, k, v, o, gate, up, down (out, in), attention_norm and ffn_norm (C). Of a norm, rows
+  // are numbers. invalid_argument for what there is not.
+  virtual void pack(const std::string& part, int64_t layer, int64_t first, int64_t count,
+                    const float* rows) = 0;
   // The session reads this engine's weights, which must outlive it.
   virtual std::unique_ptr<Session> new_session() const = 0;
 };

@@ -1,8 +1,11 @@
 // A model's weights, packed for decoding.
 #pragma once
 
+#include <stdexcept>
+
 #include "base/matrix.h"
 #include "base/standard.h"
+#include "decode/embedding.h"
 #include "decode/engine.h"
 
 namespace PUNA_ISA {
@@ -15,46 +18,73 @@ struct PackedLayer {
 class PackedWeights {
  public:
   puna::ModelShape shape;
-  const float *embedding, *cos, *sin;  // not packed: read where they are
+  const float *cos, *sin;  // read where they are
+  Embedding embedding;
   std::vector<PackedLayer> layers;
   PackedMatrix head;
   std::vector<float> final_norm;
 
-  PackedWeights(const puna::ModelShape& s, const puna::Weights& weights)
+  PackedWeights(const puna::ModelShape& s, const puna::Tables& tables, WeightFormat format)
       : shape(s),
-        embedding(weights.embedding),
-        cos(weights.cos),
-        sin(weights.sin),
-        head(s.dim, s.vocab, weights.format),
-        final_norm(weights.norm, weights.norm + s.dim) {
-    const int64_t q = s.heads * s.head_dim, kv = s.kv_heads * s.head_dim;
-    const auto matrix = [&](int64_t in, int64_t out) {
-      return PackedMatrix(in, out, weights.format);
-    };
-    for (const puna::LayerWeights& from : weights.layers)
-      layers.push_back({matrix(s.dim, q + 2 * kv),
-                        matrix(q, s.dim),
-                        matrix(s.dim, s.ffn),
-                        matrix(s.dim, s.ffn),
-                        matrix(s.ffn, s.dim),
-                        {from.attention_norm, from.attention_norm + s.dim},
-                        {from.ffn_norm, from.ffn_norm + s.dim}});
+        cos(tables.cos),
+        sin(tables.sin),
+        embedding(s.vocab, s.dim, format),
+        head(s.dim, s.vocab, format),
+        final_norm(s.dim) {
+    const auto matrix = [&](int64_t in, int64_t out) { return PackedMatrix(in, out, format); };
+    const std::vector<float> norm(s.dim);
+    for (int64_t l = 0; l < s.layers; ++l)
+      layers.push_back({matrix(s.dim, q_width() + 2 * kv_width()), matrix(q_width(), s.dim),
+                        matrix(s.dim, s.ffn), matrix(s.dim, s.ffn), matrix(s.ffn, s.dim), norm,
+                        norm});
     allocate_memory();
-    for (size_t l = 0; l < layers.size(); ++l) {
-      const puna::LayerWeights& from = weights.layers[l];
-      PackedLayer& layer = layers[l];
-      layer.qkv.pack(from.q, 0, q);
-      layer.qkv.pack(from.k, q, kv);
-      layer.qkv.pack(from.v, q + kv, kv);
-      layer.o.pack(from.o, 0, s.dim);
-      layer.gate.pack(from.gate, 0, s.ffn);
-      layer.up.pack(from.up, 0, s.ffn);
-      layer.down.pack(from.down, 0, s.dim);
+  }
+
+  // Takes rows of one of the model's tensors, as puna::Engine::pack says.
+  void pack(const std::string& part, int64_t layer, int64_t first, int64_t count,
+            const float* rows) {
+    if (part == "embedding") {
+      check(first, count, shape.vocab);
+      return embedding.pack(rows, first, count);
     }
-    head.pack(weights.head, 0, s.vocab);
+    if (part == "head") return put(head, 0, shape.vocab, first, count, rows);
+    if (part == "norm") return put(final_norm, first, count, rows);
+    if (layer < 0 || layer >= shape.layers) throw std::invalid_argument("there is no such layer");
+    PackedLayer& to = layers[layer];
+    const int64_t q = q_width(), kv = kv_width();
+    if (part == "q") return put(to.qkv, 0, q, first, count, rows);
+    if (part == "k") return put(to.qkv, q, kv, first, count, rows);
+    if (part == "v") return put(to.qkv, q + kv, kv, first, count, rows);
+    if (part == "o") return put(to.o, 0, shape.dim, first, count, rows);
+    if (part == "gate") return put(to.gate, 0, shape.ffn, first, count, rows);
+    if (part == "up") return put(to.up, 0, shape.ffn, first, count, rows);
+    if (part == "down") return put(to.down, 0, shape.dim, first, count, rows);
+    if (part == "attention_norm") return put(to.attention_norm, first, count, rows);
+    if (part == "ffn_norm") return put(to.ffn_norm, first, count, rows);
+    throw std::invalid_argument("a layer has no " + part);
   }
 
  private:
+  int64_t q_width() const { return shape.heads * shape.head_dim; }
+  int64_t kv_width() const { return shape.kv_heads * shape.head_dim; }
+
+  static void check(int64_t first, int64_t count, int64_t size) {
+    if (first < 0 || count < 0 || first + count > size)
+      throw std::invalid_argument("the rows are beyond the tensor's");
+  }
+
+  // Rows `first` on of a tensor of `size` rows, which stands in the matrix from row `place` on.
+  static void put(PackedMatrix& matrix, int64_t place, int64_t size, int64_t first, int64_t count,
+                  const float* rows) {
+    check(first, count, size);
+    matrix.pack(rows, place + first, count);
+  }
+
+  static void put(std::vector<float>& norm, int64_t first, int64_t count, const float* numbers) {
+    check(first, count, static_cast<int64_t>(norm.size()));
+    std::copy(numbers, numbers + count, norm.begin() + first);
+  }
+
   // One allocation for all matrices, in the order of their use.
   void allocate_memory() {
     std::vector<PackedMatrix*> matrices;

@@ -13,7 +13,7 @@
 namespace puna {
 
 struct Operations {
-  std::unique_ptr<Engine> (*make_engine)(const ModelShape&, const Weights&);
+  std::unique_ptr<Engine> (*make_engine)(const ModelShape&, const Tables&, WeightFormat);
   void (*softmax_loss)(const SoftmaxLoss&, int threads);
   void (*logprobs)(const LogProbs&, int threads);
   void (*logprobs_gradient)(const LogProbsGradient&, int threads);

@@ -12,8 +12,9 @@
 
 namespace PUNA_ISA {
 
-inline std::unique_ptr<puna::Engine> make_engine(const ModelShape& shape, const Weights& weights) {
-  return std::make_unique<Llama>(shape, weights);
+inline std::unique_ptr<puna::Engine> make_engine(const ModelShape& shape,
+                                                 const puna::Tables& tables, WeightFormat format) {
+  return std::make_unique<Llama>(shape, tables, format);
 }
 
 constexpr puna::Operations operations{
