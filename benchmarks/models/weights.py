@@ -1,7 +1,8 @@
 """What rounded weights cost and win: loss on a text, and greedy decoding, for each format.
 
 The loss is next-token cross-entropy over rows of at most `WINDOW` tokens, each from BOS; a row's
-`error` is how much greater the loss (nats a token) is than with fp32 weights.
+`error` is how much greater the loss (nats a token) is than with fp32 weights. `peak_mb` is what
+loading the model and generating take in a process of their own.
 """
 
 import json
@@ -12,11 +13,13 @@ from rich.console import Console
 
 from puna.benchmarks import machine
 from puna.benchmarks.models.generate import NEW, limit
+from puna.benchmarks.models.load_memory import fresh_peak_mb
 from puna.benchmarks.models.shapes import Ceilings, multiplied_parameters
 from puna.benchmarks.output import card_table, rows_table, write_document
 from puna.benchmarks.rows import Row, Work, row
-from puna.benchmarks.timing import interleaved, peak_mb
+from puna.benchmarks.timing import interleaved
 from puna.core.checkpoint.folder import load_model, tokenizer_path
+from puna.core.config import parameter_count
 from puna.core.generation.generate import generate
 from puna.core.model import Transformer
 from puna.core.native.engine import FORMATS, Engine
@@ -47,7 +50,15 @@ def bench_weights(
             f"{name}: {value:.5f} nats a token over {count:,} tokens of {text.name}, "
             f"perplexity {torch.tensor(value).exp():.4f}"
         )
-    found = speed(model, model_path.stem, pieces.bos_id, losses, rounds)
+    peaks = {name: fresh_peak_mb(model_path, name) for name in FORMATS}
+    for name, peak in peaks.items():
+        stored = FORMATS[name] * parameter_count(model.config) / 1e6
+        if peak is not None:
+            console.print(
+                f"{name}: {stored:,.0f} MB of weights, {peak:,.0f} MB at the peak of loading and "
+                "generating"
+            )
+    found = speed(model, model_path.stem, pieces.bos_id, losses, peaks, rounds)
     document: dict[str, object] = {"machine": card, "command": command, "rows": found}
     console.print(rows_table(found))
     if save:
@@ -80,7 +91,12 @@ def loss(model: Transformer, sequences: list[list[int]], weights: str) -> float:
 
 
 def speed(
-    model: Transformer, shape: str, bos_id: int, losses: dict[str, float], rounds: int
+    model: Transformer,
+    shape: str,
+    bos_id: int,
+    losses: dict[str, float],
+    peaks: dict[str, float | None],
+    rounds: int,
 ) -> list[Row]:
     """Greedy decoding of one row from BOS, a row a format."""
     new = min(NEW, model.config.context - 1)
@@ -97,7 +113,6 @@ def speed(
 
     device = torch.device("cpu")
     work = {name: lambda name=name: decode(name) for name in FORMATS}
-    peaks = {name: peak_mb(call, device) for name, call in work.items()}
     timings = interleaved(work, rounds, device)
     found = []
     for name, size in FORMATS.items():

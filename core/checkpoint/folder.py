@@ -9,8 +9,8 @@ import os
 import shutil
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -226,7 +226,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     return Source(config, head, dtype, tokenizer, InShards(path, shards, copied))
 
 
-class InShards(NamedTuple):
+@dataclass(frozen=True)
+class InShards:
     """The tensors of a folder's safetensors; called, it gives them one by one."""
 
     folder: Path

@@ -273,13 +273,12 @@ def engine_for(model: Transformer, weight_format: str = "fp32") -> Engine | None
     """
     check_format(weight_format)
     if (read := _read.get(model)) is not None:
-        held, engine = read
-        if weight_format != held:
+        if weight_format != read[0]:
             raise ValueError(
-                f"this model's weights are in memory as {held} alone; load it again for "
+                f"this model's weights are in memory as {read[0]} alone; load it again for "
                 f"{weight_format} ones"
             )
-        return engine
+        return read[1]
     asked = ops.forced()
     if asked not in ("auto", "native"):
         if weight_format != "fp32":
