@@ -12,18 +12,22 @@ BEGIN, END = "<!-- results: python -m puna.benchmarks.readme -->\n", "<!-- end o
 README = RESULTS.parents[1] / "README.md"
 
 
-DOCUMENTS = ("all", "rollout")  # what README.md shows of each machine
+DOCUMENTS = ("all", "decode")  # what README.md shows of each machine
+OURS = "puna"  # what our own ways are called, too: puna-replicated
 
 
 def table(document: dict[str, Any]) -> str:
-    """One line a piece of work: Puna's rate, its share of the limit, and how its peers compare."""
+    """One line a piece of work that a peer does, too: Puna's rate, its share of the limit, and how
+    they compare. (The rest stands in the documents, and on the page of `puna bench report`.)"""
     card = document["machine"]
     found = [row for row in document["rows"] if row["bench"] not in ("kernel", "growth")]
     work: dict[tuple[str, str, int, str], dict[str, Any]] = {}
     for row in found:
         done = named(row), row["shape"], row["batch"], row["dtype"]
         work.setdefault(done, {})[row["provider"]] = row
-    peers = [name for name in {row["provider"]: None for row in found} if name != "puna"]
+    providers = {row["provider"]: None for row in found}
+    peers = [name for name in providers if not name.startswith(OURS)]
+    work = {done: rows for done, rows in work.items() if rows.keys() & {*peers}}
     lines = [
         f"{card['processor']}, {card['threads']} threads, torch {card['torch']}, "
         f"transformers {card['transformers']}: `{document['command']}`",

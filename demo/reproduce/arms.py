@@ -111,19 +111,20 @@ ARMS = (
     Arm(
         "helpfulness-again", (3,), "helpfulness model of the second version", stages.judge_again,
         ("helpfulness pairs",), {"kind": "helpfulness"}, start="rejection", judges=ALONE,
+        extra=EXTRA_SEEDS,
     ),
     Arm(
         "safety-again", (3,), "safety model of the second version", stages.judge_again,
-        ("safety pairs",), {"kind": "safety"}, start="rejection", judges=ALONE,
+        ("safety pairs",), {"kind": "safety"}, start="rejection", judges=ALONE, extra=EXTRA_SEEDS,
     ),
     Arm(
         "on-top-again", (3,), "PPO on top, by the second version's reward models", stages.improve,
         CHAT, start="rejection",
-        judges={"helpfulness": "helpfulness-again", "safety": "safety-again"},
+        judges={"helpfulness": "helpfulness-again", "safety": "safety-again"}, extra=EXTRA_SEEDS,
     ),
     Arm(
         "on-top-oracle", (3,), "PPO on top, by the oracle", stages.improve, CHAT,
-        {"critic": "policy"}, start="rejection", judges=ALONE,
+        {"critic": "policy"}, start="rejection", judges=ALONE, extra=EXTRA_SEEDS,
     ),
     Arm(
         "ppo-unwhitened", (3,), "PPO without whitening", stages.improve, CHAT, {"whiten": False},
