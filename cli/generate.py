@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import puna
 from puna.core import parallel
 from puna.core.generation import generate as generation
-from puna.core.llama import prompt_ids, stops_of
+from puna.core.llama import stops_of
 from puna.core.ranks import is_main
 from puna.core.terminal import say
+from puna.core.text.asked import prompt_ids
 from puna.core.text.chat import Message
 from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.columns import ReadingMessages

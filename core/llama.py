@@ -10,7 +10,7 @@ is continued as it is, after BOS.
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
@@ -27,13 +27,8 @@ from puna.core.generation.memory import Memory
 from puna.core.generation.stopping import Stops, as_strings, streamed
 from puna.core.model import Transformer
 from puna.core.native.engine import check_format, in_format
-from puna.core.text.chat import (
-    Message,
-    check_dialogue,
-    encode_answer,
-    encode_prompt,
-    tags_of,
-)
+from puna.core.text.asked import known_and_asked, one_or_many, prompt_ids
+from puna.core.text.chat import Message
 from puna.core.text.tokenizer import Tokenizer, stream_text
 
 # A literal chat is inferred as the second: type checkers do not take it for the first.
@@ -93,6 +88,10 @@ def load(
             raise ValueError(
                 f"{weight_format} weights are read on one CPU and computed with in fp32; give "
                 "device cpu and dtype fp32, and no tp"
+            )
+        if source.head != "lm":
+            raise ValueError(
+                f"{path} is a reward model; {weight_format} weights are for a language model"
             )
         rounded = in_format(source, weight_format)
         return Llama(rounded, vocabulary, Path(path), weight_format)
@@ -281,7 +280,7 @@ class Llama:
         self._require("lm", "logprobs")
         self._whole("logprobs")
         tokenizer = self._tokenizer("logprobs")
-        pairs = [_known_and_asked(tokenizer, text) for text in several]
+        pairs = [known_and_asked(tokenizer, text) for text in several]
         found = packed.logprobs(self.model, [known + asked for known, asked in pairs])
         self._refuse_nan(any(bool(values.isnan().any()) for values in found), "log-probabilities")
         lists = [
@@ -305,7 +304,7 @@ class Llama:
         tokenizer = self._tokenizer("score")
         if any(isinstance(dialogue, str) for dialogue in several):
             raise ValueError("a reward model scores chats; give lists of messages, not texts")
-        pairs = [_known_and_asked(tokenizer, dialogue) for dialogue in several]
+        pairs = [known_and_asked(tokenizer, dialogue) for dialogue in several]
         sequences = [prompt + answer for prompt, answer in pairs]
         scores: list[float] = packed.score(self.model, sequences).tolist()
         self._refuse_nan(not all(map(math.isfinite, scores)), "scores")
@@ -352,65 +351,9 @@ class Llama:
         return self.tokenizer
 
 
-def one_or_many(given: Any) -> tuple[list[Any], bool]:
-    """(texts and chats, whether it was one alone and not a list of them)."""
-    if isinstance(given, str):
-        return [given], True
-    if not isinstance(given, Sequence):
-        raise ValueError(f"expected a text, a chat or a list of them, not {_kind(given)}")
-    are_messages = [isinstance(each, Mapping) for each in given]
-    if given and all(are_messages):
-        _check_messages(given)
-        return [list(given)], True
-    if any(are_messages):
-        raise ValueError(
-            "one list holds messages and something else; put the messages of a chat into a list of "
-            "their own"
-        )
-    for each in given:
-        if not isinstance(each, str):
-            _check_messages(each)
-    return list(given), False
-
-
-def _check_messages(chat: Any) -> None:
-    if not isinstance(chat, Sequence):
-        raise ValueError(f"expected a text or a list of messages, not {_kind(chat)}")
-    for message in chat:
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise ValueError(
-                f"a message is {message!r}; it must be an object with 'role' and 'content'"
-            )
-        if not isinstance(message["content"], str):
-            raise ValueError(f"a message's content must be a text, not {_kind(message['content'])}")
-
-
-def _kind(value: Any) -> str:
-    return type(value).__name__
-
-
-def prompt_ids(tokenizer: Tokenizer, prompt: str | list[Message]) -> list[int]:
-    """Ids up to where the text goes on, or the answer begins."""
-    if isinstance(prompt, str):
-        return tokenizer.encode_start(prompt)
-    return encode_prompt(tokenizer, prompt)
-
-
 def stops_of(
     tokenizer: Tokenizer, prompts: Sequence[str | list[Message]], stop: str | Sequence[str]
 ) -> Stops:
     """What reads the continuations of texts, with the space before them, and answers to chats."""
     known = [tokenizer.encode(each) if isinstance(each, str) else [] for each in prompts]
     return Stops(as_strings(stop), tokenizer, known)
-
-
-def _known_and_asked(
-    tokenizer: Tokenizer, text: str | list[Message]
-) -> tuple[list[int], list[int]]:
-    """BOS and a text's ids, or the ids of a chat up to its last answer and those of the answer."""
-    if isinstance(text, str):
-        return [tokenizer.bos_id], tokenizer.encode(text)
-    if not text or text[-1]["role"] != "assistant":
-        raise ValueError("the chat must end with an assistant message: the answer to look at")
-    check_dialogue(text, tags_of(tokenizer))
-    return encode_prompt(tokenizer, text[:-1]), encode_answer(tokenizer, text[-1]["content"])
