@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import puna
+from puna.core.checkpoint import gguf_file
 from puna.core.checkpoint.convert import convert
 from puna.core.checkpoint.folder import load_model, open_source, save_model, tokenizer_path
 from puna.core.checkpoint.source import interleaved, meta_name, rope_heads
@@ -131,7 +132,7 @@ def test_gguf_keeps_the_tokenizer_and_the_chat(tokenizer: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q6_K"])
 def test_quantised_gguf_is_what_transformers_reads(
-    kind: str, tokenizer: Path, tmp_path: Path
+    kind: str, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gguf = pytest.importorskip("gguf")
     config = ModelConfig(256, 1, 4, 2, 256, 330, context=128)
@@ -159,10 +160,17 @@ def test_quantised_gguf_is_what_transformers_reads(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    read = dict(open_source(tmp_path / "m.gguf").tensors())
+    source = open_source(tmp_path / "m.gguf")
+    read = dict(source.tensors())
     for name, tensor in expected.items():
         heads = rope_heads(name, config)
         assert torch.equal(interleaved(read[name], heads) if heads else read[name], tensor), name
+    monkeypatch.setattr(gguf_file, "PIECE", 256 * 70)  # a head has 64 rows
+    pieces: dict[str, list[torch.Tensor]] = {name: [] for name in read}
+    for name, first, rows in source.pieces():
+        assert first == sum(map(len, pieces[name])) and rows.numel() <= 256 * 70
+        pieces[name].append(rows)
+    assert all(torch.equal(torch.cat(pieces[name]), read[name]) for name in read)
 
 
 def _blocks(kind: str, numbers: np.ndarray, rng) -> np.ndarray:

@@ -24,6 +24,7 @@ from puna.core.checkpoint.shards import SHARD_BYTES, write_json, write_shards
 from puna.core.checkpoint.source import (
     EMBEDDING,
     HEADS,
+    PIECE,
     Source,
     check_shapes,
     check_tensors,
@@ -37,7 +38,6 @@ from puna.core.errors import Notice
 from puna.core.model import Transformer, check_parameters
 from puna.core.text.tokenizer import Tokenizer
 
-PIECE = 1 << 19  # numbers of a tensor that are read at once, where it need not be whole
 ABSENT = "no such model; give a model folder or a .gguf or llama2.c .bin file"
 
 

@@ -5,7 +5,8 @@ The rows of q and k are ordered as Meta's are. What the file says of its tokeniz
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from puna.core.checkpoint.gguf_header import Header, Place, read_header
 from puna.core.checkpoint.source import (
     EMBEDDING,
     HEADS,
+    PIECE,
     Source,
     check_tensors,
     half_split,
@@ -89,16 +91,37 @@ def open_source(path: Path) -> Source:
         if at.offset + _bytes(path, name, at) > size:
             raise ValueError(f"{path} is cut short; fetch it again")
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name in shapes:
-            at = stored[gguf_name(EMBEDDING if name == HEAD and tied else name)]
-            tensor = _read(path, at)
-            heads = rope_heads(name, config)
-            yield name, half_split(tensor, heads) if heads else tensor
-
+    places = {
+        name: stored[gguf_name(EMBEDDING if name == HEAD and tied else name)] for name in shapes
+    }
     dtype = FLOATS.get(stored[OUTSIDE[EMBEDDING]].kind, torch.float32)
     tokenizer = path if "tokenizer.ggml.tokens" in header.values else None
-    return Source(config, "lm", dtype, tokenizer, tensors)
+    return Source(config, "lm", dtype, tokenizer, InFile(path, config, places))
+
+
+@dataclass(frozen=True)
+class InFile:
+    """The tensors of a GGUF file; called, it gives them one by one."""
+
+    path: Path
+    config: ModelConfig
+    places: Mapping[str, Place]  # by our names
+
+    def __call__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, at in self.places.items():
+            yield name, self._ordered(name, _read(self.path, at))
+
+    def pieces(self) -> Iterator[tuple[str, int, Tensor]]:
+        """As Source.pieces gives them: of q and k whole heads."""
+        for name, at in self.places.items():
+            for first, part in _parts(self.path, name, at, self.config.head_dim):
+                yield name, first, self._ordered(name, _read(self.path, part))
+
+    def _ordered(self, name: str, rows: Tensor) -> Tensor:
+        """Rows of a tensor, from a head's first on, in our order."""
+        if rope_heads(name, self.config) is None:
+            return rows
+        return half_split(rows, len(rows) // self.config.head_dim)
 
 
 def _has_layers(header: Header, config: ModelConfig) -> bool:
@@ -178,6 +201,20 @@ def _bytes(path: Path, name: str, at: Place) -> int:
     if at.shape[-1] % block:
         raise ValueError(f"{path}: {as_name(name)} has rows that are no whole blocks")
     return numbers // block * size
+
+
+def _parts(path: Path, name: str, at: Place, multiple: int) -> Iterator[tuple[int, Place]]:
+    """A tensor's rows, about PIECE numbers at a time and a multiple of so many rows: (the first
+    row, where they lie). What has one dimension stays whole: its blocks may span it."""
+    if len(at.shape) == 1:
+        yield 0, at
+        return
+    rows, *others = at.shape
+    row_bytes = _bytes(path, name, at) // rows
+    step = multiple * max(1, PIECE // (multiple * math.prod(others)))
+    for first in range(0, rows, step):
+        shape = min(step, rows - first), *others
+        yield first, Place(shape, at.kind, at.offset + first * row_bytes)
 
 
 def _read(path: Path, at: Place) -> Tensor:

@@ -26,6 +26,7 @@ PREFIXES = {
     "module.": ("a distributed wrapper", "save the model inside of it (its `module`)"),
     "base_model.": ("peft", "merge the adapter first (merge_and_unload) and save that"),
 }
+PIECE = 1 << 19  # numbers of a tensor that are read at once, where it need not be whole
 HEADS = {"lm": "lm_head.weight", "score": "score.weight"}
 META_NAMES = {
     "model.embed_tokens": "tok_embeddings",
