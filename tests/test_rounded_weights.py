@@ -18,7 +18,7 @@ from puna.core.checkpoint.folder import open_source, save_model
 from puna.core.config import ModelConfig, parameter_count
 from puna.core.generation.generate import generate
 from puna.core.model import Transformer
-from puna.core.native.engine import FORMATS, Engine, in_format
+from puna.core.native.engine import FORMATS, Engine, in_format, instruction_sets
 from puna.core.native.loader import extension
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="the native engine is not built")
@@ -56,6 +56,33 @@ def test_the_same_answers_as_from_a_model_in_memory(
     assert answers(in_format(open_source(path), weight_format), weight_format) == answers(
         whole, weight_format
     )
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=lambda c: f"{c.dim}-{c.vocab_size}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_the_same_logits_with_every_instruction_set(
+    tmp_path, monkeypatch, config, dtype, weight_format
+):
+    monkeypatch.setattr(folder, "PIECE", 5 * config.dim)
+    path = saved(tmp_path / "model", config, dtype)
+    assert len(list(path.glob("*.safetensors"))) > 1
+    whole, source = folder.load_model(path), open_source(path)
+    known = instruction_sets(config.head_dim)
+    for name in known:
+        read, packed = (
+            logits_of(Engine.read(source, weight_format, name)),
+            logits_of(Engine(whole, name, weight_format=weight_format)),
+        )
+        assert torch.equal(read, packed), name
+    assert known and read.std() > 0.01
+
+
+def logits_of(engine: Engine) -> torch.Tensor:
+    session = engine.new_session()
+    session.reserve(1, 40)
+    tokens, places = torch.arange(20) * 2 + 3, torch.arange(20)
+    return session.logits(tokens, torch.zeros(20, dtype=torch.int64), places, places)
 
 
 def test_pieces_are_the_tensors(tmp_path, monkeypatch):
@@ -108,6 +135,11 @@ def test_such_a_model_generates_and_does_nothing_else(tmp_path):
         puna.load(path, device="cpu", dtype="bf16", weight_format="int8")
     with ops.use_backend("reference"), pytest.raises(ValueError, match="need the native engine"):
         puna.load(path, device="cpu", weight_format="int8")
+    judge = Transformer(SHAPES[0], "score")
+    judge.init_weights(seed=0)
+    save_model(tmp_path / "judge", judge)
+    with pytest.raises(ValueError, match="is a reward model; int8 weights are for a language mod"):
+        puna.load(tmp_path / "judge", device="cpu", weight_format="int8")
 
 
 def test_what_the_engine_does_not_take_is_said(tmp_path):
@@ -126,12 +158,7 @@ def test_an_embeddings_rows_are_rounded_in_groups_of_32(tmp_path):
     scale = groups.abs().amax(1, keepdim=True) / 127
     with torch.no_grad():
         rounded.model.embed_tokens.weight.copy_((groups / scale).round().mul(scale).view(-1, 64))
-        found = [Engine(each, weight_format="int8").new_session() for each in (model, rounded)]
-    logits = []
-    for session in found:
-        session.reserve(1, 8)
-        tokens, one = torch.tensor([5, 9, 100]), torch.zeros(3, dtype=torch.int64)
-        logits.append(session.logits(tokens, one, torch.arange(3), torch.arange(3)))
+    logits = [logits_of(Engine(each, weight_format="int8")) for each in (model, rounded)]
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=2e-3)
 
 

@@ -65,7 +65,9 @@ class Engine:
             self._pack(name, 0, weight.detach())
 
     @classmethod
-    def read(cls, source: Source, weight_format: str) -> "Engine":
+    def read(
+        cls, source: Source, weight_format: str, instruction_set: str | None = None
+    ) -> "Engine":
         """The engine of a checkpoint that is read piece by piece, so that its weights are in memory
         in `weight_format` alone. ValueError where it is not the engine's."""
         check_built()
@@ -76,7 +78,7 @@ class Engine:
             tables = Transformer(source.config).rope_tables(torch.device("cpu"))
         engine = cls.__new__(cls)
         engine.stamp = ()
-        engine._allocate(source.config, tables, None, weight_format)
+        engine._allocate(source.config, tables, instruction_set, weight_format)
         for name, first, rows in source.pieces():
             engine._pack(name, first, as_type(name, rows, torch.float32).contiguous())
         return engine
