@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-import puna
 from puna.benchmarks.timing import status_mb, tells_memory
 from puna.core.checkpoint.source import fresh
 from puna.core.config import ModelConfig
 from puna.core.generation.generate import generate
+from puna.core.llama import load
 from puna.core.model import Transformer
 from puna.core.native.engine import FORMATS, in_format
 
@@ -49,7 +49,7 @@ def main() -> None:
     # The same with next to nothing first: what that imports and sets up is not the model's.
     answer(in_format(fresh(TINY, seed=0), given.weights), given.weights)
     before = status_mb("VmHWM")
-    llama = puna.load(given.model, device="cpu", weight_format=given.weights)
+    llama = load(given.model, device="cpu", weight_format=given.weights)
     answer(llama.model, given.weights)
     print(status_mb("VmHWM") - before)
 
