@@ -69,7 +69,7 @@ class PackedWeights {
   int64_t kv_width() const { return shape.kv_heads * shape.head_dim; }
 
   static void check(int64_t first, int64_t count, int64_t size) {
-    if (first < 0 || count < 0 || first + count > size)
+    if (first < 0 || count < 0 || count > size - first)
       throw std::invalid_argument("the rows are beyond the tensor's");
   }
 
