@@ -13,9 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import puna
 from puna.core.checkpoint.convert import convert
+from puna.core.checkpoint.folder import load_model, save_model, tokenizer_path
+from puna.core.config import ModelConfig
+from puna.core.model import Transformer
+from puna.core.text.beside import CHAT_TEMPLATE
+from puna.core.text.tokenizer import Tokenizer
 
 QUESTIONS = ["red blue green", "why how where", "old new cat", "give nine", "moon fish sing"]
 CHOICES = [" cup tree", " lamp", " big old new"]
@@ -123,21 +129,57 @@ def test_reward_bench_scores_as_puna_does(tiny: Path, tmp_path: Path) -> None:
 # -- llama.cpp ----------------------------------------------------------------------------------
 
 
+BEYOND = ["", " two  spaces", "line\nline\t", "Straße 中文 🙂", "<s> and </s> as text", "▁"]
+
+
+def opened_by_llama_cpp(file: Path) -> Any:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    return llama_cpp.Llama(str(file), logits_all=True, verbose=False, n_ctx=128, n_threads=1)
+
+
+def their_logits(theirs: Any, ids: list[int]) -> Any:
+    theirs.reset()
+    theirs.eval(ids)
+    return theirs.scores[: len(ids)]
+
+
 def test_llama_cpp_opens_a_gguf_of_ours(tiny: Path, tmp_path: Path) -> None:
     """Its tokens of a text, its log-probabilities of them and its chat format are Puna's."""
     needs("gguf")
-    llama_cpp = pytest.importorskip("llama_cpp")
-    file = convert(tiny / "chat", tmp_path / "chat.gguf")
-    theirs = llama_cpp.Llama(str(file), logits_all=True, verbose=False, n_ctx=128, n_threads=1)
+    needs("llama_cpp")
+    theirs = opened_by_llama_cpp(convert(tiny / "chat", tmp_path / "chat.gguf"))
     ours = puna.load(tiny / "chat", device="cpu")
     assert ours.tokenizer is not None
-    for text in QUESTIONS:
+    for text in QUESTIONS + BEYOND:
         ids = theirs.tokenize(text.encode(), add_bos=True, special=False)
-        assert ids == ours.tokenizer.encode_start(text)
-        theirs.reset()
-        theirs.eval(ids)
-        scores = theirs.scores[: len(ids)]
-        logprobs = theirs.logits_to_logprobs(scores)
+        assert ids == ours.tokenizer.encode_start(text), text
+    for text in QUESTIONS:
+        ids = ours.tokenizer.encode_start(text)
+        logprobs = theirs.logits_to_logprobs(their_logits(theirs, ids))
         found = [float(logprobs[i, token]) for i, token in enumerate(ids[1:])]
         assert found == pytest.approx(ours.logprobs(text), abs=2e-3)
-    assert "chat_template" in "".join(theirs.metadata)
+    assert theirs.metadata["tokenizer.chat_template"] == CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_llama_cpp_computes_every_head_and_dtype(
+    tiny: Path, tmp_path: Path, kv_heads: int, dtype: torch.dtype
+) -> None:
+    """Logits of 40 tokens, of what the file holds: of weights rounded to its dtype."""
+    needs("gguf")
+    needs("llama_cpp")
+    tokenizer = tokenizer_path(tiny / "chat")
+    size = Tokenizer(tokenizer).vocab_size
+    model = Transformer(ModelConfig(64, 2, 4, kv_heads, 96, size, context=128))
+    model.init_weights(1)
+    save_model(tmp_path / "model", model, tokenizer)
+    file = convert(tmp_path / "model", tmp_path / "model.gguf", dtype=dtype)
+    ids = torch.randint(3, size, (1, 40), generator=torch.Generator().manual_seed(5))
+    ours = load_model(file)
+    with torch.no_grad():
+        expected = ours.logits(ours(ids))[0]
+    found = torch.from_numpy(their_logits(opened_by_llama_cpp(file), ids[0].tolist()).copy())
+    error = float((found - expected).norm() / expected.norm())
+    # llama.cpp keeps its cache in fp16 and rounds what meets an fp16 or bf16 matrix to its dtype
+    assert error < {torch.float32: 2e-3, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
