@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import puna
 from puna.core import parallel
-from puna.core.generation import generate as generation
 from puna.core.llama import stops_of
 from puna.core.ranks import is_main
+from puna.core.tensor_parallel import generate_together
 from puna.core.terminal import say
 from puna.core.text.asked import prompt_ids
 from puna.core.text.chat import Message
@@ -81,11 +81,6 @@ class GenerateConfig(ReadingMessages):
             raise ValueError("--prompts and --out, the file of what they become, go together")
         if self.system and not self.chat:
             raise ValueError("--system belongs to the chat format; add --chat")
-        if self.prompts and self.tp > 1:
-            raise ValueError(
-                "--tp shares a model for one --prompt; for files of them start ranks without it, "
-                "or use puna sample with --sampling-tp"
-            )
 
 
 def run(config: GenerateConfig) -> str | Path:
@@ -156,10 +151,11 @@ def continue_files(config: GenerateConfig, llama: puna.Llama, settings: dict[str
     def draw(numbers: Sequence[int]) -> list[dict[str, Any]]:
         asked = [prompts[number].prompt for number in numbers]
         stops = stops_of(tokenizer, asked, config.stop)
-        done = generation.generate(
+        done = generate_together(
             llama.model,
             [prompts[number].ids for number in numbers],
             prompt_ids=list(numbers),
+            sample_ids=[0] * len(numbers),
             eos_id=tokenizer.eos_ids,
             batch_size=config.batch,
             stops=stops if stops.strings else None,

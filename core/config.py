@@ -33,6 +33,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None  # of a context that was stretched
     head_size: int | None = None  # D where it is not C / H
     attention_bias: bool = False  # whether q, k, v and the output's projection have biases
+    qkv_bias: bool = False  # whether only q, k and v have them: Qwen2
 
     def __post_init__(self) -> None:
         for name in SHAPE:
@@ -47,7 +48,7 @@ class ModelConfig:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
         if self.rope_scaling is not None:
-            self.rope_scaling.check()
+            self.rope_scaling.check(self.rope_theta)
         if self.head_size is not None:
             if not 1 <= self.head_size <= WIDEST_HEAD:
                 raise ValueError(f"head_size is {self.head_size}; it must be 1 to {WIDEST_HEAD}")
@@ -59,6 +60,8 @@ class ModelConfig:
             raise ValueError(
                 f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}"
             )
+        if self.attention_bias and self.qkv_bias:
+            raise ValueError("attention_bias and qkv_bias are both set; set one of them")
         if self.head_dim % 2:
             raise ValueError(f"head size {self.head_dim} must be even: RoPE rotates pairs")
 
@@ -75,6 +78,12 @@ class ModelConfig:
     def kv_dim(self) -> int:
         """K D, width of all keys."""
         return self.n_kv_heads * self.head_dim
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """Attention's projections that have biases."""
+        names = ("q_proj", "k_proj", "v_proj", "o_proj")
+        return names if self.attention_bias else names[: 3 * self.qkv_bias]
 
     def rope_divisors(self) -> Tensor | None:
         """What each pair's frequency is divided by, (D/2,); None: by nothing."""
@@ -123,7 +132,8 @@ def size(name: str) -> ModelConfig:
 def block_parameters(config: ModelConfig) -> int:
     """Number of parameters of one block."""
     q, kv = config.q_dim, config.kv_dim
-    attention = 2 * config.dim * (q + kv) + (q + 2 * kv + config.dim) * config.attention_bias
+    biases = {"q_proj": q, "k_proj": kv, "v_proj": kv, "o_proj": config.dim}
+    attention = 2 * config.dim * (q + kv) + sum(biases[name] for name in config.biased)
     return attention + 3 * config.dim * config.ffn_dim + 2 * config.dim
 
 

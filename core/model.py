@@ -57,10 +57,10 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
-        self.q_proj = Linear(config.dim, config.q_dim, config.attention_bias)
-        self.k_proj = Linear(config.dim, config.kv_dim, config.attention_bias)
-        self.v_proj = Linear(config.dim, config.kv_dim, config.attention_bias)
-        self.o_proj = Linear(config.q_dim, config.dim, config.attention_bias)
+        self.q_proj = Linear(config.dim, config.q_dim, "q_proj" in config.biased)
+        self.k_proj = Linear(config.dim, config.kv_dim, "k_proj" in config.biased)
+        self.v_proj = Linear(config.dim, config.kv_dim, "v_proj" in config.biased)
+        self.o_proj = Linear(config.q_dim, config.dim, "o_proj" in config.biased)
 
     def forward(
         self,
@@ -262,11 +262,15 @@ class Transformer(nn.Module):
         tables = self._tables  # looked at once: another thread may put others there
         if tables is None or tables[0].device != device:
             c, divisors = self.config, self.config.rope_divisors()
+            factor = 1.0 if c.rope_scaling is None else c.rope_scaling.attention_factor
             # Made for good: a table from inside `generate` could not be trained through later.
             with torch.inference_mode(False):
-                tables = self._tables = ops.rope_tables(
+                cos, sin = ops.rope_tables(
                     c.context, c.head_dim, theta=c.rope_theta, divisors=divisors, device=device
                 )
+                if factor != 1:  # on both q and k, so that scores grow by its square (YaRN)
+                    cos, sin = cos * factor, sin * factor
+                tables = self._tables = cos, sin
         return tables
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from puna.core import ops, ranks
 from puna.core.checkpoint.source import Source
 from puna.core.config import ModelConfig
 from puna.core.generation.generate import Completion, generate
+from puna.core.generation.stopping import Stops
 from puna.core.model import Linear, Transformer
 
 ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # each rank has some outputs
@@ -40,7 +41,7 @@ class Summed(Linear):
     def forward(self, x: Tensor) -> Tensor:
         y = ops.linear(x, self.weight)
         dist.all_reduce(y, group=self.group.process_group)
-        return y
+        return y if self.bias is None else y + self.bias  # once, not once a rank
 
 
 class Joined(Linear):
@@ -67,8 +68,6 @@ def check(config: ModelConfig, size: int, called: str = "sampling_tp") -> None:
             f"rank{'s' * (world > 1)}, no multiple of it; "
             f"{'start more ranks with torchrun' if world < size else 'take a divisor'}"
         )
-    if config.attention_bias:
-        raise ValueError(f"{called} is {size} and the model's attention has biases; set it to 1")
     for name in ("n_kv_heads", "ffn_dim"):
         if getattr(config, name) % size:
             raise ValueError(
@@ -149,7 +148,7 @@ def part(name: str, whole: Tensor, group: Group, spread: bool = True) -> Tensor:
     module = name.split(".")[-2]
     if module in ROWS or (module == "lm_head" and spread):
         return whole.chunk(group.size, 0)[group.rank]
-    if module in COLUMNS:
+    if module in COLUMNS and whole.dim() > 1:  # a bias is added to the sum
         return whole.chunk(group.size, 1)[group.rank]
     return whole
 
@@ -160,14 +159,18 @@ def generate_together(
     *,
     prompt_ids: list[int],
     sample_ids: list[int],
+    stops: Stops | None = None,
     **options: Any,
 ) -> list[Completion]:
     """`generate` of this rank's prompts, each rank with its own; ranks that share a model continue
-    all of theirs side by side (collective where there are any)."""
+    all of theirs side by side (collective where there are any). All have `stops` or none has."""
     group: Group | None = model.__dict__.get("group")
     if group is None:
-        return generate(model, prompts, prompt_ids=prompt_ids, sample_ids=sample_ids, **options)
-    mine = list(zip(prompts, prompt_ids, sample_ids, strict=True))
+        return generate(
+            model, prompts, prompt_ids=prompt_ids, sample_ids=sample_ids, stops=stops, **options
+        )
+    known = [[]] * len(prompts) if stops is None else stops.known
+    mine = list(zip(prompts, prompt_ids, sample_ids, known, strict=True))
     first = ranks.rank() - group.rank
     members = ranks.gather(mine)[first : first + group.size]
     rows = [row for member in members for row in member]
@@ -176,6 +179,7 @@ def generate_together(
         [list(row[0]) for row in rows],
         prompt_ids=[row[1] for row in rows],
         sample_ids=[row[2] for row in rows],
+        stops=stops and stops._replace(known=[row[3] for row in rows]),
         **options,
     )
     before = sum(map(len, members[: group.rank]))

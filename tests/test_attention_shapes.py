@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from puna.core import ops, tensor_parallel
+from puna.core import ops
 from puna.core.checkpoint.convert import convert
 from puna.core.checkpoint.folder import load_model, save_model
 from puna.core.checkpoint.source import parameter_shapes
@@ -129,13 +129,6 @@ def test_what_cannot_hold_them_says_so(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"a llama2.c .bin cannot hold {name}; write a model"):
             convert(tmp_path / name, tmp_path / "m.bin")
         assert not (tmp_path / "m.bin").exists()
-
-
-def test_ranks_do_not_share_biases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_parallel.ranks, "world_size", lambda: 2)
-    with pytest.raises(ValueError, match="tp is 2 and the model's attention has biases; set it"):
-        tensor_parallel.check(CONFIGS["biases"], 2, "tp")
-    tensor_parallel.check(CONFIGS["wide heads"], 2, "tp")
 
 
 def test_heads_need_not_divide_the_width(tmp_path: Path) -> None:

@@ -280,16 +280,16 @@ HARM = {
         "config.json: n_heads 5 must be a multiple of n_kv_heads 4",
     ),
     "another architecture": (
-        lambda f: edit_config(f, model_type="mistral", architectures=["MistralForCausalLM"]),
-        "the architecture is MistralForCausalLM",
+        lambda f: edit_config(f, model_type="gemma", architectures=["GemmaForCausalLM"]),
+        "the architecture is GemmaForCausalLM",
     ),
     "rope_scaling": (
         lambda f: edit_config(f, rope_scaling={"type": "dynamic", "factor": 2.0}),
-        "rope_scaling = .*dynamic.* is not what a Llama 2 computes",
+        "rope_scaling of the type dynamic turns earlier tokens anew",
     ),
     "new rope_scaling": (
-        lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
-        "rope_scaling = .*yarn.* is not what a Llama 2 computes",
+        lambda f: edit_config(f, rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}),
+        "rope_scaling = .*longrope.* is not what a Llama 2 computes",
     ),
     "half a rope_scaling": (
         lambda f: edit_config(f, rope_scaling={"rope_type": "llama3", "factor": 8.0}),

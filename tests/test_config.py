@@ -51,6 +51,7 @@ def test_the_papers_sizes(name, fields):
         "rope_scaling": None,
         "head_size": None,
         "attention_bias": False,
+        "qkv_bias": False,
     }
 
 

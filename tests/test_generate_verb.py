@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from launch import succeed
+from tiny import make_tiny
 
 import puna
 from puna.cli.main import main
@@ -126,6 +129,33 @@ def test_an_interrupted_file_goes_on_and_another_one_is_not_touched(
     assert "o.jsonl is there already" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("halves"), n_kv_heads=2)
+
+
+def on_two(words: list[str]) -> int:
+    torch.set_num_threads(1)
+    return main(words)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_that_share_a_model_write_what_one_writes(halves, tmp_path, ranks):
+    """Strings that end a text, too; with 4 ranks two pairs take the prompts in turn."""
+    model = halves / "chat"
+    file = lines(tmp_path / "p.jsonl", *({"prompt": each} for each in STARTS))
+    words = ["--model", model, "--prompts", file, "--batch", 3, "--stop", "e", *FLAGS]
+    words = [str(word) for word in ("generate", *words, "--out")]
+    assert main([*words, str(tmp_path / "one.jsonl")]) == 0
+    together = [*words, str(tmp_path / "both.jsonl"), "--tp", "2"]
+    succeed(ranks, on_two, together, folder=tmp_path)
+    whole = (tmp_path / "one.jsonl").read_text()
+    assert (tmp_path / "both.jsonl").read_text() == whole
+    responses = [json.loads(line)["response"] for line in whole.splitlines()]
+    assert len(responses) == len(STARTS) and not any("e" in each for each in responses)
+    assert not list(tmp_path.glob("*.partial"))
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -134,7 +164,7 @@ def test_an_interrupted_file_goes_on_and_another_one_is_not_touched(
         ("--prompts {0}", "--prompts and --out, the file of what they become, go together"),
         ("--prompt x --out {1}", "--prompts and --out, the file of what they become, go together"),
         ("--prompts {0} --out {1} --system x", "--system belongs to the chat format"),
-        ("--prompts {0} --out {1} --tp 2", "--tp shares a model for one --prompt"),
+        ("--prompts {0} --out {1} --tp 2", "tp is 2 and there is 1 rank"),
         ("--prompts {0}x --out {1}", "p.jsonlx: no such file"),
         ("--prompts {2} --out {1}", "long.jsonl:1"),
         ("--prompt x --stop=", "stop holds ''; it must be a text that is not empty"),

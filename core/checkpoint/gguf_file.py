@@ -1,7 +1,7 @@
 """GGUF, llama.cpp's format: models are read from it, quantised ones as fp32.
 
-The rows of q and k are ordered as Meta's are. What the file says of its tokenizer is read in
-`core/text/gguf_tokenizer.py`.
+The rows of q and k are ordered as Meta's are, but for Qwen2's. What the file says of its tokenizer
+is read in `core/text/gguf_tokenizer.py`.
 """
 
 import math
@@ -70,6 +70,11 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{PARTS[part]}.{kind}"
 
 
+def stored_heads(name: str, config: ModelConfig) -> int | None:
+    """Number of heads whose rows are ordered otherwise in a file than here; None: none are."""
+    return None if config.qkv_bias else rope_heads(name, config)
+
+
 def open_source(path: Path) -> Source:
     """Open and check a GGUF file; nothing but its head is in memory yet. ValueError where it is
     damaged, no Llama or quantised in a way that is not known."""
@@ -119,7 +124,7 @@ class InFile:
 
     def _ordered(self, name: str, rows: Tensor) -> Tensor:
         """Rows of a tensor, from a head's first on, in our order."""
-        if rope_heads(name, self.config) is None:
+        if stored_heads(name, self.config) is None:
             return rows
         return half_split(rows, len(rows) // self.config.head_dim)
 
@@ -132,11 +137,11 @@ def _has_layers(header: Header, config: ModelConfig) -> bool:
 def _config(path: Path, header: Header) -> ModelConfig:
     values = header.values
     name = field(values, "general.architecture", str)
-    if name != "llama":
-        raise ValueError(f"the architecture is {as_name(name)}; Puna reads llama")
+    if name not in ("llama", "qwen2"):
+        raise ValueError(f"the architecture is {as_name(name)}; Puna reads llama and qwen2")
 
     def said(key: str, kind: type, *default: Any) -> Any:
-        return field(values, f"llama.{key}", kind, *default)
+        return field(values, f"{name}.{key}", kind, *default)
 
     embedding = header.tensors.get(OUTSIDE[EMBEDDING])
     if embedding is None:
@@ -153,11 +158,12 @@ def _config(path: Path, header: Header) -> ModelConfig:
         norm_eps=_short(said("attention.layer_norm_rms_epsilon", float)),
         rope_theta=_short(said("rope.freq_base", float, 10000.0)),
         head_size=said("attention.key_length", int, None),
-        attention_bias="blk.0.attn_q.bias" in header.tensors,
+        attention_bias=name == "llama" and "blk.0.attn_q.bias" in header.tensors,
+        qkv_bias=name == "qwen2",
     )
     for key in ("rope.dimension_count", "attention.value_length"):
         if said(key, int, config.head_dim) != config.head_dim:
-            raise ValueError(f"llama.{key} is another size than the heads have; Puna has no such")
+            raise ValueError(f"{name}.{key} is another size than the heads have; Puna has no such")
     if said("expert_count", int, 0):
         raise ValueError("it is a mixture of experts, which Puna does not compute")
     return ModelConfig(**{**vars(config), "rope_scaling": _scaling(path, header, config)})
@@ -169,9 +175,10 @@ def _short(value: float) -> float:
 
 
 def _scaling(path: Path, header: Header, config: ModelConfig) -> RopeScaling | None:
-    kind = field(header.values, "llama.rope.scaling.type", str, "none")
+    about = f"{'qwen2' if config.qkv_bias else 'llama'}.rope.scaling"
+    kind = field(header.values, f"{about}.type", str, "none")
     if kind == "linear":
-        return RopeScaling("linear", field(header.values, "llama.rope.scaling.factor", float))
+        return RopeScaling("linear", field(header.values, f"{about}.factor", float))
     if kind != "none":
         raise ValueError(f"rope.scaling.type = {as_name(kind)} is not what Puna computes")
     at = header.tensors.get(FREQUENCIES)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from puna.core.checkpoint.folder import check_vocabulary
-from puna.core.checkpoint.gguf_file import FREQUENCIES, gguf_name
-from puna.core.checkpoint.source import Source, as_type, interleaved, rope_heads
+from puna.core.checkpoint.gguf_file import FREQUENCIES, gguf_name, stored_heads
+from puna.core.checkpoint.source import Source, as_type, interleaved
 from puna.core.config import ModelConfig
 from puna.core.text.beside import CHAT_TEMPLATE
 from puna.core.text.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER
@@ -40,8 +40,9 @@ def write(
     dtype = dtype or source.dtype
     if dtype not in FILE_TYPES:
         dtype = torch.float32
+    _refuse_scaling(source.config)
     known = check_vocabulary(tokenizer, source.config.vocab_size)
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "qwen2" if source.config.qkv_bias else "llama")
     try:
         writer.add_file_type(getattr(gguf.LlamaFileType, FILE_TYPES[dtype]))
         write_settings(writer, source.config)
@@ -67,12 +68,24 @@ def write(
         for _, tensor in first:
             writer.write_tensor_data(_numbers(tensor))
         for name, tensor in source.tensors():
-            heads = rope_heads(name, source.config)
+            heads = stored_heads(name, source.config)
             tensor = interleaved(tensor, heads) if heads else tensor
             kind = dtype if tensor.dim() > 1 else torch.float32
             writer.write_tensor_data(_numbers(as_type(name, tensor, kind)))
     finally:
         writer.close()
+
+
+def _refuse_scaling(config: ModelConfig) -> None:
+    """ValueError for a stretched context that llama.cpp would not compute from the file."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.rope_type == "linear":
+        return
+    if scaling.rope_type == "yarn" or config.qkv_bias:
+        raise ValueError(
+            f"rope_scaling of the type {scaling.rope_type} is not written to a .gguf of this "
+            "model; write a model folder"
+        )
 
 
 def _package() -> Any:
@@ -116,7 +129,7 @@ def write_settings(writer: Any, config: ModelConfig) -> None:
     writer.add_vocab_size(config.vocab_size)
     scaling = config.rope_scaling
     if scaling is not None and scaling.rope_type == "linear":
-        writer.add_string("llama.rope.scaling.type", "linear")
+        writer.add_string(f"{writer.arch}.rope.scaling.type", "linear")
         writer.add_rope_scaling_factor(scaling.factor)
 
 

@@ -87,7 +87,7 @@ def write(path: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]]
     ):
         if not math.isclose(value, only):
             raise ValueError(f"a llama2.c .bin cannot hold {name} {value}; it is always {only}")
-    for name in ("rope_scaling", "head_size", "attention_bias"):
+    for name in ("rope_scaling", "head_size", "attention_bias", "qkv_bias"):
         if getattr(config, name):
             raise ValueError(f"a llama2.c .bin cannot hold {name}; write a model folder or a .gguf")
     offsets = _layout(config)

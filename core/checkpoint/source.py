@@ -146,7 +146,7 @@ def parameter_shapes(config: ModelConfig, head: str) -> dict[str, tuple[int, ...
     for layer in range(config.n_layers):
         for part, shape in block.items():
             shapes[f"model.layers.{layer}.{part}.weight"] = shape
-            if config.attention_bias and part.startswith("self_attn."):
+            if part.removeprefix("self_attn.") in config.biased:
                 shapes[f"model.layers.{layer}.{part}.bias"] = shape[:1]
     shapes["model.norm.weight"] = (C,)
     shapes[HEADS[head]] = (config.vocab_size if head == "lm" else 1, C)

@@ -171,7 +171,7 @@ def unfit_config(config: ModelConfig, head: str) -> str | None:
     """Why the engine can run no model of this shape and head, or None."""
     if head != "lm":
         return "it has no language-model head"
-    if config.attention_bias:
+    if config.biased:
         return "its attention has biases"
     if not instruction_sets(config.head_dim):
         return f"its head size is {config.head_dim}"
