@@ -1,6 +1,7 @@
 """Packing keeps every token and crosses no border. Run: python -m pytest tests/test_packing.py"""
 
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,12 @@ from puna.trainers.data.packing import (
     pair_batch,
 )
 from puna.trainers.data.visits import epoch_order, shuffled, step_rows
+from puna.trainers.distill import DistillConfig
+from puna.trainers.gatt import GAttConfig
+from puna.trainers.rejection import RejectionConfig
+from puna.trainers.reward import RewardConfig
 from puna.trainers.rl.losses import MARGINS
+from puna.trainers.sft import SFTConfig
 
 VOCAB = 100
 ids = st.lists(st.integers(1, VOCAB - 1), min_size=2, max_size=12)
@@ -218,3 +224,29 @@ def test_pairs_are_dialogues_and_long_ones_are_counted(tokenizer: Tokenizer) -> 
     assert pairs[0].rejected[-1] == tokenizer.eos_id
     with pytest.raises(ValueError, match="no pair to train on: skipped 2 rows: longer than"):
         encode_pairs(tokenizer, rows, context=5)
+
+
+def test_long_pairs_are_cut_where_asked(tokenizer: Tokenizer) -> None:
+    """Where the prompt leaves room, and what is left of the answers differs."""
+    question = {"role": "user", "content": "a question"}
+    rows = [
+        Preference([question], "an answer", "long " * 50, where="p.jsonl:1"),
+        Preference([question], "same " * 50 + "a", "same " * 50 + "b", where="p.jsonl:2"),
+        Preference([{"role": "user", "content": "long " * 50}], "a", "b", where="p.jsonl:3"),
+        Preference([question], "an answer", "no", where="p.jsonl:4"),
+    ]
+    pairs, skipped = encode_pairs(tokenizer, rows, 60, truncate=True)
+    whole, _ = encode_pairs(tokenizer, rows, 10_000)
+    assert skipped.notes == ["cut 1 to the context of 60 tokens (first p.jsonl:1)"]
+    assert dict(skipped) == {"the answers do not differ within the context of 60 tokens": 2}
+    assert pairs[0].chosen == whole[0].chosen  # which fits, with its EOS
+    assert pairs[0].rejected == whole[0].rejected[:60] and len(whole[0].rejected) > 60
+    assert pairs[1] == whole[3] and len(pairs) == 2
+    short, _ = encode_pairs(tokenizer, rows[3:], 60, truncate=True)
+    assert short == whole[3:]
+
+
+def test_a_stage_cuts_what_it_is_told_to_cut() -> None:
+    """Every stage that trains on rows has the option, off."""
+    for config in (SFTConfig, RewardConfig, GAttConfig, RejectionConfig, DistillConfig):
+        assert {field.name: field.default for field in fields(config)}["truncate"] is False

@@ -56,6 +56,8 @@ class GAttConfig(EngineConfig, loop.RowsConfig, ReadingMessages):
     """.jsonl of `instruction` and `short`, drawn for dialogues that have none of their own"""
     mix: list[Path] = field(default_factory=list)
     """ordinary dialogues to train on besides"""
+    truncate: bool = False
+    """cut dialogues of `mix` that are longer than the model's context; off: they are skipped"""
     shorten: Share = 0.5
     """how often the instruction is replaced by its short form (paper: half of the time)"""
     samples: Batch = 1
@@ -316,7 +318,13 @@ def training_rows(
             skipped.add("answers beyond the context", place)
     sequences += [encode_dialogue(tokenizer, dialogue.messages) for dialogue in mixed]
     where += [dialogue.where for dialogue in mixed]
-    rows = PackedRows(sequences, context, vocab_size=tokenizer.vocab_size, where=where)
+    rows = PackedRows(
+        sequences,
+        context,
+        vocab_size=tokenizer.vocab_size,
+        where=where,
+        truncate=config.truncate,
+    )
     skipped.merge(rows.skipped)
     next_token.say(skipped)
     return rows

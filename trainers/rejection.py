@@ -128,7 +128,8 @@ def imitate(
     source = open_start(folder, start, head="lm")
     row_tokens = next_token.row_length(config.row_tokens, source.config.context)
     mixed, skipped = load_dialogues(config.mix, config)
-    rows = pack(tokenizer, read_pool(selected, tokenizer, read_samples), row_tokens, mixed)
+    pool = read_pool(selected, tokenizer, read_samples)
+    rows = pack(tokenizer, pool, row_tokens, mixed, truncate=config.truncate)
     skipped.merge(rows.skipped)
     next_token.say(skipped)
     plan = of_epochs(len(rows), config.epochs, config.batch)
@@ -141,6 +142,8 @@ def pack(
     selected: Sequence[Drawn],
     row_tokens: int,
     mixed: Sequence[Dialogue] = (),
+    *,
+    truncate: bool = False,
 ) -> PackedRows:
     """The selected answers, loss on the answer's tokens alone, and `mixed` dialogues, in rows."""
     sequences = [encode_dialogue(tokenizer, dialogue.messages) for dialogue in mixed]
@@ -150,7 +153,13 @@ def pack(
         prompt = encode_prompt(tokenizer, sample["messages"])
         weights = [0.0] * len(prompt) + [1.0] * len(sample["tokens"])
         sequences.append((prompt + sample["tokens"], weights))
-    return PackedRows(sequences, row_tokens, vocab_size=tokenizer.vocab_size, where=where)
+    return PackedRows(
+        sequences,
+        row_tokens,
+        vocab_size=tokenizer.vocab_size,
+        where=where,
+        truncate=truncate,
+    )
 
 
 def select(config: RejectionConfig, folder: Run, tokenizer: Tokenizer, reward: Reward) -> None:

@@ -74,6 +74,9 @@ class RewardConfig(loop.RowsConfig, ReadingComparisons):
     eval_per_batch: Annotated[CountOrZero, FIXED] = 0
     """instead: so many rows of each batch of `data`, at most half of it (paper: 1,000 of each
     week's); the accuracy is told by batch"""
+    truncate: bool = False
+    """cut comparisons with a side longer than the model's context, whose answers then lose their
+    end; off: they are skipped"""
     margin: Literal["none", "small", "large"] = "small"
     """m(r) of Table 27 (which one the final models used is not said)"""
     safety_weight: Weight = 0.0
@@ -182,15 +185,16 @@ def load_pairs(
         )
     elif config.eval_share > 0:
         rows, held_rows = split(rows, config.eval_share, config.seed, begins)
-    pairs, over_long = encode_pairs(tokenizer, rows, context)
+    cut = config.truncate
+    pairs, over_long = encode_pairs(tokenizer, rows, context, truncate=cut)
     skipped.merge(over_long)
     held: list[Pair] = []
     if held_rows:
-        held, over_long = encode_held_out(tokenizer, held_rows, context)
+        held, over_long = encode_held_out(tokenizer, held_rows, context, truncate=cut)
         skipped.merge_held_out(over_long)
     if config.mix:
         rows, unusable = load_preferences(config.mix, config)
-        others, over_long = encode_pairs(tokenizer, rows, context)
+        others, over_long = encode_pairs(tokenizer, rows, context, truncate=cut)
         skipped.merge(unusable)
         skipped.merge(over_long)
         share, seed = config.mix_share, config.seed

@@ -180,17 +180,14 @@ def pack(
     sequences = [encode_dialogue(tokenizer, dialogue.messages) for dialogue in dialogues]
     where = [dialogue.where for dialogue in dialogues]
     files = [place.rpartition(":")[0] for place in where] if by_file else []
-    room = row_tokens + 1  # the last id is only ever a target
-    long = [place for place, (ids, _) in zip(where, sequences, strict=True) if len(ids) > room]
-    if truncate:
-        sequences = [(ids[:room], weights[:room]) for ids, weights in sequences]
-    size = tokenizer.vocab_size
-    rows = PackedRows(sequences, row_tokens, vocab_size=size, where=where, groups=files)
-    if truncate and long:
-        rows.skipped.notes.append(
-            f"cut {len(long):,} to the {row_tokens:,} tokens of a row (first {long[0]})"
-        )
-    return rows
+    return PackedRows(
+        sequences,
+        row_tokens,
+        vocab_size=tokenizer.vocab_size,
+        where=where,
+        groups=files,
+        truncate=truncate,
+    )
 
 
 def pack_held_out(

@@ -86,7 +86,8 @@ class PackedRows:
 
     A sequence of n ids takes n-1 places: its last id is only ever a target. `skipped` counts the
     sequences that are left out: those that do not fit a row and those without a weighted target;
-    `where` says of each sequence where it comes from. A row holds sequences of one of the `groups`,
+    `where` says of each sequence where it comes from. With `truncate` the end of those that do not
+    fit is cut off, which is noted. A row holds sequences of one of the `groups`,
     a name for each sequence, and the rows of a group, `group_rows` of them, stand together, in the
     order in which the names are met first. Raises ValueError where no sequence is left.
     """
@@ -99,15 +100,21 @@ class PackedRows:
         vocab_size: int,
         where: Sequence[str] = (),
         groups: Sequence[str] = (),
+        truncate: bool = False,
     ) -> None:
         self.row_tokens = row_tokens
         self.skipped = Skipped()
+        long: list[str] = []
         ids: list[np.ndarray] = []
         weights: list[np.ndarray] = []
         members: dict[str, list[int]] = {}
         for index, (sequence, sequence_weights) in enumerate(sequences):
             assert len(sequence) == len(sequence_weights), "one weight for each id"
             place = (where[index] if where else "") or f"sequence {index + 1}"
+            if truncate and len(sequence) - 1 > row_tokens:
+                long.append(place)
+                sequence = sequence[: row_tokens + 1]  # the last id is only ever a target
+                sequence_weights = sequence_weights[: row_tokens + 1]
             if len(sequence) - 1 > row_tokens:
                 self.skipped.add(f"longer than the {row_tokens} tokens of a row", place)
             elif not any(sequence_weights[1:]):
@@ -116,6 +123,7 @@ class PackedRows:
                 members.setdefault(groups[index] if groups else "", []).append(len(ids))
                 ids.append(np.asarray(sequence, dtype=token_dtype(vocab_size)))
                 weights.append(np.asarray(sequence_weights, dtype=np.float32))
+        self.skipped.notes += cut_to(long, f"the {row_tokens:,} tokens of a row")
         if not ids:
             found = self.skipped.reasons().replace("\n", "; ") or "there is none"
             raise ValueError(f"no sequence to train on: {found}; a larger context may help")
@@ -268,14 +276,24 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
+def cut_to(long: Sequence[str], room: str) -> list[str]:
+    """A sentence on those that were cut, where there are any."""
+    return [f"cut {len(long):,} to {room} (first {long[0]})"] if long else []
+
+
 def encode_pairs(
-    tokenizer: Tokenizer, preferences: Sequence[Preference], context: int
+    tokenizer: Tokenizer,
+    preferences: Sequence[Preference],
+    context: int,
+    *,
+    truncate: bool = False,
 ) -> tuple[list[Pair], Skipped]:
-    """Preferences in ids; those with a side longer than `context` tokens are skipped and counted.
+    """Preferences in ids; those with a side longer than `context` tokens are skipped and counted,
+    or with `truncate` cut there, where the prompt leaves room and the two answers still differ.
 
     Raises ValueError where no pair is left.
     """
-    pairs, skipped = _encode_pairs(tokenizer, preferences, context)
+    pairs, skipped = _encode_pairs(tokenizer, preferences, context, truncate)
     if not pairs:
         reasons = skipped.reasons().replace("\n", "; ") or "there is none"
         raise ValueError(f"no pair to train on: {reasons}")
@@ -283,31 +301,42 @@ def encode_pairs(
 
 
 def encode_held_out(
-    tokenizer: Tokenizer, preferences: Sequence[Preference], context: int
+    tokenizer: Tokenizer,
+    preferences: Sequence[Preference],
+    context: int,
+    *,
+    truncate: bool = False,
 ) -> tuple[list[Pair], Skipped]:
     """`encode_pairs` of what is only measured: that none is left is noted and stops nobody."""
-    pairs, skipped = _encode_pairs(tokenizer, preferences, context)
+    pairs, skipped = _encode_pairs(tokenizer, preferences, context, truncate)
     if not pairs:
         skipped.notes.append("the held-out accuracy is not measured: no held-out pair fits")
     return pairs, skipped
 
 
 def _encode_pairs(
-    tokenizer: Tokenizer, preferences: Sequence[Preference], context: int
+    tokenizer: Tokenizer, preferences: Sequence[Preference], context: int, truncate: bool
 ) -> tuple[list[Pair], Skipped]:
     pairs: list[Pair] = []
     skipped = Skipped()
+    long: list[str] = []
     for index, row in enumerate(preferences):
         prompt = encode_prompt(tokenizer, row.messages)
         chosen = prompt + encode_answer(tokenizer, row.chosen)
         rejected = prompt + encode_answer(tokenizer, row.rejected)
-        if max(len(chosen), len(rejected)) > context:
-            skipped.add(
-                f"longer than the context of {context} tokens", row.where or f"pair {index + 1}"
-            )
+        place = row.where or f"pair {index + 1}"
+        is_long = max(len(chosen), len(rejected)) > context
+        if is_long and truncate:
+            chosen, rejected = chosen[:context], rejected[:context]
+        if is_long and not truncate:
+            skipped.add(f"longer than the context of {context} tokens", place)
+        elif is_long and chosen == rejected:
+            skipped.add(f"the answers do not differ within the context of {context} tokens", place)
         else:
+            long += [place] * is_long
             opened = opening(row.messages)
             pairs.append(Pair(chosen, rejected, row.rating, row.safety, opened, row.batch))
+    skipped.notes += cut_to(long, f"the context of {context:,} tokens")
     return pairs, skipped
 
 

@@ -105,6 +105,8 @@ class ImitationConfig(loop.RowsConfig, ReadingMessages):
     """peak (the paper does not say; this is SFT's)"""
     row_tokens: CountOrZero = 0
     """tokens in a row; 0 takes the model's context"""
+    truncate: bool = False
+    """cut dialogues of `mix` and answers that are longer than a row; off: they are skipped"""
 
 
 @dataclass(kw_only=True)
