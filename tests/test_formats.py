@@ -163,7 +163,10 @@ def test_comparisons_that_are_skipped(verdict: str, x_ok: str, y_ok: str, reason
         ({}, "columns none, expected 'chosen'"),
         ({"chosen": "a", "prompt": "q"}, r"'chosen', 'prompt', expected 'rejected'.*\[columns\]"),
         ({"chosen": "a", "rejected": "b"}, 'no transcript: it begins with "a"'),
-        ({"prompt": "q", "chosen": 5, "rejected": "b"}, "'chosen' is 5, expected a list"),
+        (
+            {"prompt": "q", "chosen": 5, "rejected": "b"},
+            "'chosen' is 5, expected a string or a list of m",
+        ),
         ({"prompt": "q", "chosen": [GOOD, USER], "rejected": "b"}, "holds 2 messages after"),
         ({"prompt": 7, "chosen": "a", "rejected": "b"}, "'prompt' is 7, expected a string"),
         ({"messages": "q", "chosen": "a", "rejected": "b"}, "expected a list of messages"),

@@ -247,7 +247,9 @@ def _chosen_and_rejected(row: Row, columns: Columns) -> tuple[list[Message], str
         chosen, rejected = map(_answer_to, (messages, messages), pair, names)
         return messages, chosen, rejected
     dialogues = [
-        parse_transcript(side) if isinstance(side, str) else messages_of(side, columns.chosen)
+        parse_transcript(side)
+        if isinstance(side, str)
+        else messages_of(side, columns.chosen, or_text=True)
         for side in pair
     ]
     for dialogue in dialogues:
@@ -285,7 +287,7 @@ def _answer_to(messages: list[Message], answer: Any, name: str) -> str:
     """An answer: its text, or messages that are it alone or the prompt and it."""
     if isinstance(answer, str):
         return answer
-    dialogue = messages_of(answer, name)
+    dialogue = messages_of(answer, name, or_text=True)
     if dialogue[: len(messages)] == messages:
         dialogue = dialogue[len(messages) :]
     if len(dialogue) != 1 or dialogue[0]["role"] != "assistant":
@@ -313,7 +315,7 @@ def _messages(row: Row, columns: Columns) -> list[Message]:
 def _prompt(row: Row, columns: Columns) -> list[Message]:
     """The prompt column: one user message as text, or messages; and what goes with it."""
     if isinstance(row.get(columns.prompt), list):
-        messages = messages_of(row[columns.prompt], columns.prompt)
+        messages = messages_of(row[columns.prompt], columns.prompt, or_text=True)
     else:
         text = "\n\n".join([string(row, columns.prompt), *optional(row, columns.input)])
         messages = [message_of("user", text)]

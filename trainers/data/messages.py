@@ -29,11 +29,13 @@ class Unusable(ValueError):
     """The row can be read but not learned from: the reason to count it under."""
 
 
-def messages_of(value: Any, name: str) -> list[Message]:
+def messages_of(value: Any, name: str, *, or_text: bool = False) -> list[Message]:
     """A list of messages: `role` and `content`, or `from` and `value` (ShareGPT), the content a
-    text or parts with texts (OpenAI). An empty system message is none."""
+    text or parts with texts (OpenAI). An empty system message is none. `or_text`: the column could
+    have been a string, too."""
     if not isinstance(value, list):
-        raise Malformed(f"'{name}' is {shortened(value)}, expected a list of messages")
+        expected = f"{'a string or ' if or_text else ''}a list of messages"
+        raise Malformed(f"'{name}' is {shortened(value)}, expected {expected}")
     messages = []
     for index, item in enumerate(value):
         where = f"'{name}[{index}]'"
