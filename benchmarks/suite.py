@@ -19,6 +19,7 @@ from puna.benchmarks.kernels.run import (
     not_timed,
 )
 from puna.benchmarks.models import growth
+from puna.benchmarks.models.busy import bench_busy
 from puna.benchmarks.models.contexts import LENGTHS, bench_behind, bench_prompt
 from puna.benchmarks.models.decode import BATCHES as DECODE_BATCHES
 from puna.benchmarks.models.decode import bench_decode
@@ -47,8 +48,8 @@ SHAPES, GPU_SHAPES, QUICK_SHAPES = ("demo", "15m"), ("7b",), ("demo",)
 TRAINED = 16  # bytes a parameter: fp32 with its gradient and AdamW's state
 QUICK_SECONDS, QUICK_LEAST = 160.0, 30.0  # from the process's start, and after it at the least
 QUICK_ROUNDS, QUICK_PROMPTS = 3, 64
-ALL = ("kernels", "generate", "decode", "rollout", "rlhf", "fsdp", "train")
-SLOW_ON_CPU = ("kernels", "rollout")  # "all" leaves them to verbs of their own there
+ALL = ("kernels", "generate", "decode", "rollout", "rlhf", "fsdp", "busy", "train")
+SLOW_ON_CPU = ("kernels", "rollout", "busy")  # "all" leaves them to verbs of their own there
 
 
 class Setting(NamedTuple):
@@ -158,7 +159,7 @@ def parts(
     last."""
     wanted: Sequence[str] = (what,)
     if what == "all":
-        slow = () if setting.gpu or setting.quick else SLOW_ON_CPU
+        slow = ("busy",) if setting.gpu or setting.quick else SLOW_ON_CPU
         wanted = [name for name in ALL if name not in slow]
     found = []
     if "kernels" in wanted:
@@ -232,6 +233,11 @@ def fsdp(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
     yield from bench_fsdp(cut, setting.device, setting.kind, setting.turns, quick=setting.quick)
 
 
+def busy(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
+    if not setting.gpu:
+        yield bench_busy(held.take(shape, "fp32"), setting.turns)
+
+
 def train(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
     models = held.take(shape, "fp32", trained=True)
     try:
@@ -247,6 +253,7 @@ BENCHES = {
     "rollout": rollout,
     "rlhf": rlhf,
     "fsdp": fsdp,
+    "busy": busy,
     "train": train,
 }
 

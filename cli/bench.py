@@ -200,6 +200,15 @@ def fsdp(config: ModelBenchConfig) -> None:
     measure(config, "fsdp")
 
 
+def busy(config: ModelBenchConfig) -> None:
+    """The rows of decoding and training beside busy neighbours, on the CPU."""
+    if config.device not in ("cpu", "auto") or config.dry_run or config.dtype == "bf16":
+        raise ValueError(
+            "neighbours are busy on the CPU; use --device cpu, without --dry-run and --dtype"
+        )
+    measure(replace(config, device="cpu"), "busy")
+
+
 def growth(config: DryBenchConfig) -> None:
     """The rows over batch, context, vocabulary, width, depth and K, with fitted exponents."""
     measure(config, "growth")

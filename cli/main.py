@@ -89,6 +89,7 @@ VERBS = {
     "bench rollout": Verb("puna.cli.bench", "ModelBenchConfig", "of rollouts only", "rollout"),
     "bench rlhf": Verb("puna.cli.bench", "ModelBenchConfig", "of one iteration of PPO", "rlhf"),
     "bench fsdp": Verb("puna.cli.bench", "ModelBenchConfig", "of several ranks", "fsdp"),
+    "bench busy": Verb("puna.cli.bench", "ModelBenchConfig", "beside busy neighbours", "busy"),
     "bench growth": Verb("puna.cli.bench", "DryBenchConfig", "of how cost grows", "growth"),
     "bench report": Verb(
         "puna.cli.bench", "ReportConfig", "a page of results", "report", named=("folder",)

@@ -258,7 +258,7 @@ class Transformer(nn.Module):
         return Rotary(cos, sin) if positions is None else Rotary(cos[positions], sin[positions])
 
     def rope_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin (context, D/2) fp32 on `device`, made on first use."""
+        """cos and sin (context, D/2) fp32 on `device`, times YaRN's factor; made on first use."""
         tables = self._tables  # looked at once: another thread may put others there
         if tables is None or tables[0].device != device:
             c, divisors = self.config, self.config.rope_divisors()
@@ -268,9 +268,7 @@ class Transformer(nn.Module):
                 cos, sin = ops.rope_tables(
                     c.context, c.head_dim, theta=c.rope_theta, divisors=divisors, device=device
                 )
-                if factor != 1:  # on both q and k, so that scores grow by its square (YaRN)
-                    cos, sin = cos * factor, sin * factor
-                tables = self._tables = cos, sin
+                tables = self._tables = cos * factor, sin * factor
         return tables
 
     @torch.no_grad()

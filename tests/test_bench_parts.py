@@ -5,15 +5,17 @@ Run: python -m pytest tests/test_bench_parts.py -q
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from puna.benchmarks import budget, machine, output, suite, timing
-from puna.benchmarks.models import generate, rlhf, shapes
+from puna.benchmarks.models import busy, generate, rlhf, shapes
 from puna.benchmarks.models.shapes import Shape, open_models
 from puna.benchmarks.parts import Part, measure
 from puna.cli.main import main
@@ -236,3 +238,43 @@ def test_quick_has_a_part_of_everything(folder):
         "fsdp",
         "train",
     ]
+
+
+def test_the_fair_share_beside_busy_neighbours(short, folder, capsys, monkeypatch):
+    monkeypatch.setattr(busy, "taken", lambda call, rounds: ([0.5, 0.25, 1.0], [1.0, 0.5, 2.0]))
+    assert main(["bench", "busy", "--shape", str(folder), "--no-peers"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [(row["bench"], row["operation"]) for row in rows] == [
+        ("busy", "decoding"),
+        ("busy", "training"),
+    ]
+    assert all(row["value"] == pytest.approx(row["limit"]) for row in rows)  # twice the time
+
+
+def test_alone_and_beside_in_turn(monkeypatch):
+    happened: list[str] = []
+
+    @contextmanager
+    def noted(count: int):
+        happened.append(f"{count} come")
+        yield
+        happened.append("they go")
+
+    monkeypatch.setattr(busy, "SECONDS", 0.0)
+    monkeypatch.setattr(busy, "neighbours", noted)
+    alone, beside = busy.taken(lambda: happened.append("call"), 2)
+    assert len(alone) == len(beside) == 2
+    assert happened == ["call", f"{torch.get_num_threads()} come", "call", "they go"] * 3
+
+
+def test_neighbours_compute_and_end():
+    with busy.neighbours(2):
+        running = children()
+        assert len(running) == 2
+    assert not children() & running
+
+
+def children() -> set[int]:
+    """The processes that were started from here and are there still."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True)
+    return {int(pid) for pid in found.stdout.split()[:-1]}  # the last is ps itself
