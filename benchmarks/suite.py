@@ -288,7 +288,8 @@ def left_out(what: str, setting: Setting) -> list[str]:
     lines = []
     if setting.quick and what == "all":
         lines.append("quick: torch.compile's rows, fresh processes for memory and most rounds are")
-        lines[0] += " left out; so are rounded weights (`puna bench weights --model M --text T`)"
+        lines[0] += " left out; so are rounded weights (`puna bench weights --model M --text T`),"
+        lines[0] += " long prompts (`puna bench decode`) and neighbours (`puna bench busy`)"
     elif what == "all":
         slow = ("growth",) if setting.gpu else (*SLOW_ON_CPU, "growth")
         lines.append(f"{', '.join(slow)} take minutes and are left out: `puna bench {slow[0]}`")

@@ -160,7 +160,7 @@ def generate(config: ModelBenchConfig) -> None:
 
 
 def decode(config: DecodeBenchConfig) -> None:
-    """The rows of decoding one row on the CPU, beside llama2.c and llama.cpp."""
+    """The rows of decoding, and of long prompts, on the CPU, beside llama2.c and llama.cpp."""
     if config.device not in ("cpu", "auto") or config.dry_run or config.dtype == "bf16":
         raise ValueError(
             "decoding is compared on the CPU, in its own formats; use --device cpu, without "

@@ -82,7 +82,7 @@ VERBS = {
         "puna.cli.bench", "KernelBenchConfig", "of kernels/, verified and timed", "kernels"
     ),
     "bench generate": Verb("puna.cli.bench", "ModelBenchConfig", "of generation only", "generate"),
-    "bench decode": Verb("puna.cli.bench", "DecodeBenchConfig", "of decoding one row", "decode"),
+    "bench decode": Verb("puna.cli.bench", "DecodeBenchConfig", "of decoding on CPUs", "decode"),
     "bench weights": Verb(
         "puna.cli.bench", "WeightsBenchConfig", "of bf16 and int8 weights", "weights"
     ),
