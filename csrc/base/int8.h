@@ -45,59 +45,59 @@ inline void quantize_row(const float* weights, int64_t in, uint8_t* panel, int64
 
 // Rows of activations as integers of -127 to 127, in groups with one scale each.
 struct QuantizedRows {
-  int32_t* pairs;    // (rows, groups, QUANT_GROUP / 4, 2), in the order that `dot4` reads
+  static constexpr int QUADS = QUANT_GROUP / 4;  // of a group
+
+  Quad* quads;       // (rows, groups, QUADS)
   int32_t* offsets;  // (rows, groups): -128 times the sum, which undoes the weights' added 128
   float* scales;     // (rows, groups)
   int64_t groups;
 
   static int64_t group_count(int64_t in) { return ceil_div(in, QUANT_GROUP); }
+  static int64_t quad_floats(int64_t rows, int64_t in) {
+    return rows * group_count(in) * QUADS * static_cast<int64_t>(sizeof(Quad) / sizeof(float));
+  }
   static int64_t floats_needed(int64_t rows, int64_t in) {
-    return rows * group_count(in) * (QUANT_GROUP / 2 + 2);
+    return quad_floats(rows, in) + 2 * rows * group_count(in);
   }
 
   QuantizedRows(float* memory, int64_t rows, int64_t in)
-      : pairs(reinterpret_cast<int32_t*>(memory)),
-        offsets(pairs + rows * group_count(in) * (QUANT_GROUP / 2)),
-        scales(memory + rows * group_count(in) * (QUANT_GROUP / 2 + 1)),
+      : quads(reinterpret_cast<Quad*>(memory)),
+        offsets(reinterpret_cast<int32_t*>(memory + quad_floats(rows, in))),
+        scales(memory + quad_floats(rows, in) + rows * group_count(in)),
         groups(group_count(in)) {}
 
   void quantize(const float* x, int64_t rows, int64_t in) {
-    for (int64_t group = 0; group < rows * groups; ++group) {
-      const int64_t begin = group % groups * QUANT_GROUP;
-      quantize_group(x + group / groups * in + begin, std::min<int64_t>(QUANT_GROUP, in - begin),
-                     group);
-    }
+    for (int64_t row = 0, group = 0; row < rows; ++row)
+      for (int64_t begin = 0; begin < in; begin += QUANT_GROUP, ++group) {
+        float padded[QUANT_GROUP] = {};
+        const bool whole = begin + QUANT_GROUP <= in;
+        if (!whole) std::memcpy(padded, x + row * in + begin, (in - begin) * sizeof(float));
+        quantize_group(whole ? x + row * in + begin : padded, group);
+      }
   }
 
  private:
-  void quantize_group(const float* x, int64_t count, int64_t group) {
-    float padded[QUANT_GROUP] = {};
-    std::memcpy(padded, x, count * sizeof(float));
-    vec max_abs = {}, not_finite = {};
+  void quantize_group(const float* x, int64_t group) {
+    ivec largest = {};  // the bits of a magnitude are in its order, and those of inf and NaN above
     for (int i = 0; i < QUANT_GROUP; i += W) {
-      const vec v = load(padded + i);
-      max_abs = max(max_abs, max(v, -v));
-      not_finite += v * 0.0f;  // NaN where a number is not finite
+      const ivec bits = (ivec)load(x + i) & 0x7FFFFFFF;
+      largest = bits > largest ? bits : largest;
     }
-    const float scale = reduce_max(max_abs) / 127.0f + reduce_sum(not_finite);
+    const int32_t bits = reduce(largest, [](auto a, auto b) { return a > b ? a : b; });
+    float max_abs;
+    std::memcpy(&max_abs, &bits, sizeof bits);
+    const float scale = bits < 0x7F800000 ? max_abs / 127.0f : NAN;
     const vec factor = broadcast(scale > 0.0f ? 1.0f / scale : 0.0f);
-    int32_t integers[QUANT_GROUP];
-    int32_t total = 0;
+    ivec total = {};
     for (int i = 0; i < QUANT_GROUP; i += W) {
       // The bound first: it is what comes of NaN, which is no integer. The scale still says NaN.
-      const vec clamped =
-          max(min(broadcast(127.0f), load(padded + i) * factor), broadcast(-127.0f));
+      const vec clamped = max(min(broadcast(127.0f), load(x + i) * factor), broadcast(-127.0f));
       const vec half = select(clamped < 0.0f, broadcast(-0.5f), broadcast(0.5f));
       const ivec n = __builtin_convertvector(clamped + half, ivec);
-      std::memcpy(integers + i, &n, sizeof n);
+      store(quads + group * QUADS + i / 4, n);
+      total += n;
     }
-    for (int i = 0; i < QUANT_GROUP; ++i) total += integers[i];
-    int32_t* to = pairs + group * (QUANT_GROUP / 2);
-    for (int i = 0; i < QUANT_GROUP; i += 4, to += 2)
-      for (int j = 0; j < 2; ++j)
-        to[j] = (integers[i + j] & 0xFFFF) |
-                static_cast<int32_t>(static_cast<uint32_t>(integers[i + j + 2]) << 16);
-    offsets[group] = -128 * total;
+    offsets[group] = -128 * reduce(total, [](auto a, auto b) { return a + b; });
     scales[group] = scale;
   }
 };
@@ -111,22 +111,21 @@ inline void multiply_tile_int8(const QuantizedRows& x, int64_t row, const uint8_
   clear(sums);
   for (int64_t g = 0; g < x.groups; ++g, panel += QUANT_GROUP_BYTES) {
     ivec left[ROWS], right[ROWS];
-    const int32_t* pairs[ROWS];
+    const Quad* quads[ROWS];
 #pragma GCC unroll 6
     for (int m = 0; m < ROWS; ++m) {
       const int64_t group = (row + m) * x.groups + g;
       left[m] = right[m] = x.offsets[group] - ivec{};
-      pairs[m] = x.pairs + group * (QUANT_GROUP / 2);
+      quads[m] = x.quads + group * x.QUADS;
     }
-    for (int quad = 0; quad < QUANT_GROUP / 4; ++quad) {
+    for (int quad = 0; quad < x.QUADS; ++quad) {
       ivec a, b;
       std::memcpy(&a, panel + quad * PANEL_WIDTH * 4, sizeof a);
       std::memcpy(&b, panel + (quad * PANEL_WIDTH + W) * 4, sizeof b);
 #pragma GCC unroll 6
       for (int m = 0; m < ROWS; ++m) {
-        const int32_t even = pairs[m][2 * quad], odd = pairs[m][2 * quad + 1];
-        left[m] = dot4(left[m], a, even, odd);
-        right[m] = dot4(right[m], b, even, odd);
+        left[m] = dot4(left[m], a, quads[m][quad]);
+        right[m] = dot4(right[m], b, quads[m][quad]);
       }
     }
     const auto* scales = reinterpret_cast<const float*>(panel + QUANT_GROUP * PANEL_WIDTH);

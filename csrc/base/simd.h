@@ -37,9 +37,37 @@ inline ivec load(const Pair* p) {
 inline vec first_of(ivec pairs) { return (vec)(pairs << 16); }
 inline vec second_of(ivec pairs) { return (vec)(pairs & static_cast<int32_t>(0xFFFF0000)); }
 
-// Adds to each lane of `sum` the dot product of its 4 bytes, 0 to 255, with 4 integers of -127 to
-// 127. `even` holds the integers for bytes 0 and 2 as 16-bit halves, `odd` those for 1 and 3.
-inline ivec dot4(ivec sum, ivec bytes, int32_t even, int32_t odd) {
+// Four integers of -127 to 127, as `dot4` reads them; and W integers as such.
+#ifdef PUNA_MULTIPLIES_BYTES
+struct Quad {
+  int32_t bytes;
+};
+
+inline void store(Quad* to, ivec integers) {
+  typedef int8_t bytes __attribute__((vector_size(W)));
+  const bytes narrow = __builtin_convertvector(integers, bytes);
+  std::memcpy(to, &narrow, sizeof narrow);
+}
+
+// Adds to each lane of `sum` the dot product of its 4 bytes, 0 to 255, with the integers of a quad.
+inline ivec dot4(ivec sum, ivec bytes, Quad quad) {
+  return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)bytes, _mm512_set1_epi32(quad.bytes));
+}
+#else
+struct Quad {
+  int32_t even, odd;  // integers 0 and 2 as 16-bit halves, and 1 and 3
+};
+
+inline void store(Quad* to, ivec integers) {
+  const auto halves = [&](int i) {
+    return (integers[i] & 0xFFFF) |
+           static_cast<int32_t>(static_cast<uint32_t>(integers[i + 2]) << 16);
+  };
+  for (int i = 0; i < W; i += 4) *to++ = {halves(i), halves(i + 1)};
+}
+
+// The same where no instruction multiplies bytes without losing what is above 16 bits.
+inline ivec dot4(ivec sum, ivec bytes, Quad quad) {
   const ivec low = bytes & 0x00FF00FF, high = (ivec)((uvec)bytes >> 8) & 0x00FF00FF;
 #if PUNA_WIDTH == 16
   const auto pairs = [](ivec a, int32_t b) {
@@ -54,8 +82,9 @@ inline ivec dot4(ivec sum, ivec bytes, int32_t even, int32_t odd) {
     return (a & 0xFFFF) * static_cast<int16_t>(b) + (a >> 16) * (b >> 16);
   };
 #endif
-  return sum + pairs(low, even) + pairs(high, odd);
+  return sum + pairs(low, quad.even) + pairs(high, quad.odd);
 }
+#endif
 
 inline vec broadcast(float x) { return x - vec{}; }  // subtracting keeps a negative zero
 inline ivec broadcast(Pair x) { return static_cast<int32_t>(x.bits) - ivec{}; }
@@ -86,6 +115,20 @@ inline float reduce_sum(const vec (&vectors)[COUNT]) {
 }
 
 inline float reduce_sum(vec v) { return reduce_sum<1>({v}); }
+
+// op(a, b) of all lanes, which must not depend on their order. Halves stay vectors of their own
+// length: as numbers in memory they took four times as long.
+template <int LANES = W, typename Lanes, typename Op>
+inline auto reduce(Lanes v, Op op) {
+  if constexpr (LANES == 2) {
+    return op(v[0], v[1]);
+  } else {
+    typedef decltype(v[0] + v[0]) Half __attribute__((vector_size(LANES * 2)));
+    Half halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    return reduce<LANES / 2>(op(halves[0], halves[1]), op);
+  }
+}
 
 inline float reduce_max(vec v) {
   float result = v[0];

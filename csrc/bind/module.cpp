@@ -22,7 +22,8 @@ std::vector<std::string> instruction_sets() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
-    if (__builtin_cpu_supports("avx512bf16")) found.push_back("avx512_bf16");
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+      found.push_back("avx512_bf16");  // no processor has the first alone
     found.push_back("avx512");
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back("avx2");
