@@ -27,7 +27,7 @@ from puna.core.config import ModelConfig
 from puna.core.generation.generate import generate
 from puna.core.generation.memory import Memory
 from puna.core.model import Transformer
-from puna.core.native.engine import FORMATS
+from puna.core.native.engine import FORMATS, cached_bytes
 from puna.core.native.loader import extension
 
 LENGTHS = (512, 4096)  # of the prompt
@@ -157,6 +157,7 @@ def work_behind(models: Models, length: int, dtype: str) -> Work:
     config, stored = models.config, FORMATS[dtype]
     rate = read_rate(models.device, round(stored * multiplied_parameters(config)))
     ceilings = Ceilings(models.ceilings.matmul, rate)
-    bound = limit(config, ceilings, 1, length + BEHIND / 2, stored)
+    kept = cached_bytes(dtype, config.head_dim)
+    bound = limit(config, ceilings, 1, length + BEHIND / 2, stored, kept)
     name = f"behind {length:,} tokens"
     return Work("context", str(models.shape), 1, BEHIND, bound, dtype, name)

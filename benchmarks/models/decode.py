@@ -33,7 +33,7 @@ from puna.benchmarks.rows import Row, Work, row
 from puna.benchmarks.timing import peak_mb
 from puna.core.config import parameter_count
 from puna.core.generation.generate import generate
-from puna.core.native.engine import FORMATS
+from puna.core.native.engine import FORMATS, cached_bytes
 from puna.core.native.loader import extension
 
 NEW = 255  # tokens; with BOS the budget of 256
@@ -122,7 +122,8 @@ def work_of(models: Models, dtype: str, batch: int, new: int) -> Work:
         size = round(FORMATS[dtype] * multiplied_parameters(models.config))
         rate = matmul_rate(models.device, RATED[dtype])
         ceilings = Ceilings(rate, read_rate(models.device, size))
-    bound = limit(models.config, ceilings, batch, (1 + new) / 2, FORMATS[dtype])
+    kept = cached_bytes(dtype, models.config.head_dim)
+    bound = limit(models.config, ceilings, batch, (1 + new) / 2, FORMATS[dtype], kept)
     return Work("decode", str(models.shape), batch, batch * new, bound, dtype)
 
 

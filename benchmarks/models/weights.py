@@ -23,7 +23,7 @@ from puna.core.checkpoint.folder import open_model, tokenizer_path
 from puna.core.config import parameter_count
 from puna.core.generation.generate import generate
 from puna.core.model import Transformer
-from puna.core.native.engine import FORMATS, engine_for, in_format
+from puna.core.native.engine import FORMATS, cached_bytes, engine_for, in_format
 from puna.core.text.tokenizer import Tokenizer
 
 WINDOW, ROWS = 256, 8  # tokens a row; rows in one call
@@ -126,7 +126,7 @@ def speed(
         ceilings = Ceilings(
             machine.matmul_rate(device, torch.float32), machine.read_rate(device, stored)
         )
-        bound = limit(config, ceilings, 1, new / 2, size)
+        bound = limit(config, ceilings, 1, new / 2, size, cached_bytes(name, config.head_dim))
         found.append(
             row(
                 Work("weights", shape, 1, new, bound, name),

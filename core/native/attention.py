@@ -1,5 +1,8 @@
 """`attention` in native code, forward and backward, for fp32 on the CPU.
 
+Where `use_products` says bf16, the forward multiplies queries, keys, probabilities and values that
+are rounded to it, and the backward, whose products are fp32, queries, keys and values that are.
+
 Each segment of a packed batch is a piece of work of its own: nothing is padded, and what is kept
 for the backward is q, k, v, the result and one number a token and head.
 """
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from puna.core.native.loader import address, best_instructions, native, readable
+from puna.core.native.products import products
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float | None) -> bool:
@@ -98,4 +102,5 @@ def _described(
         q.shape[2], k.shape[2], q.shape[3], len(cuts) - 1, address(cuts), scale,
         q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(1), k.stride(1), v.stride(1),
         address(out), address(lse),
+        products() == "bf16" and best_instructions(q.shape[3]) == "avx512_bf16",
     )  # fmt: skip

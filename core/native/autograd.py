@@ -116,11 +116,13 @@ class Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, cuts, scale):
         out, lse = attention.attention(q, k, v, cuts, scale)
         ctx.save_for_backward(q, k, v, cuts, out, lse)
+        ctx.products = products()
         ctx.scale = scale
         return out
 
     @staticmethod
     @first_only
+    @same_products
     def backward(ctx, d_out):
         q, k, v, cuts, out, lse = ctx.saved_tensors
         found = attention.attention_gradient(q, k, v, cuts, out, lse, d_out, ctx.scale)

@@ -32,6 +32,12 @@ log = logging.getLogger("puna")
 FORMATS = {"fp32": 4.0, "bf16": 2.0, "int8": 1.125}  # bytes a weight; groups of 32 share a scale
 
 
+def cached_bytes(weight_format: str, head_dim: int) -> float:
+    """Bytes of a number in the cache of keys and values beside weights of a format."""
+    rounded = weight_format != "fp32" and best_instructions(head_dim) == "avx512_bf16"
+    return 2.0 if rounded else 4.0
+
+
 PARTS = {  # of a parameter's name: what the extension calls it
     "model.embed_tokens": "embedding", "lm_head": "head", "model.norm": "norm",
     "self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v",
@@ -46,7 +52,8 @@ class Engine:
     `weight_format` is that of the packed copy: "fp32"; "bf16", where what the weights multiply is
     rounded too if the processor has products of bf16 (instruction set "avx512_bf16"); "int8", where
     groups of 32 inputs share an fp32 scale for each output, and what they multiply is rounded to
-    int8 in the same groups; the embedding's rows are rounded so, too, and in bf16 they are not. All
+    int8 in the same groups; the embedding's rows are rounded so, too, and in bf16 they are not.
+    Attention multiplies bf16 in both where the processor can, and keys and values are kept so. All
     else is fp32. Nothing changes an engine: any number of sessions, threads too, read it at once,
     and go on with the weights they began with when the model's change.
     """

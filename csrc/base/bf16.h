@@ -24,9 +24,17 @@ inline ivec pair_up(vec first, vec second) {
 }
 #else
 constexpr bool MULTIPLIES_PAIRS = false;
+ivec pair_up(vec first, vec second);  // named where nothing calls it
 #endif
 
 inline vec multiply_add(vec sum, vec a, vec b) { return sum + a * b; }
+
+// What products of rounded numbers multiply: pairs where they can.
+using Rounded = std::conditional_t<MULTIPLIES_PAIRS, Pair, float>;
+
+// Numbers that one Number holds.
+template <typename Number>
+constexpr int64_t NUMBERS = std::is_same_v<Number, Pair> ? 2 : 1;
 
 // To the nearest; of two as near, to the even one.
 inline uint32_t to_bf16(float x) {
@@ -41,7 +49,7 @@ inline Pair to_pair(float first, float second) { return {to_bf16(first) | to_bf1
 // How many pairs hold `count` numbers; the last one may hold a zero.
 inline int64_t pairs_of(int64_t count) { return (count + 1) / 2; }
 
-// Rounds a row of `count` numbers, neighbours becoming pairs.
+// Rounds a row of `count` numbers, neighbours becoming pairs; `to` may be `from`.
 inline void round_row(const float* from, int64_t count, Pair* to) {
   int64_t i = 0;
 #ifdef PUNA_MULTIPLIES_BF16

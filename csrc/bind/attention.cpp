@@ -7,7 +7,7 @@ namespace {
 Attention make_attention(int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t segments,
                          Address cu_seqlens, float scale, Address q, Address k, Address v,
                          int64_t q_stride, int64_t k_stride, int64_t v_stride, Address out,
-                         Address lse) {
+                         Address lse, bool bf16) {
   return {heads,
           kv_heads,
           head_dim,
@@ -21,7 +21,8 @@ Attention make_attention(int64_t heads, int64_t kv_heads, int64_t head_dim, int6
           k_stride,
           v_stride,
           at<float>(out),
-          at<float>(lse)};
+          at<float>(lse),
+          bf16};
 }
 
 void attention(const std::string& isa, const Attention& a, int threads) {
@@ -41,7 +42,7 @@ void bind_attention(py::module_& m) {
   py::class_<Attention>(m, "Attention")
       .def(py::init(&make_attention), "heads"_a, "kv_heads"_a, "head_dim"_a, "segments"_a,
            "cu_seqlens"_a, "scale"_a, "q"_a, "k"_a, "v"_a, "q_stride"_a, "k_stride"_a, "v_stride"_a,
-           "out"_a, "lse"_a);
+           "out"_a, "lse"_a, "bf16"_a);
   m.def("attention", &attention, "isa"_a, "attention"_a, "threads"_a);
   m.def("attention_backward", &attention_backward, "isa"_a, "attention"_a, "d_out"_a,
         "d_out_stride"_a, "dq"_a, "dk"_a, "dv"_a, "threads"_a);

@@ -9,7 +9,7 @@ class Llama final : public puna::Engine {
  public:
   Llama(const ModelShape& shape, const puna::Tables& tables, WeightFormat format)
       : weights_(shape, tables, format) {
-    if (!attend_kernel_for(shape.head_dim).run)
+    if (!attend_kernel_for(shape.head_dim, false).run)
       throw std::invalid_argument("this instruction set cannot split the head size");
   }
   void pack(const std::string& part, int64_t layer, int64_t first, int64_t count,

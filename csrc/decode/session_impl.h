@@ -36,8 +36,9 @@ class LlamaSession final : public puna::Session {
   explicit LlamaSession(const PackedWeights& weights)
       : shape_(weights.shape),
         weights_(weights),
-        cache_(shape_.layers, shape_.kv_heads, shape_.head_dim),
-        attend_(attend_kernel_for(shape_.head_dim)) {}
+        cache_(shape_.layers, shape_.kv_heads, shape_.head_dim,
+               weights.head.format != WeightFormat::fp32),
+        attend_(attend_kernel_for(shape_.head_dim, cache_.rounded())) {}
 
   void reserve(int64_t rows, int64_t max_tokens) override { cache_.reserve(rows, max_tokens); }
   int64_t vocab() const override { return shape_.vocab; }
@@ -152,7 +153,7 @@ class LlamaSession final : public puna::Session {
     a.hidden = allocate(block_capacity_ * shape_.ffn);
     for (int i = 0; i < threads; ++i) {
       a.scores.push_back(
-          allocate(std::max(shape_.vocab, heads_together() * (score_capacity_ + 1))));
+          allocate(std::max(shape_.vocab, heads_together() * (3 * score_capacity_ / 2 + 1))));
       if (block_capacity_ >= FEWEST_TOGETHER)
         a.workers.emplace_back(shape_.head_dim, group_size(), score_capacity_, false);
       a.normed.push_back(allocate(block_capacity_ * shape_.dim));
@@ -297,6 +298,7 @@ class LlamaSession final : public puna::Session {
     queries.q = query(tokens.begin, a);
     queries.q_stride = q_width() + 2 * kv_width();
     queries.out = a.attended.get() + tokens.begin * q_width();
+    queries.bf16 = cache_.rounded();
     for (int64_t g = heads.begin; g < heads.end; ++g) {
       for (int64_t i = tokens.begin; i < tokens.end; ++i)
         rotate_and_cache(batch, first, i, l, g, a);
@@ -326,17 +328,25 @@ class LlamaSession final : public puna::Session {
     const int64_t d = shape_.head_dim, group = group_size();
     const int64_t t = batch.positions[first + i], row = batch.rows[first + i];
     float* const q = query(i, a);
+    float* const totals = scores + heads_together() * score_capacity_;
+    float* const pairs = totals + heads_together();
     int count = 0;
     for (int64_t g = kv_heads.begin; g < kv_heads.end; ++g) {
       rotate_and_cache(batch, first, i, l, g, a);
-      for (int64_t h = g * group; h < (g + 1) * group; ++h, ++count)
-        heads[count] = {q + h * d, cache_.keys(l, row, g), cache_.values(l, row, g),
-                        scores + count * score_capacity_, a.attended.get() + i * q_width() + h * d};
+      for (int64_t h = g * group; h < (g + 1) * group; ++h, ++count) {
+        if (cache_.rounded()) round_row(q + h * d, d, reinterpret_cast<Pair*>(q + h * d));
+        heads[count] = {q + h * d,
+                        cache_.keys(l, row, g),
+                        cache_.values(l, row, g),
+                        scores + count * score_capacity_,
+                        pairs + count * score_capacity_ / 2,
+                        a.attended.get() + i * q_width() + h * d};
+      }
     }
     // What is prefetched of long rows would be gone again when it is read.
-    if ((t + 1) * d * (kv_heads.end - kv_heads.begin) > MAX_PREFETCH) distance = 0;
-    attend_.run(heads, count, t + 1, score_scale(), scores + heads_together() * score_capacity_,
-                distance);
+    const int64_t read = (t + 1) * cache_.head_floats() * (kv_heads.end - kv_heads.begin);
+    if (read > MAX_PREFETCH) distance = 0;
+    attend_.run(heads, count, t + 1, score_scale(), totals, distance);
   }
 
   void feed_forward(const PackedLayer& layer, int64_t count, float* x, const Team& team,

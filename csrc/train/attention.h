@@ -14,6 +14,7 @@ struct Attention {
   int64_t q_stride, k_stride, v_stride;  // from one token to the next; heads are contiguous
   float* out;                            // (N, H, D), contiguous
   float* lse;                            // (N, H): log of the sum of e^score; or null
+  bool bf16;  // the operands of the products are rounded to bf16, if the instruction set can
 };
 
 // dq, dk and dv are contiguous (N, H, D), (N, K, D) and (N, K, D); they are written, not added to.

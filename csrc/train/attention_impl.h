@@ -11,50 +11,13 @@
 
 #include "base/buffer.h"
 #include "base/standard.h"
-#include "base/tile.h"
 #include "train/attention.h"
+#include "train/strips.h"
 
 namespace PUNA_ISA {
 
 constexpr int BLOCK_ROWS = 48;      // rows at a time
 constexpr int64_t BLOCK_KEYS = 96;  // keys at a time, backward: 18 KB; 256 were 3% slower
-
-// c (ROWS, VECTORS * W) = a (ROWS, count) b (count, VECTORS * W), or c + that with `add`.
-template <int ROWS, int VECTORS>
-inline void tile_product(const float* a, int64_t a_row, int64_t a_inner, const float* b,
-                         int64_t b_row, int64_t count, float* c, int64_t c_row, bool add) {
-  vec sums[ROWS][VECTORS];
-  clear(sums);
-  multiply_add(sums, a, a_row, a_inner, b, b_row, count);
-  store_tile(sums, c, c_row, add);
-}
-
-// 24 of 32 registers hold sums, or 12 of 16.
-constexpr int tile_rows(int vectors) { return (W == 16 ? 24 : 12) / (vectors < 2 ? 2 : vectors); }
-
-template <int VECTORS>
-inline void multiply_strip(int64_t rows, const float* a, int64_t a_row, int64_t a_inner,
-                           const float* b, int64_t b_row, int64_t count, float* c, int64_t c_row,
-                           bool add) {
-  constexpr int ROWS = tile_rows(VECTORS);
-  for (int64_t r = 0; r < rows; r += ROWS)
-    dispatch_rows<ROWS>(static_cast<int>(std::min<int64_t>(ROWS, rows - r)), [&](auto n) {
-      tile_product<n, VECTORS>(a + r * a_row, a_row, a_inner, b, b_row, count, c + r * c_row, c_row,
-                               add);
-    });
-}
-
-// c (rows, vectors * W) = a (rows, count) b (count, vectors * W), or c + that with `add`. Numbers
-// of a lie `a_row` apart from row to row and `a_inner` within a row.
-inline void multiply(int64_t rows, int vectors, const float* a, int64_t a_row, int64_t a_inner,
-                     const float* b, int64_t b_row, int64_t count, float* c, int64_t c_row,
-                     bool add) {
-  for (; vectors >= 4; vectors -= 4, b += 4 * W, c += 4 * W)
-    multiply_strip<4>(rows, a, a_row, a_inner, b, b_row, count, c, c_row, add);
-  if (vectors == 3) multiply_strip<3>(rows, a, a_row, a_inner, b, b_row, count, c, c_row, add);
-  if (vectors == 2) multiply_strip<2>(rows, a, a_row, a_inner, b, b_row, count, c, c_row, add);
-  if (vectors == 1) multiply_strip<1>(rows, a, a_row, a_inner, b, b_row, count, c, c_row, add);
-}
 
 // What one thread needs to do one key/value head of a segment after the other.
 class AttentionWorker {
@@ -80,11 +43,15 @@ class AttentionWorker {
   void forward(const puna::Attention& a, int64_t segment, int64_t kv_head) {
     a_ = &a;
     load_segment(segment, kv_head);
-    for_each_block([&] { forward_block(); });
+    keys_in_blocks_ = false;
+    if (a.bf16)
+      forward_blocks(pair_keys<Rounded>(), pair_values<Rounded>());
+    else
+      forward_blocks(keys_.get(), values_.get());
   }
 
   // The queries of `tokens` alone, with the keys and values of all tokens up to them as a cache has
-  // them: keys in blocks of W tokens (D, W). q and out begin with the first of `tokens`.
+  // them (decode/cache.h), rounded where `a` says so. q and out begin with the first of `tokens`.
   void forward_cached(const puna::Attention& a, const float* keys, const float* values,
                       Range tokens, int64_t kv_head) {
     a_ = &a;
@@ -92,16 +59,21 @@ class AttentionWorker {
     first_query_ = tokens.begin;
     token_count_ = tokens.end;
     kv_head_ = kv_head;
-    for (int64_t t = 0; t < tokens.end; t += W)
-      for (int64_t i = 0; i < head_dim_; i += W)
-        transpose(keys + t * head_dim_ + i * W, W, keys_.get() + t * head_dim_ + i, head_dim_);
-    copy(values, head_dim_, tokens.end, 1.0f, values_.get(), head_dim_);
-    for_each_block([&] { forward_block(); });
+    keys_in_blocks_ = true;
+    if (a.bf16)
+      forward_blocks(reinterpret_cast<const Rounded*>(keys),
+                     reinterpret_cast<const Rounded*>(values));
+    else
+      forward_blocks(keys, values);
   }
 
   void backward(const puna::AttentionBackward& back, int64_t segment, int64_t kv_head) {
     a_ = &back.of;
     load_segment(segment, kv_head);
+    if (a_->bf16) {
+      widen(token_count_ * head_dim_, keys_.get());
+      widen(token_count_ * head_dim_, values_.get());
+    }
     std::fill_n(d_keys_.get(), token_count_ * head_dim_, 0.0f);
     std::fill_n(d_values_.get(), token_count_ * head_dim_, 0.0f);
     for_each_block([&] { backward_block(back); });
@@ -121,6 +93,34 @@ class AttentionWorker {
          1.0f, keys_.get(), head_dim_);
     copy(a_->v + first_token_ * a_->v_stride + kv_head * head_dim_, a_->v_stride, token_count_,
          1.0f, values_.get(), head_dim_);
+  }
+
+  // Rounds to bf16 and back: the scores of a backward are those of its forward, summed in fp32.
+  static void widen(int64_t count, float* x) {
+    if constexpr (MULTIPLIES_PAIRS)
+      for (int64_t i = 0; i < count; i += W) store(x + i, first_of(pair_up(load(x + i), vec{})));
+  }
+
+  // The segment's keys (T, D / 2), where they were loaded.
+  template <typename Number>
+  const Number* pair_keys() {
+    auto* pairs = reinterpret_cast<Number*>(keys_.get());
+    if constexpr (MULTIPLIES_PAIRS) round_row(keys_.get(), token_count_ * head_dim_, pairs);
+    return pairs;
+  }
+
+  // Its values: pairs of two tokens, (T / 2, D).
+  template <typename Number>
+  const Number* pair_values() {
+    float* values = values_.get();
+    if constexpr (MULTIPLIES_PAIRS)
+      for (int64_t t = 0; t < token_count_; t += 2)
+        for (int64_t i = 0; i < head_dim_; i += W) {
+          const float* at = values + t * head_dim_ + i;
+          store(values + t / 2 * head_dim_ + i,
+                (vec)pair_up(load(at), t + 1 < token_count_ ? load(at + head_dim_) : vec{}));
+        }
+    return reinterpret_cast<Number*>(values);
   }
 
   // Copies vectors (count, D), times a factor.
@@ -158,16 +158,21 @@ class AttentionWorker {
     }
   }
 
-  // Loads the block's rows (BLOCK_ROWS, D), and behind them their transpose (D, BLOCK_ROWS).
+  // Loads the block's rows (BLOCK_ROWS, D), and behind them their transpose (D, BLOCK_ROWS). Of
+  // pairs there are D / 2, as far apart as D numbers.
+  template <typename Number>
   void load_block(const float* from, int64_t stride, float* rows) const {
     for_each_row([&](int64_t r, int64_t t, int64_t h) {
       copy(from + t * stride + h * head_dim_, head_dim_, 1, 1.0f, rows + r * head_dim_, head_dim_);
     });
     const int64_t filled = block_vectors_ * W;
     std::fill(rows + row_count_ * head_dim_, rows + filled * head_dim_, 0.0f);
+    if constexpr (std::is_same_v<Number, Pair>)
+      for (float* row = rows; row < rows + filled * head_dim_; row += head_dim_)
+        round_row(row, head_dim_, reinterpret_cast<Pair*>(row));
     float* columns = rows + BLOCK_ROWS * head_dim_;
     for (int64_t r = 0; r < filled; r += W)
-      for (int64_t i = 0; i < head_dim_; i += W)
+      for (int64_t i = 0; i < head_dim_ / NUMBERS<Number>; i += W)
         transpose(rows + r * head_dim_ + i, head_dim_, columns + i * BLOCK_ROWS + r, BLOCK_ROWS);
   }
 
@@ -181,29 +186,31 @@ class AttentionWorker {
     return std::max(keys.begin, std::min(keys.end, token(row) + 1));
   }
 
-  // to (keys, BLOCK_ROWS) = from (length, D) times the block's columns (D, BLOCK_ROWS). Vectors of
-  // which every row is masked are not written; the mask replaces them later.
-  void compute_scores(const float* from, Range keys, const float* columns, float* to) const {
+  // to (keys, BLOCK_ROWS) = keys (T, D) times the block's columns (D, BLOCK_ROWS). Vectors of which
+  // every row is masked are not written; the mask replaces them later.
+  template <typename Number>
+  void compute_scores(const Keys<Number>& from, Range keys, const float* columns, float* to) const {
     const int64_t unmasked = unmasked_end(keys, 0);
-    multiply(unmasked - keys.begin, block_vectors_, from + keys.begin * head_dim_, head_dim_, 1,
-             columns, BLOCK_ROWS, head_dim_, to, BLOCK_ROWS, false);
-    for (int64_t j = unmasked; j < keys.end; j += 8) {
+    for (int64_t j = keys.begin, end; j < keys.end; j = end) {
+      end = from.matrix_end(j, j < unmasked ? unmasked : std::min(keys.end, j + 8));
       const int64_t skip = masked_rows(j) / W;
-      multiply(std::min<int64_t>(8, keys.end - j), block_vectors_ - static_cast<int>(skip),
-               from + j * head_dim_, head_dim_, 1, columns + skip * W, BLOCK_ROWS, head_dim_,
-               to + (j - keys.begin) * BLOCK_ROWS + skip * W, BLOCK_ROWS, false);
+      multiply(end - j, block_vectors_ - static_cast<int>(skip), from.of(j), from.row(),
+               from.inner(), reinterpret_cast<const Number*>(columns) + skip * W, BLOCK_ROWS,
+               from.size, to + (j - keys.begin) * BLOCK_ROWS + skip * W, BLOCK_ROWS, false);
     }
   }
 
   // sums (rows, D) = scores (keys, BLOCK_ROWS) transposed, times from (length, D); added to sums
-  // for all but the first keys.
-  void sum_over_keys(const float* scores, Range keys, const float* from) const {
+  // for all but the first keys. Of pairs, which begin with the first key, each is of two keys.
+  template <typename Number>
+  void sum_over_keys(const Number* scores, Range keys, const Number* from) const {
     for (int64_t r = 0; r < row_count_; r += tile_rows_) {
       const int64_t rows = std::min(tile_rows_, row_count_ - r);
       const int64_t end = std::min(keys.end, token(r + rows - 1) + 1);
       if (end <= keys.begin) continue;
       multiply(rows, vectors_, scores + r, 1, BLOCK_ROWS, from + keys.begin * head_dim_, head_dim_,
-               end - keys.begin, sums_.get() + r * head_dim_, head_dim_, keys.begin > 0);
+               ceil_div(end - keys.begin, NUMBERS<Number>), sums_.get() + r * head_dim_, head_dim_,
+               keys.begin > 0);
     }
   }
 
@@ -236,13 +243,21 @@ class AttentionWorker {
     }
   }
 
-  void forward_block() {
-    load_block(a_->q, a_->q_stride, q_.get());
+  template <typename Number>
+  void forward_blocks(const Number* keys, const Number* values) {
+    const Keys<Number> all{keys, head_dim_ / NUMBERS<Number>, keys_in_blocks_};
+    for_each_block([&] { forward_block(all, values); });
+  }
+
+  template <typename Number>
+  void forward_block(const Keys<Number>& all, const Number* values) {
+    load_block<Number>(a_->q, a_->q_stride, q_.get());
     const Range keys{0, key_count_};
-    compute_scores(keys_.get(), keys, q_.get() + BLOCK_ROWS * head_dim_, scores_.get());
+    compute_scores(all, keys, q_.get() + BLOCK_ROWS * head_dim_, scores_.get());
     alignas(64) float totals[BLOCK_ROWS], row_max[BLOCK_ROWS];
-    for (int i = 0; i < block_vectors_; ++i) softmax_vector(i, totals + i * W, row_max + i * W);
-    sum_over_keys(scores_.get(), keys, values_.get());
+    for (int i = 0; i < block_vectors_; ++i)
+      softmax_vector<Number>(i, totals + i * W, row_max + i * W);
+    sum_over_keys(reinterpret_cast<const Number*>(scores_.get()), keys, values);
     for_each_row([&](int64_t r, int64_t t, int64_t h) {
       const int64_t offset = t * a_->heads + h;
       copy(sums_.get() + r * head_dim_, head_dim_, 1, 1.0f / totals[r],
@@ -251,26 +266,40 @@ class AttentionWorker {
     });
   }
 
-  // Vector `i` of the block's rows: scores become e^(score - row_max), or zero where masked.
+  // Vector `i` of the block's rows: scores become e^(score - row_max), or zero where masked; two
+  // keys' become the pair of half their place.
+  template <typename Number>
   void softmax_vector(int i, float* totals, float* row_max) const {
     float* scores = scores_.get();
     const Range keys{0, key_count_};
     vec maximum = load(scores + i * W), total = {};  // every row attends to the first key
+    [[maybe_unused]] vec waiting = {};
+    [[maybe_unused]] int64_t key = 0;
+    const auto keep = [&](int64_t offset, vec e) {
+      if constexpr (std::is_same_v<Number, float>)
+        store(scores + offset, e);
+      else if (key++ % 2)
+        store(scores + (key / 2 - 1) * BLOCK_ROWS + i * W, (vec)pair_up(waiting, e));
+      else
+        waiting = e;
+    };
     for_each_key(i, keys, [&](int64_t offset, auto mask) {
       maximum = max(maximum, mask(load(scores + offset), maximum));
     });
     for_each_key(i, keys, [&](int64_t offset, auto mask) {
       const vec e = mask(exp((load(scores + offset) - maximum) * a_->scale), vec{});
       total += e;
-      store(scores + offset, e);
+      keep(offset, e);
     });
+    if (NUMBERS<Number> > 1 && key_count_ % 2) keep(0, vec{});
     store(totals, total);
     store(row_max, maximum);
   }
 
   void backward_block(const puna::AttentionBackward& back) {
-    load_block(a_->q, a_->q_stride, q_.get());
-    load_block(back.d_out, back.d_out_stride, d_out_.get());
+    load_block<float>(a_->q, a_->q_stride, q_.get());
+    if (a_->bf16) widen(2 * BLOCK_ROWS * head_dim_, q_.get());
+    load_block<float>(back.d_out, back.d_out_stride, d_out_.get());
     alignas(64) float deltas[BLOCK_ROWS] = {}, lse[BLOCK_ROWS] = {};
     for_each_row([&](int64_t r, int64_t t, int64_t h) {
       const int64_t offset = t * a_->heads + h;
@@ -290,11 +319,12 @@ class AttentionWorker {
 
   void backward_keys(Range keys, const float* deltas, const float* lse) const {
     float *p = scores_.get(), *ds = d_scores_.get();
-    compute_scores(keys_.get(), keys, q_.get() + BLOCK_ROWS * head_dim_, p);
-    compute_scores(values_.get(), keys, d_out_.get() + BLOCK_ROWS * head_dim_, ds);
+    const auto rows = [&](const Buffer& x) { return Keys<float>{x.get(), head_dim_, false}; };
+    compute_scores(rows(keys_), keys, q_.get() + BLOCK_ROWS * head_dim_, p);
+    compute_scores(rows(values_), keys, d_out_.get() + BLOCK_ROWS * head_dim_, ds);
     for (int i = 0; i < block_vectors_; ++i)
       softmax_backward_vector(i, keys, load(deltas + i * W), load(lse + i * W));
-    sum_over_keys(ds, keys, keys_.get());
+    sum_over_keys<float>(ds, keys, keys_.get());
     sum_over_rows(ds, keys, q_.get(), d_keys_.get());
     sum_over_rows(p, keys, d_out_.get(), d_values_.get());
   }
@@ -316,6 +346,7 @@ class AttentionWorker {
   int64_t first_token_ = 0, token_count_ = 0, kv_head_ = 0, first_query_ = 0;
   int64_t first_row_ = 0, row_count_ = 0, key_count_ = 0;  // of the block; keys from 0 on
   int block_vectors_ = 0;                                  // of its rows
+  bool keys_in_blocks_ = false;
   Buffer keys_, values_, q_, sums_, scores_, d_keys_, d_values_, d_out_, d_scores_;
 };
 
