@@ -12,7 +12,8 @@ BEGIN, END = "<!-- results: python -m puna.benchmarks.readme -->\n", "<!-- end o
 README = RESULTS.parents[1] / "README.md"
 
 
-DOCUMENTS = ("all", "decode")  # what README.md shows of each machine
+DOCUMENTS = ("decode", "all")  # what README.md shows of each machine; what is long is folded up
+MOST = 20  # rows that stand open
 OURS = "puna"  # what our own ways are called, too: puna-replicated
 
 
@@ -28,10 +29,11 @@ def table(document: dict[str, Any]) -> str:
     providers = {row["provider"]: None for row in found}
     peers = [name for name in providers if not name.startswith(OURS)]
     work = {done: rows for done, rows in work.items() if rows.keys() & {*peers}}
-    lines = [
+    measured = (
         f"{card['processor']}, {card['threads']} threads, torch {card['torch']}, "
-        f"transformers {card['transformers']}: `{document['command']}`",
-        "",
+        f"transformers {card['transformers']}"
+    )
+    lines = [
         "| " + " | ".join(["work, shape, batch", "weights", "Puna", "of limit", *peers]) + " |",
         "|---|---|" + "---:|" * (2 + len(peers)),
     ]
@@ -41,7 +43,12 @@ def table(document: dict[str, Any]) -> str:
         cells.append(share_of_limit(ours))
         cells += [compared(ours, rows.get(name)) for name in peers]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    if len(work) <= MOST:
+        return "\n".join([f"{measured}: `{document['command']}`", "", *lines, ""])
+    shapes = ", ".join(dict.fromkeys(shape for _, shape, _, _ in work))
+    said = f"<summary>{measured}: all parts at {shapes}, {len(work)} rows</summary>"
+    command = f"`{document['command']}`"
+    return "\n".join(["<details>", said, "", command, "", *lines, "", "</details>", ""])
 
 
 def compared(ours: dict[str, Any], theirs: dict[str, Any] | None) -> str:

@@ -21,7 +21,7 @@ class Further(TypedDict, total=False):
 
 
 class Row(Further):
-    bench: str  # "train", "generate", "decode", "rollout", "rlhf", "fsdp", "busy" or "growth"
+    bench: str  # a part of the suite; of "decode" also "prefill", "context" and "chat"
     shape: str  # a name of puna.core.config.SIZES
     batch: int
     dtype: str

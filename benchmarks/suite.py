@@ -20,6 +20,7 @@ from puna.benchmarks.kernels.run import (
 )
 from puna.benchmarks.models import growth
 from puna.benchmarks.models.busy import bench_busy
+from puna.benchmarks.models.chat import bench_chat
 from puna.benchmarks.models.contexts import LENGTHS, bench_behind, bench_prompt
 from puna.benchmarks.models.decode import BATCHES as DECODE_BATCHES
 from puna.benchmarks.models.decode import bench_decode
@@ -214,6 +215,7 @@ def decode(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
         for length in LENGTHS:
             yield bench_prompt(models, length, turns, peers=peers)
         yield bench_behind(models, LENGTHS[-1], turns, peers=peers)
+        yield bench_chat(models, turns, peers=peers)
 
 
 def rollout(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from puna.core import parallel
 from puna.core.model import Transformer
+from puna.core.native import alike
+from puna.core.native.engine import engine_for_now
 
 
 def flat_sequences(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,13 +58,8 @@ def forward_groups(
     comes with the hidden states of a stand-in: its outputs must not be used for anything but a
     gradient of zero. Raises ValueError for a sequence that is longer than the model's context.
     """
+    _check_context(model, sequences)
     lengths = [len(sequence) for sequence in sequences]
-    longest = max(lengths, default=0)
-    if longest > model.config.context:
-        raise ValueError(
-            f"a sequence of {longest} tokens exceeds the model's context of "
-            f"{model.config.context}; shorten the prompts or lower max_new_tokens"
-        )
     device = next(model.parameters()).device
     shortest = min(range(len(lengths)), key=lengths.__getitem__, default=-1)
     for group in micro_batches(lengths, max_tokens):
@@ -72,18 +69,30 @@ def forward_groups(
         yield group, hidden, cu_seqlens.to(torch.int64)
 
 
+def _check_context(model: Transformer, sequences: Sequence[list[int]]) -> None:
+    longest = max(map(len, sequences), default=0)
+    if longest > model.config.context:
+        raise ValueError(
+            f"a sequence of {longest} tokens exceeds the model's context of "
+            f"{model.config.context}; shorten the prompts or lower max_new_tokens"
+        )
+
+
 @torch.no_grad()
 def score(model: Transformer, sequences: Sequence[list[int]], *, max_tokens: int = 16384) -> Tensor:
     """Raw scores (S,), fp32, of whole dialogues (prompt and answer ids), on the model's device.
 
     Each is read at the sequence's last token, the same place as in training: EOS if the answer
     has one. Nothing is padded, so there is no padding to mistake for it. `max_tokens` bounds one
-    forward pass. Raises ValueError for a language model or an empty sequence.
+    forward pass. Where neighbours begin alike, as K answers to a prompt do, the native engine runs
+    that part once, to the same bits. Raises ValueError for a language model or an empty sequence.
     """
     if model.head != "score":
         raise ValueError("this checkpoint has a language-model head; scoring needs a reward model")
     if any(not sequence for sequence in sequences):
         raise ValueError("an empty sequence cannot be scored")
+    if (shared := _by_engine(model, sequences, max_tokens)) is not None:
+        return shared
     device = next(model.parameters()).device
     scores = torch.empty(len(sequences), dtype=torch.float32, device=device)
     for group, hidden, starts in forward_groups(model, sequences, max_tokens):
@@ -91,6 +100,20 @@ def score(model: Transformer, sequences: Sequence[list[int]], *, max_tokens: int
         if group:
             scores[torch.tensor(group, device=device)] = last.float()
     return scores
+
+
+def _by_engine(
+    model: Transformer, sequences: Sequence[list[int]], max_tokens: int
+) -> Tensor | None:
+    """The scores (S,), if a quarter of the tokens or more need not be run again; else None."""
+    found = alike.groups(sequences)
+    if 4 * alike.spared(found) < sum(map(len, sequences)) or not sequences:
+        return None
+    _check_context(model, sequences)
+    engine = engine_for_now(model)
+    if engine is None:
+        return None
+    return alike.last_outputs(engine, sequences, found, max_tokens)[:, 0]
 
 
 @torch.no_grad()

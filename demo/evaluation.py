@@ -225,7 +225,7 @@ def compare_held_out(
         seed=seed + 1,
         round_index=number,
         device=torch.device("cpu"),
-        limits={"batch_size": 512},
+        limits={"batch_size": 128},
     )
     annotate(pairs, file, annotator, tokenizer, number)
 

@@ -52,7 +52,7 @@ def answers(
         temperature=temperature,
         seed=seed,
         sample_ids=[sample] * len(prompts),
-        batch_size=512,
+        batch_size=128,
     )
     return [decode_answer(tokenizer, completion.tokens) for completion in completions]
 

@@ -6,6 +6,7 @@ tested with torchrun (`test_ranks`, `test_ppo`, `test_evaluate_chat`), and what 
 its own before PyTorch is imported (`test_mixed_precision`).
 """
 
+import faulthandler
 import functools
 import inspect
 import multiprocessing
@@ -80,6 +81,7 @@ def process(
         os.environ.update(variables, MASTER_ADDR="127.0.0.1")
     if stderr is not None:
         os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    faulthandler.enable()  # a crash below Python says where: once malloc found its lists damaged
     file, name = work
     code = runpy.run_path(file)[name](*arguments)
     raise SystemExit(code if isinstance(code, int) else 0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from puna.benchmarks import machine, output, readme, rows, suite, timing
-from puna.benchmarks.models import contexts, decode, generate, rlhf, rollout, steps, train
+from puna.benchmarks.models import chat, contexts, decode, generate, rlhf, rollout, steps, train
 from puna.benchmarks.models import shapes as models
 from puna.benchmarks.models.generate import PUNA
 from puna.benchmarks.models.shapes import Shape, multiplied_parameters, open_models
@@ -30,7 +30,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(generate, "PROMPT", 4)
     monkeypatch.setattr(generate, "NEW", 8)
     monkeypatch.setattr(decode, "NEW", 8)
-    for module in (contexts, decode):
+    for module in (chat, contexts, decode):
         monkeypatch.setattr(module, "llama_cpp_installed", lambda: False)
     monkeypatch.setattr(contexts, "BEHIND", 4)
     monkeypatch.setattr(suite, "LENGTHS", (12,))
@@ -59,9 +59,10 @@ def test_the_last_line_is_the_document(tiny, capsys, tmp_path, monkeypatch):
         *(("decode", 3, "puna", dtype) for dtype in rounded),
         *(
             (bench, 1, "puna", dtype)
-            for bench in ("prefill", "context")
+            for bench in ("prefill", "context", "chat")
             for dtype in ("fp32", *rounded)
         ),
+        ("chat", 1, "puna", "fp32"),  # all run again in every turn
         *[("rlhf", 4, "puna", "fp32")] * 5,
         ("train", 2, "puna", "fp32"),
         ("train", 2, "transformers", "fp32"),

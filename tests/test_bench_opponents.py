@@ -18,7 +18,7 @@ from puna.benchmarks.kernels import cases as kernel_cases
 from puna.benchmarks.kernels import opponents as adapters
 from puna.benchmarks.kernels import peers
 from puna.benchmarks.kernels.verify import verify
-from puna.benchmarks.models import contexts, decode, generate, llama_bench, vllm
+from puna.benchmarks.models import chat, contexts, decode, generate, llama_bench, vllm
 from puna.benchmarks.models.shapes import Shape, open_models
 from puna.cli.main import main
 from puna.core.checkpoint.folder import load_model
@@ -139,7 +139,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(decode, "NEW", 8)
     monkeypatch.setattr(contexts, "BEHIND", 4)
     monkeypatch.setattr(suite, "LENGTHS", (12,))
-    for module in (contexts, decode, suite):
+    for module in (chat, contexts, decode, suite):
         monkeypatch.setattr(module, "llama_cpp_installed", lambda: False)
 
 

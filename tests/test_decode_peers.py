@@ -6,13 +6,14 @@ Run: python -m pytest tests/test_decode_peers.py -q
 import json
 import stat
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from puna.benchmarks import output, suite
-from puna.benchmarks.models import contexts, decode, decode_peers, llama_cpp
+from puna.benchmarks.models import chat, contexts, decode, decode_peers, llama_cpp
 from puna.benchmarks.models.shapes import Shape, open_models
 from puna.benchmarks.rows import Row, Work, row
 from puna.benchmarks.timing import Timing
@@ -38,7 +39,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(suite, "DECODE_BATCHES", (1,))
     monkeypatch.setattr(suite, "LENGTHS", (12,))
     monkeypatch.setattr(contexts, "BEHIND", 4)
-    for module in (contexts, decode, suite):
+    for module in (chat, contexts, decode, suite):
         monkeypatch.setattr(module, "llama_cpp_installed", lambda: False)
     model = Transformer(TINY)
     model.init_weights(seed=0)
@@ -233,6 +234,35 @@ def test_prompts_and_what_is_decoded_behind_them(tiny, tmp_path):
         for dtype in formats
     ]
     assert all(row["value"] > 0 and row["limit"] > 0 for row in rows)
+
+
+def test_a_chat_keeps_what_was_run(tiny, tmp_path):
+    models = open_models(Shape("tiny"), tmp_path / "model", CPU, peers=False)
+    rows = chat.bench_chat(models, 1)
+    formats = ["fp32"] if extension() is None else ["fp32", "bf16", "int8"]
+    assert [(row["operation"], row["dtype"]) for row in rows] == [
+        *(("10 turns", dtype) for dtype in formats),
+        ("10 turns, all run again", "fp32"),
+    ]
+    assert rows[0]["error"] == rows[-1]["error"] == 0
+    wrong = [[0] * chat.ANSWERED] * chat.TURNS
+    questions = [[7] * chat.ASKED] * chat.TURNS
+    longer = contexts.with_context(models.puna, chat.POSITIONS + 1)
+    right = chat.chat(longer, questions, "fp32", True)
+    assert right == chat.chat(longer, questions, "fp32", False)
+    answers = {("puna", "fp32"): right, ("other", "fp32"): wrong}
+    with pytest.raises(RuntimeError, match="nothing was timed: other fp32 wrote token"):
+        chat.errors_of(replace(models, puna=longer), questions, answers)
+
+
+def test_llama_cpp_chats_alike(with_llama_cpp, tiny, tmp_path):
+    longer = contexts.with_context(tiny, chat.POSITIONS + 1)
+    questions = torch.randint(90, (chat.TURNS, chat.ASKED)).tolist()
+    expected = chat.chat(longer, questions, "fp32", True)
+    room = chat.POSITIONS + 1
+    with llama_cpp.opened(longer, "fp32", tmp_path, rows=1, positions=room) as opened:
+        for _ in range(2):  # what was held is forgotten
+            assert chat.llama_cpp_chat(opened, questions) == expected
 
 
 def test_a_longer_context_shares_the_weights(tiny):

@@ -33,6 +33,20 @@ def test_importing_it_imports_nothing_heavy():
     ) == ("False")
 
 
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_soon_sleep_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], taken: str
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert python("import os, puna; print(os.environ.get('GOMP_SPINCOUNT'))") == taken
+
+
 def test_every_name_is_there_and_is_what_it_says():
     for name in puna.__all__:
         assert getattr(puna, name) is not None and name in dir(puna)

@@ -49,6 +49,7 @@ def llama2c_decoder(executable: Path, model: Transformer, new: int, folder: Path
 
     def decode() -> Decoded:
         environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        environment.pop("GOMP_SPINCOUNT", None)  # Puna's choice (puna/__init__.py), not its own
         ended = budget.run(command, cwd=folder, env=environment)
         if ended.returncode:
             raise UserError(

@@ -93,10 +93,11 @@ def forget(opened: Opened, behind: int = 0) -> None:
         llama_cpp.llama_memory_seq_rm(memory, row, behind, -1)
 
 
-def prefill(opened: Opened, tokens: Sequence[int]) -> int:
-    """The first row's token after `tokens`, which stand from position 0 on."""
+def prefill(opened: Opened, tokens: Sequence[int], *, behind: int = 0) -> int:
+    """The first row's token after `tokens`, which stand from position `behind` on."""
     for place, token in enumerate(tokens):
-        put(opened, place, token, position=place, row=0, wanted=place + 1 == len(tokens))
+        wanted = place + 1 == len(tokens)
+        put(opened, place, token, position=behind + place, row=0, wanted=wanted)
     return decoded(opened, len(tokens), 1)[0]
 
 

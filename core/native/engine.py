@@ -39,7 +39,7 @@ def cached_bytes(weight_format: str, head_dim: int) -> float:
 
 
 PARTS = {  # of a parameter's name: what the extension calls it
-    "model.embed_tokens": "embedding", "lm_head": "head", "model.norm": "norm",
+    "model.embed_tokens": "embedding", "lm_head": "head", "score": "head", "model.norm": "norm",
     "self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v",
     "self_attn.o_proj": "o", "mlp.gate_proj": "gate", "mlp.up_proj": "up", "mlp.down_proj": "down",
     "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
@@ -67,7 +67,7 @@ class Engine:
             raise ValueError(f"the native engine does not take this model: {why}")
         self.stamp = stamp(model)
         tables = model.rope_tables(torch.device("cpu"))
-        self._allocate(model.config, tables, instruction_set, weight_format)
+        self._allocate(model.config, model.head, tables, instruction_set, weight_format)
         for name, weight in model.named_parameters(remove_duplicate=False):
             self._pack(name, 0, weight.detach())
 
@@ -78,14 +78,14 @@ class Engine:
         """The engine of a checkpoint that is read piece by piece, so that its weights are in memory
         in `weight_format` alone. ValueError where it is not the engine's."""
         check_built()
-        why = unfit_config(source.config, source.head)
+        why = unfit_config(source.config)
         if why:
             raise ValueError(f"the native engine does not take this model: {why}")
         with torch.device("meta"):
             tables = Transformer(source.config).rope_tables(torch.device("cpu"))
         engine = cls.__new__(cls)
         engine.stamp = ()
-        engine._allocate(source.config, tables, instruction_set, weight_format)
+        engine._allocate(source.config, source.head, tables, instruction_set, weight_format)
         for name, first, rows in source.pieces():
             engine._pack(name, first, as_type(name, rows, torch.float32).contiguous())
         return engine
@@ -93,6 +93,7 @@ class Engine:
     def _allocate(
         self,
         config: ModelConfig,
+        head: str,
         tables: tuple[Tensor, Tensor],
         instruction_set: str | None,
         weight_format: str,
@@ -107,12 +108,12 @@ class Engine:
             )
         module = extension()
         assert module is not None
-        self.config = config
+        self.config, self.outputs = config, config.vocab_size if head == "lm" else 1
         self._alive = tables  # read where they are
         shape = {
             "layers": config.n_layers, "dim": config.dim, "heads": config.n_heads,
             "kv_heads": config.n_kv_heads, "head_dim": config.head_dim, "ffn": config.ffn_dim,
-            "vocab": config.vocab_size, "eps": config.norm_eps,
+            "vocab": config.vocab_size, "outputs": self.outputs, "eps": config.norm_eps,
         }  # fmt: skip
         self._native = module.make_engine(
             instruction_set, weight_format, shape, *(_address("RoPE", each) for each in tables)
@@ -129,7 +130,7 @@ class Engine:
 
     def new_session(self) -> Session:
         """A session without room yet, for who keeps it longer than a call."""
-        return Session(self._native.new_session(), self.config, self._alive)
+        return Session(self._native.new_session(), self.config, self.outputs, self._alive)
 
     @contextmanager
     def session(self, rows: int, max_tokens: int) -> Iterator[Session]:
@@ -171,13 +172,11 @@ def unfit(model: Transformer) -> str | None:
             return "its weights are sharded"
         if not weight.is_contiguous():
             return "its weights are not contiguous"
-    return unfit_config(model.config, model.head)
+    return unfit_config(model.config)
 
 
-def unfit_config(config: ModelConfig, head: str) -> str | None:
-    """Why the engine can run no model of this shape and head, or None."""
-    if head != "lm":
-        return "it has no language-model head"
+def unfit_config(config: ModelConfig) -> str | None:
+    """Why the engine can run no model of this shape, or None."""
     if config.biased:
         return "its attention has biases"
     if not instruction_sets(config.head_dim):
@@ -193,7 +192,7 @@ def check_built() -> None:
 
 def _unlike_its_config(model: Transformer) -> str | None:
     """The first parameter or norm that a layer added, cut or replaced makes another one."""
-    expected = dict(_shapes(model.config))
+    expected = dict(_shapes(model.config, model.head))
     for name, weight in model.named_parameters(remove_duplicate=False):
         if expected.pop(name, None) != weight.shape:
             return name
@@ -204,8 +203,8 @@ def _unlike_its_config(model: Transformer) -> str | None:
 
 
 @functools.cache
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    return parameter_shapes(config, "lm")
+def _shapes(config: ModelConfig, head: str) -> dict[str, tuple[int, ...]]:
+    return parameter_shapes(config, head)
 
 
 def instruction_sets(head_dim: int) -> list[str]:
@@ -309,9 +308,24 @@ def engine_for(model: Transformer, weight_format: str = "fp32") -> Engine | None
         return engine
 
 
+def engine_for_now(model: Transformer) -> Engine | None:
+    """An engine in the products in force, whose copy of the weights goes with it; None where the
+    model's own operations are to do the work, of whatever reason."""
+    if ops.forced() not in ("auto", "native") or ops.transformed() or extension() is None:
+        return None
+    if torch.is_autocast_enabled("cpu") or unfit(model) is not None or _size(model) > _memory() / 4:
+        return None
+    return Engine(model, weight_format=ops.products())
+
+
+def _size(model: Transformer) -> int:
+    """Bytes of its weights in fp32."""
+    return 4 * sum(weight.numel() for weight in model.parameters())
+
+
 def _too_large(model: Transformer) -> bool:
     """Whether a second copy of the weights, beside the first, might fill the memory."""
-    size = 4 * sum(weight.numel() for weight in model.parameters())
+    size = _size(model)
     if size <= _memory() / 4:
         return False
     _say_too_large(size)

@@ -16,8 +16,8 @@ class Session:
     `alive` what that goes on reading.
     """
 
-    def __init__(self, native: Any, config: ModelConfig, alive: tuple[Tensor, ...]):
-        self.config = config
+    def __init__(self, native: Any, config: ModelConfig, outputs: int, alive: tuple[Tensor, ...]):
+        self.config, self.outputs = config, outputs  # of the head: V, or 1 for a score
         self._native, self._alive = native, alive
 
     def reserve(self, rows: int, max_tokens: int) -> None:
@@ -44,7 +44,8 @@ class Session:
         """Append tokens (N,) at `positions` (N,) of cache `rows` (N,); all int64.
 
         A row's tokens stand next to each other, positions rising by one; a token sees its row up
-        to itself. Returns logits (W, V) fp32 after the tokens numbered `wanted` (W,).
+        to itself. Returns logits (W, V), or scores (W, 1), fp32 after the tokens numbered `wanted`
+        (W,).
         Raises ValueError for tensors that are not CPU int64, contiguous and of fitting lengths,
         for ids the model does not know and for places outside the cache.
         """
@@ -85,7 +86,7 @@ class Session:
         return drawn[:done], logprobs[:done]
 
     def _room(self, wanted: Tensor) -> Tensor:
-        return torch.empty(wanted.numel(), self.config.vocab_size)
+        return torch.empty(wanted.numel(), self.outputs)
 
     def _forward(
         self,

@@ -19,7 +19,7 @@ std::unique_ptr<Engine> make_engine(const std::string& isa, const std::string& f
                                     const py::dict& shape, Address cos, Address sin) {
   const auto size = [&](const char* name) { return shape[name].cast<int64_t>(); };
   const ModelShape s{size("layers"),   size("dim"), size("heads"), size("kv_heads"),
-                     size("head_dim"), size("ffn"), size("vocab"), shape["eps"].cast<float>()};
+                     size("head_dim"), size("ffn"), size("vocab"), size("outputs"), shape["eps"].cast<float>()};
   const Tables tables{at<const float>(cos), at<const float>(sin)};
   const WeightFormat wanted = format_from(format);
   const Operations& native = operations(isa);
@@ -76,6 +76,8 @@ int64_t forward(Session& session, int64_t count, Address tokens, Address rows, A
   check_range("rows", batch.rows, count, session.rows());
   check_range("positions", batch.positions, count, session.max_tokens());
   check_range("wanted", batch.wanted, wanted_count, count);
+  if (drawn && session.outputs() != session.vocab())
+    throw std::invalid_argument("this head gives no logits of tokens, so there is none to draw");
   if (steps < 1) throw std::invalid_argument("steps must be at least 1");
   for (int64_t i = 0; i < wanted_count; ++i)
     if (batch.positions[batch.wanted[i]] + steps > session.max_tokens())

@@ -19,6 +19,7 @@ namespace puna {
 
 struct ModelShape {
   int64_t layers, dim, heads, kv_heads, head_dim, ffn, vocab;
+  int64_t outputs;  // of the head: V, or 1 for a score
   float eps;
 };
 
@@ -33,7 +34,7 @@ struct Batch {
   const int64_t *tokens, *rows, *positions;
   int64_t wanted_count;
   const int64_t* wanted;  // which of the tokens get logits
-  float* logits;          // (wanted_count, V)
+  float* logits;          // (wanted_count, outputs)
 };
 
 // How tokens are drawn from the logits (see kernels/sample.py). Each drawn token is fed to its row,
@@ -60,6 +61,7 @@ class Session {
   // Copies the first `length` tokens of row `from` to row `to`.
   virtual void copy_row(int64_t from, int64_t to, int64_t length) = 0;
   virtual int64_t vocab() const = 0;
+  virtual int64_t outputs() const = 0;
   virtual int64_t rows() const = 0;
   virtual int64_t max_tokens() const = 0;
 
@@ -72,9 +74,9 @@ class Engine {
  public:
   virtual ~Engine() = default;
   // Takes rows `first` to `first + count` of a tensor, fp32 and row-major as PyTorch holds them, so
-  // that a tensor need never be whole. Of the model: "embedding" and "head" (V, C), "norm" (C); of
-  // a layer q, k, v, o, gate, up, down (out, in), attention_norm and ffn_norm (C). Of a norm, rows
-  // are numbers. invalid_argument for what there is not.
+  // that a tensor need never be whole. Of the model: "embedding" (V, C), "head"
+  // (outputs, C), "norm" (C); of a layer q, k, v, o, gate, up, down (out, in), attention_norm and
+  // ffn_norm (C). Of a norm, rows are numbers. invalid_argument for what there is not.
   virtual void pack(const std::string& part, int64_t layer, int64_t first, int64_t count,
                     const float* rows) = 0;
   // The session reads this engine's weights, which must outlive it.

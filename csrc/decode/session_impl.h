@@ -42,6 +42,7 @@ class LlamaSession final : public puna::Session {
 
   void reserve(int64_t rows, int64_t max_tokens) override { cache_.reserve(rows, max_tokens); }
   int64_t vocab() const override { return shape_.vocab; }
+  int64_t outputs() const override { return shape_.outputs; }
   int64_t rows() const override { return cache_.rows(); }
   int64_t max_tokens() const override { return cache_.max_tokens(); }
   void copy_row(int64_t from, int64_t to, int64_t length) override {
@@ -377,7 +378,7 @@ class LlamaSession final : public puna::Session {
     for (int64_t first = 0; first < batch.wanted_count; first += BLOCK_TOKENS)
       linear<false>(weights_.head, final_.get() + first * shape_.dim,
                     std::min(BLOCK_TOKENS, batch.wanted_count - first),
-                    batch.logits + first * shape_.vocab, part, parts, rounded);
+                    batch.logits + first * shape_.outputs, part, parts, rounded);
   }
 
   const ModelShape shape_;

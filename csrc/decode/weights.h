@@ -29,7 +29,7 @@ class PackedWeights {
         cos(tables.cos),
         sin(tables.sin),
         embedding(s.vocab, s.dim, format),
-        head(s.dim, s.vocab, format),
+        head(s.dim, s.outputs, format),
         final_norm(s.dim) {
     const auto matrix = [&](int64_t in, int64_t out) { return PackedMatrix(in, out, format); };
     const std::vector<float> norm(s.dim);
@@ -47,7 +47,7 @@ class PackedWeights {
       check(first, count, shape.vocab);
       return embedding.pack(rows, first, count);
     }
-    if (part == "head") return put(head, 0, shape.vocab, first, count, rows);
+    if (part == "head") return put(head, 0, shape.outputs, first, count, rows);
     if (part == "norm") return put(final_norm, first, count, rows);
     if (layer < 0 || layer >= shape.layers) throw std::invalid_argument("there is no such layer");
     PackedLayer& to = layers[layer];
