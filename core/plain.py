@@ -31,8 +31,9 @@ def transparent(kind: Kind) -> Kind:
     return kind
 
 
-def altered(module: nn.Module) -> str | None:
-    """What keeps a module from being gone past, in words; None where nothing does."""
+def altered(module: nn.Module, *, may_have_bias: bool = False) -> str | None:
+    """What keeps a module from being gone past, in words; None where nothing does. Who goes past it
+    may know of its bias."""
     kind, own = type(module), module.__dict__
     if kind not in _forwards:
         return f"it is a {kind.__name__}"
@@ -43,7 +44,7 @@ def altered(module: nn.Module) -> str | None:
         return "it has a hook"
     if own["_backward_pre_hooks"] or own["_backward_hooks"]:
         return "it has a hook"
-    if own["_parameters"].get("bias") is not None:
+    if own["_parameters"].get("bias") is not None and not may_have_bias:
         return "it has a bias"
     if own.get("max_norm") is not None:
         return "it has a max_norm"

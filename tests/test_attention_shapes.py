@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from puna.core import ops
+from puna.core.checkpoint.any_format import open_any
 from puna.core.checkpoint.convert import convert
 from puna.core.checkpoint.folder import load_model, save_model
 from puna.core.checkpoint.source import parameter_shapes
 from puna.core.config import ModelConfig, parameter_count
 from puna.core.generation.generate import generate
 from puna.core.model import Transformer
-from puna.core.native.engine import unfit
+from puna.core.native.engine import Engine, instruction_sets, unfit
 from puna.core.native.loader import extension
 from puna.core.text.tokenizer import train_tokenizer
 
@@ -84,9 +85,38 @@ def test_generation_is_transformers_with_the_engine_or_without(
         with ops.use_backend(backend):
             found = generate(model, [prompt], max_new_tokens=40, eos_id=None, temperature=0.0)
         assert found[0].tokens == wanted, backend
-    if extension() is not None:
-        why = unfit(model)
-        assert why is None if not model.config.attention_bias else "it has a bias" in str(why)
+    assert unfit(model) is None
+
+
+@pytest.mark.skipif(extension() is None, reason="the extension is not built")
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+def test_the_engine_multiplies_and_adds_as_the_model(
+    model: Transformer, weights: str, tmp_path: Path
+) -> None:
+    """A prompt at once and token by token, on every instruction set; also read from a folder."""
+    save_model(tmp_path / "model", model)
+    ids = tokens()[0]
+    with torch.no_grad(), ops.use_backend("reference"):
+        expected = logits(model, ids[None])[0]
+    places, row = torch.arange(len(ids)), torch.zeros(len(ids), dtype=torch.int64)
+    for name in instruction_sets(model.config.head_dim):
+        read = Engine.read(open_any(tmp_path / "model"), weights, name)
+        for engine in (Engine(model, name, weight_format=weights), read):
+            with engine.session(1, len(ids)) as session:
+                found = session.logits(ids, row, places, places)
+                each = [
+                    session.logits(*(x[t : t + 1] for x in (ids, row, places)), row[:1])
+                    for t in range(len(ids))
+                ]
+            error = (found - expected).norm() / expected.norm()
+            assert error < {"fp32": 1e-5, "bf16": 2e-2, "int8": 4e-2}[weights], (name, error)
+            torch.testing.assert_close(torch.cat(each), found, atol=1e-5, rtol=1e-5)
+
+
+def test_a_bias_that_the_config_has_not_is_no_engines(model: Transformer) -> None:
+    size = model.config.dim
+    model.model.layers[1].mlp.down_proj.bias = torch.nn.Parameter(torch.ones(size))
+    assert "mlp.down_proj, it has a bias" in str(unfit(model))
 
 
 def test_shapes_are_counted_as_they_are(model: Transformer) -> None:

@@ -143,8 +143,8 @@ def test_such_a_model_generates_and_does_nothing_else(tmp_path):
 
 
 def test_what_the_engine_does_not_take_is_said(tmp_path):
-    path = saved(tmp_path / "model", replace(SHAPES[0], attention_bias=True))
-    with pytest.raises(ValueError, match="does not take this model: its attention has biases"):
+    path = saved(tmp_path / "model", replace(SHAPES[0], head_size=10))
+    with pytest.raises(ValueError, match="does not take this model: its head size is 10"):
         puna.load(path, device="cpu", weight_format="int8")
 
 

@@ -42,6 +42,8 @@ PARTS = {  # of a parameter's name: what the extension calls it
     "model.embed_tokens": "embedding", "lm_head": "head", "score": "head", "model.norm": "norm",
     "self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v",
     "self_attn.o_proj": "o", "mlp.gate_proj": "gate", "mlp.up_proj": "up", "mlp.down_proj": "down",
+    "self_attn.q_proj.bias": "q_bias", "self_attn.k_proj.bias": "k_bias",
+    "self_attn.v_proj.bias": "v_bias", "self_attn.o_proj.bias": "o_bias",
     "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
 }  # fmt: skip
 
@@ -114,6 +116,7 @@ class Engine:
             "layers": config.n_layers, "dim": config.dim, "heads": config.n_heads,
             "kv_heads": config.n_kv_heads, "head_dim": config.head_dim, "ffn": config.ffn_dim,
             "vocab": config.vocab_size, "outputs": self.outputs, "eps": config.norm_eps,
+            "qkv_bias": "q_proj" in config.biased, "o_bias": "o_proj" in config.biased,
         }  # fmt: skip
         self._native = module.make_engine(
             instruction_set, weight_format, shape, *(_address("RoPE", each) for each in tables)
@@ -158,8 +161,9 @@ def unfit(model: Transformer) -> str | None:
     """Why the engine cannot run this model, or None."""
     if ops.traced():
         return "it is being traced"
+    biased = model.config.biased
     for name, module in model.named_modules():
-        if why := altered(module):
+        if why := altered(module, may_have_bias=name.rpartition(".")[2] in biased):
             return f"of {name or 'the model'}, {why}"
     if "logits" in model.__dict__:
         return "its logits were replaced"
@@ -177,8 +181,6 @@ def unfit(model: Transformer) -> str | None:
 
 def unfit_config(config: ModelConfig) -> str | None:
     """Why the engine can run no model of this shape, or None."""
-    if config.biased:
-        return "its attention has biases"
     if not instruction_sets(config.head_dim):
         return f"its head size is {config.head_dim}"
     return None
@@ -310,7 +312,9 @@ def engine_for(model: Transformer, weight_format: str = "fp32") -> Engine | None
 
 def engine_for_now(model: Transformer) -> Engine | None:
     """An engine in the products in force, whose copy of the weights goes with it; None where the
-    model's own operations are to do the work, of whatever reason."""
+    model's own operations are to do the work: to other bits with biases, which PyTorch adds."""
+    if model.config.biased:
+        return None
     if ops.forced() not in ("auto", "native") or ops.transformed() or extension() is None:
         return None
     if torch.is_autocast_enabled("cpu") or unfit(model) is not None or _size(model) > _memory() / 4:

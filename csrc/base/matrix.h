@@ -146,7 +146,7 @@ inline void multiply_panel(const PackedMatrix& w, int64_t panel, const PanelInpu
 // A tile of a product: its place in the result, and its numbers (rows, PANEL_WIDTH).
 struct Tile {
   int64_t first_row, rows, first_column, columns;
-  const float* data;
+  float* data;
 };
 
 // Calls use(tile) for each tile of x (rows, in) W^T in `panels`. Rows are split evenly, so that no

@@ -18,8 +18,10 @@ WeightFormat format_from(const std::string& name) {
 std::unique_ptr<Engine> make_engine(const std::string& isa, const std::string& format,
                                     const py::dict& shape, Address cos, Address sin) {
   const auto size = [&](const char* name) { return shape[name].cast<int64_t>(); };
-  const ModelShape s{size("layers"),   size("dim"), size("heads"), size("kv_heads"),
-                     size("head_dim"), size("ffn"), size("vocab"), size("outputs"), shape["eps"].cast<float>()};
+  const auto has = [&](const char* name) { return shape[name].cast<bool>(); };
+  const ModelShape s{size("layers"),   size("dim"),    size("heads"), size("kv_heads"),
+                     size("head_dim"), size("ffn"),    size("vocab"), size("outputs"),
+                     has("qkv_bias"),  has("o_bias"), shape["eps"].cast<float>()};
   const Tables tables{at<const float>(cos), at<const float>(sin)};
   const WeightFormat wanted = format_from(format);
   const Operations& native = operations(isa);

@@ -19,7 +19,8 @@ namespace puna {
 
 struct ModelShape {
   int64_t layers, dim, heads, kv_heads, head_dim, ffn, vocab;
-  int64_t outputs;  // of the head: V, or 1 for a score
+  int64_t outputs;        // of the head: V, or 1 for a score
+  bool qkv_bias, o_bias;  // whether the attention's projections have them
   float eps;
 };
 
@@ -76,7 +77,8 @@ class Engine {
   // Takes rows `first` to `first + count` of a tensor, fp32 and row-major as PyTorch holds them, so
   // that a tensor need never be whole. Of the model: "embedding" (V, C), "head"
   // (outputs, C), "norm" (C); of a layer q, k, v, o, gate, up, down (out, in), attention_norm and
-  // ffn_norm (C). Of a norm, rows are numbers. invalid_argument for what there is not.
+  // ffn_norm (C), and where there are biases, q_bias, k_bias, v_bias, o_bias (out). Of a norm and a
+  // bias, rows are numbers. invalid_argument for what there is not.
   virtual void pack(const std::string& part, int64_t layer, int64_t first, int64_t count,
                     const float* rows) = 0;
   // The session reads this engine's weights, which must outlive it.

@@ -219,11 +219,20 @@ class LlamaSession final : public puna::Session {
   }
 
   // y (rows, w.out) = x (rows, w.in) W^T, or y + that with ADD; this thread's part of the columns.
+  // `bias` is empty, or is added to each row of the product.
   template <bool ADD>
-  static void linear(const PackedMatrix& w, const float* x, int64_t rows, float* y, int part,
-                     int parts, float* rounded) {
+  static void linear(const PackedMatrix& w, const std::vector<float>& bias, const float* x,
+                     int64_t rows, float* y, int part, int parts, float* rounded) {
     for_each_tile(w, prepare_input(w, x, rows, rounded), rows, split(w.panels, part, parts),
-                  [&](const Tile& tile) { store_columns<ADD>(tile, tile.data, y, w.out); });
+                  [&](const Tile& tile) {
+                    if (!bias.empty()) add_bias(tile, bias.data() + tile.first_column);
+                    store_columns<ADD>(tile, tile.data, y, w.out);
+                  });
+  }
+
+  static void add_bias(const Tile& tile, const float* bias) {
+    for (int64_t m = 0; m < tile.rows; ++m)
+      for (int64_t j = 0; j < tile.columns; ++j) tile.data[m * PANEL_WIDTH + j] += bias[j];
   }
 
   template <bool ADD>
@@ -242,11 +251,12 @@ class LlamaSession final : public puna::Session {
     const PackedLayer& layer = weights_.layers[l];
     const float* normed = normalize_block(x, layer.attention_norm, count, team, a);
     float* rounded = a.rounded[team.part].get();
-    linear<false>(layer.qkv, normed, count, a.qkv.get(), team.part, team.parts, rounded);
+    linear<false>(layer.qkv, layer.qkv_bias, normed, count, a.qkv.get(), team.part, team.parts,
+                  rounded);
     team.wait();
     attend(batch, first, count, l, team, a);
     team.wait();
-    linear<true>(layer.o, a.attended.get(), count, x, team.part, team.parts, rounded);
+    linear<true>(layer.o, layer.o_bias, a.attended.get(), count, x, team.part, team.parts, rounded);
     team.wait();
   }
 
@@ -364,7 +374,7 @@ class LlamaSession final : public puna::Session {
                     store_columns<false>(gate, up, hidden, shape_.ffn);
                   });
     team.wait();
-    linear<true>(layer.down, hidden, count, x, team.part, team.parts, rounded);
+    linear<true>(layer.down, {}, hidden, count, x, team.part, team.parts, rounded);
     team.wait();
   }
 
@@ -376,7 +386,7 @@ class LlamaSession final : public puna::Session {
   void apply_head(const Batch& batch, int part, int parts) {
     float* rounded = activations_[0].rounded[part].get();
     for (int64_t first = 0; first < batch.wanted_count; first += BLOCK_TOKENS)
-      linear<false>(weights_.head, final_.get() + first * shape_.dim,
+      linear<false>(weights_.head, {}, final_.get() + first * shape_.dim,
                     std::min(BLOCK_TOKENS, batch.wanted_count - first),
                     batch.logits + first * shape_.outputs, part, parts, rounded);
   }

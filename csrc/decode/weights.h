@@ -13,6 +13,7 @@ namespace PUNA_ISA {
 struct PackedLayer {
   PackedMatrix qkv, o, gate, up, down;
   std::vector<float> attention_norm, ffn_norm;
+  std::vector<float> qkv_bias, o_bias;  // empty where there is none
 };
 
 class PackedWeights {
@@ -32,11 +33,12 @@ class PackedWeights {
         head(s.dim, s.outputs, format),
         final_norm(s.dim) {
     const auto matrix = [&](int64_t in, int64_t out) { return PackedMatrix(in, out, format); };
-    const std::vector<float> norm(s.dim);
+    const std::vector<float> norm(s.dim), qkv_bias(s.qkv_bias ? q_width() + 2 * kv_width() : 0),
+        o_bias(s.o_bias ? s.dim : 0);
     for (int64_t l = 0; l < s.layers; ++l)
       layers.push_back({matrix(s.dim, q_width() + 2 * kv_width()), matrix(q_width(), s.dim),
                         matrix(s.dim, s.ffn), matrix(s.dim, s.ffn), matrix(s.ffn, s.dim), norm,
-                        norm});
+                        norm, qkv_bias, o_bias});
     allocate_memory();
   }
 
@@ -59,6 +61,10 @@ class PackedWeights {
     if (part == "gate") return put(to.gate, 0, shape.ffn, first, count, rows);
     if (part == "up") return put(to.up, 0, shape.ffn, first, count, rows);
     if (part == "down") return put(to.down, 0, shape.dim, first, count, rows);
+    if (part == "q_bias") return put(to.qkv_bias, 0, q, first, count, rows);
+    if (part == "k_bias") return put(to.qkv_bias, q, kv, first, count, rows);
+    if (part == "v_bias") return put(to.qkv_bias, q + kv, kv, first, count, rows);
+    if (part == "o_bias") return put(to.o_bias, first, count, rows);
     if (part == "attention_norm") return put(to.attention_norm, first, count, rows);
     if (part == "ffn_norm") return put(to.ffn_norm, first, count, rows);
     throw std::invalid_argument("a layer has no " + part);
@@ -78,6 +84,14 @@ class PackedWeights {
                   const float* rows) {
     check(first, count, size);
     matrix.pack(rows, place + first, count);
+  }
+
+  // The same of numbers.
+  static void put(std::vector<float>& numbers, int64_t place, int64_t size, int64_t first,
+                  int64_t count, const float* rows) {
+    check(first, count, size);
+    check(place, size, static_cast<int64_t>(numbers.size()));
+    std::copy(rows, rows + count, numbers.begin() + place + first);
   }
 
   static void put(std::vector<float>& norm, int64_t first, int64_t count, const float* numbers) {
