@@ -156,7 +156,7 @@ class LlamaSession final : public puna::Session {
       a.scores.push_back(
           allocate(std::max(shape_.vocab, heads_together() * (3 * score_capacity_ / 2 + 1))));
       if (block_capacity_ >= FEWEST_TOGETHER)
-        a.workers.emplace_back(shape_.head_dim, group_size(), score_capacity_, false);
+        a.workers.emplace_back(shape_.head_dim, group_size(), score_capacity_, Pass::cached);
       a.normed.push_back(allocate(block_capacity_ * shape_.dim));
       a.rounded.push_back(allocate(rounding_room(weights_.head.format, block_capacity_, widest)));
     }
