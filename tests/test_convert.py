@@ -270,6 +270,8 @@ def test_bin_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
 
 def test_refuses_to_overwrite(tmp_path: Path) -> None:
     save_model(tmp_path / "model", random_model(CONFIG))
+    with pytest.raises(ValueError, match="one.safetensors is called as one file of weights"):
+        convert(tmp_path / "model", tmp_path / "one.safetensors")
     with pytest.raises(ValueError, match="exists; choose another target"):
         convert(tmp_path / "model", tmp_path / "model")
 
