@@ -21,6 +21,7 @@ from puna.core.checkpoint.source import (
     PIECE,
     Source,
     check_tensors,
+    exactly,
     half_split,
     parameter_shapes,
     rope_heads,
@@ -233,11 +234,9 @@ def _read(path: Path, at: Place) -> Tensor:
     size = _bytes(path, "a tensor", at)
     with path.open("rb") as file:
         file.seek(at.offset)
-        data = file.read(size)
-    if len(data) < size:
-        raise ValueError(f"{path} is cut short; fetch it again")
+        data = exactly(file, size)
     if at.kind in FLOATS:
-        return torch.frombuffer(bytearray(data), dtype=FLOATS[at.kind]).view(at.shape)
+        return torch.frombuffer(data, dtype=FLOATS[at.kind]).view(at.shape)
     try:
         from gguf import GGMLQuantizationType, quants
     except ImportError:
