@@ -109,7 +109,8 @@ def _answer(talk: Talk, before: list[Message], text: str) -> None:
     check_dialogue(talk.with_system(asked), talk.tags)
     answer, stopped = _stream(talk, talk.with_system(asked))
     if stopped and not answer:
-        say("(stopped; the message is taken back)")
+        was_asked = before is talk.turns  # /retry has an answer already
+        say(f"(stopped; the {'message is taken back' if was_asked else 'answer before stays'})")
         return
     if stopped:
         say("(stopped; what is there of the answer is kept)")

@@ -94,12 +94,20 @@ def kind_and_layout(config: DataConfig) -> tuple[Kind, str]:
             raise ValueError(f"{first.name} is one text, and no rows of {config.kind}")
         return "texts", "one document a file"
     wrong: ValueError | None = None
-    for _, row in each_row(first):
+    for where, row in each_row(first):
         if isinstance(row, dict):
-            kind: Kind = kind_of(row, config) if config.kind == "auto" else config.kind
+            kind: Kind = config.kind if config.kind != "auto" else kind_at(where, row, config)
             return kind, str(layout_of(kind, row, config))
         wrong = wrong or row
     raise wrong or ValueError(f"{first.name}: there is no row in it")
+
+
+def kind_at(where: str, row: dict[str, Any], config: DataConfig) -> Kind:
+    """What the row there is. Raises ValueError where it is nothing known."""
+    try:
+        return kind_of(row, config)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def vocabulary_of(model: Path) -> Path:

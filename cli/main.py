@@ -6,6 +6,7 @@ A verb's module is imported only when it is called, so that `puna --help` answer
 import importlib
 import sys
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import puna
@@ -121,6 +122,10 @@ def obeyed(arguments: list[str]) -> int:
     if name not in VERBS:
         near = [verb for verb in VERBS if verb.split()[0] == name] or list(VERBS)
         say(f"puna: no verb '{name}'; there is {', '.join(near)}", error=True)
+        return 2
+    parts = [verb.partition(" ")[2] for verb in VERBS if verb.startswith(f"{name} ")]
+    if parts and arguments and arguments[0].isalpha() and not Path(arguments[0]).exists():
+        say(f"puna {name}: no part '{arguments[0]}'; there is {', '.join(parts)}", error=True)
         return 2
     return run_verb(name, arguments)
 

@@ -75,8 +75,9 @@ class RopeScaling(NamedTuple):
         return {name: getattr(self, name) for name in ("rope_type", *FIELDS[self.rope_type])}
 
     def divisors(self, head_dim: int, theta: float) -> Tensor:
-        """What each pair's frequency is divided by: (D/2,) fp64 for heads of size D."""
-        pairs = torch.arange(head_dim // 2, dtype=torch.float64)
+        """What each pair's frequency is divided by: (D/2,) fp64 for heads of size D, on the CPU
+        also where a model is being built on another device."""
+        pairs = torch.arange(head_dim // 2, dtype=torch.float64, device="cpu")
         if self.rope_type == "linear":
             return torch.full_like(pairs, self.factor)
         if self.rope_type == "llama3":

@@ -1,6 +1,8 @@
 """`puna data`, and long texts.
 Run: python -m pytest tests/test_brought_looks.py -q"""
 
+import re
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -60,6 +62,57 @@ def test_puna_data_finds_the_kind(row: dict, kind: str, tmp_path: Path, tiny: Pa
     assert "row is 9 and there are 1" in capsys.readouterr().err
     assert main(["data", str(lines(tmp_path / "x.jsonl", {"x": 1}))]) == 1
     assert "which no layout has" in capsys.readouterr().err
+
+
+INSIDE = r"row 1: .*; if the 2 objects in 'data' are the rows, save that list alone"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.json", b'[{"text": "a"},]', "a comma follows the last row, 1, and no other row; take"),
+        ("a.json", b'[{"text": "a"} {"text": "b"}]', "no comma follows row 1 of the list"),
+        ("a.json", b'[,{"text": "a"}]', r"row 1: not JSON \(Expecting value"),
+        ("a.json", b'[{"text": "a"},,{"text": "b"}]', r"row 2: not JSON \(Expecting value"),
+        ("a.json", b'[{"text": "a"},', r"the list does not end \(after row 1\)"),
+        ("a.json", b'{"text": "a"},{"text": "b"}', r"row 2: not JSON .*one object after the other"),
+        ("a.json", b'{"data": [{"text": "a"}, {"text": "b"}]}', INSIDE),
+        ("a.jsonl", b'[\n{"text": "a"}\n]', "a JSON list .*; give it a name that ends in .json"),
+        ("a.jsonl", b'[{"text": "a"}]', "a JSON list .*; give it a name that ends in .json"),
+        ("a.json", '[{"text": "a"}]'.encode("utf-16"), "a.json is UTF-16, expected UTF-8 text"),
+        ("a.txt", "some text".encode("utf-16"), "a.txt is UTF-16, expected UTF-8 text"),
+        ("a.csv", b"text,more\na,b\n", "a.csv is a table; save it as .jsonl or .parquet"),
+        ("tokenizer.json", b'{"model": {}}', "tokenizer.json belongs to a model and is no data"),
+        ("inputs.json", b"{}", "inputs.json belongs to a run and is no data; name .*samples.jsonl"),
+    ],
+)
+def test_what_is_no_data_is_called_by_its_name(
+    name: str, data: bytes, message: str, tmp_path: Path, tiny: Path, capsys
+) -> None:
+    """Whoever reads it: the look, and a stage."""
+    (tmp_path / name).write_bytes(data)
+    pretrain = ["--size", "mini", "--tokenizer", str(tiny / "tokenizer.model")]
+    for words in (
+        ["data", str(tmp_path / name)],
+        ["pretrain", *pretrain, "--data", str(tmp_path / name), "--out", str(tmp_path / "out")],
+    ):
+        assert main(words) == 1
+        (said,) = capsys.readouterr().err.splitlines()
+        assert re.search(message, said), said
+
+
+def test_a_models_files_are_no_data(tmp_path: Path, tiny: Path, capsys) -> None:
+    """Its folder, a folder that holds it, its tokenizer and its weights."""
+    shutil.copytree(tiny / "lm", tmp_path / "all" / "lm")
+    lines(tmp_path / "all" / "d.jsonl", {"text": "a"})
+    for place, said in (
+        ("all/lm", "holds .*/config.json, which belongs to a model and is no data"),
+        ("all", "holds .*/all/lm/config.json, which belongs to a model"),
+        ("all/lm/tokenizer.model", "tokenizer.model is binary and no rows, which come as .jsonl"),
+        ("all/lm/model.safetensors", "is binary and no rows.*; a model or a tokenizer is named"),
+    ):
+        assert main(["data", str(tmp_path / place)]) == 1
+        assert re.search(said, capsys.readouterr().err)
 
 
 # --- long texts

@@ -74,6 +74,16 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_is_there(
     assert shown.count("(stopped; the message is taken back)") == 1
 
 
+def test_a_retry_that_is_stopped_at_once_leaves_the_answer(
+    tiny, tmp_path, monkeypatch, capsys, stopped
+):
+    stopped += [["old"], []]
+    file = tmp_path / "talk.jsonl"
+    assert talk(monkeypatch, tiny, "red cup", "/retry", f"/save {file}") == 0
+    assert saved(file) == [("user", "red cup"), ("assistant", "old")]
+    assert "(stopped; the answer before stays)" in capsys.readouterr().out
+
+
 def test_a_saved_talk_is_data_and_no_file_is_lost(tiny, tmp_path, monkeypatch, capsys):
     file, mine = tmp_path / "talk.jsonl", tmp_path / "mine.txt"
     mine.write_text("mine")

@@ -45,6 +45,8 @@ def test_an_unknown_verb_is_named(capsys):
     assert capsys.readouterr().err == (
         "puna: no verb 'tokenizer'; there is tokenizer train, tokenizer encode, tokenizer inspect\n"
     )
+    assert main(["bench", "decoding"]) == 2
+    assert "puna bench: no part 'decoding'; there is train, kernels" in capsys.readouterr().err
 
 
 def test_chat_reads_stdin_refuses_a_forged_turn_politely_and_goes_on(tiny):

@@ -3,12 +3,14 @@
 import itertools
 import json
 import math
+import signal
 from collections import Counter
 from contextlib import nullcontext
 
 import pytest
 import torch
 
+from puna.core.generation.generate import Completion
 from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.prompts import load_prompts
 from puna.trainers.data.readers import read_preferences
@@ -68,12 +70,13 @@ def test_which_variant_is_a_is_drawn_and_both_temperatures_are_used(
 
     def fake(model, prompts, *, temperature, sample_ids, **_):
         used.append(temperature)
-        return [tokenizer.encode(f"{model} {temperature}", eos=True) for _ in prompts]
+        ids = tokenizer.encode(f"{model} {temperature}", eos=True)
+        return [Completion(ids, [], True) for _ in prompts]
 
     monkeypatch.setattr(comparisons, "open_model", lambda path: path.name)
     monkeypatch.setattr(comparisons.parallel, "load", lambda source, *_, **__: source)
     monkeypatch.setattr(comparisons.parallel, "gathered", nullcontext)
-    monkeypatch.setattr(comparisons, "sample_everywhere", fake)
+    monkeypatch.setattr(comparisons, "draw_answers", fake)
     rows = sampled(tiny, tokenizer, prompts, tmp_path / "pairs.jsonl")
     assert len(rows) == 24 and set(used) == {0.8, 1.2}
     first = [row["a"].split()[0] for row in rows]
@@ -93,6 +96,79 @@ def test_which_variant_is_a_is_drawn_and_both_temperatures_are_used(
     assert set(met) == {(0.8, 1.0), (0.8, 1.2), (1.0, 1.2)}
     alone = (Variant(tiny / "chat", (1.0,)),) * 2
     assert sampled(tiny, tokenizer, prompts, tmp_path / "one.jsonl", variants=alone) == []
+
+
+@pytest.mark.parametrize("answered", [0, 7, 18, 24, 31, 47, 48])
+def test_what_an_interrupted_call_has_drawn_is_not_drawn_again(
+    answered, tiny, tokenizer, prompts, tmp_path, monkeypatch
+):
+    """Both models answer 24 prompts, 5 at a time, into a folder that is not there yet; the draw
+    fails, as a kill ends it, when so many are answered. The same call then draws the rest."""
+    whole = sampled(tiny, tokenizer, prompts, tmp_path / "whole.jsonl", chunk=24)
+    real, drawn = comparisons.draw_answers, []
+    limit = [answered]
+
+    def counting(model, prompts, **options):
+        if len(drawn) + len(prompts) > limit[0]:
+            raise KeyboardInterrupt
+        rows = zip(options["sample_ids"], options["prompt_ids"], strict=True)
+        found = real(model, prompts, **options)
+        drawn.extend(rows)
+        return found
+
+    monkeypatch.setattr(comparisons, "draw_answers", counting)
+    path = tmp_path / "new" / "folder" / "pairs.jsonl"
+    if answered < 48:
+        with pytest.raises(KeyboardInterrupt):
+            sampled(tiny, tokenizer, prompts, path, chunk=5)
+        assert not path.exists()
+        kept = sum(
+            len(file.read_text().splitlines()) for file in path.parent.glob("pairs-drawn-*.jsonl")
+        )
+        assert answered - 5 < kept <= answered
+        limit[0] = 48 + len(drawn) - kept  # each of the others once
+    assert sampled(tiny, tokenizer, prompts, path, chunk=5) == whole
+    assert set(drawn) == {(side, row) for side in (0, 1) for row in range(24)}
+    assert [each.name for each in path.parent.iterdir()] == ["pairs.jsonl"]
+
+
+def test_a_call_that_is_asked_to_stop_ends_after_its_chunk(
+    tiny, tokenizer, prompts, tmp_path, monkeypatch
+):
+    """Ctrl-C in the first chunk, in the last one of the first model, in the very last one."""
+    whole = sampled(tiny, tokenizer, prompts, tmp_path / "whole.jsonl", chunk=12)
+    path, real = tmp_path / "pairs.jsonl", comparisons.draw_answers
+
+    def interrupted(model, prompts, **options):
+        signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr(comparisons, "draw_answers", real)
+        return real(model, prompts, **options)
+
+    for stopped in (12, 24, 12, 24):
+        monkeypatch.setattr(comparisons, "draw_answers", interrupted)
+        with pytest.raises(SystemExit, match=f"stopped after {stopped} prompts; the same command"):
+            sampled(tiny, tokenizer, prompts, path, chunk=12)
+    monkeypatch.setattr(comparisons, "draw_answers", None)
+    assert sampled(tiny, tokenizer, prompts, path, chunk=12) == whole
+
+
+def test_answers_that_were_edited_meanwhile_are_named(
+    tiny, tokenizer, prompts, tmp_path, monkeypatch
+):
+    path, real = tmp_path / "pairs.jsonl", comparisons.draw_answers
+
+    def once(model, prompts, **options):
+        if (tmp_path / "pairs-drawn-1.jsonl").exists():
+            raise KeyboardInterrupt
+        return real(model, prompts, **options)
+
+    monkeypatch.setattr(comparisons, "draw_answers", once)
+    with pytest.raises(KeyboardInterrupt):
+        sampled(tiny, tokenizer, prompts, path, chunk=5)
+    drawn = tmp_path / "pairs-drawn-1.jsonl"
+    drawn.write_text(drawn.read_text().replace('"answer": "', '"answer": "no', 1))
+    with pytest.raises(ValueError, match="pairs-drawn-1.jsonl is not what the run wrote"):
+        sampled(tiny, tokenizer, prompts, path, chunk=5)
 
 
 def test_a_verdict_becomes_a_preference_row_that_the_reader_takes(tokenizer, tmp_path):

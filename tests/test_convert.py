@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from puna.cli.convert import ConvertConfig, run
+from puna.core.checkpoint.any_format import open_any
 from puna.core.checkpoint.convert import convert
 from puna.core.checkpoint.folder import load_model, save_model
 from puna.core.config import ModelConfig, ffn_width
@@ -265,11 +266,22 @@ def test_bin_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["score", "theta"]
 
 
+def test_a_bin_that_is_cut_while_it_is_open_is_named(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", random_model(CONFIG))
+    file = convert(tmp_path / "model", tmp_path / "m.bin")
+    source = open_any(file)
+    os.truncate(file, 3001)
+    with pytest.raises(ValueError, match="m.bin is cut short; fetch it again"):
+        list(source.tensors())
+
+
 # --- the choice by path, and the verb
 
 
 def test_refuses_to_overwrite(tmp_path: Path) -> None:
     save_model(tmp_path / "model", random_model(CONFIG))
+    with pytest.raises(ValueError, match="one.safetensors is called as one file of weights"):
+        convert(tmp_path / "model", tmp_path / "one.safetensors")
     with pytest.raises(ValueError, match="exists; choose another target"):
         convert(tmp_path / "model", tmp_path / "model")
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import puna
-from puna.core.checkpoint import gguf_file
+from puna.core.checkpoint import gguf_file, gguf_write
 from puna.core.checkpoint.convert import convert
 from puna.core.checkpoint.folder import load_model, open_source, save_model, tokenizer_path
 from puna.core.checkpoint.source import interleaved, meta_name, rope_heads
@@ -106,6 +106,27 @@ def test_gguf_there_and_back(dtype: torch.dtype | None, tokenizer: Path, tmp_pat
         tmp_path, gguf_file=file.name, dtype=torch.float32
     )
     assert furthest(back, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("first", ["rope.scaling.original_context_length", "not.said"])
+@pytest.mark.parametrize(
+    "scaling",
+    [RopeScaling("linear", 4.0), LLAMA3, RopeScaling("llama3", 32.0)],
+    ids=lambda scaling: f"{scaling.rope_type}-{scaling.factor:g}",
+)
+def test_a_stretched_context_goes_through_gguf(
+    scaling: RopeScaling, first: str, tokenizer: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Released files do not say where it began, which is at 8,192 tokens."""
+    pytest.importorskip("gguf")
+    monkeypatch.setattr(gguf_write, "FIRST_CONTEXT", first)
+    save_model(tmp_path / "model", random_model(replace(CONFIG, rope_scaling=scaling)), tokenizer)
+    file = convert(tmp_path / "model", tmp_path / "m.gguf")
+    if first == "not.said" and scaling == LLAMA3:
+        with pytest.raises(ValueError, match="in a way that Puna does not know"):
+            open_source(file)
+    else:
+        assert open_source(file).config.rope_scaling == scaling
 
 
 def test_gguf_keeps_the_tokenizer_and_the_chat(tokenizer: Path, tmp_path: Path) -> None:

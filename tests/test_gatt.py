@@ -360,7 +360,7 @@ def test_instructions_are_the_rows_own_or_drawn(tmp_path):
     ("row", "message"),
     [
         ("{", "bad.jsonl:1: not JSON"),
-        ("[]", "bad.jsonl:1: a JSON list, expected one object a line"),
+        ("[]", "bad.jsonl begins as a JSON list and not with one object a line"),
         ('{"instruction": "x"}', "bad.jsonl:1: .* expected 'turns' or 'messages'"),
         ('{"instruction": "x", "turns": []}', "no user message .first .*bad.jsonl:1"),
         ('{"instruction": "x", "turns": [3]}', r"bad.jsonl:1: 'turns' is \[3\], expected a list"),

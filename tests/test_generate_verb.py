@@ -110,7 +110,7 @@ def test_an_interrupted_file_goes_on_and_another_one_is_not_touched(
     out = tmp_path / "o.jsonl"
     command = ["generate", "--model", tiny / "chat", "--prompts", file, "--batch", 2, "--out", out]
     words = [*map(str, command), *FLAGS]
-    stopping.append(2)
+    stopping.append(1)
     assert main(words) == 1
     assert "stopped after 4 prompts; the same command continues" in capsys.readouterr().err
     assert not out.exists()

@@ -257,3 +257,30 @@ def test_a_terminal_that_is_closed_leaves_what_can_go_on(verb, tiny, tmp_path, m
     assert status == 1 and "the same command continues" in said, (status, said)
     status, shown, said = ended(lambda: main(words))
     assert status == 0, said
+
+
+@pytest.mark.parametrize(
+    ("words", "read", "name"),
+    [
+        ("score --model {0}/helpfulness --data {1}/read", "dialogues.jsonl", "out"),
+        ("tokenizer train --data {1}/read --vocab-size 300", "text.jsonl", "output"),
+        (
+            "tokenizer encode --tokenizer {1}/read --data {0}/text.jsonl",
+            "tokenizer.model",
+            "output",
+        ),
+        ("annotate export --annotations {1}/read", "prompts.jsonl", "out"),
+    ],
+)
+def test_what_is_read_is_not_replaced(
+    words: str, read: str, name: str, tiny: Path, tmp_path: Path, capsys
+) -> None:
+    """Under its own name, or another one of the same file."""
+    shutil.copy(tiny / read, tmp_path / "read")
+    (tmp_path / "linked").symlink_to(tmp_path / "read")
+    before = (tmp_path / "read").read_bytes()
+    for written in ("read", "linked"):
+        argv = words.format(tiny, tmp_path).split()
+        assert main([*argv, f"--{name}", str(tmp_path / written)]) == 1
+        assert f"would be replaced; give another {name}" in capsys.readouterr().err
+    assert (tmp_path / "read").read_bytes() == before

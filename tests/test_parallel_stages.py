@@ -81,6 +81,7 @@ versions = 2
 ppo_versions = 1
 helpfulness_pairs = 21
 safety_pairs = 21
+chunk = 8
 max_new_tokens = 6
 device = "cpu"
 sampling_tp = {2}

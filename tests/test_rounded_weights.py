@@ -20,6 +20,7 @@ from puna.core.generation.generate import generate
 from puna.core.model import Transformer
 from puna.core.native.engine import FORMATS, Engine, in_format, instruction_sets
 from puna.core.native.loader import extension
+from puna.core.rope_scaling import RopeScaling
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="the native engine is not built")
 
@@ -55,6 +56,23 @@ def test_the_same_answers_as_from_a_model_in_memory(
     whole = folder.load_model(path)
     assert answers(in_format(open_source(path), weight_format), weight_format) == answers(
         whole, weight_format
+    )
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        RopeScaling("linear", 2.0),
+        RopeScaling("llama3", 8.0, original_max_position_embeddings=32),
+        RopeScaling("yarn", 4.0, original_max_position_embeddings=16, attention_factor=1.1),
+    ],
+    ids=lambda scaling: scaling.rope_type,
+)
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_a_stretched_context_is_read_too(tmp_path, scaling, weight_format):
+    path = saved(tmp_path / "model", replace(SHAPES[0], rope_scaling=scaling))
+    assert answers(in_format(open_source(path), weight_format), weight_format) == answers(
+        folder.load_model(path), weight_format
     )
 
 
@@ -144,7 +162,9 @@ def test_such_a_model_generates_and_does_nothing_else(tmp_path):
 
 def test_what_the_engine_does_not_take_is_said(tmp_path):
     path = saved(tmp_path / "model", replace(SHAPES[0], head_size=10))
-    with pytest.raises(ValueError, match="does not take this model: its head size is 10"):
+    with pytest.raises(
+        ValueError, match="does not take this model: its head size is 10; leave int8 out"
+    ):
         puna.load(path, device="cpu", weight_format="int8")
 
 

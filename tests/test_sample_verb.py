@@ -77,6 +77,12 @@ def test_without_reward_models_there_are_no_scores(tiny, scored, plain, tmp_path
         read_samples(plain / "samples.jsonl")
 
 
+def test_where_the_answers_are_is_said_each_time(tiny, tmp_path, capsys):
+    for _ in range(2):  # the second finds all of them there
+        sample.run(configured(tiny, tmp_path / "plain", scored=False, samples=1))
+        assert f"{tmp_path}/plain/samples.jsonl has all answers" in capsys.readouterr().out
+
+
 def test_score_gives_them_the_scores_that_they_would_have_had(tiny, scored, plain, tmp_path):
     out = tmp_path / "scored.jsonl"
     score.run(

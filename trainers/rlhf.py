@@ -5,7 +5,7 @@ reward models are asked about them first (are they still right on the new distri
 both reward models are trained on everything so far and rejection sampling fine-tunes. Ghost
 Attention goes on from there in one version, PPO in the last ones.
 
-    round-1/helpfulness-pairs.jsonl   what is to be compared
+    round-1/helpfulness-pairs.jsonl   what is to be compared (-drawn-1, -drawn-2: while it is drawn)
     round-1/helpfulness.jsonl         what the annotator said (the same for safety)
     round-1/helpfulness/, safety/     reward models
     round-1/rejection/, gatt/, ppo/   the version's model, step by step

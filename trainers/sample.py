@@ -69,6 +69,8 @@ def run(config: SampleConfig, reward: Reward | None = None) -> Path:
                     f"{found['prompts']:,} prompts: mean score {found['score_kept']:.3f}, of all "
                     f"answers {found['score_sampled']:.3f}"
                 )
+        else:
+            notice(f"{config.out / SAMPLES} has all answers")
     return config.out / SAMPLES
 
 

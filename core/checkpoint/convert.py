@@ -43,6 +43,11 @@ def convert(
     opened = open_any(source, context)
     if tokenizer is not None and opened.tokenizer is not None:
         check_own(tokenizer, opened.tokenizer)
+    if to == "auto" and target.suffix in (".safetensors", ".pt", ".pth"):
+        raise ValueError(
+            f"{target} is called as one file of weights; Puna writes model folders, .bin and .gguf:"
+            " give a folder's name"
+        )
     if to == "auto":
         to = {".bin": "bin", ".gguf": "gguf"}.get(target.suffix, "folder")
     if to == "gguf":

@@ -21,6 +21,7 @@ from puna.core.checkpoint.source import (
     PIECE,
     Source,
     check_tensors,
+    exactly,
     half_split,
     parameter_shapes,
     rope_heads,
@@ -57,8 +58,7 @@ BLOCKS = {
     13: (256, 176),  # Q5_K
     14: (256, 210),  # Q6_K
 }
-# Stretched contexts that were released, for files that hold only the divisors.
-LLAMA3 = [RopeScaling("llama3", factor) for factor in (8.0, 32.0, 16.0)]
+FIRST_CONTEXT = "rope.scaling.original_context_length"
 
 
 def gguf_name(name: str) -> str:
@@ -175,7 +175,8 @@ def _short(value: float) -> float:
 
 
 def _scaling(path: Path, header: Header, config: ModelConfig) -> RopeScaling | None:
-    about = f"{'qwen2' if config.qkv_bias else 'llama'}.rope.scaling"
+    name = "qwen2" if config.qkv_bias else "llama"
+    about = f"{name}.rope.scaling"
     kind = field(header.values, f"{about}.type", str, "none")
     if kind == "linear":
         return RopeScaling("linear", field(header.values, f"{about}.factor", float))
@@ -189,9 +190,14 @@ def _scaling(path: Path, header: Header, config: ModelConfig) -> RopeScaling | N
     divisors = _read(path, at).double()
     if torch.allclose(divisors, torch.ones_like(divisors)):
         return None
-    for known in LLAMA3:
-        if torch.allclose(known.divisors(config.head_dim, config.rope_theta), divisors, rtol=1e-4):
-            return known
+    # Released models begin with the default's 8,192 tokens; the slowest pair is slowed wholly.
+    first = field(header.values, f"{name}.{FIRST_CONTEXT}", int, None)
+    known = RopeScaling("llama3", _short(float(divisors.max())))
+    if first is not None:
+        known = known._replace(original_max_position_embeddings=first)
+    known.check(config.rope_theta)
+    if torch.allclose(known.divisors(config.head_dim, config.rope_theta), divisors, rtol=1e-4):
+        return known
     raise ValueError(f"{FREQUENCIES} stretches the context in a way that Puna does not know")
 
 
@@ -228,11 +234,9 @@ def _read(path: Path, at: Place) -> Tensor:
     size = _bytes(path, "a tensor", at)
     with path.open("rb") as file:
         file.seek(at.offset)
-        data = file.read(size)
-    if len(data) < size:
-        raise ValueError(f"{path} is cut short; fetch it again")
+        data = exactly(file, size)
     if at.kind in FLOATS:
-        return torch.frombuffer(bytearray(data), dtype=FLOATS[at.kind]).view(at.shape)
+        return torch.frombuffer(data, dtype=FLOATS[at.kind]).view(at.shape)
     try:
         from gguf import GGMLQuantizationType, quants
     except ImportError:

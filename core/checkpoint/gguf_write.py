@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from puna.core.checkpoint.folder import check_vocabulary
-from puna.core.checkpoint.gguf_file import FREQUENCIES, gguf_name, stored_heads
+from puna.core.checkpoint.gguf_file import FIRST_CONTEXT, FREQUENCIES, gguf_name, stored_heads
 from puna.core.checkpoint.source import Source, as_type, interleaved
 from puna.core.config import ModelConfig
 from puna.core.text.beside import CHAT_TEMPLATE
@@ -128,6 +128,10 @@ def write_settings(writer: Any, config: ModelConfig) -> None:
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_vocab_size(config.vocab_size)
     scaling = config.rope_scaling
+    if scaling is not None and scaling.rope_type == "llama3":
+        writer.add_uint32(
+            f"{writer.arch}.{FIRST_CONTEXT}", scaling.original_max_position_embeddings
+        )
     if scaling is not None and scaling.rope_type == "linear":
         writer.add_string(f"{writer.arch}.rope.scaling.type", "linear")
         writer.add_rope_scaling_factor(scaling.factor)

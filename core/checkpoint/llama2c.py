@@ -21,6 +21,7 @@ from puna.core.checkpoint.source import (
     HEADS,
     Source,
     as_type,
+    exactly,
     half_split,
     interleaved,
     parameter_shapes,
@@ -86,7 +87,10 @@ def write(path: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]]
         ("rope_theta", config.rope_theta, 10000.0),
     ):
         if not math.isclose(value, only):
-            raise ValueError(f"a llama2.c .bin cannot hold {name} {value}; it is always {only}")
+            raise ValueError(
+                f"a llama2.c .bin cannot hold {name} {value}: it is always {only}; write a model "
+                "folder or a .gguf"
+            )
     for name in ("rope_scaling", "head_size", "attention_bias", "qkv_bias"):
         if getattr(config, name):
             raise ValueError(f"a llama2.c .bin cannot hold {name}; write a model folder or a .gguf")
@@ -176,7 +180,7 @@ def _read(path: Path, config: ModelConfig, tied: bool) -> Iterator[tuple[str, Te
     with path.open("rb") as file:
         for name, offset in offsets.items():
             file.seek(HEADER.size + 4 * offset)
-            data = bytearray(file.read(4 * math.prod(shapes[name])))
+            data = exactly(file, 4 * math.prod(shapes[name]))
             tensor = torch.frombuffer(data, dtype=torch.float32).view(shapes[name])
             heads = rope_heads(name, config)
             yield name, half_split(tensor, heads) if heads else tensor

@@ -19,6 +19,7 @@ from puna.core.checkpoint.source import (
     EMBEDDING,
     HEADS,
     Source,
+    exactly,
     half_split,
     parameter_shapes,
     rope_heads,
@@ -101,11 +102,11 @@ def _read(
         for name in _names(config, shared):
             count = math.prod(shapes[name])
             if group and len(shapes[name]) == 2:
-                numbers = torch.frombuffer(bytearray(file.read(count)), dtype=torch.int8)
-                scales = _floats(file.read(4 * (count // group)))
+                numbers = torch.frombuffer(exactly(file, count), dtype=torch.int8)
+                scales = _floats(exactly(file, 4 * (count // group)))
                 tensor = numbers.view(-1, group) * scales[:, None]
             else:
-                tensor = _floats(file.read(4 * count))
+                tensor = _floats(exactly(file, 4 * count))
             tensor = tensor.view(shapes[name])
             heads = rope_heads(name, config)
             yield name, half_split(tensor, heads) if heads else tensor
@@ -113,5 +114,5 @@ def _read(
                 yield HEAD, tensor.clone()
 
 
-def _floats(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.float32)
+def _floats(data: bytearray) -> Tensor:
+    return torch.frombuffer(data, dtype=torch.float32)

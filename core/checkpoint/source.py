@@ -9,7 +9,7 @@ conversion. C model width, D head size, H heads.
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -199,3 +199,11 @@ def check_shapes(
 
 def _names(names: list[str]) -> str:
     return as_name(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def exactly(file: BinaryIO, size: int) -> bytearray:
+    """So many bytes of a file; ValueError where it ends before: it was whole when it was opened."""
+    data = bytearray(file.read(size))
+    if len(data) < size:
+        raise ValueError(f"{file.name} is cut short; fetch it again")
+    return data

@@ -64,9 +64,7 @@ class Engine:
         self, model: Transformer, instruction_set: str | None = None, *, weight_format: str = "fp32"
     ):
         check_built()
-        why = unfit(model)
-        if why:
-            raise ValueError(f"the native engine does not take this model: {why}")
+        refuse(unfit(model), weight_format)
         self.stamp = stamp(model)
         tables = model.rope_tables(torch.device("cpu"))
         self._allocate(model.config, model.head, tables, instruction_set, weight_format)
@@ -80,9 +78,7 @@ class Engine:
         """The engine of a checkpoint that is read piece by piece, so that its weights are in memory
         in `weight_format` alone. ValueError where it is not the engine's."""
         check_built()
-        why = unfit_config(source.config)
-        if why:
-            raise ValueError(f"the native engine does not take this model: {why}")
+        refuse(unfit_config(source.config), weight_format)
         with torch.device("meta"):
             tables = Transformer(source.config).rope_tables(torch.device("cpu"))
         engine = cls.__new__(cls)
@@ -184,6 +180,13 @@ def unfit_config(config: ModelConfig) -> str | None:
     if not instruction_sets(config.head_dim):
         return f"its head size is {config.head_dim}"
     return None
+
+
+def refuse(why: str | None, weight_format: str) -> None:
+    """ValueError where there is a reason, with what does without the engine."""
+    if why:
+        way = "" if weight_format == "fp32" else f"; leave {weight_format} out: PyTorch takes fp32"
+        raise ValueError(f"the native engine does not take this model: {why}{way}")
 
 
 def check_built() -> None:

@@ -59,7 +59,7 @@ rlhf.run(
     rlhf.RLHFConfig(
         out=Path({out!r}), model=Path({tiny!r}) / "chat", prompts=prompts,
         helpfulness_prompts=prompts, safety_prompts=prompts, versions=2, helpfulness_pairs=16,
-        safety_pairs=16, max_new_tokens=8, device="cpu", reward=small,
+        safety_pairs=16, chunk=6, max_new_tokens=8, device="cpu", reward=small,
         rejection=dict(samples=2, chunk=4, epochs=2, batch=2, save_every=1),
         ppo=dict(iterations=3, batch=4, minibatch=2, lr=1e-4, save_every=1),
     ),

@@ -20,15 +20,33 @@ def json_values(file: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
     text = Text(file, name)
     is_list = text.begins_with("[")
     number = 0
-    while not text.ends(","):
-        if is_list and text.begins_with("]"):
-            if not text.ends():
-                raise ValueError(f"{name}: something follows the list; {REMEDY}")
+    while not text.ends():
+        if is_list and _list_ends(text, number):
             return
+        if text.ends():  # behind a comma
+            break
         number += 1
         yield f"{name}: row {number}", text.value(f"{name}: row {number}")
     if is_list:
         raise ValueError(f"{name}: the list does not end (after row {number}); fetch it again")
+
+
+def _list_ends(text: "Text", number: int) -> bool:
+    """Whether a list ends after `number` rows; where not, the comma before the next is passed."""
+    if text.begins_with("]"):
+        if not text.ends():
+            raise ValueError(f"{text.name}: something follows the list; {REMEDY}")
+        return True
+    if number == 0:
+        return False
+    if not text.begins_with(","):
+        raise ValueError(f"{text.name}: no comma follows row {number} of the list; put one there")
+    if text.begins_with("]"):
+        raise ValueError(
+            f"{text.name}: a comma follows the last row, {number}, and no other row; take the "
+            "comma out, or fetch the file again where rows are missing"
+        )
+    return False
 
 
 class Text:
@@ -50,11 +68,10 @@ class Text:
         self.held, self.place = self.held[self.place :] + text, 0
         return bool(piece)
 
-    def ends(self, passed: str = "") -> bool:
-        """Whether nothing is left but blanks and what may be `passed`."""
-        passed += BLANKS
+    def ends(self) -> bool:
+        """Whether nothing is left but blanks."""
         while True:
-            while self.place < len(self.held) and self.held[self.place] in passed:
+            while self.place < len(self.held) and self.held[self.place] in BLANKS:
                 self.place += 1
             if self.place < len(self.held):
                 return False

@@ -7,6 +7,7 @@ from puna.core.documents import listed, shortened
 from puna.core.text import chat
 from puna.core.text.chat import Message
 from puna.trainers.data.messages import Malformed, Unusable
+from puna.trainers.data.mistaken import rows_inside
 
 Row = Mapping[str, Any]
 
@@ -36,6 +37,7 @@ def missing(row: Row, expected: str) -> Malformed:
     return Malformed(
         f"the row has the columns {columns}, expected {expected}; "
         "rename them or, where the command has [columns], name the file's own in the recipe"
+        + rows_inside(row)
     )
 
 

@@ -29,6 +29,7 @@ from puna.core import ranks
 from puna.core.documents import json_lines, no_object, regular_file
 from puna.core.terminal import say
 from puna.trainers.data.arrays import json_values
+from puna.trainers.data.mistaken import check_beginning, check_name
 
 PACKED = (".gz", ".zst")
 ENDINGS = (".jsonl", ".json", ".parquet", ".txt")  # what is read of a folder
@@ -38,6 +39,7 @@ ZSTD_PACKAGE = "compression.zstd" if sys.version_info >= (3, 14) else "backports
 PATTERN = "*?["
 PIPE = "-"
 CODELESS = 4  # the version of `datasets` from which on it runs no code of a data set
+LOOKED_AT = 1 << 12  # bytes of a file's beginning
 TOGETHER = 256  # rows of a Parquet file that are in memory at a time
 
 Rows = Iterator[tuple[str, dict[str, Any] | ValueError]]
@@ -62,16 +64,27 @@ def sources(path: str | Path) -> list[Source]:
     if path.is_dir():
         found = sorted(each for each in path.rglob("*") if is_data(each.relative_to(path)))
         files = [each for each in found if each.is_file()]
+        for each in files:
+            check_name(each, path)
         expected = ", ".join(ENDINGS)
         if not files:
             raise ValueError(f"{path} is a folder without data: no file in it ends with {expected}")
-        return [Source(str(each), each) for each in files]
+        return [readable(Source(str(each), each)) for each in files]
     if not path.exists() and any(sign in name for sign in PATTERN):
         files = sorted(Path(each) for each in glob(name, recursive=True) if Path(each).is_file())
         if not files:
             raise ValueError(f"{path}: no file fits this pattern")
-        return [Source(str(each), each) for each in files]
-    return [Source(name, regular_file(path))]
+        return [readable(Source(str(each), each)) for each in files]
+    check_name(regular_file(path), path)
+    return [readable(Source(name, path))]
+
+
+def readable(source: Source) -> Source:
+    """The same; ValueError where a file is seen to be neither rows nor a text."""
+    if not is_parquet(source):
+        with unpacked(source) as file:
+            check_beginning(source.name, file.read(LOOKED_AT), is_text=is_text(source))
+    return source
 
 
 def is_data(path: Path) -> bool:
@@ -199,7 +212,7 @@ def is_copy(source: Source) -> bool:
 def first_sign(source: Source) -> bytes:
     """The first byte that is no blank."""
     with unpacked(source) as file:
-        return file.read(1 << 12).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+        return file.read(LOOKED_AT).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
 
 
 def is_parquet(source: Source) -> bool:
@@ -217,9 +230,15 @@ def each_row(source: Source) -> Rows:
     if is_parquet(source):
         yield from parquet_rows(source)
         return
-    listed = is_copy(source) and first_sign(source) == b"["
+    begins_as_list = first_sign(source) == b"["
+    is_list = ending(source.name) == ".json" or (is_copy(source) and begins_as_list)
+    if begins_as_list and not is_list:
+        raise ValueError(
+            f"{source.name} begins as a JSON list and not with one object a line; give it a name "
+            "that ends in .json"
+        )
     with unpacked(source) as file:
-        if listed or ending(source.name) == ".json":
+        if is_list:
             for where, row in json_values(file, source.name):
                 is_object = isinstance(row, dict)
                 yield where, row if is_object else no_object(row, where, "an object with columns")

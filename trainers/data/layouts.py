@@ -12,6 +12,7 @@ from puna.core.documents import listed
 from puna.trainers.data.cells import Row
 from puna.trainers.data.columns import Columns, Ratings, Reading
 from puna.trainers.data.files import Rows
+from puna.trainers.data.mistaken import rows_inside
 from puna.trainers.data.unfolding import (
     beginnings,
     common_beginning,
@@ -196,7 +197,7 @@ def kind_of(row: Row, how: Reading) -> Kind:
     columns = listed(row) or "none"
     raise ValueError(
         f"the row has the columns {columns}, which no layout has; name the file's own in "
-        "[columns], or say with --kind what it is"
+        "[columns], or say with --kind what it is" + rows_inside(row)
     )
 
 

@@ -57,15 +57,15 @@ def talk(
     bar = meter("dialogues", longest, start=len(said), unit="answers", show=parallel.is_main())
     with bar as progress, stop_requests() as stop, at_hand(policy, options["engine"]) as whole:
         while len(said) < longest:
-            if parallel.all_max(int(stop())):
-                raise SystemExit(
-                    f"stopped after turn {len(said)}; the same command continues {config.out}"
-                )
             said.append(next_turn(whole, tokenizer, dialogues, said, **options))
             if parallel.is_main():
                 write_rows(path, [{"dialogues": len(dialogues), "answers": row} for row in said])
                 written.note(path.parent, path.name)
             progress.advance(sum(map(bool, said[-1])))
+            if parallel.all_max(int(stop())):  # after the last one, too: more may follow
+                raise SystemExit(
+                    f"stopped after turn {len(said)}; the same command continues {config.out}"
+                )
 
 
 def next_turn(

@@ -33,13 +33,13 @@ def append_chunks(
     bar = meter(title, len(starts), start=done, unit="answers", show=parallel.is_main())
     with bar as progress, stop_requests() as stop:
         for start in starts[done:]:
-            if parallel.all_max(int(stop())):
-                raise SystemExit(
-                    f"stopped after {start} prompts; the same command continues {path}"
-                )
             numbers = range(start, min(start + chunk, len(asked)))
             append_chunk(path, draw(numbers[parallel.rank() :: parallel.world_size()]), each)
             progress.advance(len(numbers) * each)
+            if parallel.all_max(int(stop())):  # after the last one, too: more may follow
+                raise SystemExit(
+                    f"stopped after {numbers.stop} prompts; the same command continues {path}"
+                )
 
 
 def whole_chunks(

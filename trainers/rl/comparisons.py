@@ -6,6 +6,8 @@ temperatures; the annotator chooses one, on four levels, and at the safety stage
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any, NamedTuple
@@ -16,14 +18,20 @@ import torch
 from puna.core import parallel
 from puna.core.checkpoint.atomic import atomic_file
 from puna.core.checkpoint.folder import open_model
+from puna.core.checkpoint.source import Source
 from puna.core.documents import are_ids, field, json_rows, shortened
+from puna.core.model import Transformer
 from puna.core.text.chat import decode_answer, encode_prompt
 from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.formats import RATINGS, SAFETY, Columns, parse_prompt
 from puna.trainers.data.prompts import EncodedPrompt, draw
+from puna.trainers.rl.chunks import append_chunks
 from puna.trainers.rl.engine import Engine
 from puna.trainers.rl.rewards import Answer, one_each
-from puna.trainers.rl.rollout import at_hand, sample_everywhere
+from puna.trainers.rl.rollout import at_hand, draw_answers
+from puna.trainers.train import written
+
+CHUNK = 512  # answers between two looks at whether to stop
 
 
 class Verdict(NamedTuple):
@@ -46,6 +54,15 @@ class Variant(NamedTuple):
     name: str = ""  # what the rows call it; empty: the model's path
 
 
+class Side(NamedTuple):
+    """What one variant answers."""
+
+    path: Path  # where its answers are kept until the pairs are whole
+    number: int  # which of the two it is; part of the random numbers
+    variant: Variant
+    temperatures: list[float]  # of each answer
+
+
 def sample_pairs(
     path: Path,
     variants: tuple[Variant, Variant],
@@ -57,6 +74,7 @@ def sample_pairs(
     seed: int,
     round_index: int,
     device: torch.device,
+    chunk: int = CHUNK,
     limits: Mapping[str, int] = MappingProxyType({}),
     compute_dtype: torch.dtype | None = None,
     sampling_tp: int = 1,
@@ -69,67 +87,125 @@ def sample_pairs(
     `generate`'s, of what stands side by side; an `engine` draws in place of this process.
 
     The draws depend on (seed, round_index, prompt, variant) only, so that a repeated call writes
-    the same file. All ranks take part and rank 0 writes.
+    the same file. A variant's answers are kept beside `path`, `chunk` after `chunk`, until it is
+    written: an interrupted call goes on from there. All ranks take part and rank 0 writes.
     """
+    drawn = [path.with_name(f"{path.stem}-drawn-{number}.jsonl") for number in (1, 2)]
     if parallel.broadcast(path.exists()):
+        parallel.on_main(lambda: discard(drawn))  # where a kill came before it
         return sum(1 for _ in json_rows(path))
+    parallel.on_main(lambda: path.parent.mkdir(parents=True, exist_ok=True))
     places = [draw(position, len(prompts), seed + round_index) for position in range(count)]
     chosen = [prompts[place] for place, _ in places]
     rng = np.random.default_rng((seed, round_index))
-    answers: list[list[dict[str, Any]]] = []
-    which = np.zeros(count, dtype=np.int64)  # temperature of each row
+    temperatures = draw_temperatures(variants, count, rng)
+    swapped = (rng.random(count) < 0.5).tolist()
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "eos_id": tokenizer.eos_ids,
+        "seed": seed,
+        "round_index": round_index,
+        "engine": engine,
+        **limits,
+    }
+    load = partial(
+        parallel.load,
+        device=device,
+        frozen=True,
+        compute_dtype=compute_dtype,
+        sampling_tp=sampling_tp,
+    )
+    for number, variant in enumerate(variants):
+        side = Side(drawn[number], number, variant, temperatures[number])
+        draw_side(side, load, tokenizer, chosen, chunk, options)
+    return int(parallel.on_main(lambda: pair(path, chosen, drawn, swapped)))
+
+
+def draw_temperatures(
+    variants: Sequence[Variant], count: int, rng: np.random.Generator
+) -> list[list[float]]:
+    """Of each variant the temperature of each of its `count` answers."""
+    found: list[list[float]] = []
+    which = np.zeros(count, dtype=np.int64)
     for number, variant in enumerate(variants):
         choices = len(variant.temperatures)
         if number and variant == variants[0] and choices > 1:
             which = (which + rng.integers(1, choices, size=count)) % choices
         else:
             which = rng.integers(choices, size=count)
-        model = parallel.load(
-            open_model(variant.model),
-            device,
-            frozen=True,
-            compute_dtype=compute_dtype,
-            sampling_tp=sampling_tp,
-        )
-        drawn: list[dict[str, Any]] = [{}] * count
-        with at_hand(model, engine) as whole:
-            for index, temperature in enumerate(variant.temperatures):
-                rows = np.flatnonzero(which == index).tolist()
-                sampled = sample_everywhere(
-                    whole,
-                    [chosen[row].ids for row in rows],
-                    max_new_tokens=max_new_tokens,
-                    eos_id=tokenizer.eos_ids,
+        found.append([variant.temperatures[index] for index in which])
+    return found
+
+
+def draw_side(
+    side: Side,
+    load: Callable[[Source], Transformer],
+    tokenizer: Tokenizer,
+    prompts: Sequence[EncodedPrompt],
+    chunk: int,
+    options: Mapping[str, Any],
+) -> None:
+    """Append one answer to each prompt to the side's file, as `draw_answers` does with these
+    `options`; where all are there already nothing is loaded."""
+    variant = side.variant
+    with ExitStack() as stack:
+
+        @cache
+        def model() -> Transformer:
+            opened = load(open_model(variant.model))
+            return stack.enter_context(at_hand(opened, options["engine"]))
+
+        def draw_rows(rows: Sequence[int]) -> list[dict[str, Any]]:
+            found: dict[int, dict[str, Any]] = {}
+            for temperature in dict.fromkeys(variant.temperatures):  # the same ones on all ranks
+                some = [row for row in rows if side.temperatures[row] == temperature]
+                completions = draw_answers(
+                    model(),
+                    [prompts[row].ids for row in some],
+                    prompt_ids=some,
+                    sample_ids=[side.number] * len(some),
                     temperature=temperature,
-                    seed=seed,
-                    round_index=round_index,
-                    prompt_ids=rows,
-                    sample_ids=[number] * len(rows),
-                    engine=engine,
                     called=str(variant.model),
-                    **limits,
+                    **options,
                 )
-                for row, ids in zip(rows, sampled, strict=True):
-                    drawn[row] = {
-                        "": decode_answer(tokenizer, ids),
-                        "_ids": ids,
-                        "_model": variant.name or str(variant.model),
-                        "_temperature": temperature,
+                for row, each in zip(some, completions, strict=True):
+                    found[row] = {
+                        "messages": prompts[row].messages,
+                        "answer": decode_answer(tokenizer, each.tokens),
+                        "ids": each.tokens,
+                        "model": variant.name or str(variant.model),
+                        "temperature": temperature,
                     }
-        answers.append(drawn)
-    swapped = rng.random(count) < 0.5
-    rows_out = []
-    for prompt, one, other, swap in zip(chosen, *answers, swapped, strict=True):
-        if one[""] and other[""] and one[""] != other[""]:
+            return [found[row] for row in rows]
+
+        asked = [prompt.messages for prompt in prompts]
+        append_chunks("comparisons: sampling", side.path, asked, chunk, 1, draw_rows)
+
+
+def pair(
+    path: Path, prompts: Sequence[EncodedPrompt], drawn: Sequence[Path], swapped: Sequence[bool]
+) -> int:
+    """Write the pairs of what both variants have answered; returns how many they are."""
+    answers = [[row for _, row in json_rows(each)] for each in drawn]
+    rows: list[dict[str, Any]] = []
+    for prompt, one, other, swap in zip(prompts, *answers, swapped, strict=True):
+        if one["answer"] and other["answer"] and one["answer"] != other["answer"]:
             a, b = (other, one) if swap else (one, other)
-            row_out = {"messages": prompt.messages, "is_safety": prompt.is_safety}
-            for name in one:
-                row_out |= {f"a{name}": a[name], f"b{name}": b[name]}
-            rows_out.append(row_out)
-    if parallel.is_main():
-        write_rows(path, rows_out)
-    parallel.barrier()
-    return len(rows_out)
+            row: dict[str, Any] = {"messages": prompt.messages, "is_safety": prompt.is_safety}
+            row |= {"a": a["answer"], "b": b["answer"]}
+            for name in ("ids", "model", "temperature"):
+                row |= {f"a_{name}": a[name], f"b_{name}": b[name]}
+            rows.append(row)
+    write_rows(path, rows)
+    discard(drawn)
+    return len(rows)
+
+
+def discard(drawn: Sequence[Path]) -> None:
+    """The pairs are whole: what they were made from is no longer needed."""
+    written.forget(drawn[0].parent, *(path.name for path in drawn))
+    for path in drawn:
+        path.unlink(missing_ok=True)
 
 
 def annotate(

@@ -235,6 +235,9 @@ class RLHFConfig(EngineConfig, ReadingMessages):
     for; left out: pairs are written for an annotator of your own"""
     temperatures: list[Temperature] = field(default_factory=lambda: [0.8, 1.0, 1.2])
     """the answers to compare are drawn at one of these"""
+    chunk: Annotated[Batch, FIXED] = 512
+    """answers to compare that are drawn at a time, all processes together; an interruption loses at
+    most one chunk"""
     max_new_tokens: Count = 512
     """longest answer, tokens"""
     go_on: bool = False

@@ -134,6 +134,7 @@ def sample_kind(
         seed=config.seed,
         round_index=2 * number + KINDS.index(kind),
         device=device_of_name(config.device),
+        chunk=config.chunk,
         limits=config.limits(),
         compute_dtype=compute_dtype(config),
         sampling_tp=config.sampling_tp,

@@ -1,5 +1,6 @@
 """Configurations made in Python may name files as text; inside, a file is always a Path."""
 
+import os
 import typing
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,26 @@ def as_paths(config: Any) -> None:
             setattr(config, name, Path(value))
         elif isinstance(value, (list, tuple)):
             setattr(config, name, type(value)(Path(each) for each in value))
+
+
+OUTPUTS = ("out", "output")
+
+
+def refuse_own_input(config: Any) -> None:
+    """ValueError where the file that is written would take the place of one that is read."""
+    cls: type = type(config)
+    fields = path_fields(cls)
+    for output in OUTPUTS:
+        out = getattr(config, output, None)
+        if not isinstance(out, Path) or not os.path.isfile(out):  # which no odd name makes raise
+            continue
+        for name in sorted(fields.keys() - {output}):
+            value = getattr(config, name)
+            for each in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(each, Path) and os.path.isfile(each) and out.samefile(each):
+                    raise ValueError(
+                        f"{out} is read here ({name}) and would be replaced; give another {output}"
+                    )
 
 
 @cache

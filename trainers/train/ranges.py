@@ -20,7 +20,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 from tyro import MISSING
 
-from puna.trainers.train.paths import as_paths
+from puna.trainers.train.paths import as_paths, refuse_own_input
 from puna.trainers.train.values import convert
 
 
@@ -147,6 +147,7 @@ def enforce(options: Options) -> None:
     as_typed(options)
     check_ranges(options)
     if all(value is not MISSING for value in vars(options).values()):
+        refuse_own_input(options)
         options.check()
 
 

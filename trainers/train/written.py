@@ -26,7 +26,10 @@ def forget(folder: Path, *names: str) -> None:
         return
     for name in names:
         found.pop(name, None)
-    write_text(folder / WRITTEN, json.dumps(found, indent=2) + "\n")
+    if found:
+        write_text(folder / WRITTEN, json.dumps(found, indent=2) + "\n")
+    else:
+        (folder / WRITTEN).unlink()
 
 
 def noted(folder: Path) -> dict[str, dict]:
