@@ -149,6 +149,23 @@ struct Tile {
   float* data;
 };
 
+inline void add_bias(const Tile& tile, const float* bias) {
+  for (int64_t m = 0; m < tile.rows; ++m)
+    for (int64_t j = 0; j < tile.columns; ++j) tile.data[m * PANEL_WIDTH + j] += bias[j];
+}
+
+// Into y (rows, width), or added to it.
+template <bool ADD>
+inline void store_columns(const Tile& tile, const float* data, float* y, int64_t width) {
+  for (int64_t m = 0; m < tile.rows; ++m) {
+    float* row = y + (tile.first_row + m) * width + tile.first_column;
+    if constexpr (ADD)
+      for (int64_t j = 0; j < tile.columns; ++j) row[j] += data[m * PANEL_WIDTH + j];
+    else
+      std::memcpy(row, data + m * PANEL_WIDTH, tile.columns * sizeof(float));
+  }
+}
+
 // Calls use(tile) for each tile of x (rows, in) W^T in `panels`. Rows are split evenly, so that no
 // tile is much smaller than the others.
 template <typename Use>

@@ -230,22 +230,6 @@ class LlamaSession final : public puna::Session {
                   });
   }
 
-  static void add_bias(const Tile& tile, const float* bias) {
-    for (int64_t m = 0; m < tile.rows; ++m)
-      for (int64_t j = 0; j < tile.columns; ++j) tile.data[m * PANEL_WIDTH + j] += bias[j];
-  }
-
-  template <bool ADD>
-  static void store_columns(const Tile& tile, const float* data, float* y, int64_t width) {
-    for (int64_t m = 0; m < tile.rows; ++m) {
-      float* row = y + (tile.first_row + m) * width + tile.first_column;
-      if constexpr (ADD)
-        for (int64_t j = 0; j < tile.columns; ++j) row[j] += data[m * PANEL_WIDTH + j];
-      else
-        std::memcpy(row, data + m * PANEL_WIDTH, tile.columns * sizeof(float));
-    }
-  }
-
   void attention(const Batch& batch, int64_t first, int64_t count, int64_t l, float* x,
                  const Team& team, Activations& a) {
     const PackedLayer& layer = weights_.layers[l];
