@@ -180,14 +180,13 @@ def improve(config: RealConfig, tuned: Path, judges: Mapping[str, Path]) -> Path
             safety=judges["safety"],
             prompts=[config.out / "data" / "prompts.jsonl"],
             out=config.out / "ppo",
-            iterations=scaled(config.scale, ITERATIONS, 2),
+            iterations=scaled(config.scale, ITERATIONS, 3),
             batch=BATCH,
             minibatch=8,
             max_new_tokens=ANSWER,
             lr=3e-5,
             critic_lr=5e-5,
-            critic_warmup=1,
-            value_clip=None,
+            critic_warmup=2,
             **common(config, 4),
         )
     )
