@@ -254,16 +254,21 @@ def tell(figures: Mapping[str, Any]) -> None:
     ]
     count = figures["rows"]["prompts-held"]
     say()
-    title = f"answers to {count} held-out prompts: mean ± half of its 95% interval; nats"
-    say_table(rows, ("", *columns[:-1], "KL from SFT", "loss"), title)
+    title = f"{count} held-out prompts: mean ± half of its 95% interval; KL from SFT, nats"
+    say_table(rows, ("", *columns[:-1], "KL", "loss"), title)
+    changed = figures["changes"]
     rows = [
-        [name, *(interval(found[each]) for each in ("reward", "score", "loss"))]
-        + [share(found[each]) for each in ("wins", "likelier")]
-        for name, found in figures["changes"].items()
+        [said, *(cell(found[name]) for found in changed.values())]
+        for said, name, cell in (
+            ("reward", "reward", gain),
+            ("without ends", "score", gain),
+            ("share that rose", "wins", share),
+            ("loss", "loss", gain),
+            ("share likelier", "likelier", share),
+        )
     ]
     title = "what changed, prompt by prompt, with 95% intervals"
-    header = ("", "reward", "without ends", "loss", "reward rose", "likelier")
-    say_table(rows, header, title)
+    say_table(rows, ("", *changed), title)
     rows = [
         [kind, share(found["all"]), share(found["the longer answer"]), str(found["all"][3])]
         for kind, found in figures["accuracy"].items()
@@ -274,16 +279,15 @@ def tell(figures: Mapping[str, Any]) -> None:
 
 
 def spread(value: Sequence[float]) -> str:
-    return f"{value[0]:.2f} ± {value[1]:.2f}"
+    return f"{value[0]:.2f}±{value[1]:.2f}"
 
 
-def interval(value: Sequence[float]) -> str:
-    mean, half = value
-    return f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
+def gain(value: Sequence[float]) -> str:
+    return f"{value[0]:+.2f} ± {value[1]:.2f}"
 
 
 def share(value: Sequence[float]) -> str:
-    return f"{value[0]:.3f} ({value[1]:.3f} to {value[2]:.3f})"
+    return f"{value[0]:.2f} ({value[1]:.2f}-{value[2]:.2f})"
 
 
 def tell_answers(answers: Mapping[str, Sequence[str]]) -> None:
