@@ -118,6 +118,8 @@ inline void multiply_tile_int8(const QuantizedRows& x, int64_t row, const uint8_
       left[m] = right[m] = x.offsets[group] - ivec{};
       quads[m] = x.quads + group * x.QUADS;
     }
+    // One row of weights from memory: 60 to 71 GOP/s where an unrolled loop had 57 to 61.
+#pragma GCC unroll 1
     for (int quad = 0; quad < x.QUADS; ++quad) {
       ivec a, b;
       std::memcpy(&a, panel + quad * PANEL_WIDTH * 4, sizeof a);

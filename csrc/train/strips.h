@@ -43,8 +43,8 @@ inline void multiply(int64_t rows, int vectors, const Number* a, int64_t a_row, 
   if (vectors == 1) multiply_strip<1>(rows, a, a_row, a_inner, b, b_row, count, c, c_row, add);
 }
 
-// A head's keys, each `size` numbers or pairs: one after the other, or as a cache has them, in blocks
-// of W tokens, (size, W) each.
+// A head's keys, each `size` numbers or pairs: one after the other, or as a cache has them, in
+// blocks of W tokens, (size, W) each.
 template <typename Number>
 struct Keys {
   const Number* data;
