@@ -261,12 +261,17 @@ def touched_at_import(tree: ast.Module) -> list[ast.stmt]:
     return found
 
 
+# OpenMP reads it when PyTorch is loaded, so it has to stand there before anything else is imported.
+BEFORE_PYTORCH = "os.environ.setdefault('GOMP_SPINCOUNT', '10000')"
+
+
 def test_no_module_changes_anothers_objects_at_import():
     wrong = {
         f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
         for room in ROOMS
         for path in sources(room)
         for node in touched_at_import(parsed(path))
+        if (path.parent.name, ast.unparse(node)) != ("puna", BEFORE_PYTORCH)
     }
     assert not wrong, sorted(wrong)
 

@@ -1,6 +1,8 @@
 """Answers that begin alike are scored as each alone is, to the last bit."""
 
 import random
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +24,10 @@ SEQUENCES = st.lists(
 )  # which of four prompts, and how many tokens of its own
 
 
-def model(head: str = "score", seed: int = 0) -> Transformer:
-    made = Transformer(ModelConfig(64, 2, 4, 2, 96, 131, context=128), head=head)
-    made.init_weights(seed)
+def model(**changes: Any) -> Transformer:
+    config = replace(ModelConfig(64, 2, 4, 2, 96, 131, context=128), **changes)
+    made = Transformer(config, head="score")
+    made.init_weights(0)
     with torch.no_grad():
         for weight in made.parameters():
             weight.normal_(0.0, 0.3) if weight.dim() > 1 else weight.uniform_(0.5, 1.5)
@@ -89,6 +92,16 @@ def test_products_of_bf16_too() -> None:
         wanted = torch.cat([alone(made, row) for row in rows])
         assert torch.equal(score(made, rows), wanted)
     assert not torch.equal(score(made, rows), wanted)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"head_size": 8}, {"head_size": 24}, {"qkv_bias": True}, {"attention_bias": True}]
+)
+def test_the_bits_do_not_depend_on_who_is_beside(changes: dict[str, Any]) -> None:
+    """Where the engine would give others, the model's own operations do it."""
+    rows, made = sequences([(2, n % 7 + 1) for n in range(8)]), model(**changes)
+    with torch.no_grad():
+        assert torch.equal(score(made, rows), torch.cat([alone(made, row) for row in rows]))
 
 
 def test_what_the_engine_does_not_take_is_scored_all_the_same() -> None:

@@ -121,7 +121,7 @@ def test_every_verb_shows_what_is_in_its_mistake(verb: str, capsys, monkeypatch)
         raise ValueError(f"{EVIL}.jsonl:1: the row has the columns '{EVIL}'")
 
     monkeypatch.setattr("puna.trainers.train.command.parse", fail)
-    assert main([*verb.split(), "x"]) == 1
+    assert main([*verb.split(), "x.toml"]) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith(f"puna {verb}: {SHOWN}.jsonl") and clean(captured.err)
 

@@ -22,6 +22,7 @@ from puna.core import ops
 from puna.core.checkpoint.source import LAYER, Source, as_type, parameter_shapes
 from puna.core.config import ModelConfig
 from puna.core.model import RMSNorm, Transformer
+from puna.core.native.linear import FAST
 from puna.core.native.loader import WIDTHS, best_instructions, extension
 from puna.core.native.session import Session
 from puna.core.plain import altered
@@ -315,8 +316,10 @@ def engine_for(model: Transformer, weight_format: str = "fp32") -> Engine | None
 
 def engine_for_now(model: Transformer) -> Engine | None:
     """An engine in the products in force, whose copy of the weights goes with it; None where the
-    model's own operations are to do the work: to other bits with biases, which PyTorch adds."""
-    if model.config.biased:
+    model's own operations are to do the work. They give other bits with biases, which PyTorch adds,
+    and with heads of another instruction set than the products'."""
+    best = best_instructions()
+    if model.config.biased or best not in FAST or best_instructions(model.config.head_dim) != best:
         return None
     if ops.forced() not in ("auto", "native") or ops.transformed() or extension() is None:
         return None
