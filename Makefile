@@ -50,7 +50,7 @@ sanitize: UNDER = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -
 sanitize: $(READY)
 	$(call instrumented,address,$(ASAN))
 	$(UNDER) $(BIN)/pytest -s tests/test_native*.py tests/test_threads.py tests/test_not_a_number.py \
-		tests/test_rounded_weights.py -k "not peak"
+		tests/test_rounded_weights.py tests/test_scored_alike.py -k "not peak"
 	$(UNDER) $(BIN)/python tests/campaign/threads.py --threads 8 --calls 1000
 	$(UNDER) $(BIN)/python tests/campaign/shapes.py --seconds $(FUZZ)
 
