@@ -26,7 +26,7 @@ if (_CHECKOUT / "setup.py").is_file():
 
 # How often OpenMP's threads look for each other before they sleep, some 100 us; PyTorch's OpenMP
 # reads it when it is loaded. Its own 300,000 are milliseconds: beside as many busy processes as
-# threads, training then kept .4 to .6 of its fair share, and keeps .8 to .95. Alone it is as fast.
+# threads, training then kept .4 to .8 of its fair share, and keeps .8 or more. Alone it is as fast.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 

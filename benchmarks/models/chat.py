@@ -22,7 +22,7 @@ from puna.benchmarks.rows import Row, Work, row
 from puna.benchmarks.timing import peak_mb
 from puna.core.generation.memory import Memory
 from puna.core.model import Transformer
-from puna.core.native.engine import FORMATS
+from puna.core.native.engine import FORMATS, cached_bytes
 from puna.core.native.loader import extension
 
 TURNS = 10
@@ -119,6 +119,8 @@ def work_of(models: Models, dtype: str, again: bool) -> Work:
     and questions take no time."""
     config, stored = models.config, FORMATS[dtype]
     rate = read_rate(models.device, round(stored * multiplied_parameters(config)))
-    bound = limit(config, Ceilings(models.ceilings.matmul, rate), 1, POSITIONS / 2, stored)
+    kept = cached_bytes(dtype, config.head_dim)
+    ceilings = Ceilings(models.ceilings.matmul, rate)
+    bound = limit(config, ceilings, 1, POSITIONS / 2, stored, kept)
     name = f"{TURNS} turns" + ", all run again" * again
     return Work("chat", str(models.shape), 1, TURNS * ANSWERED, bound, dtype, name)
