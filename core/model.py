@@ -19,6 +19,7 @@ from puna.core import ops
 from puna.core.config import ModelConfig
 from puna.core.generation.kv_cache import KVCache
 from puna.core.plain import altered, plain, transparent
+from puna.core.shared import Shared, gathered, spread
 
 
 class Rotary(NamedTuple):
@@ -68,6 +69,7 @@ class Attention(nn.Module):
         rotary: Rotary,
         cu_seqlens: Tensor | None,
         cache: KVCache | None,
+        shared: Shared | None,
     ) -> Tensor:
         batch, tokens, _ = x.shape
         q, k, v = (each.view(batch, tokens, -1, self.head_dim) for each in self._projected(x))
@@ -75,6 +77,9 @@ class Attention(nn.Module):
         if cache is not None and tokens == 1:
             k_cache, v_cache = cache.append(self.layer, k, v)
             out = ops.decode_attention(q, k_cache, v_cache, cache.lengths + 1)
+        elif shared is not None:
+            q, k, v = (spread(each, shared) for each in (q, k, v))
+            out = gathered(ops.attention(q, k, v, cu_seqlens=cu_seqlens), shared)
         else:
             if cache is not None:
                 cache.fill(self.layer, k, v)
@@ -119,8 +124,9 @@ class Block(nn.Module):
         rotary: Rotary,
         cu_seqlens: Tensor | None = None,
         cache: KVCache | None = None,
+        shared: Shared | None = None,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, cu_seqlens, cache)
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cu_seqlens, cache, shared)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -133,11 +139,16 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(
-        self, tokens: Tensor, rotary: Rotary, cu_seqlens: Tensor | None, cache: KVCache | None
+        self,
+        tokens: Tensor,
+        rotary: Rotary,
+        cu_seqlens: Tensor | None,
+        cache: KVCache | None,
+        shared: Shared | None,
     ) -> Tensor:
         x = self.embed_tokens(tokens)
         for block in self.layers:
-            x = block(x, rotary, cu_seqlens, cache)
+            x = block(x, rotary, cu_seqlens, cache, shared)
         return self.norm(x)
 
 
@@ -203,15 +214,17 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cache: KVCache | None = None,
+        shared: Shared | None = None,
     ) -> Tensor:
         """Hidden states (B, T, C) after the final norm, for tokens (B, T) int64.
 
         `positions` (B, T) restart with each packed sequence; None counts 0..T-1. `cu_seqlens`
         (S+1,) int32 cuts the flattened tokens into sequences. With a `cache`, T > 1 fills it
-        from slot 0 and T == 1 appends at each row's length; the caller moves `lengths` on.
+        from slot 0 and T == 1 appends at each row's length; the caller moves `lengths` on. Where
+        sequences share tokens (`shared`, no cache then) `cu_seqlens` cuts the rows of attention.
         Raises ValueError where a sequence is longer than the model's context.
         """
-        return self.model(tokens, self.rotary(tokens, positions), cu_seqlens, cache)
+        return self.model(tokens, self.rotary(tokens, positions), cu_seqlens, cache, shared)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head applied to hidden (..., C): (..., V) or (..., 1), fp32."""

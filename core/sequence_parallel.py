@@ -28,6 +28,7 @@ from torch.nn.functional import pad
 from puna.core import ops
 from puna.core.generation.kv_cache import KVCache
 from puna.core.model import Block, RMSNorm, Rotary, Transformer
+from puna.core.shared import Shared
 
 Replace = Callable[[nn.Module, Callable[..., Tensor]], None]
 
@@ -56,7 +57,7 @@ def _plan() -> dict[str, ParallelStyle]:
         )
 
     return {
-        "self_attn": whole_tokens(3),
+        "self_attn": whole_tokens(4),
         "self_attn.q_proj": ColwiseParallel(),
         "self_attn.k_proj": ColwiseParallel(),
         "self_attn.v_proj": ColwiseParallel(),
@@ -87,6 +88,7 @@ def _in_parts(
     rotary: Rotary,
     cu_seqlens: Tensor | None,
     cache: KVCache | None,
+    shared: Shared | None,
 ) -> Tensor:
     """The decoder's hidden states (B, T, C), whole on every rank; tokens (B, T) are filled up to a
     multiple of the ranks on the way."""
@@ -100,8 +102,9 @@ def _in_parts(
         rotary = Rotary(*(pad(each, (0, 0, 0, more)) for each in rotary))
         if cu_seqlens is not None:
             cu_seqlens = torch.cat([cu_seqlens, cu_seqlens[-1:] + more])
+        shared = shared and shared.padded(more)
     part = DTensor.from_local(
-        forward(tokens, rotary, cu_seqlens, None), mesh, [Shard(1)], run_check=False
+        forward(tokens, rotary, cu_seqlens, None, shared), mesh, [Shard(1)], run_check=False
     )
     whole = part.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     # A tensor of its own: FSDP2 warns of views, which could be written to.

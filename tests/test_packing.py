@@ -195,7 +195,8 @@ def test_pair_batch() -> None:
         Pair([8], [9], "significantly_better", "both_safe"),
     ]
     batch = pair_batch(pairs, MARGINS["large"])
-    assert batch.tokens.tolist() == [[1, 2, 3, 1, 4, 5, 6, 7, 8, 9, 8, 9]]
+    assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 8, 9]]  # 1 is there once
+    assert batch.last.tolist() == [2, 3, 4, 6, 7, 8, 9, 10]
     assert batch.cu_seqlens.tolist() == [0, 3, 5, 6, 8, 9, 10, 11, 12]
     assert batch.margins.tolist() == [2.0, 0.0, 0.0, 3.0]
     assert batch.ratings.tolist() == [1, -1, 3, 0]

@@ -252,9 +252,8 @@ def pairs_on(
 
 def pair_scores(model: Transformer, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """(chosen, rejected), both (P,): each dialogue's score at its last token."""
-    hidden = model(batch.tokens, batch.positions, batch.cu_seqlens)[0]
-    last = hidden[batch.cu_seqlens[1:].long() - 1]
-    scores = model.logits(last)[:, 0]
+    hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, shared=batch.shared)[0]
+    scores = model.logits(hidden[batch.last])[:, 0]
     return scores[0::2], scores[1::2]
 
 

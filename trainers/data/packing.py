@@ -6,7 +6,7 @@ of step s are a pure function of the data, the seed and s (`visits.step_rows`).
 - `PackedRows`: dialogues. Whole sequences fill rows by best-fit decreasing, once; the order of
   the rows is shuffled anew each epoch.
 - `CorpusRows`: pretraining documents, end to end, cut into rows wherever a row ends.
-- `pair_batch`: preference pairs, laid end to end without padding.
+- `pair_batch`: preference pairs without padding, their prompts once.
 
 A target is the next id of the same segment: nothing is predicted across a segment, attention
 (`cu_seqlens`) does not cross it, and positions restart in it. B rows, T tokens, S segments, P
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from puna.core.packed import flat_sequences
+from puna.core.shared import Shared, in_twos
 from puna.core.text.chat import encode_answer, encode_prompt
 from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.corpus import Corpus, check_ids, token_dtype
@@ -61,14 +61,18 @@ class Pair(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """Both sides of P pairs, end to end: c0, r0, c1, r1, ..."""
+    """Both sides of P pairs, c0, r0, c1, r1, ...; what a pair shares is there once."""
 
     tokens: Tensor
     """(1, N) int64"""
     positions: Tensor
     """(1, N) int64"""
     cu_seqlens: Tensor
-    """(2P+1,) int32"""
+    """(2P+1,) int32, where sides begin among the rows of attention"""
+    last: Tensor
+    """(2P,) int64, each side's last token"""
+    shared: Shared
+    """the rows of attention"""
     margins: Tensor
     """(P,) float32, m(r) of Eq. 2; 0 where the rating is unknown"""
     ratings: Tensor
@@ -366,14 +370,10 @@ def levels(pairs: Sequence[Pair]) -> Tensor:
 
 def pair_batch(pairs: Sequence[Pair], margins: dict[str, float]) -> PairBatch:
     """Pairs as one batch; `margins` is m(r) for each rating, a table of `losses.MARGINS`."""
-    tokens, positions, cu_seqlens = flat_sequences(
-        [side for pair in pairs for side in (pair.chosen, pair.rejected)]
-    )
+    sides = in_twos([side for pair in pairs for side in (pair.chosen, pair.rejected)])
     labels = [UNKNOWN if pair.safety is None else SAFE_LABELS[pair.safety] for pair in pairs]
     return PairBatch(
-        tokens,
-        positions,
-        cu_seqlens,
+        *sides,
         margins=torch.tensor(
             [0.0 if pair.rating is None else margins[pair.rating] for pair in pairs]
         ),
