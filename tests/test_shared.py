@@ -108,3 +108,18 @@ def test_tokens_behind_all_others():
 def test_no_half_pairs(sequences):
     with pytest.raises((AssertionError, ValueError)):
         in_twos(sequences)
+
+
+def test_compiled_it_is_one_graph():
+    """As `[parallel] compile` does, block by block."""
+    sequences = [[1, 2, 3, 4], [1, 2, 5], [1, 7], [1, 7, 8]]
+    found = []
+    for compiled in (False, True):
+        model = model_of(torch.float64)
+        for block in model.model.layers if compiled else ():
+            block.compile(fullgraph=True, backend="aot_eager")
+        scores = together(model, sequences)
+        scores.square().sum().backward()
+        found.append([scores.detach(), *(p.grad for p in model.parameters())])
+    for plain, same in zip(*found, strict=True):
+        torch.testing.assert_close(same, plain)

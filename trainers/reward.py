@@ -247,7 +247,7 @@ def pairs_on(
     batch.weights[real:] = 0.0
     batch.safety_weights[2 * real :] = 0.0
     batch.safety_weights.div_(labelled)
-    return PairBatch(*(tensor.to(device) for tensor in batch))
+    return batch.to(device)
 
 
 def pair_scores(model: Transformer, batch: PairBatch) -> tuple[Tensor, Tensor]:

@@ -84,6 +84,9 @@ class PairBatch(NamedTuple):
     safety_weights: Tensor
     """(2P,) float32, of each answer in the auxiliary loss"""
 
+    def to(self, device: torch.device) -> "PairBatch":
+        return PairBatch(**{name: part.to(device) for name, part in self._asdict().items()})
+
 
 class PackedRows:
     """Sequences of (ids, weights) in rows of T tokens: `len(rows)`, `rows.batch(indices)`.
