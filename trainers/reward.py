@@ -134,6 +134,7 @@ def fit(config: RewardConfig, folder: Run, tokenizer: Tokenizer) -> Path:
         ]
 
     network = next_token.prepared(source, config)
+    scored: list[Tensor] = []  # the held-out pairs' scores, as the run goes on
     final = loop.fit(
         "reward",
         folder,
@@ -142,10 +143,13 @@ def fit(config: RewardConfig, folder: Run, tokenizer: Tokenizer) -> Path:
         plan.steps,
         objective(config.safety_weight, config.center_weight),
         config,
-        evaluation(held, config, device),
+        evaluation(held, config, device, scored.append),
     )
     if held:
-        scores = scores_of(network.model, held, config.micro_batch, device)
+        # The last are those after the last step; there are none where a kill came behind that.
+        scores = (
+            scored[-1] if scored else scores_of(network.model, held, config.micro_batch, device)
+        )
         if parallel.is_main():
             say(sentences(held_out_shares(scores, held), "held-out accuracy"))
     return final
@@ -332,14 +336,19 @@ def margins_of(
 
 
 def evaluation(
-    held: list[Pair], config: RewardConfig, device: torch.device
+    held: list[Pair],
+    config: RewardConfig,
+    device: torch.device,
+    keep: Callable[[Tensor], None] = lambda scores: None,
 ) -> Callable[[Transformer], dict[str, float]] | None:
-    """Held-out accuracy by rating, for `loop.fit`."""
+    """Held-out accuracy by rating, for `loop.fit`; `keep` is given the scores behind it."""
     if not held:
         return None
 
     def evaluate(model: Transformer) -> dict[str, float]:
-        found = accuracies(*margins_of(model, held, config.micro_batch, device))
+        scores = scores_of(model, held, config.micro_batch, device)
+        keep(scores)
+        found = accuracies(scores[:, 0] - scores[:, 1], levels(held))
         return {f"accuracy_{name}" if name != "all" else "accuracy": v for name, v in found.items()}
 
     return evaluate
