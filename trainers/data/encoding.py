@@ -17,6 +17,7 @@ from numpy.lib.format import magic
 
 from puna.core.checkpoint.atomic import atomic_file, write_text
 from puna.core.checkpoint.hashes import digest, digests
+from puna.core.checkpoint.steady import check_unchanged, stamps_of
 from puna.core.documents import field, read_object
 from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.columns import Reading
@@ -75,8 +76,10 @@ def encode_folder(folder: Path, tokenizer: Tokenizer, texts: Texts, shard: int =
     """Write the texts into `folder`, or go on with what was interrupted.
 
     A shard ends with the document that fills it. Raises ValueError where the folder holds something
-    else, or a corpus of other texts or another tokenizer.
+    else, or a corpus of other texts or another tokenizer, and where a text changes until it is
+    read.
     """
+    before = stamps_of(each.file for found in texts.sources() for each in found)
     index = begun(folder, tokenizer, texts)
     skipped = Skipped()
     if not index["complete"]:
@@ -90,6 +93,7 @@ def encode_folder(folder: Path, tokenizer: Tokenizer, texts: Texts, shard: int =
                 name = f"tokens-{len(index['shards']):05}.npy"
                 rest = chain([first], documents)
                 count, tokens = write_shard(folder / name, tokenizer, rest, counter, shard)
+                check_unchanged(before)
                 index["shards"][name] = (folder / name).stat().st_size
                 index["documents"] += count
                 index["tokens"] += tokens
