@@ -177,7 +177,8 @@ def open_model(
         remedy = "train a reward model from it first, with `puna reward`"
         if head == "lm":
             remedy = "take the language model it was trained from"
-        raise ValueError(f"{path} holds a {source.head} head and no {head} head; {remedy}")
+        stored = {"lm": "an lm head", "score": "a score head"}[source.head]
+        raise ValueError(f"{path} holds {stored} and no {head} head; {remedy}")
     if not fresh_head:
         return source
 
