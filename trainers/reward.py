@@ -4,6 +4,7 @@ The score is read at the last token of the dialogue, EOS included. Loss: Eq. 2, 
 m(r) of Table 27; for the safety model, the auxiliary loss of `losses.safety_loss` besides.
 """
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,7 @@ from puna.trainers.data.packing import (
     unlabelled,
 )
 from puna.trainers.data.readers import Skipped, read_preferences
-from puna.trainers.data.split import opening, split, split_batches
+from puna.trainers.data.split import also_learned, opening, split, split_batches
 from puna.trainers.data.visits import step_rows
 from puna.trainers.rl.accuracy import (
     Share,
@@ -183,6 +184,7 @@ def load_pairs(
     if config.eval_data:
         held_rows, unusable = load_preferences(config.eval_data, config)
         skipped.merge(unusable)
+        skipped.notes += also_learned(rows, held_rows, said)
     elif config.eval_per_batch:
         rows, held_rows = split_batches(
             rows, config.eval_per_batch, config.seed, begins, lambda row: row.batch
@@ -211,6 +213,11 @@ def load_pairs(
     skipped.notes += unlabelled(pairs, config.margin, config.safety_weight)
     next_token.say(skipped)
     return pairs, held
+
+
+def said(row: Preference) -> str:
+    """What makes two comparisons the same, whoever won."""
+    return json.dumps([row.messages, sorted((row.chosen, row.rejected))])
 
 
 def begins(row: Preference) -> str:
