@@ -80,10 +80,10 @@ def encode(config: Encode) -> None:
         raise ValueError("give either --text, or --data and --output")
     tokenizer = Tokenizer(config.tokenizer)
     if config.output is not None:
-        write = encode_folder
-        if config.output.suffix == ".npy":  # one file; a folder is gone on with
+        is_file = config.output.suffix == ".npy"
+        if is_file:  # a folder is gone on with
             check_absent(config.output, "--output")
-            write = encode_file
+        write = encode_file if is_file else encode_folder
         found = write(config.output, tokenizer, Texts(config.data, config))
         if found.skipped:
             say(str(found.skipped))
