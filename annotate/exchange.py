@@ -1,14 +1,15 @@
 """`puna annotate export` and `puna annotate import`: comparisons out of their file and into it."""
 
 from puna.annotate.config import ExportConfig, ImportConfig
-from puna.core.checkpoint.atomic import write_text
+from puna.core.checkpoint.atomic import check_absent, write_text
 from puna.core.terminal import say
 from puna.trainers.annotations import exchange
 from puna.trainers.annotations.store import opened
 
 
 def export(config: ExportConfig) -> None:
-    """Write the comparisons; raises ValueError where there are none."""
+    """Write the comparisons; raises ValueError where there are none, or a file of that name."""
+    check_absent(config.out)
     with opened(config.annotations) as store:
         text = exchange.written(store, config.format, config.batch or None)
         count = len(exchange.verdicts(store, config.batch or None))

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from puna.core.checkpoint.convert import convert
 from puna.core.checkpoint.folder import tokenizer_in
+from puna.core.checkpoint.source import DTYPES
 from puna.core.terminal import say
 from puna.trainers.train.ranges import Count, Options
 
@@ -26,8 +25,8 @@ class ConvertConfig(Options):
     """Format of the target (auto: by its name)."""
     tokenizer: Path | None = None
     """A tokenizer.model to put into the folder (default: the source's own)."""
-    dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
-    """Type of the weights in the folder (stored: each tensor's own); a .bin always has float32."""
+    dtype: Literal["stored", "fp32", "bf16", "fp16"] = "stored"
+    """Type of the weights in the folder (stored: each tensor's own); a .bin always has fp32."""
     context: Count = 4096
     """Longest sequence in tokens, for Meta's folders, which do not say (Llama 2: 4096)."""
 
@@ -38,7 +37,7 @@ def run(config: ConvertConfig) -> Path:
         config.source,
         config.target,
         tokenizer=config.tokenizer,
-        dtype=None if config.dtype == "stored" else getattr(torch, config.dtype),
+        dtype=None if config.dtype == "stored" else DTYPES[config.dtype],
         context=config.context,
         to=config.to,
     )

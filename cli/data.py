@@ -12,16 +12,19 @@ from puna.core.text.chat import encode_answer, encode_dialogue, encode_prompt, s
 from puna.core.text.tokenizer import Tokenizer, stream_text
 from puna.trainers.data.columns import ReadingComparisons
 from puna.trainers.data.files import each_row, is_text, sources
-from puna.trainers.data.layouts import Kind, kind_of, layout_of
+from puna.trainers.data.layouts import KINDS, Kind, kind_of, layout_of
 from puna.trainers.data.readers import (
     Skipped,
     read_dialogues,
+    read_ghosts,
     read_preferences,
+    read_preprompts,
     read_prompts,
     read_texts,
 )
 from puna.trainers.train.ranges import Count
 
+LAID_OUT: dict[str, Kind] = {kind: kind for kind in KINDS}  # kinds that have layouts
 MOST_SHOWN = 4000  # characters of one part of a row
 WIDTH = 40  # of the longest bar
 STYLES = {"context": "dim", "prompt": "dim", "rejected": "red"}  # of all else LEARNED
@@ -31,6 +34,8 @@ READERS: dict[str, Callable[..., tuple[list[Any], Skipped]]] = {
     "preferences": read_preferences,
     "prompts": read_prompts,
     "texts": read_texts,
+    "instructed": read_ghosts,
+    "preprompts": read_preprompts,
 }
 
 
@@ -41,8 +46,11 @@ class DataConfig(ReadingComparisons):
 
     file: Path
     """file, folder, pattern or pipe (-)"""
-    kind: Literal["auto", "dialogues", "preferences", "prompts", "texts"] = "auto"
-    """what it is read as; auto: what the columns of its first row are"""
+    kind: Literal[
+        "auto", "dialogues", "preferences", "prompts", "texts", "instructed", "preprompts"
+    ] = "auto"
+    """what it is read as, the last two by `puna gatt` and `puna distill`; auto: what the columns of
+    its first row are"""
     model: Path | None = None
     """model folder, or a tokenizer.model: lengths are in its tokens, and rows that exceed a model's
     context are counted; left out: lengths are in characters"""
@@ -84,7 +92,7 @@ def run(config: DataConfig) -> None:
     show(kind, parts(kind, rows[config.row - 1]), rows[config.row - 1], config.row)
 
 
-def kind_and_layout(config: DataConfig) -> tuple[Kind, str]:
+def kind_and_layout(config: DataConfig) -> tuple[str, str]:
     """What the data is, and the name of its layout, by its first file's first row."""
     first = sources(config.file)[0]
     if is_text(first):
@@ -96,14 +104,18 @@ def kind_and_layout(config: DataConfig) -> tuple[Kind, str]:
     wrong: ValueError | None = None
     for where, row in each_row(first):
         if isinstance(row, dict):
-            kind: Kind = config.kind if config.kind != "auto" else kind_at(where, row, config)
-            return kind, str(layout_of(kind, row, config))
+            kind = config.kind if config.kind != "auto" else kind_at(where, row, config)
+            return kind, str(layout_of(LAID_OUT.get(kind, "others"), row, config))
         wrong = wrong or row
     raise wrong or ValueError(f"{first.name}: there is no row in it")
 
 
-def kind_at(where: str, row: dict[str, Any], config: DataConfig) -> Kind:
+def kind_at(where: str, row: dict[str, Any], config: DataConfig) -> str:
     """What the row there is. Raises ValueError where it is nothing known."""
+    if isinstance(row.get(config.columns.turns), list) and config.columns.messages not in row:
+        return "instructed"
+    if config.columns.preprompt in row:
+        return "preprompts"
     try:
         return kind_of(row, config)
     except ValueError as error:
@@ -115,10 +127,12 @@ def vocabulary_of(model: Path) -> Path:
     return tokenizer_path(model) if model.is_dir() else model
 
 
-def parts_of(kind: Kind, row: Any) -> list[Part]:
+def parts_of(kind: str, row: Any) -> list[Part]:
     """A row in characters; of a comparison the prompt and both answers."""
     if kind == "texts":
         return [Part("learned", row, len(row))]
+    if kind in ("instructed", "preprompts"):
+        return [Part(name, text, len(text)) for name, text in told(kind, row)]
     sides = spelled(row.messages)
     if kind == "dialogues":
         return [Part(label(weight), text, len(text)) for text, weight in sides]
@@ -130,15 +144,25 @@ def parts_of(kind: Kind, row: Any) -> list[Part]:
     return found
 
 
-def encoded_parts(tokenizer: Tokenizer) -> Callable[[Kind, Any], list[Part]]:
+def told(kind: str, row: Any) -> list[tuple[str, str]]:
+    """What a row of instructed dialogues or of pre-prompts says, each part by its name."""
+    if kind == "preprompts":
+        return [("preprompt", row.text), *([("category", row.category)] if row.category else [])]
+    given = [("instruction", row.instruction), ("short", row.short)]
+    return [(name, text) for name, text in given if text] + [("user", turn) for turn in row.turns]
+
+
+def encoded_parts(tokenizer: Tokenizer) -> Callable[[str, Any], list[Part]]:
     """`parts_of` in a model's tokens: the text is that of the ids."""
 
     def part(name: str, ids: Sequence[int]) -> Part:
         return Part(name, written(tokenizer, ids), len(ids))
 
-    def parts(kind: Kind, row: Any) -> list[Part]:
+    def parts(kind: str, row: Any) -> list[Part]:
         if kind == "texts":
             return [part("learned", tokenizer.encode(row, bos=True, eos=True))]
+        if kind in ("instructed", "preprompts"):
+            return [part(name, tokenizer.encode(text)) for name, text in told(kind, row)]
         if kind == "dialogues":
             pairs = zip(*encode_dialogue(tokenizer, row.messages), strict=True)
             return [
@@ -174,7 +198,7 @@ def label(weight: float) -> str:
     return f"learned, weight {weight:g}"
 
 
-def length(kind: Kind, parts: Sequence[Part]) -> int:
+def length(kind: str, parts: Sequence[Part]) -> int:
     """Of a whole row; of a comparison that of the longer answer with its prompt."""
     sizes = [part.size for part in parts]
     return sizes[0] + max(sizes[1:]) if kind == "preferences" else sum(sizes)
@@ -213,7 +237,7 @@ def histogram(sizes: Sequence[int]) -> list[tuple[str, str, str]]:
     ]
 
 
-def show(kind: Kind, parts: Sequence[Part], row: Any, number: int) -> None:
+def show(kind: str, parts: Sequence[Part], row: Any, number: int) -> None:
     """One row, part by part, what is learned in green."""
     where = f" ({row.where})" if getattr(row, "where", "") else ""
     cells = [(part.label, cut(part.text)) for part in parts]

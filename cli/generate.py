@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import puna
 from puna.core import parallel
+from puna.core.checkpoint.atomic import check_absent
 from puna.core.llama import stops_of
 from puna.core.ranks import is_main
 from puna.core.tensor_parallel import generate_together
@@ -85,8 +86,8 @@ class GenerateConfig(ReadingMessages):
 
 def run(config: GenerateConfig) -> str | Path:
     """Print the continuation, and return it; of files of prompts return the file of texts."""
-    if config.out is not None and parallel.broadcast(config.out.exists()):
-        raise ValueError(f"{config.out} is there already; give another --out, or remove it")
+    if (out := config.out) is not None:
+        parallel.on_main(lambda: check_absent(out))
     llama = puna.load(
         config.model,
         device=config.device,

@@ -4,6 +4,7 @@ A verb's module is imported only when it is called, so that `puna --help` answer
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -101,6 +102,11 @@ VERBS = {
     ),
 }  # fmt: skip
 
+SHARED = {  # among the ranks that torchrun starts; what others do, each of these would do
+    "pretrain", "sft", "reward", "sample", "rejection", "ppo", "gatt", "distill", "rlhf",
+    "evaluate", "evaluate chat", "score", "generate",
+}  # fmt: skip
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status. A user's mistake is one sentence on stderr."""
@@ -116,11 +122,15 @@ def obeyed(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         say(f"puna {puna.__version__}")
         return 0
+    if arguments[0] == "help":
+        return obeyed([*arguments[1:], "--help"])
     name = arguments.pop(0)
     if arguments and f"{name} {arguments[0]}" in VERBS:
         name = f"{name} {arguments.pop(0)}"
     if name not in VERBS:
         near = [verb for verb in VERBS if verb.split()[0] == name] or list(VERBS)
+        if len(near) < len(VERBS) and arguments and arguments[0].isalpha():
+            name = f"{name} {arguments[0]}"
         say(f"puna: no verb '{name}'; there is {', '.join(near)}", error=True)
         return 2
     parts = [verb.partition(" ")[2] for verb in VERBS if verb.startswith(f"{name} ")]
@@ -132,6 +142,11 @@ def obeyed(arguments: list[str]) -> int:
 
 def run_verb(name: str, arguments: Sequence[str]) -> int:
     verb = VERBS[name]
+    if name not in SHARED and os.environ.get("WORLD_SIZE", "1") != "1":
+        if os.environ.get("RANK", "0") == "0":
+            words = "is work for one process; start it without torchrun, or unset WORLD_SIZE"
+            say(f"puna {name}: this {words}", error=True)
+        return 1
     starting.begins()
     module = importlib.import_module(verb.module)
     from puna.trainers.train.command import command

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from puna.core.checkpoint.atomic import check_absent
 from puna.core.terminal import say, say_table
 from puna.core.text.tokenizer import Tokenizer, train_tokenizer
 from puna.trainers.data.columns import Reading
@@ -63,6 +64,7 @@ def run(config: TrainTokenizer | Encode | Inspect) -> None:
 
 def train(config: TrainTokenizer) -> None:
     """Writes a tokenizer."""
+    check_absent(config.output, "--output")
     tokenizer = train_tokenizer(
         _texts(config.data, config),
         config.output,
@@ -78,7 +80,10 @@ def encode(config: Encode) -> None:
         raise ValueError("give either --text, or --data and --output")
     tokenizer = Tokenizer(config.tokenizer)
     if config.output is not None:
-        write = encode_file if config.output.suffix == ".npy" else encode_folder
+        is_file = config.output.suffix == ".npy"
+        if is_file:  # a folder is gone on with
+            check_absent(config.output, "--output")
+        write = encode_file if is_file else encode_folder
         found = write(config.output, tokenizer, Texts(config.data, config))
         if found.skipped:
             say(str(found.skipped))

@@ -20,7 +20,7 @@ import torch
 from puna.core import packed, ranks, tensor_parallel
 from puna.core.checkpoint.any_format import open_any
 from puna.core.checkpoint.folder import check_own, check_vocabulary, save_model
-from puna.core.checkpoint.source import in_memory
+from puna.core.checkpoint.source import DTYPES, in_memory
 from puna.core.device import device_of_name
 from puna.core.generation import generate as generation
 from puna.core.generation.memory import Memory
@@ -36,7 +36,6 @@ Chat: TypeAlias = list[Message] | list[dict[str, str]]
 Chats: TypeAlias = list[list[Message]] | list[list[dict[str, str]]] | list[Chat]
 WeightFormat: TypeAlias = Literal["fp32", "bf16", "int8"]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LONGEST = 1 << 22  # tokens: the angles of more would take gigabytes
 
 

@@ -139,14 +139,14 @@ def test_options_without_their_names():
     assert with_names(compared, ["a", "b"]) == ["--before", "a", "--after", "b"]
     assert with_names(compared, ["a", "--after", "b"]) == ["--before", "a", "--after", "b"]
     assert with_names(converted, ["--source", "a"]) == ["--source", "a"]
-    assert with_names(converted, ["a", "b", "--dtype", "float16"])[-2:] == ["--dtype", "float16"]
+    assert with_names(converted, ["a", "b", "--dtype", "fp16"])[-2:] == ["--dtype", "fp16"]
     assert with_names(VERBS["sft"], ["recipe.toml"]) == ["recipe.toml"]
     assert with_names(compared, ["--after", "b", "a"]) == ["--after", "b", "--before", "a"]
     assert with_names(compared, ["--before=a", "b"]) == ["--before=a", "--after", "b"]
-    between = ["--source", "a", "--dtype", "float16", "--target", "b"]
-    assert with_names(converted, ["a", "--dtype", "float16", "b"]) == between
-    first = ["--dtype", "float16", "--source", "a", "--target", "b"]
-    assert with_names(converted, ["--dtype", "float16", "a", "b"]) == first
+    between = ["--source", "a", "--dtype", "fp16", "--target", "b"]
+    assert with_names(converted, ["a", "--dtype", "fp16", "b"]) == between
+    first = ["--dtype", "fp16", "--source", "a", "--target", "b"]
+    assert with_names(converted, ["--dtype", "fp16", "a", "b"]) == first
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS.values() if verb.named], ids=str)

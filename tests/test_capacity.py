@@ -242,6 +242,10 @@ def test_what_cannot_be_shared_out(recipe: str, gpus: int, message: str) -> None
     [
         ({"recipe": "7b/rlhf.toml"}, "a loop is planned stage by stage"),
         ({"recipe": "ppo.toml"}, "does not say of which model; give --model 7b"),
+        (
+            {"recipe": "ppo.toml", "model": "7c"},
+            r"^7c is neither a size .*7b, .* nor a model.s folder",
+        ),
         ({"recipe": "9b/ppo.toml"}, "no recipe '9b/ppo.toml'"),
     ],
 )

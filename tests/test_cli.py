@@ -127,7 +127,7 @@ MISTAKES = {
     "evaluate --model {1}/chat --data {1}/preferences.jsonl": "puna evaluate chat measures chat",
     "evaluate chat --model {1}/chat --out {0}/o": "there is nothing to measure; name prompts, ",
     "score --model {1}/chat --prompt x --answer y": "chat is a language model; a reward model is",
-    "score --model {1}/safety --prompt x": "message is empty",
+    "score --model {1}/safety --prompt x": "--prompt and --answer go together",
     "score --model {1}/safety": "score either --data, or one --prompt and its --answer",
     "score --model {1}/safety --data {0}/full.jsonl": "no answer to score: skipped 1 row: longer",
     "rlhf demo/rlhf.toml --out {0}/o --model {1}/chat --prompts {1}/prompts.jsonl --versions 0 "

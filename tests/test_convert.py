@@ -299,6 +299,6 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
 def test_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = random_model(CONFIG)
     save_model(tmp_path / "model", model)
-    target = run(ConvertConfig(tmp_path / "model", tmp_path / "half", dtype="bfloat16"))
+    target = run(ConvertConfig(tmp_path / "model", tmp_path / "half", dtype="bf16"))
     assert json.loads((target / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert str(target) in capsys.readouterr().out

@@ -195,6 +195,10 @@ def test_the_drawing_is_an_svg_whatever_the_files_are_called(tiny, sets, tmp_pat
     for expected in ("chosen", "unsafe", "Calibration", "Accuracy by batch", "no pair has a batch"):
         assert expected in shown
     assert "$x_^$ <b>&\\x1b[2J" in shown and "\x1b" not in text
+    first.unlink()
+    with pytest.raises(ValueError, match="a.svg is there already; give another --out"):
+        measured(tiny, sets[0], odd, out=first)
+    drawing.unlink()
     measured(tiny, sets[0], odd, out=first)
     assert drawing.read_text() == text
     with pytest.raises(ValueError, match="name a .json file, the drawing is put beside it"):

@@ -95,7 +95,7 @@ def stopping(monkeypatch):
     looks = []
 
     @contextmanager
-    def requests():
+    def requests(path):
         yield lambda: bool(looks) and (looks.append(looks.pop() - 1) or looks[0] < 0)
 
     monkeypatch.setattr(chunks, "stop_requests", requests)

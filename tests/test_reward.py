@@ -161,6 +161,34 @@ def test_training_ranks_better_and_says_how_well_with_intervals(tiny, tmp_path, 
     assert low < share <= high and "slightly better" in shown
 
 
+def test_what_is_held_out_is_scored_once_for_each_look(tiny, tmp_path, capsys, monkeypatch):
+    """At the start, every two steps and after the last; the sentence needs no look of its own,
+    but where a kill came between the last step and it."""
+    score, finish, scored = reward.scores_of, reward.loop.Run.finish, []
+
+    def watched(model, *args, **options):
+        scored.append(1)
+        return score(model, *args, **options)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reward, "scores_of", watched)
+    reward.run(configured(tiny, tmp_path / "one", batch=12, eval_every=2, save_every=1))
+    said = capsys.readouterr().out
+    assert len(scored) == len([row for row in metrics(tmp_path / "one") if "eval_accuracy" in row])
+    assert len(scored) == 3 and len(metrics(tmp_path / "one")) == 1 + 3
+    monkeypatch.setattr(reward.loop.Run, "finish", killed)
+    config = configured(tiny, tmp_path / "two", batch=12, eval_every=2, save_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        reward.run(config)
+    monkeypatch.setattr(reward.loop.Run, "finish", finish)
+    capsys.readouterr()
+    reward.run(config)
+    accuracy = re.compile(r"held-out accuracy.*pairs")
+    assert accuracy.search(capsys.readouterr().out)[0] == accuracy.search(said)[0]
+
+
 def test_the_warm_up_is_three_percent_of_the_steps_at_least_five(tiny, tmp_path):
     reward.run(configured(tiny, tmp_path, batch=6))
     rates = [row["lr"] for row in metrics(tmp_path) if "lr" in row]

@@ -1,10 +1,11 @@
 """Run: python -m pytest tests/test_trainer_config.py -q"""
 
 import importlib
+import re
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -189,6 +190,17 @@ def test_help_shows_every_option_of_a_verb(verb, capsys, monkeypatch):
         if option.name in tables:
             continue
         assert "--" + option.name.replace("_", "-") in shown, option.name
+
+
+def test_a_number_format_has_one_name_everywhere():
+    """bf16, as recipes say it: `puna convert --dtype` once took PyTorch's long names alone."""
+    said = set()
+    for verb in VERBS.values():
+        config = getattr(importlib.import_module(verb.module), verb.config)
+        for hint in get_type_hints(config).values():
+            if get_origin(hint) is Literal:
+                said |= {value for value in get_args(hint) if re.search(r"float|bf|fp", str(value))}
+    assert said == {"fp32", "bf16", "fp16"}
 
 
 def test_help_names_the_papers_values(capsys, monkeypatch):

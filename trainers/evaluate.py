@@ -7,13 +7,15 @@ prompts, not pairs.
 """
 
 import json
+import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from puna.core import parallel
-from puna.core.checkpoint.atomic import write_text
+from puna.core.checkpoint.atomic import check_absent, write_text
 from puna.core.checkpoint.folder import load_model, open_source, tokenizer_path
 from puna.core.device import device_of_name
 from puna.core.terminal import say_table
@@ -28,6 +30,7 @@ from puna.trainers.rl.figures import draw
 from puna.trainers.rl.measured import Measured, as_json, measure
 from puna.trainers.rl.unsafe import Detection
 from puna.trainers.train import next_token
+from puna.trainers.train.command import command
 from puna.trainers.train.progress import meter
 from puna.trainers.train.ranges import Batch
 
@@ -62,6 +65,9 @@ class EvaluateConfig(ReadingComparisons):
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Print the figures, write them to `config.out` and draw them beside it; returns what was
     written."""
+    if (out := config.out) is not None:
+        for file in (out, out.with_suffix(".svg")):
+            parallel.on_main(partial(check_absent, file))
     if open_source(config.model).head != "score":
         raise ValueError(
             f"{config.model} is a language model; evaluate needs a reward model: puna evaluate "
@@ -184,3 +190,11 @@ def show_calibration(name: str, bins: list[Bin]) -> None:
 
 def cells(share: Share) -> tuple[str, str, str]:
     return f"{share.share:.3f}", f"{share.low:.3f} to {share.high:.3f}", str(share.pairs)
+
+
+def main() -> int:
+    return command("python -m puna.trainers.evaluate", EvaluateConfig, run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

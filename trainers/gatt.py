@@ -13,9 +13,11 @@ that obey become targets (rejection sampling by that judge).
 """
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
@@ -38,6 +40,8 @@ from puna.trainers.rl.rollout import at_hand, sample_everywhere
 from puna.trainers.sft import load_dialogues
 from puna.trainers.train import loop, next_token, written
 from puna.trainers.train.command import command
+from puna.trainers.train.interrupts import stop_requests
+from puna.trainers.train.kinds import FIXED
 from puna.trainers.train.plan import of_epochs
 from puna.trainers.train.progress import meter
 from puna.trainers.train.ranges import Batch, Count, CountOrZero, Share, Temperature
@@ -74,6 +78,9 @@ class GAttConfig(EngineConfig, loop.RowsConfig, ReadingMessages):
     """of the sampled answers"""
     max_new_tokens: Count = 256
     """longest answer, tokens"""
+    chunk: Annotated[Batch, FIXED] = 512
+    """answers drawn at a time, all processes together; asked to stop, the run ends after them, and
+    what was drawn of a turn that is not whole is drawn again"""
     epochs: Count = 1
     lr: float = 2e-5
     """peak (the paper does not say; this is SFT's)"""
@@ -182,7 +189,16 @@ def _sample(
         )
     memory = Memory()
     show = parallel.is_main()
-    with meter("gatt: sampling", longest, start=done, unit="answers", show=show) as progress:
+    bar = meter("gatt: sampling", longest, start=done, unit="answers", show=show)
+    with bar as progress, stop_requests(path) as stop:
+
+        def look(whole: int) -> None:
+            if stop():
+                raise SystemExit(
+                    f"stopped after {whole} of {longest} turns; the same command continues "
+                    f"{config.out}"
+                )
+
         for turn in range(done, longest):
             going = [
                 i
@@ -192,7 +208,9 @@ def _sample(
             prompts = [_context(config, tokenizer, dialogues[i], history[i]) for i in going]
             fitting = [n for n, ids in enumerate(prompts) if len(ids) <= room]
             going, prompts = [going[n] for n in fitting], [prompts[n] for n in fitting]
-            drawn = _candidates(config, model, engine, tokenizer, prompts, going, turn, memory)
+            drawn = _candidates(
+                config, model, engine, tokenizer, prompts, going, turn, memory, partial(look, turn)
+            )
             exchanges = {
                 i: _choose(tokenizer, dialogues[i], history[i], ids, candidates, judge)
                 for i, ids, candidates in zip(going, prompts, drawn, strict=True)
@@ -202,6 +220,7 @@ def _sample(
             for i, exchange in exchanges.items():
                 history[i].append(exchange)
             progress.advance(len(going) * config.samples)
+            look(turn + 1)
 
 
 def _context(
@@ -227,6 +246,7 @@ def _candidates(
     going: list[int],
     turn: int,
     memory: Memory,
+    look: Callable[[], None],
 ) -> list[list[list[int]]]:
     """`samples` answers to each prompt; the draw depends on (seed, turn, dialogue, sample)."""
     count = config.samples
@@ -242,6 +262,8 @@ def _candidates(
         sample_ids=list(range(count)) * len(going),
         memory=memory,
         engine=engine,
+        chunk=config.chunk,
+        look=look,
         **config.limits(),
         called=str(config.model),
     )

@@ -115,9 +115,9 @@ def train(stage: Stage, folder: Run) -> Path:
         folder.log(0, **evaluate(stage))
     early_stopping.check_kept(folder, iteration)
     bar = meter("ppo", config.iterations, start=iteration, unit="answers", show=parallel.is_main())
-    with bar as progress, stop_requests() as stop:
+    with bar as progress, stop_requests(folder.path) as stop:
         while iteration < config.iterations:
-            if parallel.all_max(int(stop())):
+            if stop():
                 folder.save(iteration, networks, keep=config.keep)
                 folder.settle()
                 raise SystemExit(
@@ -140,7 +140,7 @@ def train(stage: Stage, folder: Run) -> Path:
                 return early_stopping.give_best(folder, f"after iteration {iteration}", reason)
             if iteration % config.save_every == 0 and iteration < config.iterations:
                 folder.save(iteration, networks, keep=config.keep)
-    return finished(stage, folder, iteration)
+        return finished(stage, folder, iteration)
 
 
 def finished(stage: Stage, folder: Run, iteration: int) -> Path:

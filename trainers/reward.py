@@ -4,6 +4,7 @@ The score is read at the last token of the dialogue, EOS included. Loss: Eq. 2, 
 m(r) of Table 27; for the safety model, the auxiliary loss of `losses.safety_loss` besides.
 """
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,7 @@ from puna.trainers.data.packing import (
     unlabelled,
 )
 from puna.trainers.data.readers import Skipped, read_preferences
-from puna.trainers.data.split import opening, split, split_batches
+from puna.trainers.data.split import also_learned, opening, split, split_batches
 from puna.trainers.data.visits import step_rows
 from puna.trainers.rl.accuracy import (
     Share,
@@ -134,6 +135,7 @@ def fit(config: RewardConfig, folder: Run, tokenizer: Tokenizer) -> Path:
         ]
 
     network = next_token.prepared(source, config)
+    scored: list[Tensor] = []  # the held-out pairs' scores, as the run goes on
     final = loop.fit(
         "reward",
         folder,
@@ -142,10 +144,13 @@ def fit(config: RewardConfig, folder: Run, tokenizer: Tokenizer) -> Path:
         plan.steps,
         objective(config.safety_weight, config.center_weight),
         config,
-        evaluation(held, config, device),
+        evaluation(held, config, device, scored.append),
     )
     if held:
-        scores = scores_of(network.model, held, config.micro_batch, device)
+        # The last are those after the last step; there are none where a kill came behind that.
+        scores = (
+            scored[-1] if scored else scores_of(network.model, held, config.micro_batch, device)
+        )
         if parallel.is_main():
             say(sentences(held_out_shares(scores, held), "held-out accuracy"))
     return final
@@ -179,6 +184,7 @@ def load_pairs(
     if config.eval_data:
         held_rows, unusable = load_preferences(config.eval_data, config)
         skipped.merge(unusable)
+        skipped.notes += also_learned(rows, held_rows, said)
     elif config.eval_per_batch:
         rows, held_rows = split_batches(
             rows, config.eval_per_batch, config.seed, begins, lambda row: row.batch
@@ -207,6 +213,11 @@ def load_pairs(
     skipped.notes += unlabelled(pairs, config.margin, config.safety_weight)
     next_token.say(skipped)
     return pairs, held
+
+
+def said(row: Preference) -> str:
+    """What makes two comparisons the same, whoever won."""
+    return json.dumps([row.messages, sorted((row.chosen, row.rejected))])
 
 
 def begins(row: Preference) -> str:
@@ -331,14 +342,19 @@ def margins_of(
 
 
 def evaluation(
-    held: list[Pair], config: RewardConfig, device: torch.device
+    held: list[Pair],
+    config: RewardConfig,
+    device: torch.device,
+    keep: Callable[[Tensor], None] = lambda scores: None,
 ) -> Callable[[Transformer], dict[str, float]] | None:
-    """Held-out accuracy by rating, for `loop.fit`."""
+    """Held-out accuracy by rating, for `loop.fit`; `keep` is given the scores behind it."""
     if not held:
         return None
 
     def evaluate(model: Transformer) -> dict[str, float]:
-        found = accuracies(*margins_of(model, held, config.micro_batch, device))
+        scores = scores_of(model, held, config.micro_batch, device)
+        keep(scores)
+        found = accuracies(scores[:, 0] - scores[:, 1], levels(held))
         return {f"accuracy_{name}" if name != "all" else "accuracy": v for name, v in found.items()}
 
     return evaluate

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from puna.core import parallel
-from puna.core.checkpoint.atomic import write_text
+from puna.core.checkpoint.atomic import check_absent, write_text
 from puna.core.checkpoint.folder import load_model, open_source
 from puna.core.device import device_of_name
 from puna.core.model import Transformer
@@ -33,6 +33,8 @@ from puna.trainers.train.command import command
 from puna.trainers.train.progress import meter
 from puna.trainers.train.ranges import Above, Batch, Below, Count
 
+OURS = {"score", "sigmoid", "scores", "sigmoids", "branch"}  # columns; those of before go
+PAPERS = 0.15  # threshold of Eq. 4's switch
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 
 
@@ -44,7 +46,7 @@ class ScoreConfig(ReadingMessages):
     """reward model; with `safety` besides, the one of helpfulness"""
     safety: Path | None = None
     """safety reward model: the score is then that of Eq. 4's switch"""
-    safety_threshold: Annotated[float, Above(0), Below(1)] = 0.15
+    safety_threshold: Annotated[float, Above(0), Below(1)] = PAPERS
     """the switch takes the safety score where its sigmoid is below this (paper: 0.15)"""
     data: list[Path] = field(default_factory=list)
     """files of dialogues that end with an answer, perhaps with `safety`; or samples.jsonl"""
@@ -65,13 +67,19 @@ class ScoreConfig(ReadingMessages):
 def run(config: ScoreConfig) -> list[dict[str, Any]]:
     """Print mean and quantiles, write the rows with their scores to `config.out`, return them.
 
-    A row keeps its columns and gets `score` and `sigmoid`; with two models also `scores` and
-    `sigmoids` of each and `branch`, the way that Eq. 4's switch went: "is_safety" (the prompt is
-    tagged), "unsafe" (below the threshold) or "helpfulness". Raises ValueError where there is
-    nothing to score, or the models have different tokenizers.
+    A row keeps its columns, but for scores of before, and gets `score` and `sigmoid`; with two
+    models also `scores` and `sigmoids` of each and `branch`, the way that Eq. 4's switch went:
+    "is_safety" (the prompt is tagged), "unsafe" (below the threshold) or "helpfulness".
+    Raises ValueError where there is nothing to score, or the models have different tokenizers.
     """
     if bool(config.prompt or config.answer) == bool(config.data):
         raise ValueError("score either --data, or one --prompt and its --answer")
+    if config.safety is None and config.safety_threshold != PAPERS:
+        raise ValueError("safety_threshold is of the safety model's score; name one with --safety")
+    if bool(config.prompt) != bool(config.answer):
+        raise ValueError("--prompt and --answer go together: a user's message, and what is scored")
+    if (out := config.out) is not None:
+        parallel.on_main(lambda: check_absent(out))
     folders = [path for path in (config.model, config.safety) if path is not None]
     tokenizer = Tokenizer(common_tokenizer(*folders))
     models = [open_reward_model(folder, config.device) for folder in folders]
@@ -86,7 +94,7 @@ def run(config: ScoreConfig) -> list[dict[str, Any]]:
     kept, answers = encoded(found, tokenizer, reward.context, skipped)
     next_token.say(skipped)
     rows = [
-        {**one.row, **scored}
+        {**{name: value for name, value in one.row.items() if name not in OURS}, **scored}
         for one, scored in zip(kept, scored_rows(reward, answers, config.batch), strict=True)
     ]
     if parallel.is_main():

@@ -7,6 +7,7 @@ The paper began with public data and went on with its own, far less and better. 
 `in_order`; or two runs, the second from the first one's model, with a schedule of its own.
 """
 
+import json
 import sys
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from puna.trainers.data.formats import Dialogue
 from puna.trainers.data.mix import MixShare, mixed
 from puna.trainers.data.packing import PackedRows
 from puna.trainers.data.readers import Skipped, parse_dialogues, read_dialogues
-from puna.trainers.data.split import exchange, split
+from puna.trainers.data.split import also_learned, exchange, split
 from puna.trainers.data.visits import rows_in_order
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.command import command
@@ -114,6 +115,7 @@ def fit(
     if config.eval_data:
         held, unusable = load_dialogues(config.eval_data, config)
         skipped.merge(unusable)
+        skipped.notes += also_learned(learned, held, lambda row: json.dumps(row.messages))
     elif config.eval_share > 0:
         learned, held = split(learned, config.eval_share, config.seed, begins)
     if config.mix:

@@ -66,6 +66,13 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def check_absent(path: Path, option: str = "--out") -> None:
+    """ValueError where something stands at `path`, which a command would replace unasked: another
+    file's name is soon typed by mistake, and a tokenizer made anew is not the one of its models."""
+    if path.exists():
+        raise ValueError(f"{path} is there already; give another {option}, or remove it")
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """`text` as the whole of `path`, in UTF-8: what stood there stays until all is on disk.
 

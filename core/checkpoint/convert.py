@@ -50,6 +50,10 @@ def convert(
         )
     if to == "auto":
         to = {".bin": "bin", ".gguf": "gguf"}.get(target.suffix, "folder")
+    if to == "folder" and target.suffix in (".bin", ".gguf"):
+        raise ValueError(f"{target} is called as a file, and a folder is asked for; rename it")
+    if to == "bin" and dtype not in (None, torch.float32):
+        raise ValueError("a llama2.c .bin always has fp32: leave dtype out, or write a .gguf")
     if to == "gguf":
         with atomic_file(target) as partial:
             gguf_write.write(partial, opened, tokenizer or opened.tokenizer, dtype)

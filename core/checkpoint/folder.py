@@ -31,6 +31,7 @@ from puna.core.checkpoint.source import (
     in_memory,
     parameter_shapes,
 )
+from puna.core.checkpoint.steady import stamps_of, steady, weights_in
 from puna.core.checkpoint.tensor_files import read_headers, read_rows, read_tensor
 from puna.core.config import ModelConfig
 from puna.core.documents import read_object
@@ -176,7 +177,8 @@ def open_model(
         remedy = "train a reward model from it first, with `puna reward`"
         if head == "lm":
             remedy = "take the language model it was trained from"
-        raise ValueError(f"{path} holds a {source.head} head and no {head} head; {remedy}")
+        stored = {"lm": "an lm head", "score": "a score head"}[source.head]
+        raise ValueError(f"{path} holds {stored} and no {head} head; {remedy}")
     if not fresh_head:
         return source
 
@@ -190,14 +192,20 @@ def open_model(
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Open and check a model folder or a llama2.c `.bin`; nothing is read into memory yet."""
+    """Open and check a model folder or a llama2.c `.bin`; nothing is read into memory yet. Its
+    tensors raise ValueError where a file has changed until they are read."""
     path = Path(path)
+    if not path.exists():
+        recover(path)
+    stamps = stamps_of(weights_in(path))
+    return steady(_open_source(path), stamps)
+
+
+def _open_source(path: Path) -> Source:
     if path.suffix == ".bin":
         return llama2c.open_source(path)
     if path.suffix == ".gguf" and not path.is_dir():
         return gguf_file.open_source(path)
-    if not path.exists():
-        recover(path)
     if not path.is_dir():
         mistaken.check_file(path)
         raise ValueError(

@@ -27,6 +27,7 @@ PREFIXES = {
     "base_model.": ("peft", "merge the adapter first (merge_and_unload) and save that"),
 }
 PIECE = 1 << 19  # numbers of a tensor that are read at once, where it need not be whole
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # as options say
 HEADS = {"lm": "lm_head.weight", "score": "score.weight"}
 META_NAMES = {
     "model.embed_tokens": "tok_embeddings",

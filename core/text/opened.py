@@ -28,9 +28,18 @@ class Opened(NamedTuple):
     padded_to: int | None
 
 
+NAMES = ("tokenizer.model", "tokenizer.json")  # in a model's folder
+
+
 def open_tokenizer(path: Path) -> Opened:
     """The tokenizer in a tokenizer.model, a tokenizer.json or a GGUF file, with what stands beside
     it. Raises ValueError where it is none of these or lacks BOS or EOS."""
+    if path.is_dir():
+        inside = [file for name in NAMES if (file := path / name).is_file()]
+        raise ValueError(
+            f"{path} is a folder, expected a tokenizer's file"
+            + (f"; give {inside[0]}" if inside else "")
+        )
     regular_file(path, "no such file; give the path of a tokenizer.model or tokenizer.json")
     if path.suffix == ".json":
         return _of_document(path, read_object(path), read_beside(path))

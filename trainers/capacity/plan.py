@@ -5,6 +5,7 @@ where it does not fit, the smallest change that does. All of it is arithmetic (`
 """
 
 import importlib
+import sys
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from puna.core.errors import UserError
 from puna.core.terminal import say, say_table
 from puna.trainers.capacity import duration, memory, phases
 from puna.trainers.capacity.devices import A_NODE, DEVICES, Device, usable
+from puna.trainers.train.command import command
 from puna.trainers.train.config import find_recipe, from_values, load_recipe
 from puna.trainers.train.layout import Parallel
 from puna.trainers.train.ranges import Above, AtMost, Count, Options
@@ -103,10 +105,9 @@ def stage_of(recipe: str) -> tuple[str, Any]:
     path = find_recipe(recipe)
     stage = path.stem.split("_")[0]
     if stage not in CONFIGS:
-        known = ", ".join(CONFIGS)
         raise ValueError(
-            f"{recipe} is called after no stage ({known}); a loop is planned stage by stage, "
-            "another recipe under a name that begins with its stage"
+            f"{recipe} is no stage's recipe: its name begins with none of {', '.join(CONFIGS)}; "
+            "name one, such as 7b/sft.toml: a loop is planned stage by stage"
         )
     cls = getattr(importlib.import_module(f"puna.trainers.{stage}"), CONFIGS[stage])
     return stage, from_values(cls, load_recipe(cls, path))
@@ -123,6 +124,10 @@ def shape_of(config: PlanConfig, settings: Any) -> ModelConfig:
     if not name:
         raise ValueError(
             f"{config.recipe} does not say of which model; give --model 7b, or a model's folder"
+        )
+    if not Path(name).exists():
+        raise ValueError(
+            f"{name} is neither a size ({', '.join(SIZES)}) nor a model's folder; name one of these"
         )
     return open_source(Path(name)).config
 
@@ -257,3 +262,11 @@ def duration_said(seconds: float) -> str:
 
 def gb(value: float) -> str:
     return f"{value / 1e9:,.1f}"
+
+
+def main() -> int:
+    return command("python -m puna.trainers.capacity.plan", PlanConfig, run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

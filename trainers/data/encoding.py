@@ -17,6 +17,7 @@ from numpy.lib.format import magic
 
 from puna.core.checkpoint.atomic import atomic_file, write_text
 from puna.core.checkpoint.hashes import digest, digests
+from puna.core.checkpoint.steady import Stamps, check_unchanged, stamps_of
 from puna.core.documents import field, read_object
 from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.columns import Reading
@@ -66,7 +67,7 @@ def encode_file(path: Path, tokenizer: Tokenizer, texts: Texts) -> Encoded:
     """Write all texts as one `.npy`."""
     skipped = Skipped()
     with progress(texts) as counter:
-        documents = encoded(tokenizer, read(texts, skipped, counter))
+        documents = encoded(tokenizer, read(texts, skipped, counter, stamps_in(texts)))
         count, tokens = write_shard(path, tokenizer, documents, counter)
     return Encoded(count, tokens, skipped)
 
@@ -75,13 +76,15 @@ def encode_folder(folder: Path, tokenizer: Tokenizer, texts: Texts, shard: int =
     """Write the texts into `folder`, or go on with what was interrupted.
 
     A shard ends with the document that fills it. Raises ValueError where the folder holds something
-    else, or a corpus of other texts or another tokenizer.
+    else, or a corpus of other texts or another tokenizer, and where a text changes until it is
+    read.
     """
+    before = stamps_in(texts)
     index = begun(folder, tokenizer, texts)
     skipped = Skipped()
     if not index["complete"]:
         with progress(texts) as counter:
-            found = read(texts, skipped, counter)
+            found = read(texts, skipped, counter, before)
             done = index["documents"]
             if sum(1 for _ in islice(found, done)) < done:
                 raise ValueError(f"{folder} holds more documents than the texts; remove it")
@@ -90,6 +93,7 @@ def encode_folder(folder: Path, tokenizer: Tokenizer, texts: Texts, shard: int =
                 name = f"tokens-{len(index['shards']):05}.npy"
                 rest = chain([first], documents)
                 count, tokens = write_shard(folder / name, tokenizer, rest, counter, shard)
+                check_unchanged(before)
                 index["shards"][name] = (folder / name).stat().st_size
                 index["documents"] += count
                 index["tokens"] += tokens
@@ -192,8 +196,13 @@ def together(texts: Iterable[str]) -> Iterator[list[str]]:
         yield some
 
 
-def read(texts: Texts, skipped: Skipped, counter: Meter) -> Iterator[str]:
-    """The texts of all files, one after the other; moves the progress on."""
+def stamps_in(texts: Texts) -> Stamps:
+    return stamps_of(each.file for found in texts.sources() for each in found)
+
+
+def read(texts: Texts, skipped: Skipped, counter: Meter, stamps: Stamps) -> Iterator[str]:
+    """The texts of all files, one after the other; moves the progress on. ValueError where a file
+    is not as it was at its `stamps`."""
     before = 0
     for path, found in zip(texts.paths, texts.sources(), strict=True):
         seen = before
@@ -202,6 +211,7 @@ def read(texts: Texts, skipped: Skipped, counter: Meter) -> Iterator[str]:
             seen += 0 if packed else len(text)
             move_to(seen, counter)
             yield text
+        check_unchanged(stamps)
         before += sum(each.file.stat().st_size for each in found)
         move_to(before, counter)
 

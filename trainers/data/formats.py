@@ -144,7 +144,8 @@ def parse_start(row: Row, columns: Columns) -> Start:
     """`prompt` or `text`; an empty one is a beginning, too."""
     name = next((each for each in (columns.prompt, columns.text) if has(row, each)), None)
     if name is None:
-        raise missing(row, f"'{columns.prompt}' or '{columns.text}'")
+        expected = f"'{columns.prompt}' or '{columns.text}'"
+        raise missing(row, f"{expected} (with --chat also '{columns.messages}')")
     text = string(row, name)
     check_unicode(text)
     return Start(text)

@@ -13,6 +13,7 @@ OF_MODELS = {
 }  # fmt: skip
 TABLES = (".csv", ".tsv", ".xlsx", ".arrow")
 OF_RUNS = {"inputs.json", "environment.json", "written.json", "finished.json"}
+TALKS = ("messages", "conversations", "turns")  # columns whose objects are no rows
 WIDE = (b"\xff\xfe", b"\xfe\xff")  # UTF-16's byte order marks
 
 
@@ -49,6 +50,8 @@ def rows_inside(row: Mapping[str, Any]) -> str:
     """A hint where a row of unknown columns has a list of objects in one of them: the rows are
     perhaps these."""
     for name, value in row.items():
+        if name in TALKS:
+            continue
         if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
             return (
                 f"; if the {len(value):,} objects in '{as_name(name)}' are the rows, save that "

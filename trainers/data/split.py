@@ -1,7 +1,7 @@
 """What is held out of a file's rows: whole prompts, not rows."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -77,6 +77,17 @@ def split_batches(
             room -= inside
     kept = [item for i, item in enumerate(items) if i not in chosen]
     return kept, [items[i] for i in sorted(chosen)]
+
+
+def also_learned(
+    learned: Iterable[Item], held: Sequence[Item], key: Callable[[Item], Hashable]
+) -> list[str]:
+    """A notice where held-out rows of their own are among those that are learned: what is measured
+    on them says nothing of rows that were not seen."""
+    known = {key(item) for item in learned}
+    if not (both := sum(key(item) in known for item in held)):
+        return []
+    return [f"{both:,} of {len(held):,} held-out rows are among those that are learned, too"]
 
 
 def opening(messages: Sequence[Message]) -> str:

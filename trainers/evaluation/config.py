@@ -117,6 +117,10 @@ def check_chat(
          "instructions are drawn for dialogues; name some"),
         (config.curves and not config.temperatures,
          "temperatures is empty; name at least one for the curves"),
+        (config.safety_threshold != 0.15 and not config.safety,
+         "safety_threshold is of safety; name that model, or leave the threshold out"),
+        ((config.samples, config.temperatures) != (25, list(TEMPERATURES)) and not config.curves,
+         "samples and temperatures are of curves; name some, or leave the two out"),
         *both_ways(config, annotator, refuses, keeps),
     ):  # fmt: skip
         if problem:

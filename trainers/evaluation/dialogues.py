@@ -1,7 +1,7 @@
 """Whether an instruction is kept over many turns, though it stands in the first message alone
 (paper section 3.3: "100% up to 20 turns" after Ghost Attention)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,20 +52,25 @@ def talk(
         "seed": config.seed,
         "memory": Memory(),
         "engine": engine_of(config, tokenizer),
+        "chunk": config.chunk,
         **config.limits(),
     }
     bar = meter("dialogues", longest, start=len(said), unit="answers", show=parallel.is_main())
-    with bar as progress, stop_requests() as stop, at_hand(policy, options["engine"]) as whole:
+    with bar as progress, stop_requests(path) as stop, at_hand(policy, options["engine"]) as whole:
+
+        def look() -> None:
+            if stop():
+                raise SystemExit(
+                    f"stopped after turn {len(said)}; the same command continues {config.out}"
+                )
+
         while len(said) < longest:
-            said.append(next_turn(whole, tokenizer, dialogues, said, **options))
+            said.append(next_turn(whole, tokenizer, dialogues, said, look=look, **options))
             if parallel.is_main():
                 write_rows(path, [{"dialogues": len(dialogues), "answers": row} for row in said])
                 written.note(path.parent, path.name)
             progress.advance(sum(map(bool, said[-1])))
-            if parallel.all_max(int(stop())):  # after the last one, too: more may follow
-                raise SystemExit(
-                    f"stopped after turn {len(said)}; the same command continues {config.out}"
-                )
+            look()  # after the last one, too: more may follow
 
 
 def next_turn(
@@ -79,10 +84,13 @@ def next_turn(
     seed: int,
     memory: Memory,
     engine: Engine | None = None,
+    chunk: int = 0,
+    look: Callable[[], None] = lambda: None,
     **limits: int,
 ) -> list[list[int]]:
     """The answer of each dialogue to its next message; none where it has no further one, or is
-    longer than the context: a model that never stops fills that. `memory` is the dialogues' own."""
+    longer than the context: a model that never stops fills that. `memory` is the dialogues' own;
+    `look` is called after each `chunk` of answers but the last, as `sample_everywhere` does."""
     turn = len(said)
     contexts = {
         i: context_of(tokenizer, dialogue, [row[i] for row in said])
@@ -102,6 +110,8 @@ def next_turn(
         sample_ids=[0] * len(going),
         memory=memory,
         engine=engine,
+        chunk=chunk,
+        look=look,
         called="the chat model",
         **limits,
     )

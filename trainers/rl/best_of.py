@@ -91,7 +91,10 @@ def check_sample(row: dict[str, Any], names: frozenset[str] = Sample.__required_
     """ValueError where `row` is no sample with these columns: a file may have been edited, or be
     another kind."""
     if missing := sorted(names - row.keys()):
-        raise ValueError(f"the sample lacks {', '.join(missing)}")
+        raise ValueError(
+            f"the sample lacks {', '.join(missing)}; name what `puna sample` or `puna rejection` "
+            "wrote" + " with reward models" * ("scores" in missing)
+        )
     for name in names & row.keys():
         field(row, name, TYPES[name])
     if not row["tokens"] or not are_ids(row["tokens"]):

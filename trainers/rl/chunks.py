@@ -31,12 +31,12 @@ def append_chunks(
     done = parallel.on_main(lambda: whole_chunks(path, asked, chunk, each, answers_to))
     starts = range(0, len(asked), chunk)
     bar = meter(title, len(starts), start=done, unit="answers", show=parallel.is_main())
-    with bar as progress, stop_requests() as stop:
+    with bar as progress, stop_requests(path) as stop:
         for start in starts[done:]:
             numbers = range(start, min(start + chunk, len(asked)))
             append_chunk(path, draw(numbers[parallel.rank() :: parallel.world_size()]), each)
             progress.advance(len(numbers) * each)
-            if parallel.all_max(int(stop())):  # after the last one, too: more may follow
+            if stop():  # after the last one, too: more may follow
                 raise SystemExit(
                     f"stopped after {numbers.stop} prompts; the same command continues {path}"
                 )

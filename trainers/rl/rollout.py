@@ -5,7 +5,7 @@ answer's length is stored, never searched for: Llama 2 has no padding piece, and
 the answer. S answers, T tokens of the longest one, A = sum of the lengths, C model width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -231,16 +231,38 @@ def scored_again(
 
 
 def sample_everywhere(
-    policy: Transformer, prompts: Sequence[list[int]], **options: Any
+    policy: Transformer,
+    prompts: Sequence[list[int]],
+    *,
+    prompt_ids: Sequence[int],
+    sample_ids: Sequence[int],
+    chunk: int = 0,
+    look: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> list[list[int]]:
     """The ids of an answer to each prompt, on every rank: each draws its share of them, as
-    `draw_answers` does with these `options`.
+    `draw_answers` does with these `options`, `chunk` answers at a time (0: all). `look` is called
+    between two chunks and may raise, where a stop was asked for.
 
     Prompts and options are the same on all ranks, and the answers do not depend on how many there
     are.
     """
-    drawn = draw_answers(policy, prompts, among=parallel.world_size(), **options)
-    return [completion.tokens for completion in drawn]
+    found: list[list[int]] = []
+    size = chunk or max(1, len(prompts))
+    for start in range(0, len(prompts), size):
+        if start:
+            look()
+        part = slice(start, start + size)
+        drawn = draw_answers(
+            policy,
+            prompts[part],
+            prompt_ids=prompt_ids[part],
+            sample_ids=sample_ids[part],
+            among=parallel.world_size(),
+            **options,
+        )
+        found += [completion.tokens for completion in drawn]
+    return found
 
 
 def answer_states(

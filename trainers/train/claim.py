@@ -72,7 +72,10 @@ def owned(
 
         amended = frozenset(parallel.on_main(take))
         stack.enter_context(computing(config))
-        yield amended
+        try:
+            yield amended
+        except KeyboardInterrupt as error:  # where nobody was asked whether to stop
+            raise KeyboardInterrupt(f"the same command continues {config.out}") from error
 
 
 @contextmanager

@@ -41,8 +41,8 @@ def command(
             work(parse(config, sys.argv[1:] if arguments is None else arguments, prog))
             ranks.close()
             return 0
-        except KeyboardInterrupt:
-            return ended(f"{prog}: interrupted", 130)
+        except KeyboardInterrupt as error:
+            return ended("; ".join([f"{prog}: interrupted", *map(str, error.args)]), 130)
         except SystemExit as stop:
             if not isinstance(stop.code, str):
                 raise

@@ -19,7 +19,7 @@ import tyro
 
 from puna.trainers.train.arguments import in_front, joined
 from puna.trainers.train.ranges import Options, check_ranges, drafts, enforce
-from puna.trainers.train.recipes import find_recipe, read_recipe
+from puna.trainers.train.recipes import find_recipe, is_toml, read_recipe
 from puna.trainers.train.values import convert
 
 Config = TypeVar("Config")
@@ -38,7 +38,7 @@ def parse(cls: type[Config], argv: Sequence[str], prog: str) -> Config:
     values: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("-"):
         first = arguments.pop(0)
-        values = {"recipe": first} if about else load_recipe(cls, find_recipe(first))
+        values = {"recipe": first} if about else named_recipe(cls, first)
     with drafts():
         config = tyro.cli(
             cls,
@@ -50,6 +50,25 @@ def parse(cls: type[Config], argv: Sequence[str], prog: str) -> Config:
     if isinstance(config, Options):
         enforce(config)
     return config
+
+
+def named_recipe(cls: type, name: str) -> dict[str, Any]:
+    """The values of a recipe that stands first on a command line; ValueError where something else
+    stands there, with the option that it is perhaps meant for."""
+    path = Path(name)
+    try:
+        return load_recipe(cls, find_recipe(name))
+    except ValueError as error:
+        if path.suffix == ".toml" or not path.exists() or is_toml(path):
+            raise
+        is_model = path.is_dir() or path.suffix in (".gguf", ".bin")
+        meant = ("model", "policy") if is_model else ("data", "prompts", "dialogues")
+        known = {field.name for field in dataclasses.fields(cls)}
+        option = next((f"--{each}" for each in meant if each in known), "its option")
+        raise ValueError(
+            f"{name} is no recipe, which alone is given without an option's name; "
+            f"give it as {option} {name}"
+        ) from error
 
 
 def load_recipe(cls: type, path: Path) -> dict[str, Any]:

@@ -242,17 +242,18 @@ def fit(
     those of the untrained model.
 
     Raises UserError, naming the step and the last good checkpoint, where the loss or the gradient
-    is not finite. Ctrl-C, SIGTERM and SIGHUP save a checkpoint, then end the run (SystemExit).
+    is not finite. Ctrl-C, SIGTERM and SIGHUP save a checkpoint (in the last step the
+    model), then end the run (SystemExit).
     """
     check_left(run, steps, "steps")
     step = run.resume_step()
     run.restore_optimizers({"model": network})
     progress_bar = meter(title, steps, start=step, show=parallel.is_main())
-    with progress_bar as progress, stop_requests() as stop:
+    with progress_bar as progress, stop_requests(run.path) as stop:
         if evaluate and step == 0:
             run.log(0, **evaluated(network.model, evaluate))
         while step < steps:
-            if parallel.all_max(int(stop())):
+            if stop():
                 run.save(step, {"model": network}, keep=config.keep)
                 run.settle()
                 raise SystemExit(f"stopped at step {step}; the same command continues {run.path}")
@@ -270,7 +271,7 @@ def fit(
             progress.advance(tokens, f"loss {means['loss']:.3f}")
             if step % config.save_every == 0 and step < steps:
                 run.save(step, {"model": network}, keep=config.keep)
-    return run.finish(network.model)
+        return run.finish(network.model)
 
 
 def check_left(run: Run, steps: int, what: str) -> None:

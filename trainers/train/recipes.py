@@ -37,7 +37,8 @@ def find_recipe(name: str, folder: Path = Path()) -> Path:
         if place.is_file() or is_overlaid(place):
             return place
     known = known_recipes()
-    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.3) or known
+    alike = [each for each in known if each.startswith(wanted.removesuffix(".toml"))]
+    near = alike or difflib.get_close_matches(wanted, known, n=3, cutoff=0.3) or known
     raise ValueError(f"no recipe '{name}': no such file, and Puna ships {', '.join(near)}")
 
 
@@ -137,6 +138,15 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: the TOML is nested too deeply") from error
     except ValueError as error:
         raise ValueError(f"{path}: a number has more than 4,300 digits") from error
+
+
+def is_toml(path: Path) -> bool:
+    """Whether a recipe could be read there."""
+    try:
+        read_toml(path)
+    except ValueError:
+        return False
+    return True
 
 
 def dots_outside_texts(line: bytes) -> int:

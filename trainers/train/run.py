@@ -26,7 +26,7 @@ from puna.core.checkpoint.folder import atomic_folder, open_model, write_tensors
 from puna.core.checkpoint.hashes import HASHES, damage, write_hashes
 from puna.core.checkpoint.pieces import open_pieces
 from puna.core.checkpoint.shards import save_tensors
-from puna.core.checkpoint.source import Source
+from puna.core.checkpoint.source import DTYPES, Source
 from puna.core.documents import listed
 from puna.core.model import Transformer
 from puna.trainers.train import saving, written
@@ -78,7 +78,7 @@ class Run:
         self.tokenizer = tokenizer
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
-        self.dtype = saving.WRITTEN[getattr(config, "model_dtype", "fp32")]
+        self.dtype = DTYPES[getattr(config, "model_dtype", "fp32")]
         self._show = viewer(getattr(config, "log", "none"), self.path)
         fall_back = getattr(config, "resume", "newest") == "previous"
         parallel.on_main(self._open)

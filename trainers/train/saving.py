@@ -24,9 +24,6 @@ from puna.core.checkpoint.shards import file_names, save_tensors, shared_out, wr
 from puna.core.checkpoint.source import as_type, parameter_shapes
 from puna.core.model import Transformer
 
-# What a finished model's weights are written in, by the name in a recipe.
-WRITTEN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class Trained(NamedTuple):
     """A network with the optimizer that trains it."""
