@@ -46,8 +46,8 @@ _OLD = "older tritons spill a few words outside the loop"
 SPILLS: dict[tuple[str, str], tuple[int, int, str]] = {
     ("attention_backward_kv_kernel", "sm_80"): (8, 32, _TWICE),
     ("attention_backward_kv_kernel", "sm_90"): (32, 40, _TWICE),
-    ("linear_softmax_backward_kernel", "sm_90"): (40, 144, _HALF),
-    ("linear_softmax_backward_kernel", "sm_100"): (24, 24, _HALF),
+    ("linear_softmax_backward_kernel", "sm_90"): (32, 144, _HALF),
+    ("linear_softmax_backward_kernel", "sm_100"): (0, 24, _OLD),
     ("sample_draw_kernel", "sm_80"): (0, 8, _OLD),
     ("sample_draw_kernel", "sm_90"): (0, 32, _OLD),
     ("sample_draw_kernel", "sm_100"): (0, 32, _OLD),

@@ -14,3 +14,6 @@ if __name__ == "__main__":
     except (ValueError, UserError) as error:
         say(f"puna.benchmarks.gpu: {error}", error=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on", error=True)
+        sys.exit(130)

@@ -141,7 +141,7 @@ def reached(rows: Sequence[Row], operation: str, shape: str, way: str) -> float 
     """The share of the ceiling in a direction; "backward" is what the forward leaves of both."""
     if way != "backward":
         row = kernel(rows, operation, shape, way)
-        return row and row["value"] / row["limit"]
+        return None if row is None else row["value"] / row["limit"]
     forward = kernel(rows, operation, shape, "forward")
     both = kernel(rows, operation, shape, "forward+backward")
     if forward is None or both is None or both["ms"] <= forward["ms"]:
@@ -175,7 +175,7 @@ def model(rows: Sequence[Row], bench: str, provider: str, **further: object) -> 
     found = [row for row in rows if all(row.get(key) == value for key, value in done.items())]
     cut = [row for row in found if str(row["shape"]).startswith("7b cut")]
     whole = [row for row in found if row["shape"] == "7b"]
-    return (whole or cut or [None])[-1]
+    return next(reversed(whole or cut), None)
 
 
 def at_least(name: str, of: str, share: float | None, least: float, operation: str = "") -> Bar:
@@ -185,7 +185,7 @@ def at_least(name: str, of: str, share: float | None, least: float, operation: s
 
 
 def share_of(row: Row | None, name: str, of: str, least: float) -> Bar:
-    bar = at_least(name, of, row and row["value"] / row["limit"], least)
+    bar = at_least(name, of, None if row is None else row["value"] / row["limit"], least)
     if row is None:
         return bar
     return bar._replace(measured=f"{bar.measured}, {row['value']:,.0f} tok/s ({row['shape']})")

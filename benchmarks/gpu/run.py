@@ -180,14 +180,15 @@ def waited(command: list[str], part: Part, log: Path, seconds: float) -> str:
 def end(process: "subprocess.Popen[bytes]") -> None:
     """Ask the process for its end as Ctrl-C does, so that it keeps what it has; then end all of its
     group, workers that outlived it included."""
-    if process.poll() is None:
-        send(process.pid, signal.SIGINT)
-        try:
+    try:
+        if process.poll() is None:
+            send(process.pid, signal.SIGINT)
             process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            pass
-    send(process.pid, signal.SIGKILL)
-    process.wait()
+    except subprocess.TimeoutExpired:
+        pass
+    finally:  # a second Ctrl-C does not wait
+        send(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def send(group: int, number: int) -> None:
