@@ -5,6 +5,8 @@ import sys
 from importlib.util import find_spec
 from typing import NamedTuple
 
+from puna.benchmarks.gpu.bars import LOSSES, MEMORY
+
 WORKERS = 8  # pytest's processes: they compile on cores of their own and share the GPU
 
 # The tests that need a GPU, by the part that runs them (tests/test_gpu_run.py: none is missing).
@@ -81,10 +83,6 @@ def parts(dry: bool = False, layers: int = 0) -> list[Part]:
         Part("bench-growth", python("puna.cli.main", "bench", "growth", *whole), 3600),
         Part("profile", [*ncu, *first, "--only"], 1800, "ncu", of_missed=True),
     ]
-
-
-MEMORY = ("rms_norm", "add_rms_norm", "rope", "swiglu")
-LOSSES = ("linear_cross_entropy", "linear_logprobs")
 
 
 def python(*words: str) -> list[str]:
