@@ -13,7 +13,7 @@ ROOMS := $(filter-out puna,$(patsubst %/py.typed,%,$(wildcard */py.typed)))
 export ONEDNN_MAX_CPU_ISA ?= AVX512_CORE_BF16
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo try-real test test-gpu sanitize threads campaign lint aot bench
+.PHONY: demo try-real test test-gpu gpu sanitize threads campaign lint aot bench
 
 demo: $(READY)
 	$(BIN)/puna demo
@@ -29,6 +29,11 @@ test: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/pytest -m gpu
+
+# What a GPU is for, in order: right first, then fast; each part within its time. FLAGS: --seconds
+# 540 (of this call; the same again goes on), --only norms stages, --layers 8, --dry-run, --out PATH.
+gpu: $(READY)
+	$(BIN)/python -m puna.benchmarks.gpu $(FLAGS)
 
 # The rooms are copied to build/$(1), with an extension under the sanitizers $(2) beside them.
 define instrumented

@@ -65,6 +65,8 @@ class Setting(NamedTuple):
     quick: bool = False  # a row of each bench within QUICK_SECONDS
     dtype: str = ""  # "fp32" or "bf16"; "": fp32, on a GPU bf16
     operations: Sequence[str] = ()  # of the kernels; none: all
+    compiled: bool = True  # torch.compile's rows of the kernels
+    recompute: bool = False  # training with full recomputation alone, on a GPU
     llama2c: Path | None = None  # where its run lies
     llama_bench: Mapping[str, Path] = {}  # builds of llama.cpp, by name
 
@@ -79,7 +81,14 @@ class Setting(NamedTuple):
     @property
     def kernels(self) -> Kernels:
         rounds = self.rounds or (5 if self.quick else 30)
-        return Kernels(self.device, rounds, self.operations, self.dry, self.quick)
+        chosen = self.operations, self.dry, self.quick, self.compiled
+        return Kernels(self.device, rounds, *chosen)
+
+    def called(self, what: str) -> str:
+        """The name of the results file of a part; of less than a part, one of its own."""
+        if what == "all":
+            return "quick" if self.quick else what
+        return "-".join([what, *self.operations, *(["recompute"] * self.recompute)])
 
     @property
     def turns(self) -> int:
@@ -135,8 +144,7 @@ def run_suite(
         for fit in fits:
             console.print(growth.said(fit))
     if save and found.rows and parallel.is_main():
-        name = "quick" if setting.quick and what == "all" else what
-        name += "-stopped" * found.stopped
+        name = setting.called(what) + "-stopped" * found.stopped
         console.print(f"written to {write_document(document, name)}")
     if parallel.is_main():
         print(json.dumps(document))
@@ -243,7 +251,8 @@ def busy(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
 def train(held: Held, shape: Shape, setting: Setting) -> Iterator[list[Row]]:
     models = held.take(shape, "fp32", trained=True)
     try:
-        yield bench_train(models, setting.turns, setting.kind, quick=setting.quick)
+        options = {"quick": setting.quick, "recompute": setting.recompute}
+        yield bench_train(models, setting.turns, setting.kind, **options)
     finally:
         del models
         held.close()  # their weights have moved
@@ -269,8 +278,8 @@ def cut_to_fit(shape: Shape, setting: Setting, bytes_a_parameter: float) -> Shap
 
 
 def opened(shape: Shape, setting: Setting, dtype: str, trained: bool) -> Models:
-    """A shape's models, to be looked at or trained in two ways each."""
-    each = 2 * TRAINED if trained else DTYPES[dtype].itemsize
+    """A shape's models, to be looked at or trained in two ways each (`recompute`: in one)."""
+    each = (2 - setting.recompute) * TRAINED if trained else DTYPES[dtype].itemsize
     copies = 1 + setting.peers + (setting.peers and not trained and opponents.has("vllm"))
     shape = cut_to_fit(shape, setting, each * copies)
     with tempfile.TemporaryDirectory(prefix="puna-bench-") as folder:

@@ -94,6 +94,16 @@ class KernelBenchConfig(DryBenchConfig):
 
     operations: list[str] = field(default_factory=list)
     """only these, rms_norm or attention for example; none given: all"""
+    compiled: bool = True
+    """torch.compile's rows, too; on a GPU each takes up to a minute to compile"""
+
+
+@dataclass(kw_only=True)
+class TrainBenchConfig(ModelBenchConfig):
+    """Measure Puna beside its peers; prints a table, and as the last line one JSON document."""
+
+    recompute: bool = False
+    """on a GPU: Puna with full recomputation alone, so that a model twice as deep fits"""
 
 
 @dataclass(kw_only=True)
@@ -149,8 +159,10 @@ def run(config: SuiteConfig) -> None:
     measure(config, "all")
 
 
-def train(config: ModelBenchConfig) -> None:
+def train(config: TrainBenchConfig) -> None:
     """The rows of training."""
+    if config.recompute and not (config.dry_run or device_of_name(config.device).type == "cuda"):
+        raise ValueError("recomputation is measured on a GPU; leave out --recompute")
     measure(config, "train")
 
 
@@ -229,13 +241,15 @@ def setting_of(config: DryBenchConfig, device: torch.device) -> Setting:
     """What the suite is told of a configuration."""
     setting = Setting(device, config.rounds, dry=config.dry_run)
     if isinstance(config, KernelBenchConfig):
-        return setting._replace(operations=config.operations)
+        return setting._replace(operations=config.operations, compiled=config.compiled)
     if not isinstance(config, ModelBenchConfig):
         return setting
     dtype = "" if config.dtype == "auto" else config.dtype
     setting = setting._replace(
         shapes=config.shape, layers=config.layers, peers=config.peers, dtype=dtype
     )
+    if isinstance(config, TrainBenchConfig) and config.recompute:
+        return setting._replace(peers=False, recompute=True)
     if isinstance(config, DecodeBenchConfig) and (config.llama2c or config.llama_bench):
         if device.type != "cpu" or config.dry_run:
             raise ValueError(
@@ -261,6 +275,10 @@ def command_of(config: DryBenchConfig, what: str, device: torch.device) -> str:
     words.append("--dry-run" if config.dry_run else f"--device {device}")
     if isinstance(config, KernelBenchConfig) and config.operations:
         words.append(f"--operations {' '.join(config.operations)}")
+    if isinstance(config, KernelBenchConfig) and not config.compiled:
+        words.append("--no-compiled")
+    if isinstance(config, TrainBenchConfig) and config.recompute:
+        words.append("--recompute")
     if isinstance(config, ModelBenchConfig):
         if config.shape:
             words.append(f"--shape {' '.join(Path(each).name for each in config.shape)}")

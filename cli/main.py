@@ -79,7 +79,7 @@ VERBS = {
         named=("source", "target"),
     ),
     "bench": Verb("puna.cli.bench", "SuiteConfig", "the benchmark suite"),
-    "bench train": Verb("puna.cli.bench", "ModelBenchConfig", "of training only", "train"),
+    "bench train": Verb("puna.cli.bench", "TrainBenchConfig", "of training only", "train"),
     "bench kernels": Verb(
         "puna.cli.bench", "KernelBenchConfig", "of kernels/, verified and timed", "kernels"
     ),

@@ -1,4 +1,5 @@
-"""Tensors larger than memory, for offsets past 32 bits: only the pages touched exist."""
+"""Tensors of more than 2^31 elements, for offsets past 32 bits: on a CPU only the pages touched
+exist, on a GPU all of them (some gigabytes)."""
 
 import mmap
 
@@ -10,17 +11,19 @@ NORESERVE = 0x4000  # Linux; Python's mmap names it from 3.13 on
 
 
 def spread(x: Tensor, apart: int) -> Tensor:
-    """x (1, T, 1, D) with its tokens `apart` elements from each other, in the interpreter."""
-    if torch.cuda.is_available():
-        pytest.skip("interpreted only: a GPU has no memory that is not there")
+    """x (1, T, 1, D) with its tokens `apart` elements from each other."""
     tokens, size = x.shape[1], x.shape[3]
-    bytes_of_it = x.element_size() * ((tokens - 1) * apart + size)
+    elements = (tokens - 1) * apart + size
+    strides = tokens * apart, apart, size, 1
+    if x.is_cuda:
+        if torch.cuda.mem_get_info(x.device)[0] < 2 * x.element_size() * elements:
+            pytest.skip("no room on the GPU")
+        memory = torch.zeros(elements, dtype=x.dtype, device=x.device)
+        return memory.as_strided(x.shape, strides).copy_(x)
+    bytes_of_it = x.element_size() * elements
     try:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
         pages = mmap.mmap(-1, bytes_of_it, flags=flags)
     except OSError:
         pytest.skip(f"no room for {bytes_of_it >> 30} GB of addresses")
-    wide = torch.as_strided(
-        torch.frombuffer(pages, dtype=x.dtype), x.shape, (tokens * apart, apart, size, 1)
-    )
-    return wide.copy_(x)
+    return torch.frombuffer(pages, dtype=x.dtype).as_strided(x.shape, strides).copy_(x)

@@ -100,6 +100,33 @@ def test_refuses_to_interpret():
         assert run("-m", "puna.benchmarks.aot", *flags).returncode == 1
 
 
+# What a launch is compiled for, of every launcher at one length and then at others.
+LENGTHS = """
+from puna.benchmarks.aot import compile as aot_compile
+from puna.benchmarks.aot.cases import LENGTH, ROWS, Maker, cases
+from puna.benchmarks.gpu.first_calls import OTHERS
+
+seen = set()
+for case in cases():
+    for rows, length in ((ROWS, LENGTH), *OTHERS):
+        arguments = case.arguments(Maker("meta", length), rows)
+        for launch in aot_compile.record(lambda: case.launcher(*arguments)):
+            made_for = aot_compile._specialised(launch, aot_compile.TARGETS["sm_90"])
+            key = launch.kernel.__name__, str(made_for), str(launch.options)
+            if key not in seen and rows != ROWS:
+                print(case.name, launch.kernel.__name__, rows, length)
+            seen.add(key)
+print(len(seen), "kernels")
+"""
+
+
+def test_other_lengths_compile_nothing():
+    done = run("-c", LENGTHS)
+    assert done.returncode == 0, done.stderr
+    *again, last = done.stdout.splitlines()
+    assert not again and int(last.split()[0]) >= 30
+
+
 def test_every_kernel_has_a_bound():
     assert aot_cases.kernels() == set(aot_cases.BOUND)
     for kernel, target in aot_cases.SPILLS:

@@ -245,9 +245,9 @@ def test_packed_short_sequences_are_cheap(triton_device):
 
 
 @pytest.mark.parametrize(("tokens", "apart"), [(140, (1 << 24) - 8), (4, 1 << 30)])
-def test_offsets_past_32_bits(tokens, apart):
-    """Keys further than 2^31 elements from the first, in memory that mostly does not exist."""
-    q, k, v, d_out = drawn("cpu", 1, tokens, 1, 1, 8, torch.float16)
+def test_offsets_past_32_bits(triton_device, tokens, apart):
+    """Keys further than 2^31 elements from the first."""
+    q, k, v, d_out = drawn(triton_device, 1, tokens, 1, 1, 8, torch.float16)
     far_k = spread(k, apart)
     truth = forward.attention_forward(q, k, v, None, 0.3)
     assert all(map(torch.equal, forward.attention_forward(q, far_k, v, None, 0.3), truth))

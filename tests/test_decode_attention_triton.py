@@ -164,9 +164,9 @@ def test_strided_inputs(triton_device):
     torch.testing.assert_close(found, truth, rtol=1e-5, atol=2e-6)
 
 
-def test_offsets_past_32_bits():
-    q, k_cache, v_cache = drawn("cpu", 1, 1, 140, 2, 1, 8, torch.float16)
-    lengths = lengths_of([138], "cpu")
+def test_offsets_past_32_bits(triton_device):
+    q, k_cache, v_cache = drawn(triton_device, 1, 1, 140, 2, 1, 8, torch.float16)
+    lengths = lengths_of([138], triton_device)
     found = decode_attention(q, spread(k_cache, (1 << 24) - 8), v_cache, lengths)
     assert torch.equal(found, decode_attention(q, k_cache, v_cache, lengths))
 

@@ -209,6 +209,18 @@ def test_bad_input(triton_device, monkeypatch):
             linear_logprobs(hidden, weight, targets)
 
 
+def test_offsets_past_32_bits(triton_device):
+    """Two rows of weights 2^31 elements apart: 4 GB of addresses, a page or two of memory."""
+    storage = torch.UntypedStorage(2 * (2**31 + 8), device=triton_device)
+    weight = torch.tensor([], dtype=torch.bfloat16, device=triton_device)
+    weight.set_(storage, 0, (2, 8), (2**31, 1))
+    hidden, other, targets = make(triton_device, 5, 8, 2, torch.bfloat16)
+    weight.copy_(other)
+    with torch.no_grad():
+        found, truth = (linear_logprobs(hidden, x, targets) for x in (weight, other))
+    assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+
+
 def test_compiled_in_one_graph(triton_device):
     hidden, weight, targets = make(triton_device, 140, 5, 300, torch.bfloat16)
     upstream = [torch.randn(140, device=triton_device) for _ in range(2)]

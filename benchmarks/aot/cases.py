@@ -46,8 +46,8 @@ _OLD = "older tritons spill a few words outside the loop"
 SPILLS: dict[tuple[str, str], tuple[int, int, str]] = {
     ("attention_backward_kv_kernel", "sm_80"): (8, 32, _TWICE),
     ("attention_backward_kv_kernel", "sm_90"): (32, 40, _TWICE),
-    ("linear_softmax_backward_kernel", "sm_90"): (40, 144, _HALF),
-    ("linear_softmax_backward_kernel", "sm_100"): (24, 24, _HALF),
+    ("linear_softmax_backward_kernel", "sm_90"): (32, 144, _HALF),
+    ("linear_softmax_backward_kernel", "sm_100"): (0, 24, _OLD),
     ("sample_draw_kernel", "sm_80"): (0, 8, _OLD),
     ("sample_draw_kernel", "sm_90"): (0, 32, _OLD),
     ("sample_draw_kernel", "sm_100"): (0, 32, _OLD),
@@ -57,8 +57,9 @@ SPILLS: dict[tuple[str, str], tuple[int, int, str]] = {
 class Maker:
     """Tensors of a case: without memory on "meta", random on the CPU."""
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, length: int = LENGTH):
         self.device = device
+        self.length = length  # tokens of a sequence of attention
 
     def bf16(self, *shape: int) -> Tensor:
         return self.fp32(*shape).to(torch.bfloat16)
@@ -73,7 +74,10 @@ class Maker:
         return torch.full((count,), length, device=self.device)
 
     def cuts(self, tokens: int, each: int) -> Tensor:
-        return torch.arange(0, tokens + 1, each, dtype=torch.int32, device=self.device)
+        """Of so many sequences of about `each` tokens as there are whole ones."""
+        count = tokens // each
+        found = torch.arange(count + 1, device=self.device) * tokens // count
+        return found.to(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,14 @@ class Case:
     counted: int = 0  # rows over which `aot_traffic` counts what is moved; 0: it does not
 
     def run(self, device: str = "meta", rows: int = ROWS) -> tuple[list[Any], Any]:
-        """(arguments, results) of the launcher, past its registration."""
+        """(arguments, results) of the launcher."""
         arguments = self.arguments(Maker(device), rows)
-        return arguments, getattr(self.launch, "__wrapped__", self.launch)(*arguments)
+        return arguments, self.launcher(*arguments)
+
+    @property
+    def launcher(self) -> Callable[..., Any]:
+        """Past its registration."""
+        return getattr(self.launch, "__wrapped__", self.launch)
 
 
 def _module(name: str) -> Any:
@@ -120,7 +129,7 @@ def _norms() -> list[Case]:
 
 def _ropes() -> list[Case]:
     def inputs(m: Maker, n: int, kv_heads: int, interleaved: bool, back: bool) -> list[Any]:
-        batch = max(1, n // LENGTH)
+        batch = max(1, n // m.length)
         tokens, known = n // batch, min(n, 4096)
         q, k = m.bf16(batch, tokens, H, D), m.bf16(batch, tokens, kv_heads, D)
         tables = m.fp32(known, D // 2), m.fp32(known, D // 2)
@@ -156,7 +165,7 @@ def _attention() -> list[Case]:
     decode = _module("decode_attention").decode_attention_forward
 
     def inputs(m: Maker, n: int, kv: int, packed: bool) -> list[Any]:
-        shape = n // LENGTH, LENGTH
+        shape = n // m.length, m.length
         cuts = m.cuts(n, 512) if packed else None
         return [m.bf16(*shape, H, D), m.bf16(*shape, kv, D), m.bf16(*shape, kv, D), cuts, D**-0.5]
 
@@ -165,8 +174,9 @@ def _attention() -> list[Case]:
         return [m.bf16(*q.shape), q, k, v, m.bf16(*q.shape), m.fp32(H, n), cuts, scale]
 
     def cached(m: Maker, n: int, kv: int) -> list[Any]:
-        caches = m.bf16(16, 4096, kv, D), m.bf16(16, 4096, kv, D)
-        return [m.bf16(16, 1, H, D), *caches, m.lengths(4096, 16), D**-0.5]
+        batch, slots = n // 512, 2 * m.length
+        caches = m.bf16(batch, slots, kv, D), m.bf16(batch, slots, kv, D)
+        return [m.bf16(batch, 1, H, D), *caches, m.lengths(slots, batch), D**-0.5]
 
     found = [
         Case("attention" + kind + way, launch, partial(make, kv=kv, packed="packed" in kind))

@@ -61,14 +61,15 @@ class Sizes:
     drawn: int  # rows that `sample` draws from at once
     rollouts: tuple[int, int]  # sequences and tokens of `gae`
     further_dims: tuple[int, ...] = ()  # of the head, with the first vocabulary
+    long: int = 0  # tokens of one longer sequence of attention, for the first and the last heads
 
 
-# Llama 2 7B's, 13B's and 70B's; the second vocabulary is Qwen's.
+# Llama 2 7B's, whose come first, 13B's and 70B's; the second vocabulary is Llama 3's.
 GPU = Sizes(
-    dtype=torch.bfloat16, rows=8192, widths=(4096, 5120, 8192, 11008, 13824, 28672), sequences=2,
+    dtype=torch.bfloat16, rows=8192, widths=(4096, 11008, 5120, 13824, 8192, 28672), sequences=2,
     tokens=4096, heads=((32, 32), (40, 40), (64, 8)), head_dim=128, decoded=16, dim=4096,
-    further_dims=(5120, 8192), vocabularies=(32000, 151936),
-    drawn=256, rollouts=(512, 1024),
+    further_dims=(5120, 8192), vocabularies=(32000, 128256), drawn=256, rollouts=(512, 1024),
+    long=16384,
 )  # fmt: skip
 CPU = Sizes(
     dtype=torch.float32, rows=1024, widths=(288, 768), sequences=4, tokens=256,
@@ -79,7 +80,7 @@ CPU = Sizes(
 DRY = Sizes(
     dtype=torch.bfloat16, rows=32, widths=(64, 96), sequences=2, tokens=16, heads=((4, 4), (4, 1)),
     head_dim=16, decoded=3, dim=32, vocabularies=(64, 96), drawn=4, rollouts=(3, 8),
-    further_dims=(48,),
+    further_dims=(48,), long=24,
 )  # fmt: skip
 
 
@@ -91,9 +92,15 @@ def cases(sizes: Sizes, device: torch.device) -> list[Case]:
         found.append(swiglu(sizes, device, width))
     for heads in sizes.heads:
         found += [attention(sizes, device, *heads), decode_attention(sizes, device, *heads)]
+    if sizes.long:
+        longer = replace(sizes, sequences=1, tokens=sizes.long)
+        for heads in dict.fromkeys((sizes.heads[0], sizes.heads[-1])):
+            # By heads, and not compiled: the scores of all at once are 17 GB, and 34 in fp32.
+            whole = attention(longer, device, *heads)
+            found.append(replace(whole, eager=peers.attention_by_heads, compiled=False))
     for vocabulary in sizes.vocabularies:
-        found.append(linear("linear_cross_entropy", sizes, device, vocabulary))
-    found.append(linear("linear_logprobs", sizes, device, sizes.vocabularies[0]))
+        for operation in ("linear_cross_entropy", "linear_logprobs"):
+            found.append(linear(operation, sizes, device, vocabulary))
     for dim in sizes.further_dims:
         wider = replace(sizes, dim=dim)
         for operation in ("linear_cross_entropy", "linear_logprobs"):

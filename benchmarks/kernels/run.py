@@ -43,12 +43,14 @@ class Kernels(NamedTuple):
     only: Collection[str] = ()  # names of puna.kernels; none: all
     dry: bool = False  # a GPU's cases at tiny sizes, wherever this is
     quick: bool = False  # one shape of each, and without torch.compile's rows
+    compiled: bool = True  # torch.compile's rows
 
     def cases(self) -> list[Case]:
         """ValueError for an unknown operation."""
         sizes = DRY if self.dry else GPU if self.device.type == "cuda" else CPU
         if self.quick:
-            sizes = replace(sizes, widths=sizes.widths[:1], heads=sizes.heads[-1:], further_dims=())
+            sizes = replace(sizes, widths=sizes.widths[:1], heads=sizes.heads[-1:])
+            sizes = replace(sizes, further_dims=(), long=0)
         chosen = cases(sizes, self.device)
         if self.dry:
             chosen = [replace(case, native=None) for case in chosen]
@@ -61,10 +63,11 @@ class Kernels(NamedTuple):
 
 def kernel_rows(kernels: Kernels, say: Callable[[str], object]) -> Iterator[list[KernelRow]]:
     """Operation after operation, as long as there is time (`budget`)."""
-    why = None if kernels.quick else why_not_compiled(kernels.device)
+    compiled = kernels.compiled and not kernels.quick
+    why = why_not_compiled(kernels.device) if compiled else None
     if why:
         say(f"torch.compile does not work here, its rows are left out: {why}")
-    bench = Bench(kernels.rounds, kernels.device, compiles=not (kernels.quick or why))
+    bench = Bench(kernels.rounds, kernels.device, compiles=compiled and not why)
     chosen = kernels.cases()
     for number, case in enumerate(chosen):
         if number and budget.is_spent():

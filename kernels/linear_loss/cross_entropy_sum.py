@@ -17,7 +17,7 @@ from .tiles import add_product, kept, near, slices
 CHUNK_BYTES = 192 << 20  # logits held at once
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["LABELS", "SCALE", "TOTAL"])  # one number a row
 def cross_entropy_kernel(
     # pointers
     LOGITS, LABELS, SCALE, LOSS, LARGEST, TOTAL,

@@ -66,7 +66,7 @@ def tile_of_program(row_tiles, column_tiles, GROUP: tl.constexpr):
     return first + (program % each) % size, (program % each) // size
 
 
-@jit
+@jit(do_not_specialize=["n_rows", "plane"])
 def linear_softmax_forward_kernel(
     # pointers
     HIDDEN, WEIGHT, LABELS, ROWS, PARTS,
@@ -116,7 +116,7 @@ def linear_softmax_forward_kernel(
         tl.store(out + plane + plane + plane, weighted, mask=inside)
 
 
-@jit
+@jit(do_not_specialize=["n_rows", "plane", "stats_plane"])
 def linear_softmax_join_kernel(
     # pointers
     PARTS, LABELS, ROWS, LOGP, LSE, ENTROPY_OUT, STATS,
@@ -167,10 +167,10 @@ def linear_softmax_join_kernel(
         tl.store(ENTROPY_OUT + rows, entropy, mask=inside)
 
 
-@jit
+@jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["TOTAL"])
 def linear_softmax_backward_kernel(
     # pointers
-    HIDDEN, WEIGHT, LABELS, STATS, A, B, C, D_LOGITS,
+    HIDDEN, WEIGHT, LABELS, LARGEST, TOTAL, A, B, C, D_LOGITS,
     # sizes: columns first..last of the vocabulary
     n_rows, width, vocabulary, first, last, inverse_temperature,
     # strides of a row
@@ -189,8 +189,8 @@ def linear_softmax_backward_kernel(
     w_rows = WEIGHT + tl.minimum(columns, last - 1).to(tl.int64) * weight_stride
     h_rows = HIDDEN + rows * hidden_stride
     z = logits_tile(h_rows, w_rows, width, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
-    z = z * inverse_temperature - tl.load(STATS + rows)[:, None]
-    total = tl.load(STATS + n_rows + rows)
+    z = z * inverse_temperature - tl.load(LARGEST + rows)[:, None]
+    total = tl.load(TOTAL + rows)
     labels = tl.load(LABELS + rows)
     a = tl.load(A + rows) * inverse_temperature
     a = tl.where((labels >= 0) & (labels < vocabulary), a, float("nan"))
@@ -290,7 +290,7 @@ def softmax_gradients(
                 (row_tiles * triton.cdiv(stop - start, settings["BLOCK_N"]),)
             ](
                 # pointers
-                hidden, weight, labels, stats, a, a if b is None else b, c, d_logits,
+                hidden, weight, labels, *stats, a, a if b is None else b, c, d_logits,
                 # sizes
                 n_rows, width, len(weight), first + start, first + stop, 1 / temperature,
                 # strides
