@@ -41,7 +41,7 @@ from puna.trainers.sft import load_dialogues
 from puna.trainers.train import loop, next_token, written
 from puna.trainers.train.command import command
 from puna.trainers.train.interrupts import stop_requests
-from puna.trainers.train.kinds import FIXED
+from puna.trainers.train.kinds import FREE
 from puna.trainers.train.plan import of_epochs
 from puna.trainers.train.progress import meter
 from puna.trainers.train.ranges import Batch, Count, CountOrZero, Share, Temperature
@@ -78,7 +78,7 @@ class GAttConfig(EngineConfig, loop.RowsConfig, ReadingMessages):
     """of the sampled answers"""
     max_new_tokens: Count = 256
     """longest answer, tokens"""
-    chunk: Annotated[Batch, FIXED] = 512
+    chunk: Annotated[Batch, FREE] = 512
     """answers drawn at a time, all processes together; asked to stop, the run ends after them, and
     what was drawn of a turn that is not whole is drawn again"""
     epochs: Count = 1
