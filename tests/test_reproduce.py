@@ -173,6 +173,19 @@ def test_the_page_is_written_again_from_the_figures(whole, tmp_path):
         page.write_again(tmp_path, tmp_path)
 
 
+def test_another_run_stands_beside_each_comparison(whole, tmp_path):
+    page.write_again(whole, tmp_path, [whole])
+    text = (tmp_path / "questions.md").read_text()
+    threads = json.loads((whole / "environment.json").read_text())["threads"]
+    assert f"(seed 0 on {threads} thread" in text
+    rows = [line for line in text.splitlines() if line.count(" | ") == 5 and " / " in line]
+    rows = [line for line in rows if "| the paper |" not in line]
+    assert len(rows) == len(CLAIMS)
+    for row in rows:
+        _, _, here, _, verdict, there = (cell.strip("| ") for cell in row.split(" | "))
+        assert there == (here if here == "not measured" else f"{here}: {verdict}")
+
+
 def test_the_branches_of_the_switch_are_counted_by_prompt(whole):
     figures = json.loads((whole / "arms" / "rejection" / "seed-0.json").read_text())
     rows = [figures[f"branch {name}"] for name in ("is_safety", "unsafe", "helpfulness")]

@@ -1,9 +1,10 @@
 """The page of the experiments: for each question the short answer, the experiment, the figures, and
 what the paper says beside it.
 
-`python -m puna.demo.reproduce.page runs/reproduce docs` writes docs/questions.md and docs/figures/
-from what a run measured. The words are ours; every number of this run comes from the run, and what
-it did not measure says so. What fails stands in the same table as what succeeds.
+`python -m puna.demo.reproduce.page runs/reproduce docs [runs/another ...]` writes docs/questions.md
+and docs/figures/ from what a run measured, and beside its comparisons those of other runs. The
+words are ours; every number of this run comes from the run, and what it did not measure says so.
+What fails stands in the same table as what succeeds.
 """
 
 import sys
@@ -39,11 +40,21 @@ writes this page again.
 All arms start from one SFT model. A seed varies what an arm samples and trains, and has comparisons
 and reward models of its own. An interval is of 95% and holds for other seeds, so for other judges
 too, and other prompts; where there is one seed, for other prompts alone. It does not hold for
-another SFT model. A difference is taken prompt by prompt, in
+another SFT model. $others A difference is taken prompt by prompt, in
 percentage points (rewards and attention as they are). *Agrees* and *disagrees* are said where the
 interval lies on one side of 0; there are $claims comparisons, so one or two of them would do so by
 chance. Amounts of data are named as they are at scale 1. $seeds $left
 """)
+
+
+class Ran(NamedTuple):
+    """A run of `puna reproduce` and all that it measured."""
+
+    results: Results
+    left: list[str]  # what it did not measure
+    seed: int
+    scale: float
+    threads: int  # sums in another order make another SFT model
 
 
 class Section(NamedTuple):
@@ -198,31 +209,68 @@ COLUMNS = {
 }
 
 
-def write_page(path: Path, results: Results, left: Sequence[str], seed: int, scale: float) -> Path:
-    """Write the page to `path` and its figures to figures/*.svg beside it; returns `path`."""
-    claims = compared(results)
+def write_page(path: Path, run: Ran, others: Sequence[Ran] = ()) -> Path:
+    """Write the page of a run to `path` and its figures to figures/*.svg beside it; returns `path`.
+    The comparisons of `others`, which have SFT models of their own, stand beside the run's."""
+    claims = compared(run.results)
+    beside = [[found for _, found in compared(other.results)] for other in others]
     head = HEAD.substitute(
-        seed=seed,
-        scale=f"{scale:g}",
+        seed=run.seed,
+        scale=f"{run.scale:g}",
         claims=len(claims),
-        seeds=seeds_said(results),
-        left=f"Left out, because the time was over: {'; '.join(left)}." if left else "",
+        seeds=seeds_said(run.results),
+        others=others_said(run, others),
+        left=f"Left out, because the time was over: {'; '.join(run.left)}." if run.left else "",
     )
+    rows = [Row(claim, found, each) for (claim, found), *each in zip(claims, *beside, strict=True)]
     parts = [*head.split("\n\n")]
     for number, section in enumerate(SECTIONS, 1):
-        own = [(claim, found) for claim, found in claims if claim.question == number]
-        parts += section_of(path.parent, results, section, number, own)
+        own = [row for row in rows if row.claim.question == number]
+        parts += section_of(path.parent, run.results, section, number, own)
     write_text(path, "\n\n".join(map(wrapped, parts)).rstrip() + "\n")
     return path
 
 
-def write_again(folder: Path, docs: Path) -> Path:
-    """The page of the run in `folder` as `docs`/questions.md; ValueError where it has none."""
+def others_said(run: Ran, others: Sequence[Ran]) -> str:
+    """What the columns of other runs are; nothing where there is none."""
+    if not others:
+        return ""
+    told = [f"seed {each.seed} on {threads_said(each)}" for each in others]
+    return (
+        f"This run was made on {threads_said(run)}; beside its comparisons stand those of another "
+        f"({'; '.join(told)}). Sums in another order are enough for another SFT model: where runs "
+        "do not agree, a figure depends on it more than on all that an interval knows of."
+    )
+
+
+def threads_said(run: Ran) -> str:
+    return f"{run.threads} {'thread' if run.threads == 1 else 'threads'}"
+
+
+def write_again(folder: Path, docs: Path, others: Sequence[Path] = ()) -> Path:
+    """The page of the run in `folder` as `docs`/questions.md; ValueError where one has none."""
+    return write_page(docs / "questions.md", ran(folder), [ran(other) for other in others])
+
+
+def ran(folder: Path) -> Ran:
+    """A finished run. ValueError where it is none."""
     found = read_object(folder / "results.json", "no such file; let puna reproduce finish first")
-    results = read_results(folder, field(found, "seeds", int))
-    left = [str(name) for name in field(found, "left_out", list)]
-    seed, scale = field(found, "seed", int), field(found, "scale", float)
-    return write_page(docs / "questions.md", results, left, seed, scale)
+    machine = read_object(folder / "environment.json", "no such file; is it a run's folder?")
+    return Ran(
+        read_results(folder, field(found, "seeds", int)),
+        [str(name) for name in field(found, "left_out", list)],
+        field(found, "seed", int),
+        field(found, "scale", float),
+        field(machine, "threads", int),
+    )
+
+
+class Row(NamedTuple):
+    """A comparison, here and in other runs."""
+
+    claim: Claim
+    found: Estimate | None
+    others: list[Estimate | None]
 
 
 def section_of(
@@ -230,31 +278,30 @@ def section_of(
     results: Results,
     section: Section,
     number: int,
-    claims: list[tuple[Claim, Estimate | None]],
+    rows: list[Row],
 ) -> list[str]:
     """The paragraphs of one question."""
     return [
         f"## {section.title}",
         f"**Short answer.** {section.answer}",
-        short_answer(results, claims),
+        short_answer(results, rows),
         f"**The paper.** {section.paper}",
         f"**Our reading.** {section.reading}",
         f"**The experiment.** {section.experiment}",
         arms_table(results, number, section.table),
         *(image(folder, results, *picture) for picture in section.pictures),
         "**The paper beside it.**",
-        claims_table(claims),
+        claims_table(rows),
     ]
 
 
-def short_answer(results: Results, claims: list[tuple[Claim, Estimate | None]]) -> str:
+def short_answer(results: Results, rows: list[Row]) -> str:
     """The comparisons that matter most, a line each."""
-    return "\n".join(
-        f"- {sentence(results, claim, found)}" for claim, found in claims if claim.leads
-    )
+    return "\n".join(f"- {sentence(results, row)}" for row in rows if row.claim.leads)
 
 
-def sentence(results: Results, claim: Claim, found: Estimate | None) -> str:
+def sentence(results: Results, row: Row) -> str:
+    claim, found, others = row
     ours, theirs = (figure(results, arm, claim.figure) for arm in (claim.arm, claim.other))
     what = f"{claim.what[0].upper()}{claim.what[1:]}"
     if found is None or ours is None or theirs is None:
@@ -263,7 +310,15 @@ def sentence(results: Results, claim: Claim, found: Estimate | None) -> str:
     names = [title_of(arm) for arm in (claim.arm, claim.other)]
     by = with_interval(claim.figure, found, signed=True)
     sides = " and ".join(f"{value} ({name})" for value, name in zip(values, names, strict=True))
-    return f"{what}: {sides}, {by}: {verdict(claim, found)}."
+    here = f"{what}: {sides}, {by}: {verdict(claim, found)}"
+    there = [f"with another SFT model {judged(claim, other)}" for other in others]
+    return f"{'; '.join([here, *there])}."
+
+
+def judged(claim: Claim, found: Estimate | None) -> str:
+    """A difference and what it says of the claim; "not measured" for none."""
+    by = with_interval(claim.figure, found, signed=True)
+    return by if found is None else f"{by}: {verdict(claim, found)}"
 
 
 def arms_table(results: Results, number: int, names: Sequence[str]) -> str:
@@ -282,19 +337,22 @@ def arms_table(results: Results, number: int, names: Sequence[str]) -> str:
     return markdown(["arm", "seeds", *(COLUMNS[name] for name in names)], rows)
 
 
-def claims_table(claims: list[tuple[Claim, Estimate | None]]) -> str:
+def claims_table(rows: list[Row]) -> str:
     """Where we agree with the paper and where not."""
-    rows = [
+    header = ["figure", "arm / against", "difference", "the paper", "together"]
+    header += ["another SFT model"] * len(rows[0].others)
+    cells = [
         [
             claim.what,
             f"{title_of(claim.arm)} / {title_of(claim.other)}",
             with_interval(claim.figure, found, signed=True),
             claim.paper,
             verdict(claim, found),
+            *(judged(claim, other) for other in others),
         ]
-        for claim, found in claims
+        for claim, found, others in rows
     ]
-    return markdown(["figure", "arm / against", "difference", "the paper", "together"], rows)
+    return markdown(header, cells)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -337,4 +395,5 @@ def filled(text: str, indent: str = "") -> str:
 
 
 if __name__ == "__main__":
-    say(write_again(Path(sys.argv[1]), Path(sys.argv[2])))
+    run, docs, *others = map(Path, sys.argv[1:])
+    say(write_again(run, docs, others))

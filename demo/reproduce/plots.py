@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from puna.demo.report import drawing
 from puna.demo.report.drawing import BLUE, GOLD, GREEN, GRID, INK, MUTED, ORANGE, PAPER, PURPLE
 from puna.demo.report.figures import PAPER_KEPT
 from puna.demo.reproduce.arms import SFT, title_of
-from puna.demo.reproduce.tables import Results, figure
+from puna.demo.reproduce.tables import Results, figure, is_score
 from puna.demo.village.world import MEASURED_TURNS
 
 GHOSTS = {
@@ -33,7 +34,7 @@ POOLS = (SFT, "rejection", "pool-all", "pool-last")
 LABEL_GAP = 0.075  # of two labels, on an axis from 0 to 1
 
 Panel = tuple[str, str, bool]
-"""Figure, heading, whether it is a share"""
+"""Figure, heading, whether its axis is all of 0% to 100%"""
 
 
 def instructions(results: Results) -> Figure | None:
@@ -123,9 +124,9 @@ def improved(results: Results) -> Figure | None:
         results,
         IMPROVED,
         (
-            ("wins t1", "Wins over SFT, T=1", True),
-            ("wins greedy", "Wins over SFT, greedy", True),
-            ("reward t1", "Reward of Eq. 4, T=1", False),
+            ("wins t1", "Wins, T=1", False),
+            ("wins greedy", "Wins, greedy", False),
+            ("reward t1", "Reward, T=1", False),
         ),
     )
 
@@ -157,16 +158,18 @@ def repeated(results: Results) -> Figure | None:
 
 def dots(results: Results, arms: Sequence[str], panels: Sequence[Panel]) -> Figure | None:
     """Arms from top to bottom, one panel a figure; an arm that was not measured is left out. An
-    axis that is no share begins where the intervals do."""
+    axis that is not all of 0% to 100% begins where the intervals do."""
     shown = [arm for arm in arms if any(figure(results, arm, name) for name, _, _ in panels)]
     if not shown:
         return None
     drawn, axes = drawing.canvas(1, len(panels), 0.9 + 0.27 * len(shown), sharey=True)
-    for ax, (name, heading, is_share) in zip(axes, panels, strict=True):
+    for ax, (name, heading, whole) in zip(axes, panels, strict=True):
         drawing.heading(ax, heading)
         row_of_dots(ax, results, shown, name)
-        if is_share:
+        if whole:
             drawing.share_axis(ax, "x", top=1)
+        elif not is_score(name):
+            ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         ax.grid(axis="y", visible=False)
         ax.grid(axis="x", color=GRID, linewidth=0.7)
         ax.tick_params(labelsize=8)
@@ -183,6 +186,6 @@ def row_of_dots(ax: Axes, results: Results, arms: Sequence[str], name: str) -> N
         colour = MUTED if arm == SFT else BLUE
         ax.plot([found.low, found.high], [y, y], color=colour, linewidth=1.4)
         face = PAPER if arm == SFT else colour
-        ax.plot(found.mean, y, "o", ms=5, color=face, markeredgecolor=colour, zorder=3)
+        ax.plot(found.mean, y, "o", ms=5, color=face, mec=colour, zorder=3, clip_on=False)
         if arm == "rejection":
             ax.axvline(found.mean, color=INK, linewidth=0.5, alpha=0.5, zorder=0)

@@ -24,7 +24,7 @@ from puna.demo.reproduce import base as bases
 from puna.demo.reproduce.arms import EXTRA_SEEDS, SFT, Arm, planned
 from puna.demo.reproduce.base import MOST_SEEDS, Base
 from puna.demo.reproduce.measures import Scene, measured, scene_of
-from puna.demo.reproduce.page import write_page
+from puna.demo.reproduce.page import ran, write_page
 from puna.demo.reproduce.results import (
     document,
     figures_of,
@@ -68,7 +68,7 @@ def run(config: ReproduceConfig) -> Path:
         results = read_results(config.out, config.seeds)
         found = document(results, config.seed, config.seeds, config.scale, left)
         write_text(config.out / "results.json", json.dumps(found, indent=1) + "\n")
-        page = write_page(config.out / "experiments.md", results, left, config.seed, config.scale)
+        page = write_page(config.out / "experiments.md", ran(config.out))
     say_claims(results)
     if left:
         say(f"Left out after {config.minutes:g} minutes: {'; '.join(left)}.")
