@@ -69,6 +69,8 @@ TOLD = {
     "{0}/dialogues.jsonl --max-new-tokens 9 --out {1}/d": r"expected 'preprompt'; [^{]*recipe\n$",
     "convert {0}/chat {1}/x.bin --dtype bf16": "a llama2.c .bin always has fp32: leave dtype out",
     "convert {0}/chat {1}/x.bin --to folder": "x.bin is called as a file, and a folder is asked",
+    "convert {0}/chat {1}/x --to gguf": "such a file is known by its ending: call it x.gguf",
+    "convert {0}/chat {1}/x.gguf --to bin": "call it x.gguf.bin",
     "rejection --policy {0}/chat --selected {0}/prompts.jsonl --out {1}/r":
         "lacks .*; name what `puna sample` or `puna rejection` wrote with reward models",
     "distill --policy {0}/chat --safety {0}/chat --prompts {0}/prompts.jsonl --out {1}/d":

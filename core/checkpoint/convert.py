@@ -52,6 +52,8 @@ def convert(
         to = {".bin": "bin", ".gguf": "gguf"}.get(target.suffix, "folder")
     if to == "folder" and target.suffix in (".bin", ".gguf"):
         raise ValueError(f"{target} is called as a file, and a folder is asked for; rename it")
+    if to != "folder" and target.suffix != f".{to}":
+        raise ValueError(f"such a file is known by its ending: call it {target.name}.{to}")
     if to == "bin" and dtype not in (None, torch.float32):
         raise ValueError("a llama2.c .bin always has fp32: leave dtype out, or write a .gguf")
     if to == "gguf":
