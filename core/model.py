@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from puna.core import head as called_head
+from puna.core import head as heads
 from puna.core import ops
 from puna.core.config import ModelConfig
 from puna.core.generation.kv_cache import KVCache
@@ -152,20 +152,6 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-def one_row(hidden: Tensor, weight: Tensor) -> Tensor:
-    """One hidden state (..., C) times a large head (V, C), block by block: (..., V).
-
-    The BLAS takes one row for a matrix-vector product and reads the weights at a third of the
-    memory's speed. 32000 x 288, one thread: 1.7 ms for 4.3.
-    """
-    blocks = 32
-    if weight.shape[0] % blocks or weight.numel() < 1 << 21:  # small ones stay in the caches
-        return ops.linear(hidden, weight)
-    column = hidden.reshape(1, -1).t().expand(blocks, -1, -1)
-    product = torch.bmm(weight.view(blocks, -1, weight.shape[1]), column)
-    return product.view(*hidden.shape[:-1], -1)
-
-
 @transparent
 class Transformer(nn.Module):
     """A Llama with a language-model head (V, C) or a score head (1, C)."""
@@ -233,7 +219,7 @@ class Transformer(nn.Module):
             return head(hidden).float()
         weight = head.weight
         if hidden.shape[:-1].numel() == 1 and weight.device.type == "cpu":
-            return one_row(hidden, weight).float()
+            return heads.one_row(hidden, weight).float()
         return ops.linear(hidden, weight).float()
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor, **options: Any) -> Tensor:
@@ -244,7 +230,7 @@ class Transformer(nn.Module):
         head = self.head_module
         if plain(head):
             return ops.linear_cross_entropy(hidden, head.weight, targets, **options)
-        return called_head.cross_entropy(head, hidden, targets, **options)
+        return heads.cross_entropy(head, hidden, targets, **options)
 
     def logprobs(
         self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0
@@ -254,7 +240,7 @@ class Transformer(nn.Module):
         head = self.head_module
         if plain(head):
             return ops.linear_logprobs(hidden, head.weight, targets, temperature=temperature)
-        return called_head.logprobs(head, hidden, targets, temperature=temperature)
+        return heads.logprobs(head, hidden, targets, temperature=temperature)
 
     def rotary(self, tokens: Tensor, positions: Tensor | None) -> Rotary:
         """The angles, from tables made on first use; positions are checked against the context."""
