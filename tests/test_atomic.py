@@ -155,6 +155,7 @@ WRITERS = {
     "trainers/rl/exchanges.py": "a row at the end, cut where it is torn",
     "trainers/train/run.py": "the same: metrics.jsonl, cut to its checkpoint",
     "benchmarks/models/decode_peers.py": "a peer's input, in a temporary folder",
+    "benchmarks/gpu/run.py": "what a part prints, as it comes",
     "benchmarks/timing.py": "/proc/self/clear_refs",
     "core/terminal.py": "/dev/null, where a stream is closed",
     "demo/smollm2.py": "to a name that atomic_file made",
