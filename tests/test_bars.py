@@ -42,7 +42,10 @@ def good_evaluation():
             for mode, wins in (("t1", 0.55), ("greedy", 0.51))
         },
         "reward_models": {
-            model: {"accuracy": dict(zip(RATINGS, values, strict=True))}
+            model: {
+                "accuracy": dict(zip(RATINGS, values, strict=True)),
+                "counts": dict(zip(RATINGS, (600, 400, 300, 900), strict=True)),
+            }
             for model, values in accuracy.items()
         },
         "gatt": {
@@ -82,9 +85,12 @@ HELPFUL_MODEL = ("reward_models", "helpfulness", "accuracy")
 @pytest.mark.parametrize(
     ("bar", "change", "met"),
     [
-        ("Helpfulness model", at((*HELPFUL_MODEL, "better"), 0.711), True),
-        ("Helpfulness model", at((*HELPFUL_MODEL, "better"), 0.71), False),
+        # A step down of 6.9 points is chance's for 400 and 300 pairs near .7, one of 7.1 is not.
+        ("Helpfulness model", at((*HELPFUL_MODEL, "better"), 0.641), True),
+        ("Helpfulness model", at((*HELPFUL_MODEL, "better"), 0.639), False),
         ("Helpfulness model", at((*HELPFUL_MODEL, "better"), None), None),
+        ("Helpfulness model", at((*HELPFUL_MODEL[:2], "counts"), {}), None),
+        ("Safety model", at(("reward_models", "safety", "accuracy", RATINGS[0]), 0.6), False),
         ("SFT helps", rate_at("sft", "violation_rate", 0.2), True),
         ("SFT helps", rate_at("sft", "violation_rate", 0.198), False),
         ("V1 wins", rate_at("rlhf-v1", "win_rate_ci95", [0.501, 0.6]), True),

@@ -4,6 +4,7 @@ A pure function of `evaluation.json`. Everything is measured at temperature 1 on
 the oracle, except how long an instruction is kept, which is greedy.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from puna.demo.report.results import (
     kept,
     last_version,
     measured,
+    pairs_by_rating,
     percent,
     rate,
     rlhf_versions,
@@ -71,19 +73,29 @@ def _sample_size(evaluation: Evaluation) -> Bar:
 
 
 def _rising_accuracy(evaluation: Evaluation, model: str) -> Bar:
+    """Of 250 to 450 pairs a rating, two shares that are one and the same differ by 3 points."""
     name = f"{model.capitalize()} model's accuracy by rating"
-    target = "rises from each rating to the next clearer one"
-    found = accuracies(evaluation, model)
-    if any(found.get(rating) is None for rating in RATINGS):
+    target = "higher for the clearest than for the least clear, and no step down, beyond chance"
+    found, counts = accuracies(evaluation, model), pairs_by_rating(evaluation, model)
+    if any(found.get(rating) is None or not counts.get(rating) for rating in RATINGS):
         return _missing(name, target)
-    values = [found[rating] for rating in RATINGS]
-    rising = all(low < high for low, high in zip(values, values[1:], strict=False))
-    return Bar(name, target, _listed(values, " < " if rising else ", "), rising)
+    shares = [(found[rating], counts[rating]) for rating in RATINGS]
+    steps = [_beyond_chance(*pair) for pair in zip(shares, shares[1:], strict=False)]
+    met = _beyond_chance(shares[0], shares[-1]) > 0 and min(steps) >= 0
+    return Bar(name, target, _listed([share for share, _ in shares]), met)
 
 
-def _listed(values: Sequence[float], between: str = ", ") -> str:
+def _beyond_chance(one: tuple[float, int], other: tuple[float, int]) -> int:
+    """1 where the other share is higher, -1 where it is lower, 0 where 95% of the chance that two
+    equal ones have would cover it. Both are (share, trials)."""
+    (p, n), (q, m) = one, other
+    chance = 1.96 * math.sqrt(p * (1 - p) / n + q * (1 - q) / m)
+    return 0 if abs(q - p) <= chance else 1 if q > p else -1
+
+
+def _listed(values: Sequence[float]) -> str:
     """57.0, 71.0, 99.0%"""
-    return between.join(f"{100 * value:.1f}" for value in values) + "%"
+    return ", ".join(f"{100 * value:.1f}" for value in values) + "%"
 
 
 def _room(evaluation: Evaluation) -> Bar:

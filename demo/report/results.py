@@ -85,6 +85,11 @@ def accuracies(evaluation: Evaluation, model: str) -> dict[str, float]:
     return evaluation.get("reward_models", {}).get(model, {}).get("accuracy", {})
 
 
+def pairs_by_rating(evaluation: Evaluation, model: str) -> dict[str, int]:
+    """The held-out comparisons behind each of a reward model's accuracies."""
+    return evaluation.get("reward_models", {}).get(model, {}).get("counts", {})
+
+
 def kept(
     evaluation: Evaluation, which: str, decoding: str = "greedy", among: str = "value"
 ) -> dict[str, float]:
