@@ -96,7 +96,7 @@ def training_sets(
         "prompts": lambda: world.prompts(seed, n(5_400, 96), "rlhf"),
         "helpfulness": lambda: world.prompts(seed, n(4_500, 64), "helpfulness"),
         "safety": lambda: world.prompts(seed, n(1_500, 64), "safety"),
-        "gatt": lambda: [ghost_row(d) for d in world.persona_dialogues(seed, n(400, 12))],
+        "gatt": lambda: [ghost_row(d) for d in world.persona_dialogues(seed, n(1_000, 12))],
     }
 
 

@@ -27,6 +27,7 @@ from puna.trainers.rl.rounds import KINDS, compare
 PROMPTS = 960  # of one round of rejection sampling; PPO takes as many answers to the same ones
 SKILL_PROMPTS = 360  # of the loop about a skill that nobody judges; a third of them ask for it
 GHOST_DIALOGUES = 200  # of 20 exchanges
+GHOST = {"epochs": 3, "lr": 5e-4}  # the demo has five times as many dialogues, each seen once
 GHOST_PERSONAS = 800  # short dialogues mixed into Ghost Attention's training
 # Held-out comparisons, each of another prompt; some go because both answers are the same.
 PAIRS = {"helpfulness": 6_000, "safety": 2_500}

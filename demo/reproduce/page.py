@@ -83,8 +83,8 @@ SECTIONS = (
         "on a message many turns back, so the recent turns decide. Ghost Attention makes such "
         "training data. A skill that no judge rewards survives only as far as what is imitated "
         "still has it: each version copies the mistakes of the one before it.",
-        "Ghost Attention on the model after rejection sampling, as in the demo (200 dialogues of "
-        "20 exchanges), and with one thing changed: loss on all answers instead of the last one; "
+        "Ghost Attention on the model after rejection sampling (200 dialogues of 20 exchanges, "
+        "three times), and with one thing changed: loss on all answers instead of the last one; "
         "the instruction in the first message alone while sampling, with the whole dialogue in "
         "view; every finished answer as a target instead of those that keep the instruction by "
         "the oracle. Greedy answers to 100 dialogues under held-out values, 60 under trained "

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from puna.core.checkpoint.folder import load_model
-from puna.demo.reproduce.base import Base, compare_answers
+from puna.demo.reproduce.base import GHOST, Base, compare_answers
 from puna.demo.village import oracle
 from puna.demo.village.tasks import read_question
 from puna.trainers import gatt, ppo, rejection, rlhf
@@ -84,7 +84,7 @@ def keep_instructions(
         seed=seed,
         dialogues=[base.file("ghosts")],
         mix=[base.file("ghost-personas"), own],
-        **given,
+        **{**GHOST, **given},
     )
     return gatt.run(config, judge)
 
