@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from puna.benchmarks import budget, machine, output, suite, timing
-from puna.benchmarks.models import busy, generate, rlhf, shapes
+from puna.benchmarks.models import busy, decode, generate, rlhf, shapes
 from puna.benchmarks.models.shapes import Shape, open_models
 from puna.benchmarks.parts import Part, measure
 from puna.cli.main import main
@@ -238,6 +238,17 @@ def test_quick_has_a_part_of_everything(folder):
         "fsdp",
         "train",
     ]
+
+
+def test_answers_end_with_the_context_and_no_more_is_counted(folder, tmp_path):
+    """TINY's context is 64, and 240 and more tokens are written where there is room."""
+    pytest.importorskip("transformers")
+    models = open_models(Shape(str(folder)), tmp_path / "opened", CPU, engines=False)
+    prompts = torch.randint(TINY.vocab_size, (2, generate.PROMPT))
+    for answer in (generate.puna_answer, generate.transformers_answer):
+        assert {len(ids) for ids in answer(models, prompts)()} == {64 - generate.PROMPT}
+    assert generate.new_tokens(TINY) == 64 - generate.PROMPT
+    assert decode.new_tokens(models, 1) == decode.new_tokens(models, 32) == 63
 
 
 def test_the_fair_share_beside_busy_neighbours(short, folder, capsys, monkeypatch):

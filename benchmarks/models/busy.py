@@ -31,12 +31,12 @@ def bench_busy(models: Models, rounds: int) -> list[Row]:
     """Rows of decoding one row and of training, none on a GPU."""
     if models.gpu:
         return []
-    batch = BATCH.get(models.shape.size, 1)
+    batch, new = BATCH.get(models.shape.size, 1), min(NEW, models.config.context - 1)
     ids = torch.randint(models.config.vocab_size, (batch, TOKENS))
     trained = Transformer(models.config)
     trained.init_weights(seed=0)
     works: dict[str, tuple[int, int, Callable[[], object]]] = {
-        "decoding": (1, NEW, partial(decode, models.puna)),
+        "decoding": (1, new, partial(decode, models.puna, new)),
         "training": (batch, ids.numel(), puna_step(trained, ids)),
     }
     found = []
@@ -48,8 +48,8 @@ def bench_busy(models: Models, rounds: int) -> list[Row]:
     return found
 
 
-def decode(model: Transformer) -> object:
-    return generate(model, [[1]], max_new_tokens=NEW, eos_id=None, temperature=0.0)
+def decode(model: Transformer, new: int) -> object:
+    return generate(model, [[1]], max_new_tokens=new, eos_id=None, temperature=0.0)
 
 
 def taken(call: Callable[[], object], rounds: int) -> tuple[list[float], list[float]]:

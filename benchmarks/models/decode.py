@@ -89,8 +89,10 @@ def bench_decode(
 
 
 def new_tokens(models: Models, batch: int) -> int:
-    """How many are written by each row."""
-    return NEW if batch == 1 and parameter_count(models.config) < LARGE else min(NEW, FEWER)
+    """How many are written by each row; fewer where the context holds no more."""
+    room = models.config.context - 1  # behind BOS
+    many = NEW if batch == 1 and parameter_count(models.config) < LARGE else min(NEW, FEWER)
+    return min(many, room)
 
 
 def first_tokens(models: Models, batch: int) -> list[int]:

@@ -31,11 +31,12 @@ def bench_generate(models: Models, batch: int, rounds: int) -> list[Row]:
     """Rows of one shape and batch. RuntimeError where the providers disagree."""
     generator = torch.Generator().manual_seed(batch)
     prompts = torch.randint(models.config.vocab_size, (batch, PROMPT), generator=generator)
+    new = new_tokens(models.config)
     answers: dict[Variant, Answer] = {("puna", models.dtype): puna_answer(models, prompts)}
     if models.transformers is not None:
         answers["transformers", models.dtype] = transformers_answer(models, prompts)
     if models.vllm is not None:
-        answers["vllm", models.dtype] = vllm_answer(models.vllm, prompts.tolist(), NEW)
+        answers["vllm", models.dtype] = vllm_answer(models.vllm, prompts.tolist(), new)
     errors = verify(models, prompts, {variant: answer() for variant, answer in answers.items()})
     peaks = {variant: peak_mb(answer, models.device) for variant, answer in answers.items()}
     timings = take_turns(answers, rounds, models.device)
@@ -43,14 +44,19 @@ def bench_generate(models: Models, batch: int, rounds: int) -> list[Row]:
     def work(dtype: str) -> Work:
         bytes_each = DTYPES[dtype].itemsize
         bound = limit(
-            models.config, models.ceilings, batch, PROMPT + NEW / 2, bytes_each, bytes_each
+            models.config, models.ceilings, batch, PROMPT + new / 2, bytes_each, bytes_each
         )
-        return Work("generate", str(models.shape), batch, batch * NEW, bound, dtype)
+        return Work("generate", str(models.shape), batch, batch * new, bound, dtype)
 
     return [
         row(work(variant[1]), variant[0], timings[variant], errors[variant], peaks[variant])
         for variant in answers
     ]
+
+
+def new_tokens(config: ModelConfig) -> int:
+    """Of an answer; fewer where the context holds no more."""
+    return min(NEW, config.context - PROMPT)
 
 
 def take_turns(
@@ -85,10 +91,10 @@ def limit(
 
 
 def puna_answer(models: Models, prompts: Tensor) -> Answer:
-    rows_of_ids = prompts.tolist()
+    rows_of_ids, new = prompts.tolist(), new_tokens(models.config)
 
     def answer() -> list[list[int]]:
-        found = generate(models.puna, rows_of_ids, max_new_tokens=NEW, eos_id=None, temperature=0.0)
+        found = generate(models.puna, rows_of_ids, max_new_tokens=new, eos_id=None, temperature=0.0)
         return [completion.tokens for completion in found]
 
     return answer
@@ -99,12 +105,12 @@ def transformers_answer(models: Models, prompts: Tensor) -> Answer:
     assert model is not None
     model.eval()
     tokens = prompts.to(models.device)
-    mask = torch.ones_like(tokens)
+    mask, new = torch.ones_like(tokens), new_tokens(models.config)
 
     def answer() -> list[list[int]]:
         with torch.inference_mode():
             found = model.generate(
-                tokens, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0
+                tokens, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0
             )
         return found[:, PROMPT:].tolist()
 
