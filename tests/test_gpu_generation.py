@@ -3,8 +3,6 @@
 Run: python -m pytest tests/test_gpu_generation.py -q
 """
 
-import os
-
 import pytest
 import torch
 
@@ -16,27 +14,6 @@ from puna.core.ops import use_backend
 SHAPE = ModelConfig(64, 2, 4, 2, 96, vocab_size=211, context=96)
 EOS = 7
 NEAR = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # of logits whose spread is about 20
-
-
-@pytest.fixture(
-    params=[
-        pytest.param(
-            "cpu",
-            marks=pytest.mark.skipif(
-                os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 is not set"
-            ),
-        ),
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-            ],
-        ),
-    ]
-)
-def device(request):
-    return request.param
 
 
 def model_of(device, dtype):
@@ -66,9 +43,9 @@ def right(model, prompt, answer, near):
 
 @pytest.mark.parametrize("dtype", NEAR, ids=str)
 @pytest.mark.parametrize("slots", [3, 256])
-def test_greedy_tokens_are_the_cpus(device, dtype, slots):
+def test_greedy_tokens_are_the_cpus(triton_device, dtype, slots):
     """Seven prompts in three slots: an answer that ends makes room for the next."""
-    few = device == "cpu"  # interpreted, seconds a token
+    few = triton_device.type == "cpu"  # interpreted, seconds a token
     if few and slots > 3:
         pytest.skip("in the interpreter three slots are enough")
     given, new = prompts(7 if few else 60), 2 if few else 70
@@ -77,7 +54,7 @@ def test_greedy_tokens_are_the_cpus(device, dtype, slots):
     with use_backend("reference"):
         wanted = generate(reference, given, **options)
     with use_backend("triton"):
-        found = generate(model_of(device, dtype), given, **options, batch_size=slots)
+        found = generate(model_of(triton_device, dtype), given, **options, batch_size=slots)
     assert few or any(each.finished for each in found)
     alike = 0
     for prompt, ours, theirs in zip(given, found, wanted, strict=True):
@@ -89,8 +66,8 @@ def test_greedy_tokens_are_the_cpus(device, dtype, slots):
     assert alike >= (len(given) if dtype == torch.float32 else 0.6 * len(given))
 
 
-def test_a_stream_is_the_answer(device):
-    model, options = model_of(device, torch.float32), {"max_new_tokens": 3, "eos_id": None}
+def test_a_stream_is_the_answer(triton_device):
+    model, options = model_of(triton_device, torch.float32), {"max_new_tokens": 3, "eos_id": None}
     (prompt,) = prompts(1)
     with use_backend("triton"):
         (whole,) = generate(model, [prompt], temperature=0.0, **options)

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from far_memory import spread
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
@@ -309,12 +310,8 @@ def test_bad_input(triton_device, monkeypatch):
 
 
 def test_offsets_past_32_bits(triton_device):
-    """Two rows of weights 2^31 elements apart: 4 GB of addresses, a page or two of memory."""
-    storage = torch.UntypedStorage(2 * (2**31 + 8), device=triton_device)
-    weight = torch.tensor([], dtype=torch.bfloat16, device=triton_device)
-    weight.set_(storage, 0, (2, 8), (2**31, 1))
     hidden, other, targets = make(triton_device, 5, 8, 2, torch.bfloat16)
-    weight.copy_(other)
+    weight = spread(other.detach()[None, :, None], 2**31)[0, :, 0]  # two rows, 2^31 elements apart
     losses = linear_cross_entropy(hidden, weight, targets, reduction="none")
     assert torch.equal(losses, linear_cross_entropy(hidden, other, targets, reduction="none"))
 

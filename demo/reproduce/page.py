@@ -34,8 +34,8 @@ HEAD = Template("""\
 Written by `puna reproduce` (seed $seed, scale $scale): every number that is not the paper's was
 measured by it, on held-out prompts of the demo's made-up world and by its oracle, with a model of a
 million parameters. So it shows how the parts work and says nothing about 70B. What the paper says
-and what we read into it are kept apart. `python -m puna.demo.reproduce.page runs/reproduce docs`
-writes this page again.
+and what we read into it are kept apart. `python -m puna.demo.reproduce.page runs/reproduce
+docs$more` writes this page again.
 
 All arms start from one SFT model. A seed varies what an arm samples and trains, and has comparisons
 and reward models of its own. An interval is of 95% and holds for other seeds, so for other judges
@@ -220,6 +220,7 @@ def write_page(path: Path, run: Ran, others: Sequence[Ran] = ()) -> Path:
         claims=len(claims),
         seeds=seeds_said(run.results),
         others=others_said(run, others),
+        more=" runs/another" * len(others),
         left=f"Left out, because the time was over: {'; '.join(run.left)}." if run.left else "",
     )
     rows = [Row(claim, found, each) for (claim, found), *each in zip(claims, *beside, strict=True)]
