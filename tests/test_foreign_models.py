@@ -132,7 +132,7 @@ def test_a_stretched_context_goes_through_gguf(
 def test_gguf_keeps_the_tokenizer_and_the_chat(tokenizer: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     save_model(tmp_path / "model", random_model(), tokenizer)
-    file = convert(tmp_path / "model", tmp_path / "other", to="gguf").rename(tmp_path / "m.gguf")
+    file = convert(tmp_path / "model", tmp_path / "m.gguf", to="gguf")
     convert(file, tmp_path / "folder")
     one, other = Tokenizer(tokenizer), Tokenizer(tokenizer_path(file))
     third = Tokenizer(tokenizer_path(tmp_path / "folder"))
