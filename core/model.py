@@ -29,6 +29,11 @@ class Rotary(NamedTuple):
     sin: Tensor
 
 
+def of_wanted(x: Tensor, wanted: Tensor | None) -> Tensor:
+    """x (B, T, ...), or (1, W, ...) of the tokens numbered `wanted` (W,) in the flattened B*T."""
+    return x if wanted is None else x.flatten(0, 1)[None].index_select(1, wanted)
+
+
 @transparent
 class Linear(nn.Linear):
     """A projection; without a bias, as Llama 2 has them, but where it is asked for."""
@@ -70,6 +75,7 @@ class Attention(nn.Module):
         cu_seqlens: Tensor | None,
         cache: KVCache | None,
         shared: Shared | None,
+        wanted: Tensor | None,
     ) -> Tensor:
         batch, tokens, _ = x.shape
         q, k, v = (each.view(batch, tokens, -1, self.head_dim) for each in self._projected(x))
@@ -84,7 +90,7 @@ class Attention(nn.Module):
             if cache is not None:
                 cache.fill(self.layer, k, v)
             out = ops.attention(q, k, v, cu_seqlens=cu_seqlens)
-        return self.o_proj(out.reshape(batch, tokens, -1))
+        return self.o_proj(of_wanted(out.reshape(batch, tokens, -1), wanted))
 
     def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, T, H D) and twice (B, T, K D) of x (B, T, C)."""
@@ -125,8 +131,12 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: KVCache | None = None,
         shared: Shared | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, cu_seqlens, cache, shared)
+        attended = self.self_attn(
+            self.input_layernorm(x), rotary, cu_seqlens, cache, shared, wanted
+        )
+        x = of_wanted(x, wanted) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -145,11 +155,14 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor | None,
         cache: KVCache | None,
         shared: Shared | None,
+        wanted: Tensor | None,
     ) -> Tensor:
         x = self.embed_tokens(tokens)
-        for block in self.layers:
+        # Of other tokens nobody reads more of the last layer than their keys and values.
+        *blocks, last = self.layers
+        for block in blocks:
             x = block(x, rotary, cu_seqlens, cache, shared)
-        return self.norm(x)
+        return self.norm(last(x, rotary, cu_seqlens, cache, shared, wanted))
 
 
 @transparent
@@ -201,6 +214,7 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: KVCache | None = None,
         shared: Shared | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, T, C) after the final norm, for tokens (B, T) int64.
 
@@ -208,9 +222,15 @@ class Transformer(nn.Module):
         (S+1,) int32 cuts the flattened tokens into sequences. With a `cache`, T > 1 fills it
         from slot 0 and T == 1 appends at each row's length; the caller moves `lengths` on. Where
         sequences share tokens (`shared`, no cache then) `cu_seqlens` cuts the rows of attention.
+        Of tokens numbered `wanted` (W,) int64 in the flattened B*T alone: (1, W, C), the same bits,
+        without most of the last layer's work on the others.
         Raises ValueError where a sequence is longer than the model's context.
         """
-        return self.model(tokens, self.rotary(tokens, positions), cu_seqlens, cache, shared)
+        rotary, rows = self.rotary(tokens, positions), wanted
+        if wanted is not None and len(wanted) == 1:
+            rows = wanted.repeat(2)  # one alone is multiplied as a step of decoding, to other bits
+        hidden = self.model(tokens, rotary, cu_seqlens, cache, shared, rows)
+        return hidden if rows is wanted else hidden[:, :1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head applied to hidden (..., C): (..., V) or (..., 1), fp32."""

@@ -50,13 +50,14 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def forward_groups(
-    model: Transformer, sequences: Sequence[list[int]], max_tokens: int
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Run `model` over the sequences; yield per micro-batch (indices, hidden (N, C), starts).
+    model: Transformer, sequences: Sequence[list[int]], spans: Sequence[range], max_tokens: int
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Run `model` over the sequences; yield per micro-batch (indices, hidden (W, C)), of the tokens
+    in each sequence's span, end to end.
 
-    starts: (s + 1,) int64, where each of the s sequences begins in N. An empty list of indices
-    comes with the hidden states of a stand-in: its outputs must not be used for anything but a
-    gradient of zero. Raises ValueError for a sequence that is longer than the model's context.
+    An empty list of indices comes with one state of a stand-in: its outputs must not be used for
+    anything but a gradient of zero. Raises ValueError for a sequence that is longer than the
+    model's context.
     """
     _check_context(model, sequences)
     lengths = [len(sequence) for sequence in sequences]
@@ -64,9 +65,18 @@ def forward_groups(
     shortest = min(range(len(lengths)), key=lengths.__getitem__, default=-1)
     for group in micro_batches(lengths, max_tokens):
         members = [sequences[i] for i in group] or [sequences[shortest] if lengths else [0]]
-        tokens, positions, cu_seqlens = (x.to(device) for x in flat_sequences(members))
-        hidden = model(tokens, positions=positions, cu_seqlens=cu_seqlens)[0]
-        yield group, hidden, cu_seqlens.to(torch.int64)
+        flat = flat_sequences(members)
+        read = _places(flat[2], [spans[i] for i in group] or [range(1)])
+        tokens, positions, cu_seqlens, wanted = (x.to(device) for x in (*flat, read))
+        yield group, model(tokens, positions, cu_seqlens, wanted=wanted)[0]
+
+
+def _places(cu_seqlens: Tensor, spans: Sequence[range]) -> Tensor:
+    """(W,) int64: where the tokens of each sequence's span stand among all."""
+    starts = cu_seqlens.tolist()
+    return torch.cat(
+        [torch.arange(s + r.start, s + r.stop) for s, r in zip(starts, spans, strict=False)]
+    )
 
 
 def _check_context(model: Transformer, sequences: Sequence[list[int]]) -> None:
@@ -95,10 +105,11 @@ def score(model: Transformer, sequences: Sequence[list[int]], *, max_tokens: int
         return shared
     device = next(model.parameters()).device
     scores = torch.empty(len(sequences), dtype=torch.float32, device=device)
-    for group, hidden, starts in forward_groups(model, sequences, max_tokens):
-        last = model.logits(hidden[starts[1:] - 1])[:, 0]
+    last = [range(len(sequence) - 1, len(sequence)) for sequence in sequences]
+    for group, hidden in forward_groups(model, sequences, last, max_tokens):
+        found = model.logits(hidden)[:, 0]
         if group:
-            scores[torch.tensor(group, device=device)] = last.float()
+            scores[torch.tensor(group, device=device)] = found.float()
     return scores
 
 
@@ -124,12 +135,13 @@ def logprobs(
 ) -> list[Tensor]:
     """Of S sequences of n ids each, the log-probs (n - 1,) fp32 of all ids but the first, nats."""
     found: list[Tensor] = [torch.empty(0)] * len(sequences)
-    for group, hidden, _ in forward_groups(model, sequences, max_tokens):
+    but_last = [range(len(sequence) - 1) for sequence in sequences]
+    for group, hidden in forward_groups(model, sequences, but_last, max_tokens):
         if not group:
             continue
-        following = [token for i in group for token in (*sequences[i][1:], 0)]  # 0: never looked at
-        targets = torch.tensor(following, device=hidden.device)
+        following = [token for i in group for token in sequences[i][1:]]
+        targets = torch.tensor(following, dtype=torch.int64, device=hidden.device)
         scored, _ = model.logprobs(hidden, targets)
-        for i, part in zip(group, scored.split([len(sequences[i]) for i in group]), strict=True):
-            found[i] = part[:-1].float()
+        for i, part in zip(group, scored.split([len(but_last[i]) for i in group]), strict=True):
+            found[i] = part.float()
     return found

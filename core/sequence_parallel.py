@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 
 from puna.core import ops
 from puna.core.generation.kv_cache import KVCache
-from puna.core.model import Block, RMSNorm, Rotary, Transformer
+from puna.core.model import Block, RMSNorm, Rotary, Transformer, of_wanted
 from puna.core.shared import Shared
 
 Replace = Callable[[nn.Module, Callable[..., Tensor]], None]
@@ -57,7 +57,7 @@ def _plan() -> dict[str, ParallelStyle]:
         )
 
     return {
-        "self_attn": whole_tokens(4),
+        "self_attn": whole_tokens(5),
         "self_attn.q_proj": ColwiseParallel(),
         "self_attn.k_proj": ColwiseParallel(),
         "self_attn.v_proj": ColwiseParallel(),
@@ -89,9 +89,11 @@ def _in_parts(
     cu_seqlens: Tensor | None,
     cache: KVCache | None,
     shared: Shared | None,
+    wanted: Tensor | None,
 ) -> Tensor:
     """The decoder's hidden states (B, T, C), whole on every rank; tokens (B, T) are filled up to a
-    multiple of the ranks on the way."""
+    multiple of the ranks on the way. (What is not `wanted` is run through the last layer, too: the
+    rest would be shared out unevenly.)"""
     assert cache is None, "it is sampled from a gathered copy"
     shape = tokens.shape
     if cu_seqlens is not None and shape[0] > 1:  # sequences laid end to end over the rows
@@ -104,11 +106,12 @@ def _in_parts(
             cu_seqlens = torch.cat([cu_seqlens, cu_seqlens[-1:] + more])
         shared = shared and shared.padded(more)
     part = DTensor.from_local(
-        forward(tokens, rotary, cu_seqlens, None, shared), mesh, [Shard(1)], run_check=False
+        forward(tokens, rotary, cu_seqlens, None, shared, None), mesh, [Shard(1)], run_check=False
     )
     whole = part.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     # A tensor of its own: FSDP2 warns of views, which could be written to.
-    return whole[:, : whole.shape[1] - more].reshape(*shape, -1).clone()
+    whole = whole[:, : whole.shape[1] - more].reshape(*shape, -1)
+    return whole.clone() if wanted is None else of_wanted(whole, wanted)
 
 
 def _of_rows(table: Tensor, rows: int, tokens: int) -> Tensor:

@@ -263,8 +263,9 @@ def pairs_on(
 
 def pair_scores(model: Transformer, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """(chosen, rejected), both (P,): each dialogue's score at its last token."""
-    hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, shared=batch.shared)[0]
-    scores = model.logits(hidden[batch.last])[:, 0]
+    b = batch
+    hidden = model(b.tokens, b.positions, b.cu_seqlens, shared=b.shared, wanted=b.last)[0]
+    scores = model.logits(hidden)[:, 0]
     return scores[0::2], scores[1::2]
 
 

@@ -19,7 +19,12 @@ from puna.benchmarks.models import llama_cpp
 from puna.benchmarks.models.decode import errors_of
 from puna.benchmarks.models.generate import Variant, limit, take_turns
 from puna.benchmarks.models.llama_cpp import Opened, llama_cpp_installed
-from puna.benchmarks.models.shapes import Ceilings, Models, multiplied_parameters
+from puna.benchmarks.models.shapes import (
+    Ceilings,
+    Models,
+    finishing_parameters,
+    multiplied_parameters,
+)
 from puna.benchmarks.opponents import attempted
 from puna.benchmarks.rows import Row, Work, row
 from puna.benchmarks.timing import peak_mb
@@ -144,12 +149,14 @@ def work_of_prompt(models: Models, length: int, dtype: str) -> Work:
 
 
 def products_of_prompt(config: ModelConfig, length: int) -> float:
-    """FLOPs of the matrix products of a prompt: all blocks, the head once, and causal attention's
-    two, halved by the mask."""
+    """FLOPs of the matrix products that a prompt's last token needs: all blocks, but the last one's
+    end and the head only once; and causal attention's two, halved by the mask."""
     head = config.vocab_size * config.dim
     blocks = multiplied_parameters(config) - head
-    attention = 2 * config.n_layers * config.n_heads * config.head_dim * length**2
-    return 2.0 * (blocks * length + head) + attention
+    once = (length - 1) * finishing_parameters(config)
+    width = config.n_heads * config.head_dim
+    attention = 2 * (config.n_layers - 1) * width * length**2 + 4 * width * length
+    return 2.0 * (blocks * length - once + head) + attention
 
 
 def work_behind(models: Models, length: int, dtype: str) -> Work:

@@ -25,6 +25,7 @@ from puna.benchmarks.models.shapes import (
     DTYPES,
     Ceilings,
     Shape,
+    finishing_parameters,
     multiplied_parameters,
     weights_of,
 )
@@ -222,11 +223,14 @@ def least_seconds(
     blocks = parameters - config.vocab_size * config.dim
     scores_and_values = 4 * config.n_layers * config.dim * length / 2  # causal: half of the pairs
     body = sizes.batch * length * (2 * blocks + scores_and_values)  # FLOPs of a forward pass
+    end = 2 * finishing_parameters(config)  # of a token that is read: one of a row, or the answer's
+    to_last = body - sizes.batch * (length - 1) * end
+    to_answer = body - sizes.batch * sizes.prompt * end
     head = 2 * answers * config.vocab_size * config.dim
     flops = {
-        "scoring": 2 * body,
-        "reference": 2 * body + head,
-        "update": 3 * (2 * body + head),  # backward twice the forward
+        "scoring": 2 * to_last,
+        "reference": 2 * to_answer + head,
+        "update": 3 * (2 * to_answer + head),  # backward twice the forward
     }
     positions = sizes.prompt + sizes.new / 2
     rate = limit(config, ceilings, sizes.batch, positions, kind.itemsize, kind.itemsize)

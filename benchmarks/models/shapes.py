@@ -159,3 +159,8 @@ def multiplied_parameters(config: ModelConfig) -> int:
     attention = 2 * config.dim * (config.dim + kv_dim)
     block = attention + 3 * config.dim * config.ffn_dim
     return config.n_layers * block + config.vocab_size * config.dim
+
+
+def finishing_parameters(config: ModelConfig) -> int:
+    """Those of the last block's products that only tokens whose output is wanted go through."""
+    return config.dim * config.dim + 3 * config.dim * config.ffn_dim

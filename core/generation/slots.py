@@ -85,7 +85,9 @@ class Slots:
         cache = KVCache(
             self.model.config, len(first), longest, device=device, dtype=self.model.dtype
         )
-        hidden = self.model(tokens.to(device), cache=cache)
+        ends = [row * longest + len(prompt) - 1 for prompt, row in place.items()]
+        last = torch.tensor(ends, device=device)
+        hidden = self.model(tokens.to(device), cache=cache, wanted=last)[0]
         rows = torch.tensor([place[tuple(prompts[number])] for _, number in placed], device=device)
         slots = torch.tensor([slot for slot, _ in placed], device=device)
         numbers = [number for _, number in placed]
@@ -102,7 +104,7 @@ class Slots:
         for slot, number in placed:
             self.holds[slot] = number
         self.reach = max(self.reach, longest)
-        self._draw(hidden[rows, lengths - 1], slots)
+        self._draw(hidden[rows], slots)
 
     def step(self) -> None:
         """One token more in every slot whose answer goes on."""

@@ -7,6 +7,7 @@
 #include "decode/cache.h"
 #include "decode/draw.h"
 #include "decode/engine.h"
+#include "decode/parts.h"
 #include "decode/weights.h"
 #include "train/attention_impl.h"
 
@@ -90,7 +91,7 @@ class LlamaSession final : public puna::Session {
 
   void run(const Batch& batch, const Draw* draw, int64_t index, int threads) {
     reserve_activations(batch, threads);
-    const std::vector<int64_t> bounds = split_at_rows(batch, threads);
+    const std::vector<int64_t> bounds = puna::split_at_rows(batch, threads);
     puna::parallel(threads, [&](int part, int parts) {
       if (!bounds.empty()) {
         for (int i = part; i < threads; i += parts)  // OpenMP may grant fewer threads
@@ -163,24 +164,6 @@ class LlamaSession final : public puna::Session {
     return a;
   }
 
-  // Where each thread's own tokens begin, never inside a row. Empty where the threads should share
-  // every block instead: the parts would be uneven, or there are so few tokens that reading the
-  // weights only once is faster.
-  static std::vector<int64_t> split_at_rows(const Batch& batch, int threads) {
-    if (threads == 1) return {0, batch.count};
-    if (batch.count < 8 * threads) return {};
-    std::vector<int64_t> bounds{0};
-    for (int part = 1; part < threads; ++part) {
-      int64_t at = std::max(bounds.back(), batch.count * part / threads);
-      while (at < batch.count && at > 0 && batch.rows[at] == batch.rows[at - 1]) ++at;
-      bounds.push_back(at);
-    }
-    bounds.push_back(batch.count);
-    for (int part = 0; part < threads; ++part)
-      if ((bounds[part + 1] - bounds[part]) * threads > batch.count * 5 / 4) return {};
-    return bounds;
-  }
-
   void run_blocks(const Batch& batch, int64_t begin, int64_t end, const Team& team,
                   Activations& a) {
     for (int64_t first = begin; first < end; first += BLOCK_TOKENS)
@@ -195,14 +178,17 @@ class LlamaSession final : public puna::Session {
     for (int64_t i = tokens.begin; i < tokens.end; ++i)
       weights_.embedding.read(batch.tokens[first + i], x + i * dim);
     team.wait();
+    std::vector<int64_t> needed = puna::places(count);
     for (int64_t l = 0; l < shape_.layers; ++l) {
-      attention(batch, first, count, l, x, team, a);
-      feed_forward(weights_.layers[l], count, x, team, a);
+      const bool is_last = l == shape_.layers - 1;
+      if (is_last) needed = puna::needed_at_the_end(batch, first, count);
+      attention(batch, first, count, l, needed, x, team, a);
+      feed_forward(weights_.layers[l], needed.size(), x, team, a);
     }
     for (int64_t i = 0; i < batch.wanted_count; ++i) {
-      const int64_t token = batch.wanted[i] - first;
-      if (token >= 0 && token < count && i % team.parts == team.part)
-        normalize(x + token * dim, weights_.final_norm, final_.get() + i * dim);
+      const auto at = std::lower_bound(needed.begin(), needed.end(), batch.wanted[i] - first);
+      if (at != needed.end() && *at == batch.wanted[i] - first && i % team.parts == team.part)
+        normalize(x + (at - needed.begin()) * dim, weights_.final_norm, final_.get() + i * dim);
     }
   }
 
@@ -230,17 +216,29 @@ class LlamaSession final : public puna::Session {
                   });
   }
 
-  void attention(const Batch& batch, int64_t first, int64_t count, int64_t l, float* x,
-                 const Team& team, Activations& a) {
+  // Of the `needed` tokens of a block, whose rows of x then stand at its beginning.
+  void attention(const Batch& batch, int64_t first, int64_t count, int64_t l,
+                 const std::vector<int64_t>& needed, float* x, const Team& team, Activations& a) {
     const PackedLayer& layer = weights_.layers[l];
     const float* normed = normalize_block(x, layer.attention_norm, count, team, a);
     float* rounded = a.rounded[team.part].get();
     linear<false>(layer.qkv, layer.qkv_bias, normed, count, a.qkv.get(), team.part, team.parts,
                   rounded);
     team.wait();
-    attend(batch, first, count, l, team, a);
+    attend(batch, first, count, l, needed, team, a);
     team.wait();
-    linear<true>(layer.o, layer.o_bias, a.attended.get(), count, x, team.part, team.parts, rounded);
+    if (static_cast<int64_t>(needed.size()) < count) move_up(needed, x, team, a);
+    linear<true>(layer.o, layer.o_bias, a.attended.get(), needed.size(), x, team.part, team.parts,
+                 rounded);
+    team.wait();
+  }
+
+  void move_up(const std::vector<int64_t>& needed, float* x, const Team& team, Activations& a) {
+    float* attended = a.attended.get();
+    for (size_t i = 0; i < needed.size() && team.part == 0; ++i) {
+      std::copy_n(x + needed[i] * shape_.dim, shape_.dim, x + i * shape_.dim);
+      std::copy_n(attended + needed[i] * q_width(), q_width(), attended + i * q_width());
+    }
     team.wait();
   }
 
@@ -252,16 +250,21 @@ class LlamaSession final : public puna::Session {
 
   // A thread takes some key/value heads of all tokens: their cache is written and read by it alone.
   // With fewer heads than threads, some threads only wait.
-  void attend(const Batch& batch, int64_t first, int64_t count, int64_t l, const Team& team,
-              Activations& a) {
+  void attend(const Batch& batch, int64_t first, int64_t count, int64_t l,
+              const std::vector<int64_t>& needed, const Team& team, Activations& a) {
     const Range heads = split(shape_.kv_heads, team.part, team.parts);
     std::vector<QueryHead> together(heads_together());
     for (int64_t i = 0, end; i < count; i = end) {
-      for (end = i + 1; end < count && batch.rows[first + end] == batch.rows[first + i];) ++end;
-      if (end - i >= FEWEST_TOGETHER)
-        attend_row(batch, first, {i, end}, l, heads, a, a.workers[team.part]);
+      for (end = i; end < count && batch.rows[first + end] == batch.rows[first + i]; ++end)
+        for (int64_t g = heads.begin; g < heads.end; ++g)
+          rotate_and_cache(batch, first, end, l, g, a);
+      // Those needed of a row are its last ones.
+      const auto begun = std::lower_bound(needed.begin(), needed.end(), i);
+      const int64_t begin = begun == needed.end() ? end : std::min(*begun, end);
+      if (end - begin >= FEWEST_TOGETHER)
+        attend_row(batch, first, {begin, end}, l, heads, a, a.workers[team.part]);
       else
-        for (int64_t token = i; token < end; ++token)
+        for (int64_t token = begin; token < end; ++token)
           attend_alone(batch, first, count, token, l, heads, a, a.scores[team.part].get(),
                        together.data());
     }
@@ -294,12 +297,9 @@ class LlamaSession final : public puna::Session {
     queries.q_stride = q_width() + 2 * kv_width();
     queries.out = a.attended.get() + tokens.begin * q_width();
     queries.bf16 = cache_.rounded();
-    for (int64_t g = heads.begin; g < heads.end; ++g) {
-      for (int64_t i = tokens.begin; i < tokens.end; ++i)
-        rotate_and_cache(batch, first, i, l, g, a);
+    for (int64_t g = heads.begin; g < heads.end; ++g)
       worker.forward_cached(queries, cache_.keys(l, row, g), cache_.values(l, row, g),
                             {t, t + tokens.end - tokens.begin}, g);
-    }
   }
 
   // One token `i` of a block; `heads` is room for heads_together().
@@ -327,7 +327,6 @@ class LlamaSession final : public puna::Session {
     float* const pairs = totals + heads_together();
     int count = 0;
     for (int64_t g = kv_heads.begin; g < kv_heads.end; ++g) {
-      rotate_and_cache(batch, first, i, l, g, a);
       for (int64_t h = g * group; h < (g + 1) * group; ++h, ++count) {
         if (cache_.rounded()) round_row(q + h * d, d, reinterpret_cast<Pair*>(q + h * d));
         heads[count] = {q + h * d,

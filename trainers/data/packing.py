@@ -32,6 +32,7 @@ WeightedIds = tuple[Sequence[int], Sequence[float]]
 
 SAFE_LABELS = {"chosen_safe": (1.0, 0.0), "both_safe": (1.0, 1.0), "both_unsafe": (0.0, 0.0)}
 UNKNOWN = (float("nan"), float("nan"))
+MOST = 0.9  # of a batch's tokens: where more are learned, picking them out gains nothing
 
 
 class LMBatch(NamedTuple):
@@ -47,6 +48,8 @@ class LMBatch(NamedTuple):
     """(B, T) int64, from 0 in each segment"""
     cu_seqlens: Tensor
     """(S+1,) int32, where segments begin in the flattened B*T, which they cover completely"""
+    wanted: Tensor | None = None
+    """(W,) int64, which of the flattened B*T have a weight; None: most, or nobody has looked"""
 
 
 class Pair(NamedTuple):
@@ -251,7 +254,11 @@ class _EmptyBatch:
             for array in (self.tokens, self.targets, self.weights, self.positions)
         )
         cu_seqlens = torch.tensor(self.starts, dtype=torch.int32)
-        return LMBatch(tokens, targets, weights, positions, cu_seqlens)
+        return LMBatch(tokens, targets, weights, positions, cu_seqlens, self.wanted())
+
+    def wanted(self) -> Tensor | None:
+        found = np.flatnonzero(self.weights)
+        return torch.from_numpy(found) if 0 < len(found) < MOST * self.weights.size else None
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

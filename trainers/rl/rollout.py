@@ -275,16 +275,13 @@ def answer_states(
     end. With an empty list of rows (see `packed`) one stand-in token is yielded.
     """
     sequences = rollout.sequences
-    for rows, hidden, starts in forward_groups(model, sequences, max_tokens):
-        if not rows:
-            yield rows, hidden[:1], starts.new_zeros(1)
-            continue
-        pieces = [torch.arange(len(rollout.answers[i])) + len(rollout.prompts[i]) - 1 for i in rows]
-        counts = torch.tensor([len(piece) for piece in pieces], device=starts.device)
-        offsets = torch.repeat_interleave(starts[:-1], counts)
-        targets = torch.tensor([t for i in rows for t in rollout.answers[i]], dtype=torch.int64)
-        sources = torch.cat(pieces).to(starts.device) + offsets
-        yield rows, hidden.index_select(0, sources), targets.to(starts.device)
+    before = [
+        range(len(prompt) - 1, len(sequence) - 1)
+        for prompt, sequence in zip(rollout.prompts, sequences, strict=True)
+    ]
+    for rows, hidden in forward_groups(model, sequences, before, max_tokens):
+        asked = [t for i in rows for t in rollout.answers[i]] if rows else [0]
+        yield rows, hidden, torch.tensor(asked, dtype=torch.int64, device=hidden.device)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from puna.core import parallel, terminal
 from puna.core.checkpoint.source import Source
-from puna.core.model import Transformer
+from puna.core.model import Transformer, of_wanted
 from puna.trainers.data.packing import LMBatch
 from puna.trainers.data.readers import Skipped
 from puna.trainers.data.visits import step_rows
@@ -36,8 +36,10 @@ Loss = Callable[[Transformer, LMBatch], tuple[Tensor, dict[str, Tensor]]]
 
 def next_token_loss(model: Transformer, batch: LMBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """Summed weighted cross-entropy of the batch, nats."""
-    hidden = model(batch.tokens, batch.positions, batch.cu_seqlens)
-    return model.cross_entropy(hidden, batch.targets, weights=batch.weights, reduction="sum"), {}
+    wanted = batch.wanted
+    hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, wanted=wanted)
+    targets, weights = of_wanted(batch.targets, wanted), of_wanted(batch.weights, wanted)
+    return model.cross_entropy(hidden, targets, weights=weights, reduction="sum"), {}
 
 
 def checked(loss: Loss) -> Loss:
@@ -103,7 +105,8 @@ def counted(batch: LMBatch, real: int) -> LMBatch:
 
 
 def to_device(batch: LMBatch, device: torch.device) -> LMBatch:
-    return LMBatch(*(tensor.to(device) for tensor in batch))
+    found = {name: part.to(device) for name, part in batch._asdict().items() if part is not None}
+    return LMBatch(**found)
 
 
 Order = Callable[[int], np.ndarray]
