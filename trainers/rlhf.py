@@ -127,6 +127,9 @@ def run(
     return last.model
 
 
+ASKED = 2_000  # comparisons: their accuracy is known to two points (paper: 1,000 of each batch)
+
+
 class Handed(NamedTuple):
     """What is given from Python."""
 
@@ -367,7 +370,8 @@ def reward_config(
 def accuracy_of(
     config: RLHFConfig, version: Version | None, folder: Path
 ) -> dict[str, dict[str, float]]:
-    """Accuracy of a version's reward models on a round's comparisons, by kind and rating."""
+    """Accuracy of a version's reward models on a round's comparisons, the first ASKED of each kind,
+    all and by rating."""
     found: dict[str, dict[str, float]] = {}
     for kind, path in (version.judges if version else {}).items():
         model = parallel.load(
@@ -378,7 +382,7 @@ def accuracy_of(
         )
         rows, _ = read_preferences(folder / f"{kind}.jsonl")
         tokenizer = Tokenizer(tokenizer_path(path))
-        pairs, _ = encode_pairs(tokenizer, rows, model.config.context)
+        pairs, _ = encode_pairs(tokenizer, rows[:ASKED], model.config.context)
         device = model.device
         found[kind] = accuracies(*margins_of(model, pairs, 64, device, str(path)))
     return found
