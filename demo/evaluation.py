@@ -33,6 +33,7 @@ from puna.trainers.train.environment import environment
 
 HELD_OUT_PROMPTS = 500  # of each kind; of those to win, where differences are small, twice as many
 HELD_OUT_PAIRS = 4_000  # comparisons of each kind, all rounds, before pairs of equal answers go
+DRAWS = 4  # answers at T=1 to each prompt to win, where PPO's gain is measured
 PERSONA_DIALOGUES = {"value": 200, "seen": 60, "phrasing": 60, "kind": 60}  # of 20 exchanges
 BARRED = "value"  # the set that the bars are about
 DRAWN_DIALOGUES = 60  # of these that are answered at temperature 1, too
@@ -60,7 +61,7 @@ def write_evaluation(out: Path, versions: dict[str, Path], config: Any) -> Path:
         "stages": stages(out, len(rounds)),
         "versions": version_rows(out, held, said, len(rounds)),
         "reward_models": reward_models(out, versions, rounds, seed, scale),
-        "ppo": ppo_gain(held, said),
+        "ppo": ppo_gain(out, versions, held, said, seed),
         "switch": switch(out, len(rounds)),
         "best_of_k": curves(out, len(rounds)),
         **ghost(out, versions, seed, personas),
@@ -111,23 +112,35 @@ def version_rows(
     return found
 
 
-def ppo_gain(held: HeldOut, said: dict[str, Any]) -> dict[str, Any]:
+def ppo_gain(
+    out: Path, versions: dict[str, Path], held: HeldOut, said: dict[str, Any], seed: int
+) -> dict[str, Any]:
     """The last version's answers against those of the model that PPO began with, on the same
-    prompts: by mode the share won, ties counted half, and its interval."""
+    prompts: by mode the share won, ties counted half, and its interval over prompts. At temperature
+    1 each prompt is answered DRAWS times: what one draw says moves by a point from draw to draw."""
     after = newest(said)
     before = f"{after}-rejection"
     if before not in said:
         return {}
     found = {}
     for mode in measure.MODES:
-        rows = zip(held.win, said[after][mode]["win"], said[before][mode]["win"], strict=True)
-        wins = [oracle.better(prompt, mine, theirs) for prompt, mine, theirs in rows]
+        drawn = [[said[name][mode]["win"]] for name in (after, before)]
+        if mode == "t1":
+            for name, draws in zip((after, before), drawn, strict=True):
+                cache = out / "evaluation" / f"{name}-drawn-again.json"
+                draws += measure.drawn_again(versions[name], held.win, seed, DRAWS - 1, cache)
+        each = [
+            [oracle.better(*row) for row in zip(held.win, mine, theirs, strict=True)]
+            for mine, theirs in zip(*drawn, strict=True)
+        ]
+        wins = [sum(draws) / len(draws) for draws in zip(*each, strict=True)]
         share, interval = measure.mean_and_interval(wins)
         found[mode] = {
             "wins": share,
             "ci95": interval,
-            "equal": wins.count(0.5) / len(wins),
+            "equal": sum(draws.count(0.5) for draws in each) / (len(each) * len(wins)),
             "prompts": len(wins),
+            "draws": len(each),
         }
     return found
 

@@ -74,6 +74,19 @@ def answer_all(path: Path, held: HeldOut, seed: int, cache: Path) -> dict[str, A
     return found
 
 
+def drawn_again(
+    path: Path, prompts: Sequence[Sequence[Message]], seed: int, times: int, cache: Path
+) -> list[list[str]]:
+    """So many more answers to each prompt at temperature 1, each time with other random numbers
+    than the times before and `answer_all`; kept in `cache`."""
+    if (before := kept(cache, list)) is not None:
+        return before
+    model, tokenizer = load_model(path), Tokenizer(tokenizer_path(path))
+    found = [answers(model, tokenizer, prompts, 1.0, seed, sample=1 + n) for n in range(times)]
+    write_text(cache, json.dumps(found))
+    return found
+
+
 def rates(
     held: HeldOut, texts: dict[str, list[str]], baseline: dict[str, list[str]]
 ) -> dict[str, Any]:
