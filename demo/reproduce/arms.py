@@ -13,6 +13,7 @@ from puna.demo.reproduce.stages import Stage
 SFT = "sft"  # the model that the arms start from, itself measured
 EXTRA_SEEDS = 2  # of what is cheap to train, or differs by little
 TEMPERATURES = [0.8, 1.0, 1.2, 1.4]  # that a second version is let choose from
+WARM = 1.3  # what RLHF's models sampled at (paper, Fig. 8: 1.2 to 1.3)
 
 
 class Arm(NamedTuple):
@@ -106,6 +107,10 @@ ARMS = (
     Arm(
         "on-top", (3,), "PPO on top of all of rejection sampling", stages.improve, CHAT,
         start="rejection", extra=EXTRA_SEEDS,
+    ),
+    Arm(
+        "on-top-warm", (3,), "PPO on top, sampled at temperature 1.3", stages.improve, CHAT,
+        {"temperature": WARM}, start="rejection", extra=EXTRA_SEEDS,
     ),
     # Whose fault it is where PPO on top does not help: its own, or that of the judges.
     Arm(
