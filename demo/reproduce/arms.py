@@ -128,6 +128,11 @@ ARMS = (
         judges={"helpfulness": "helpfulness-again", "safety": "safety-again"}, extra=EXTRA_SEEDS,
     ),
     Arm(
+        "on-top-again-warm", (3,), "PPO on top, by those and at temperature 1.3", stages.improve,
+        CHAT, {"temperature": WARM}, start="rejection",
+        judges={"helpfulness": "helpfulness-again", "safety": "safety-again"}, extra=EXTRA_SEEDS,
+    ),
+    Arm(
         "on-top-oracle", (3,), "PPO on top, by the oracle", stages.improve, CHAT,
         {"critic": "policy"}, start="rejection", judges=ALONE, extra=EXTRA_SEEDS,
     ),

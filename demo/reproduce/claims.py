@@ -134,6 +134,15 @@ CLAIMS = (
         True,
     ),
     Claim(
+        3, "wins over SFT, PPO on top by those, at temperature 1.3", "wins t1",
+        "on-top-again-warm", "rejection",
+        "both: the newest models are compared, the temperature chosen again; no figure", 1, True,
+    ),
+    Claim(
+        3, "wins over SFT, PPO on top by those, at temperature 1.3, greedy", "wins greedy",
+        "on-top-again-warm", "rejection", NOT_SAID,
+    ),
+    Claim(
         3, "wins over SFT, PPO on top by the oracle", "wins t1", "on-top-oracle", "rejection",
         NOT_SAID, 0, True,
     ),
