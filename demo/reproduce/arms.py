@@ -13,6 +13,7 @@ from puna.demo.reproduce.stages import Stage
 SFT = "sft"  # the model that the arms start from, itself measured
 EXTRA_SEEDS = 2  # of what is cheap to train, or differs by little
 TEMPERATURES = [0.8, 1.0, 1.2, 1.4]  # that a second version is let choose from
+WARM = 1.3  # what RLHF's models sampled at (paper, Fig. 8: 1.2 to 1.3)
 
 
 class Arm(NamedTuple):
@@ -107,6 +108,10 @@ ARMS = (
         "on-top", (3,), "PPO on top of all of rejection sampling", stages.improve, CHAT,
         start="rejection", extra=EXTRA_SEEDS,
     ),
+    Arm(
+        "on-top-warm", (3,), "PPO on top, sampled at temperature 1.3", stages.improve, CHAT,
+        {"temperature": WARM}, start="rejection", extra=EXTRA_SEEDS,
+    ),
     # Whose fault it is where PPO on top does not help: its own, or that of the judges.
     Arm(
         "helpfulness-again", (3,), "helpfulness model of the second version", stages.judge_again,
@@ -120,6 +125,11 @@ ARMS = (
     Arm(
         "on-top-again", (3,), "PPO on top, by the second version's reward models", stages.improve,
         CHAT, start="rejection",
+        judges={"helpfulness": "helpfulness-again", "safety": "safety-again"}, extra=EXTRA_SEEDS,
+    ),
+    Arm(
+        "on-top-again-warm", (3,), "PPO on top, by those and at temperature 1.3", stages.improve,
+        CHAT, {"temperature": WARM}, start="rejection",
         judges={"helpfulness": "helpfulness-again", "safety": "safety-again"}, extra=EXTRA_SEEDS,
     ),
     Arm(

@@ -120,9 +120,27 @@ CLAIMS = (
         True,
     ),
     Claim(
+        3, "wins over SFT, PPO on top, sampled at temperature 1.3", "wins t1", "on-top-warm",
+        "rejection", "chosen again for each version, 1.2 to 1.3 after RLHF (Fig. 8); no figure", 1,
+        True,
+    ),
+    Claim(
+        3, "wins over SFT, PPO on top, sampled at temperature 1.3, greedy", "wins greedy",
+        "on-top-warm", "rejection", NOT_SAID, 0, True,
+    ),
+    Claim(
         3, "wins over SFT, PPO on top by reward models that know its start", "wins t1",
         "on-top-again", "rejection", "annotators compare the newest models (3.2.1); no figure", 1,
         True,
+    ),
+    Claim(
+        3, "wins over SFT, PPO on top by those, at temperature 1.3", "wins t1",
+        "on-top-again-warm", "rejection",
+        "both: the newest models are compared, the temperature chosen again; no figure", 1, True,
+    ),
+    Claim(
+        3, "wins over SFT, PPO on top by those, at temperature 1.3, greedy", "wins greedy",
+        "on-top-again-warm", "rejection", NOT_SAID,
     ),
     Claim(
         3, "wins over SFT, PPO on top by the oracle", "wins t1", "on-top-oracle", "rejection",

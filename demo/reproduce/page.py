@@ -141,14 +141,14 @@ SECTIONS = (
         "Equally many samples to the same prompts: all by rejection sampling, all by PPO (60 "
         "iterations of 128, the first 10 for the critic alone), half and half; and PPO on top of "
         "all of rejection sampling, which has twice as many: by the reward models of the first "
-        "version, which saw answers of the SFT model only; by those of a second version, made as "
-        "in the loop from comparisons of the answers that PPO starts with, besides; and by the "
-        "oracle itself, which is never wrong. Rejection sampling that takes any one of the K "
-        "answers shows what fine-tuning on own answers does without a judge. PPO without "
+        "version, which saw answers of the SFT model only, at temperature 1 and at 1.3; by those "
+        "of a second version, made as in the loop from comparisons of what PPO starts with, too, "
+        "at both; and by the oracle, which is never wrong. Rejection sampling that takes any one "
+        "of the K answers shows what fine-tuning on own answers does without a judge. PPO without "
         "whitening, without KL and its limit, and on the sum of both scores. A second version of "
         "rejection sampling with the temperature as it was, and chosen again. The oracle judges, "
-        "and beside it the first version's reward models: where these rise and wins do not, it "
-        "is over-optimisation.",
+        "and beside it the first version's reward models: where these rise and wins do not, it is "
+        "over-optimisation.",
         (("experiment-ppo", "Wins and reward", plots.improved),),
         ("wins t1", "wins greedy", "reward t1", "reward greedy", "helpful t1", "violations t1"),
     ),

@@ -25,8 +25,9 @@ GHOSTS = {
 }
 JUDGED = (SFT, "rejection", "sum", "mixed", "helpfulness-alone", "safety-alone")
 IMPROVED = (
-    SFT, "lot", "rejection", "ppo", "half", "both", "on-top", "on-top-again", "on-top-oracle",
-    "second", "second-temperature", "ppo-unwhitened", "ppo-no-kl", "ppo-no-switch",
+    SFT, "lot", "rejection", "ppo", "half", "both", "on-top", "on-top-warm", "on-top-again",
+    "on-top-again-warm", "on-top-oracle", "second", "second-temperature", "ppo-unwhitened",
+    "ppo-no-kl", "ppo-no-switch",
 )  # fmt: skip
 RANKED = ("margin-none", "margin-small", "margin-large")
 POOLS = (SFT, "rejection", "pool-all", "pool-last")

@@ -56,7 +56,7 @@ def improve(base: Base, out: Path, seed: int, models: Models, options: Mapping[s
 
     Without reward models the oracle rewards. Options are PPOConfig's.
     """
-    given = dict(options)
+    given = {"temperature": 1.0, **options}
     share = given.pop("share", 1.0)
     judges = judges_in(models)
     config = rlhf.ppo_config(base.loop, 1, models["start"], judges)
