@@ -18,8 +18,9 @@ from puna.core import head as heads
 from puna.core import ops
 from puna.core.config import ModelConfig
 from puna.core.generation.kv_cache import KVCache
+from puna.core.parameters import check_parameters
 from puna.core.plain import altered, plain, transparent
-from puna.core.shared import Shared, gathered, spread
+from puna.core.shared import Shared, gathered, of_wanted, spread
 
 
 class Rotary(NamedTuple):
@@ -27,11 +28,6 @@ class Rotary(NamedTuple):
 
     cos: Tensor
     sin: Tensor
-
-
-def of_wanted(x: Tensor, wanted: Tensor | None) -> Tensor:
-    """x (B, T, ...), or (1, W, ...) of the tokens numbered `wanted` (W,) in the flattened B*T."""
-    return x if wanted is None else x.flatten(0, 1)[None].index_select(1, wanted)
 
 
 @transparent
@@ -133,9 +129,8 @@ class Block(nn.Module):
         shared: Shared | None = None,
         wanted: Tensor | None = None,
     ) -> Tensor:
-        attended = self.self_attn(
-            self.input_layernorm(x), rotary, cu_seqlens, cache, shared, wanted
-        )
+        normed = self.input_layernorm(x)
+        attended = self.self_attn(normed, rotary, cu_seqlens, cache, shared, wanted)
         x = of_wanted(x, wanted) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -222,13 +217,12 @@ class Transformer(nn.Module):
         (S+1,) int32 cuts the flattened tokens into sequences. With a `cache`, T > 1 fills it
         from slot 0 and T == 1 appends at each row's length; the caller moves `lengths` on. Where
         sequences share tokens (`shared`, no cache then) `cu_seqlens` cuts the rows of attention.
-        Of tokens numbered `wanted` (W,) int64 in the flattened B*T alone: (1, W, C), the same bits,
-        without most of the last layer's work on the others.
-        Raises ValueError where a sequence is longer than the model's context.
+        Of tokens `wanted` (W,) of the flattened B*T alone: (1, W, C), without most of the last
+        layer's work on others. ValueError where a sequence is longer than the model's context.
         """
-        rotary, rows = self.rotary(tokens, positions), wanted
-        if wanted is not None and len(wanted) == 1:
-            rows = wanted.repeat(2)  # one alone is multiplied as a step of decoding, to other bits
+        # One row alone would be multiplied as a step of decoding is, to other bits.
+        rows = wanted.repeat(2) if wanted is not None and len(wanted) == 1 else wanted
+        rotary = self.rotary(tokens, positions)
         hidden = self.model(tokens, rotary, cu_seqlens, cache, shared, rows)
         return hidden if rows is wanted else hidden[:, :1]
 
@@ -294,7 +288,7 @@ class Transformer(nn.Module):
     def init_weights(self, seed: int = 0) -> None:
         """Initialise every parameter, the same on any device. Raises ValueError
         as `check_parameters` does."""
-        check_parameters(self)
+        check_parameters(self, self.config, self.head)
         parameters = dict(self.named_parameters())
         for name, tensor in self.initial_weights(seed):
             parameters[name].copy_(tensor)
@@ -332,18 +326,3 @@ class Transformer(nn.Module):
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             return std / math.sqrt(2 * self.config.n_layers)
         return std
-
-
-def check_parameters(model: Transformer) -> None:
-    """Raises ValueError where the parameters' names are not those of a plain Llama of this shape:
-    saved, initialised or copied by name, what an adapter adds would be lost or make no sense."""
-    with torch.device("meta"):
-        plain_model = Transformer(model.config, model.head)
-    expected = {name for name, _ in plain_model.named_parameters()}
-    found = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    other = sorted(found - expected) or sorted(expected - found)
-    if other:
-        raise ValueError(
-            f"this is not a plain Llama's parameter: {other[0]}; merge the adapters first (peft: "
-            "merge_and_unload), and remove parametrizations"
-        )

@@ -24,10 +24,11 @@ from torch.utils.checkpoint import checkpoint
 from puna.core import sequence_parallel, tensor_parallel
 from puna.core.checkpoint.source import Source
 from puna.core.config import ModelConfig
-from puna.core.model import Transformer, check_parameters
+from puna.core.model import Transformer
 from puna.core.offload import MOMENTS as MOMENTS
 from puna.core.optimizer_state import load_optimizer_state as load_optimizer_state
 from puna.core.optimizer_state import optimizer_state as optimizer_state
+from puna.core.parameters import check_parameters
 from puna.core.plain import HOOKS, altered
 from puna.core.ranks import all_max as all_max
 from puna.core.ranks import all_sum as all_sum
@@ -255,7 +256,7 @@ def _computing_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
 
 def _check_copyable(model: Transformer) -> None:
     """ValueError where a plain model with the same weights would compute something else."""
-    check_parameters(model)
+    check_parameters(model, model.config, model.head)
     for name, module in model.named_modules():
         if why := _altered_beside_fsdp(module):
             raise ValueError(
@@ -284,7 +285,7 @@ def full_parameters(
     Collective: every rank must go through to the end, whatever it wants. Raises ValueError where
     adapters are not merged.
     """
-    check_parameters(model)
+    check_parameters(model, model.config, model.head)
     reshard(model)
     for name, parameter in model.named_parameters():
         whole = full(parameter.detach())

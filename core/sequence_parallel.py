@@ -27,8 +27,8 @@ from torch.nn.functional import pad
 
 from puna.core import ops
 from puna.core.generation.kv_cache import KVCache
-from puna.core.model import Block, RMSNorm, Rotary, Transformer, of_wanted
-from puna.core.shared import Shared
+from puna.core.model import Block, RMSNorm, Rotary, Transformer
+from puna.core.shared import Shared, of_wanted
 
 Replace = Callable[[nn.Module, Callable[..., Tensor]], None]
 

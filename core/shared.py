@@ -115,6 +115,11 @@ def gathered(y: Tensor, shared: Shared) -> Tensor:
     return _Gathered.apply(y, *shared)
 
 
+def of_wanted(x: Tensor, wanted: Tensor | None) -> Tensor:
+    """x (B, T, ...), or (1, W, ...) of the tokens numbered `wanted` (W,) in the flattened B*T."""
+    return x if wanted is None else x.flatten(0, 1)[None].index_select(1, wanted)
+
+
 # PyTorch's own gradient of an index adds row by row: 0.3 ms for 800 rows, sixteen times a step of
 # four layers. Here a gradient's row is a sum of two or of one, times 1 or 0, which is one pass.
 class _Spread(torch.autograd.Function):

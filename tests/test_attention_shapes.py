@@ -11,12 +11,12 @@ from puna.core import ops
 from puna.core.checkpoint.any_format import open_any
 from puna.core.checkpoint.convert import convert
 from puna.core.checkpoint.folder import load_model, save_model
-from puna.core.checkpoint.source import parameter_shapes
 from puna.core.config import ModelConfig, parameter_count
 from puna.core.generation.generate import generate
 from puna.core.model import Transformer
 from puna.core.native.engine import Engine, instruction_sets, unfit
 from puna.core.native.loader import extension
+from puna.core.parameters import parameter_shapes
 from puna.core.text.tokenizer import train_tokenizer
 
 transformers = pytest.importorskip("transformers")

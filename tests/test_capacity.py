@@ -12,9 +12,10 @@ import torch
 from test_recipes import SIZES, STAGES, config_of, fake_ranks, language_step, reward_step
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
-from puna.core.checkpoint.source import fresh, parameter_shapes
+from puna.core.checkpoint.source import fresh
 from puna.core.config import block_parameters, size
 from puna.core.generation.kv_cache import KVCache
+from puna.core.parameters import parameter_shapes
 from puna.core.tensor_parallel import Group, part
 from puna.trainers.capacity import fitting, memory, phases, plan
 from puna.trainers.capacity.devices import DEVICES, usable

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from puna.core.checkpoint import pieces, shards
-from puna.core.checkpoint.source import parameter_shapes
 from puna.core.config import size
+from puna.core.parameters import parameter_shapes
 
 
 def written(folder: Path, blocks: dict[str, tuple[int, Tensor]]) -> Path:

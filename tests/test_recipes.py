@@ -24,9 +24,10 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from puna.core import ops, parallel
-from puna.core.checkpoint.source import fresh, parameter_shapes
+from puna.core.checkpoint.source import fresh
 from puna.core.config import parameter_count, size
 from puna.core.model import Transformer
+from puna.core.parameters import parameter_shapes
 from puna.trainers import reward
 from puna.trainers.capacity.plan import DoesNotFit, PlanConfig
 from puna.trainers.capacity.plan import run as run_plan

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from puna.core.checkpoint.any_format import open_any
 from puna.core.checkpoint.folder import load_model, save_model
-from puna.core.checkpoint.source import parameter_shapes
 from puna.core.config import ModelConfig, parameter_count
 from puna.core.model import Transformer
+from puna.core.parameters import parameter_shapes
 from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.corpus import open_corpus
 from puna.trainers.rl.best_of import read_samples

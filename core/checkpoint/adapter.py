@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from puna.core.checkpoint.source import HEADS, Source, as_type, parameter_shapes
+from puna.core.checkpoint.source import Source, as_type
 from puna.core.checkpoint.tensor_files import Stored, read_header, read_tensor
 from puna.core.documents import as_name, field, read_object, shortened
+from puna.core.parameters import HEADS, parameter_shapes
 
 SETTINGS = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -21,22 +21,14 @@ from puna.core.checkpoint.atomic import atomic_folder as atomic_folder
 from puna.core.checkpoint.atomic import recover
 from puna.core.checkpoint.kept import keep_foreign
 from puna.core.checkpoint.shards import SHARD_BYTES, write_json, write_shards
-from puna.core.checkpoint.source import (
-    EMBEDDING,
-    HEADS,
-    PIECE,
-    Source,
-    check_shapes,
-    check_tensors,
-    in_memory,
-    parameter_shapes,
-)
+from puna.core.checkpoint.source import PIECE, Source, check_shapes, check_tensors, in_memory
 from puna.core.checkpoint.steady import stamps_of, steady, weights_in
 from puna.core.checkpoint.tensor_files import read_headers, read_rows, read_tensor
 from puna.core.config import ModelConfig
 from puna.core.documents import read_object
 from puna.core.errors import Notice
-from puna.core.model import Transformer, check_parameters
+from puna.core.model import Transformer
+from puna.core.parameters import EMBEDDING, HEADS, check_parameters, parameter_shapes
 from puna.core.text.tokenizer import Tokenizer
 
 ABSENT = "no such model; give a model folder or a .gguf or llama2.c .bin file"
@@ -69,7 +61,7 @@ def write_model(
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """The files of `save_model` into an existing folder: for use inside `atomic_folder`."""
-    check_parameters(model)
+    check_parameters(model, model.config, model.head)
     write_tensors(
         folder,
         model.config,

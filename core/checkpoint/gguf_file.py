@@ -16,18 +16,16 @@ from torch import Tensor
 
 from puna.core.checkpoint.gguf_header import Header, Place, read_header
 from puna.core.checkpoint.source import (
-    EMBEDDING,
-    HEADS,
     PIECE,
     Source,
     check_tensors,
     exactly,
     half_split,
-    parameter_shapes,
     rope_heads,
 )
 from puna.core.config import ModelConfig
 from puna.core.documents import as_name, field
+from puna.core.parameters import EMBEDDING, HEADS, parameter_shapes
 from puna.core.rope_scaling import RopeScaling
 
 PARTS = {

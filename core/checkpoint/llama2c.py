@@ -17,18 +17,16 @@ from torch import Tensor
 
 from puna.core.checkpoint import llama2c_versions
 from puna.core.checkpoint.source import (
-    EMBEDDING,
-    HEADS,
     Source,
     as_type,
     exactly,
     half_split,
     interleaved,
-    parameter_shapes,
     rope_heads,
 )
 from puna.core.config import ModelConfig, parameter_count
 from puna.core.documents import regular_file
+from puna.core.parameters import EMBEDDING, HEADS, parameter_shapes
 
 HEADER = struct.Struct("<7i")
 HEAD = HEADS["lm"]

@@ -15,16 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from puna.core.checkpoint.source import (
-    EMBEDDING,
-    HEADS,
-    Source,
-    exactly,
-    half_split,
-    parameter_shapes,
-    rope_heads,
-)
+from puna.core.checkpoint.source import Source, exactly, half_split, rope_heads
 from puna.core.config import ModelConfig, parameter_count
+from puna.core.parameters import EMBEDDING, HEADS, parameter_shapes
 
 MAGIC = b"24ka"
 HEADER = struct.Struct("<4si7iBi")

@@ -21,12 +21,12 @@ from puna.core.checkpoint.source import (
     check_shapes,
     half_split,
     meta_name,
-    parameter_shapes,
     rope_heads,
 )
 from puna.core.config import ModelConfig, ffn_width
 from puna.core.documents import field, read_object, regular_file
 from puna.core.errors import Notice
+from puna.core.parameters import parameter_shapes
 
 TIKTOKEN = "name the tokenizer.json of the same model in Hugging Face's format with --tokenizer"
 # The dimension along which the ranks' shares are joined; the norms have none.

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from puna.core.config import ModelConfig
 from puna.core.documents import as_name
 from puna.core.model import Transformer
+from puna.core.parameters import parameter_shapes
 
-EMBEDDING = "model.embed_tokens.weight"
 LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 # What others put before a model's names: whose it is, and the way out.
 PREFIXES = {
@@ -28,7 +28,6 @@ PREFIXES = {
 }
 PIECE = 1 << 19  # numbers of a tensor that are read at once, where it need not be whole
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # as options say
-HEADS = {"lm": "lm_head.weight", "score": "score.weight"}
 META_NAMES = {
     "model.embed_tokens": "tok_embeddings",
     "model.norm": "norm",
@@ -127,31 +126,6 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
     """The inverse of `half_split`."""
     halves = weight.reshape(heads, 2, len(weight) // heads // 2, *weight.shape[1:])
     return halves.transpose(1, 2).reshape(weight.shape)
-
-
-def parameter_shapes(config: ModelConfig, head: str) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter, in the model's order: counted, no model is built."""
-    C, F, HD, KD = config.dim, config.ffn_dim, config.q_dim, config.kv_dim
-    block = {
-        "self_attn.q_proj": (HD, C),
-        "self_attn.k_proj": (KD, C),
-        "self_attn.v_proj": (KD, C),
-        "self_attn.o_proj": (C, HD),
-        "mlp.gate_proj": (F, C),
-        "mlp.up_proj": (F, C),
-        "mlp.down_proj": (C, F),
-        "input_layernorm": (C,),
-        "post_attention_layernorm": (C,),
-    }
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, C)}
-    for layer in range(config.n_layers):
-        for part, shape in block.items():
-            shapes[f"model.layers.{layer}.{part}.weight"] = shape
-            if part.removeprefix("self_attn.") in config.biased:
-                shapes[f"model.layers.{layer}.{part}.bias"] = shape[:1]
-    shapes["model.norm.weight"] = (C,)
-    shapes[HEADS[head]] = (config.vocab_size if head == "lm" else 1, C)
-    return shapes
 
 
 def check_tensors(

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from puna.core import ops
-from puna.core.checkpoint.source import LAYER, Source, as_type, parameter_shapes
+from puna.core.checkpoint.source import LAYER, Source, as_type
 from puna.core.config import ModelConfig
 from puna.core.model import RMSNorm, Transformer
 from puna.core.native.linear import FAST
 from puna.core.native.loader import WIDTHS, best_instructions, extension
 from puna.core.native.session import Session
+from puna.core.parameters import parameter_shapes
 from puna.core.plain import altered
 
 log = logging.getLogger("puna")

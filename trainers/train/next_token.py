@@ -11,7 +11,8 @@ from torch import Tensor
 
 from puna.core import parallel, terminal
 from puna.core.checkpoint.source import Source
-from puna.core.model import Transformer, of_wanted
+from puna.core.model import Transformer
+from puna.core.shared import of_wanted
 from puna.trainers.data.packing import LMBatch
 from puna.trainers.data.readers import Skipped
 from puna.trainers.data.visits import step_rows
@@ -36,9 +37,8 @@ Loss = Callable[[Transformer, LMBatch], tuple[Tensor, dict[str, Tensor]]]
 
 def next_token_loss(model: Transformer, batch: LMBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """Summed weighted cross-entropy of the batch, nats."""
-    wanted = batch.wanted
-    hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, wanted=wanted)
-    targets, weights = of_wanted(batch.targets, wanted), of_wanted(batch.weights, wanted)
+    hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, wanted=batch.wanted)
+    targets, weights = (of_wanted(each, batch.wanted) for each in (batch.targets, batch.weights))
     return model.cross_entropy(hidden, targets, weights=weights, reduction="sum"), {}
 
 
@@ -105,8 +105,7 @@ def counted(batch: LMBatch, real: int) -> LMBatch:
 
 
 def to_device(batch: LMBatch, device: torch.device) -> LMBatch:
-    found = {name: part.to(device) for name, part in batch._asdict().items() if part is not None}
-    return LMBatch(**found)
+    return LMBatch(**{n: t.to(device) for n, t in batch._asdict().items() if t is not None})
 
 
 Order = Callable[[int], np.ndarray]

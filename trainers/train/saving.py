@@ -21,8 +21,9 @@ from puna.core.checkpoint.folder import write_texts
 from puna.core.checkpoint.hashes import digest
 from puna.core.checkpoint.pieces import metadata
 from puna.core.checkpoint.shards import file_names, save_tensors, shared_out, write_index
-from puna.core.checkpoint.source import as_type, parameter_shapes
+from puna.core.checkpoint.source import as_type
 from puna.core.model import Transformer
+from puna.core.parameters import parameter_shapes
 
 
 class Trained(NamedTuple):

@@ -1,0 +1,49 @@
+"""The parameters of a Llama by name: their shapes, and whether a model has just these.
+
+C model width, F FFN width, V vocabulary.
+"""
+
+from torch import nn
+
+from puna.core.config import ModelConfig
+
+EMBEDDING = "model.embed_tokens.weight"
+HEADS = {"lm": "lm_head.weight", "score": "score.weight"}
+
+
+def parameter_shapes(config: ModelConfig, head: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter, in the model's order: counted, no model is built."""
+    C, F, HD, KD = config.dim, config.ffn_dim, config.q_dim, config.kv_dim
+    block = {
+        "self_attn.q_proj": (HD, C),
+        "self_attn.k_proj": (KD, C),
+        "self_attn.v_proj": (KD, C),
+        "self_attn.o_proj": (C, HD),
+        "mlp.gate_proj": (F, C),
+        "mlp.up_proj": (F, C),
+        "mlp.down_proj": (C, F),
+        "input_layernorm": (C,),
+        "post_attention_layernorm": (C,),
+    }
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, C)}
+    for layer in range(config.n_layers):
+        for part, shape in block.items():
+            shapes[f"model.layers.{layer}.{part}.weight"] = shape
+            if part.removeprefix("self_attn.") in config.biased:
+                shapes[f"model.layers.{layer}.{part}.bias"] = shape[:1]
+    shapes["model.norm.weight"] = (C,)
+    shapes[HEADS[head]] = (config.vocab_size if head == "lm" else 1, C)
+    return shapes
+
+
+def check_parameters(model: nn.Module, config: ModelConfig, head: str) -> None:
+    """Raises ValueError where the parameters' names are not those of a plain Llama of this shape:
+    saved, initialised or copied by name, what an adapter adds would be lost or make no sense."""
+    expected = set(parameter_shapes(config, head))
+    found = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    other = sorted(found - expected) or sorted(expected - found)
+    if other:
+        raise ValueError(
+            f"this is not a plain Llama's parameter: {other[0]}; merge the adapters first (peft: "
+            "merge_and_unload), and remove parametrizations"
+        )
