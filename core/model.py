@@ -222,15 +222,18 @@ class Transformer(nn.Module):
         (S+1,) int32 cuts the flattened tokens into sequences. With a `cache`, T > 1 fills it
         from slot 0 and T == 1 appends at each row's length; the caller moves `lengths` on. Where
         sequences share tokens (`shared`, no cache then) `cu_seqlens` cuts the rows of attention.
-        Of tokens numbered `wanted` (W,) int64 in the flattened B*T alone: (1, W, C), the same bits,
-        without most of the last layer's work on the others.
+        Of tokens numbered `wanted` (W,) int64 in the flattened B*T alone: (1, W, C), without most
+        of the last layer's work on the others. With native products these are the same bits; what
+        PyTorch multiplies may depend on how many rows there are.
         Raises ValueError where a sequence is longer than the model's context.
         """
-        rotary, rows = self.rotary(tokens, positions), wanted
-        if wanted is not None and len(wanted) == 1:
-            rows = wanted.repeat(2)  # one alone is multiplied as a step of decoding, to other bits
-        hidden = self.model(tokens, rotary, cu_seqlens, cache, shared, rows)
-        return hidden if rows is wanted else hidden[:, :1]
+        given = self.rotary(tokens, positions), cu_seqlens, cache, shared
+        if tokens.shape[1] == 1:  # a step of decoding, multiplied as one
+            return of_wanted(self.model(tokens, *given, None), wanted)
+        if wanted is None or len(wanted) != 1:
+            return self.model(tokens, *given, wanted)
+        # One alone would be multiplied as such a step, to other bits. (FSDP2 warns of views.)
+        return self.model(tokens, *given, wanted.repeat(2))[:, :1].clone()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head applied to hidden (..., C): (..., V) or (..., 1), fp32."""
