@@ -220,11 +220,13 @@ class Transformer(nn.Module):
         Of tokens `wanted` (W,) of the flattened B*T alone: (1, W, C), without most of the last
         layer's work on others. ValueError where a sequence is longer than the model's context.
         """
-        # One row alone would be multiplied as a step of decoding is, to other bits.
-        rows = wanted.repeat(2) if wanted is not None and len(wanted) == 1 else wanted
-        rotary = self.rotary(tokens, positions)
-        hidden = self.model(tokens, rotary, cu_seqlens, cache, shared, rows)
-        return hidden if rows is wanted else hidden[:, :1]
+        given = self.rotary(tokens, positions), cu_seqlens, cache, shared
+        if tokens.shape[1] == 1:  # a step of decoding, multiplied as one
+            return of_wanted(self.model(tokens, *given, None), wanted)
+        if wanted is None or len(wanted) != 1:
+            return self.model(tokens, *given, wanted)
+        # One alone would be multiplied as such a step, to other bits. (FSDP2 warns of views.)
+        return self.model(tokens, *given, wanted.repeat(2))[:, :1].clone()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head applied to hidden (..., C): (..., V) or (..., 1), fp32."""
@@ -286,8 +288,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Initialise every parameter, the same on any device. Raises ValueError
-        as `check_parameters` does."""
+        """Initialise every parameter, the same on any device; errors as `check_parameters`."""
         check_parameters(self, self.config, self.head)
         parameters = dict(self.named_parameters())
         for name, tensor in self.initial_weights(seed):

@@ -112,7 +112,7 @@ def prepare(
     every = {"none": 0, "selective": 2, "full": 1}[checkpointing]
     for number, block in enumerate(model.model.layers, 1):
         if compile:
-            _replace_forward(block, torch.compile(block.forward))
+            _replace_forward(block, _compiled(block.forward))
         if every and number % every == 0:
             _replace_forward(block, _checkpointed(block.forward))
     if not sharded:
@@ -176,6 +176,28 @@ def tp_of(model: Transformer) -> int:
 def counted(number: int, model: Transformer) -> int:
     """The sum over all ranks that have rows of their own."""
     return int(all_sum(torch.tensor(number))) // tp_of(model)
+
+
+def _compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """How many sequences there are, and how many tokens are wanted, differs from batch to batch:
+    compiled for one number first, train, evaluation and batches of which all is wanted together
+    reached dynamo's limit of graphs, and blocks were then run as they are."""
+    compiled = torch.compile(forward)
+
+    def of_any_number(
+        x: Tensor,
+        rotary: Any,
+        cu_seqlens: Tensor | None = None,
+        cache: Any = None,
+        shared: Any = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        for each in (cu_seqlens, wanted):
+            if each is not None:
+                torch._dynamo.maybe_mark_dynamic(each, 0)
+        return compiled(x, rotary, cu_seqlens, cache, shared, wanted)
+
+    return of_any_number
 
 
 def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -1,11 +1,14 @@
 """Hidden states of some tokens alone: the last layer does no more than they need, and everything
 else stays as it was, to the bit. Run: pytest tests/test_wanted.py -q"""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from puna.core import parallel
 from puna.core.config import ModelConfig
 from puna.core.model import Transformer
 from puna.core.native.engine import FORMATS, Engine
@@ -65,6 +68,47 @@ def test_gradients_are_those_of_picking_out_afterwards(lengths, data):
         found.append([p.grad for p in model.model.parameters()])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("wanted", [[0], [2, 0], [1, 1, 2]])
+def test_a_step_of_decoding_is_multiplied_as_one(wanted):
+    """Prompts of one token side by side, and one alone."""
+    model = model_of()
+    for rows in (torch.tensor([[5], [6], [7]]), torch.tensor([[5]])):
+        numbers = torch.tensor(wanted) % len(rows)
+        with torch.no_grad():
+            assert torch.equal(model(rows, wanted=numbers)[0], model(rows)[numbers, 0])
+
+
+def test_nothing_wanted_has_a_gradient_of_zero():
+    model = model_of()
+    model(torch.arange(6)[None], wanted=torch.empty(0, dtype=int)).sum().backward()
+    assert all(not p.grad.any() for p in model.model.parameters())
+
+
+def test_one_alone_is_a_tensor_of_its_own():
+    """FSDP2 warns of views."""
+    assert not model_of()(torch.arange(6)[None], wanted=torch.tensor([3]))._is_view()
+
+
+def test_compiled_blocks_are_of_any_number(monkeypatch):
+    """Numbers of sequences and of wanted tokens that change, and all or none wanted, with and
+    without gradients, are two graphs each."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiling = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compiling)
+    model = parallel.prepare(model_of(), compile=True)
+    for count in (3, 2, 5, 4):
+        tokens, positions, _ = flat_sequences([list(range(20))])
+        cuts = torch.tensor([*range(count), 20], dtype=torch.int32)
+        for wanted in (torch.arange(2 * count), None, torch.tensor([count])):
+            found = model(tokens, positions, cuts, wanted=wanted)
+            found.sum().backward()
+            with torch.no_grad():
+                torch.testing.assert_close(model(tokens, positions, cuts, wanted=wanted), found)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+    torch._dynamo.reset()
 
 
 def test_with_what_two_sequences_share():

@@ -48,7 +48,7 @@ def input_gradient(weights: Sequence[Tensor], d_ys: Sequence[Tensor]) -> Tensor:
     shape, inputs = d_ys[0].shape[:-1], weights[0].shape[1]
     d_x = d_ys[0].new_empty(shape.numel(), inputs)
     for number, (weight, d_y) in enumerate(zip(weights, d_ys, strict=True)):
-        matmul(d_y.reshape(len(d_x), -1), weight, d_x, add=number > 0)
+        matmul(d_y.reshape(-1, len(weight)), weight, d_x, add=number > 0)
     return d_x.view(*shape, inputs)
 
 

@@ -201,8 +201,7 @@ def check_first_ratio(logprobs: Tensor, old_logprobs: Tensor, tolerance: float) 
 def rollout_metrics(
     experience: Experience, scores: Scores, policy: Transformer
 ) -> dict[str, float]:
-    """What the `policy`'s answers on all ranks were like: scores, branches, KL, lengths, the
-    critic's fit."""
+    """Of the `policy`'s answers on all ranks: scores, branches, KL, lengths, the critic's fit."""
     rollout = experience.rollout
     mask = rollout.mask
     kl = k1(rollout.logprobs, experience.ref_logprobs)
