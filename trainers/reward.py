@@ -263,9 +263,10 @@ def pairs_on(
 
 def pair_scores(model: Transformer, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """(chosen, rejected), both (P,): each dialogue's score at its last token."""
-    b = batch
-    hidden = model(b.tokens, b.positions, b.cu_seqlens, shared=b.shared, wanted=b.last)[0]
-    scores = model.logits(hidden)[:, 0]
+    hidden = model(
+        batch.tokens, batch.positions, batch.cu_seqlens, shared=batch.shared, wanted=batch.last
+    )
+    scores = model.logits(hidden[0])[:, 0]
     return scores[0::2], scores[1::2]
 
 

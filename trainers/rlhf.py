@@ -127,7 +127,7 @@ def run(
     return last.model
 
 
-ASKED = 1_000  # comparisons (paper: 1,000 of each batch)
+ASKED = 1_000  # comparisons of a round, to tell an accuracy by (paper: 1,000 of each batch)
 
 
 class Handed(NamedTuple):

@@ -49,7 +49,8 @@ class LMBatch(NamedTuple):
     cu_seqlens: Tensor
     """(S+1,) int32, where segments begin in the flattened B*T, which they cover completely"""
     wanted: Tensor | None = None
-    """(W,) int64, which of the flattened B*T have a weight; None: most, or nobody has looked"""
+    """(W,) int64, which of the flattened B*T have a weight; None: most, or nobody has looked. Who
+    gives weight to others sets it to None, too: `next_token_loss` sees these alone"""
 
 
 class Pair(NamedTuple):
