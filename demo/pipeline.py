@@ -22,6 +22,7 @@ from puna.core.text.tokenizer import train_tokenizer
 from puna.demo import evaluation
 from puna.demo.evaluation import newest
 from puna.demo.kept import seconds
+from puna.demo.products import Products, products
 from puna.demo.report.build import write_report, write_summary
 from puna.demo.village import oracle, world
 from puna.trainers import pretrain, rlhf, sft
@@ -48,6 +49,8 @@ class DemoConfig(Options):
     """of the world and of every stage"""
     scale: Annotated[float, Above(0), AtMost(1000)] = 1.0
     """amount of data and steps; 0.03 takes about a minute and shows only that all runs"""
+    dtype: Products = "auto"
+    """of the matrix products of all stages; auto: bf16 where the processor multiplies it"""
     student: Annotated[bool, FREE] = False
     """also make a smaller model and fine-tune it on the answers that the last version selected, as
     the paper's smaller models learned from its largest"""
@@ -127,7 +130,13 @@ class Demo:
     def settings(self, cls: type[Config], recipe: str, **values: Any) -> Config:
         """The demo's recipe for a stage with this run's paths and seed."""
         path = find_recipe(f"demo/{recipe}.toml")
-        given = {"seed": self.config.seed, "device": "cpu", **load_recipe(cls, path), **values}
+        given = {
+            "seed": self.config.seed,
+            "device": "cpu",
+            "dtype": products(self.config.dtype),
+            **load_recipe(cls, path),
+            **values,
+        }
         return from_values(cls, given)
 
     def write_world(self) -> None:
@@ -145,8 +154,9 @@ class Demo:
             texts = world.tokenizer_texts(self.config.seed, 4_000)
             train_tokenizer(texts, self.tokenizer, vocab_size=VOCABULARY)
 
-    def pretrain(self) -> None:
-        self._pretrain(self.out)
+    def pretrain(self, steps: int | None = None) -> None:
+        """Of the recipe's steps, or of so many, at this run's scale."""
+        self._pretrain(self.out, **({} if steps is None else {"steps": self.scaled(steps, 20)}))
 
     def _pretrain(self, folder: Path, **values: Any) -> None:
         recipe = load_recipe(pretrain.PretrainConfig, find_recipe("demo/pretrain.toml"))
@@ -157,8 +167,7 @@ class Demo:
                 out=str(folder / "pretrain"),
                 data=[str(self.data / "pretrain.jsonl")],
                 tokenizer=str(self.tokenizer),
-                steps=self.scaled(recipe["steps"], 20),
-                **values,
+                **{"steps": self.scaled(recipe["steps"], 20), **values},
             )
         )
 
@@ -194,6 +203,7 @@ class Demo:
         recipe = load_recipe(RLHFConfig, find_recipe("demo/rlhf.toml"))
         ppo = {**recipe["ppo"], "iterations": self.scaled(recipe["ppo"]["iterations"], 4)}
         ppo["critic_warmup"] = min(ppo["critic_warmup"], ppo["iterations"] // 2)
+        given = {"dtype": products(self.config.dtype)}
         return self.settings(
             RLHFConfig,
             "rlhf",
@@ -204,11 +214,12 @@ class Demo:
             safety_prompts=[str(self.data / "safety.jsonl")],
             helpfulness_pairs=self.scaled(recipe["helpfulness_pairs"], 128),
             safety_pairs=self.scaled(recipe["safety_pairs"], 128),
-            rejection={**recipe["rejection"], "mix": [str(self.data / "personas.jsonl")]},
+            reward={**given, **recipe["reward"]},
+            rejection={**given, **recipe["rejection"], "mix": [str(self.data / "personas.jsonl")]},
             round_prompts=self.scaled(recipe["round_prompts"], 32),
             gatt_dialogues=[str(self.data / "gatt.jsonl")],
-            gatt={**recipe["gatt"], "mix": [str(self.data / "gatt-personas.jsonl")]},
-            ppo=ppo,
+            gatt={**given, **recipe["gatt"], "mix": [str(self.data / "gatt-personas.jsonl")]},
+            ppo={**given, **ppo},
         )
 
     def versions(self) -> dict[str, Path]:

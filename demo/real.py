@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from puna.core import ops
 from puna.core.checkpoint.atomic import write_text
@@ -24,6 +24,7 @@ from puna.core.checkpoint.folder import tokenizer_path
 from puna.core.terminal import say, say_table
 from puna.core.text.tokenizer import Tokenizer
 from puna.demo import real_measure as measure
+from puna.demo.products import Products, products
 from puna.demo.real_data import DEMONSTRATION, KINDS, files_of, scaled, write_data
 from puna.demo.real_measure import ANSWER, QUESTIONS
 from puna.demo.smollm2 import NAME, fetched
@@ -58,7 +59,7 @@ class RealConfig(Options):
     """of what is held out and of every stage"""
     scale: Annotated[float, Above(0), AtMost(1000)] = 1.0
     """amount of data and steps"""
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    dtype: Products = "auto"
     """of the matrix products, as in the stages; auto: bf16 where the processor multiplies it"""
 
 
@@ -68,9 +69,9 @@ def run(config: RealConfig) -> Path:
     Raises ValueError where comparisons of one kind are missing, or short ones.
     """
     files = files_of(config.data)
-    with owned(config), ops.use_products(products(config)):
+    with owned(config), ops.use_products(products(config.dtype)):
         start = model_of(config)
-        say(f"matrix products in {products(config)}")
+        say(f"matrix products in {products(config.dtype)}")
         tell_answers({"before": talk(config, "before", start)})
         counts = write_data(
             config.out / "data",
@@ -85,7 +86,7 @@ def run(config: RealConfig) -> Path:
         paths = dict(zip(MODELS, (start, tuned, final), strict=True))
         figures = {
             "model": NAME if config.model is None else str(config.model),
-            "products": products(config),
+            "products": products(config.dtype),
             "rows": counts,
             **changes(config, paths, judges),
             "answers": {name: talk(config, name, path) for name, path in paths.items()},
@@ -107,13 +108,6 @@ def model_of(config: RealConfig) -> Path:
     return folder
 
 
-def products(config: RealConfig) -> str:
-    """What matrix products are made in."""
-    if config.dtype == "auto":
-        return "bf16" if ops.multiplies_bf16() else "fp32"
-    return config.dtype
-
-
 def talk(config: RealConfig, name: str, model: Path) -> list[str]:
     return measure.talk(model, config.out / "measured" / f"talk-{name}.json")
 
@@ -125,7 +119,7 @@ def common(config: RealConfig, save_every: int) -> dict[str, Any]:
     """Options that all stages share."""
     return {
         "device": "cpu",
-        "dtype": products(config),
+        "dtype": products(config.dtype),
         "save_every": save_every,
         "keep": 1,
         "seed": config.seed,

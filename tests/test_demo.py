@@ -7,10 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from puna.core import ops
+from puna.demo.pipeline import Demo, DemoConfig
 from puna.demo.report.bars import bars
+from puna.trainers import pretrain, sft
 
 VERSIONS = {"sft", *(f"rlhf-v{n}" for n in range(1, 6)), "gatt", "rlhf-v5-rejection"}
 
@@ -86,6 +90,32 @@ def test_a_smaller_model_learns_from_the_last_versions_answers(demo: Path) -> No
     assert shapes == [128, 64, 64]
     html = (demo / "report.html").read_text()
     assert "smaller, taught" in html
+
+
+@pytest.mark.parametrize(
+    ("asked", "has", "found"),
+    [
+        ("auto", True, "bf16"),
+        ("auto", False, "fp32"),
+        ("bf16", False, "bf16"),
+        ("fp32", True, "fp32"),
+    ],
+)
+def test_all_stages_multiply_in_one_format(
+    asked: Any, has: bool, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "multiplies_bf16", lambda: has)
+    given: list[Any] = []
+    monkeypatch.setattr(pretrain, "run", given.append)
+    monkeypatch.setattr(sft, "run", given.append)
+    demo = Demo(DemoConfig(out=tmp_path, dtype=asked))
+    demo.pretrain()
+    demo.sft()
+    loop = demo.rlhf_config()
+    tables = (loop.reward, loop.rejection, loop.gatt, loop.ppo)
+    assert {config.dtype for config in (*given, loop)} | {t["dtype"] for t in tables} == {found}
+    demo.pretrain(1_000)
+    assert given[-1].steps == 1_000 != given[0].steps
 
 
 def test_another_seed_is_refused_in_the_same_folder(demo: Path) -> None:

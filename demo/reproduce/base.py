@@ -24,6 +24,7 @@ from puna.trainers.rl.comparisons import write_rows
 from puna.trainers.rl.config import RLHFConfig
 from puna.trainers.rl.rounds import KINDS, compare
 
+STEPS = 1_400  # of pretraining; the demo takes more, in bf16
 PROMPTS = 960  # of one round of rejection sampling; PPO takes as many answers to the same ones
 SKILL_PROMPTS = 360  # of the loop about a skill that nobody judges; a third of them ask for it
 GHOST_DIALOGUES = 200  # of 20 exchanges
@@ -83,7 +84,7 @@ def make(base: Base) -> None:
     stages: dict[str, Callable[[], Any]] = {
         "data": base.demo.write_world,
         "tokenizer": base.demo.train_tokenizer,
-        "pretrain": base.demo.pretrain,
+        "pretrain": lambda: base.demo.pretrain(STEPS),
         "sft": base.demo.sft,
         "arms' data": lambda: write_data(base),
         "held-out comparisons": lambda: write_held_out(base),

@@ -59,7 +59,8 @@ class ReproduceConfig(Options):
 
 def run(config: ReproduceConfig) -> Path:
     """Run, or continue, the experiments; returns the page's path."""
-    demo = Demo(DemoConfig(out=config.out / "base", seed=config.seed, scale=config.scale))
+    base = config.out / "base"
+    demo = Demo(DemoConfig(out=base, seed=config.seed, scale=config.scale, dtype="fp32"))
     with owned(config):
         base = bases.base_of(config.out, demo)
         bases.make(base)
