@@ -94,7 +94,7 @@ inline PanelInput prepare_input(const PackedMatrix& w, const float* x, int64_t r
 // The inputs are summed in chains for any number of rows: a row's result does not depend on the
 // others.
 template <typename Number, int ROWS>
-__attribute__((noinline)) void multiply_tile(const Number* x, int64_t in, const uint8_t* panel, float* tile) {
+inline void multiply_tile(const Number* x, int64_t in, const uint8_t* panel, float* tile) {
   const auto* weights = reinterpret_cast<const Number*>(panel);
   for (int64_t first = 0; first < in; first += CHAIN) {
     vec sums[ROWS][2];
