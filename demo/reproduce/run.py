@@ -59,8 +59,8 @@ class ReproduceConfig(Options):
 
 def run(config: ReproduceConfig) -> Path:
     """Run, or continue, the experiments; returns the page's path."""
-    base = config.out / "base"
-    demo = Demo(DemoConfig(out=base, seed=config.seed, scale=config.scale, dtype="fp32"))
+    start = config.out / "base"
+    demo = Demo(DemoConfig(out=start, seed=config.seed, scale=config.scale, dtype="fp32"))
     with owned(config):
         base = bases.base_of(config.out, demo)
         bases.make(base)
