@@ -156,9 +156,9 @@ class Demo:
 
     def pretrain(self, steps: int | None = None) -> None:
         """Of the recipe's steps, or of so many, at this run's scale."""
-        self._pretrain(self.out, **({} if steps is None else {"steps": self.scaled(steps, 20)}))
+        self._pretrain(self.out, steps)
 
-    def _pretrain(self, folder: Path, **values: Any) -> None:
+    def _pretrain(self, folder: Path, steps: int | None = None, **values: Any) -> None:
         recipe = load_recipe(pretrain.PretrainConfig, find_recipe("demo/pretrain.toml"))
         pretrain.run(
             self.settings(
@@ -167,7 +167,8 @@ class Demo:
                 out=str(folder / "pretrain"),
                 data=[str(self.data / "pretrain.jsonl")],
                 tokenizer=str(self.tokenizer),
-                **{"steps": self.scaled(recipe["steps"], 20), **values},
+                steps=self.scaled(steps or recipe["steps"], 20),
+                **values,
             )
         )
 
