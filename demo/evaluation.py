@@ -58,7 +58,7 @@ def write_evaluation(out: Path, versions: dict[str, Path], config: Any) -> Path:
         "seed": seed,
         "size": "mini",
         "parameters": parameter_count(load_model(versions["sft"]).config),
-        "machine": {**environment(), "matrix products": products(config.dtype)},
+        "machine": {**environment(), "stages multiply": products(config.dtype)},
         "stages": stages(out, len(rounds)),
         "versions": version_rows(out, held, said, len(rounds)),
         "reward_models": reward_models(out, versions, rounds, seed, scale),

@@ -11,7 +11,7 @@ that is done is passed over and one that was interrupted goes on, so the same co
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -59,6 +59,7 @@ class DemoConfig(Options):
 def run(config: DemoConfig) -> Path:
     """Run, or continue, the demo; returns the report's path."""
     began = time.monotonic()
+    config = replace(config, dtype=products(config.dtype))  # what is noted holds on any machine
     demo = Demo(config)
     with owned(config):
         demo.stage("data", demo.write_world)

@@ -13,7 +13,7 @@ works on a model and on data that were not made for it, and how much so little o
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,7 +69,8 @@ def run(config: RealConfig) -> Path:
     Raises ValueError where comparisons of one kind are missing, or short ones.
     """
     files = files_of(config.data)
-    with owned(config), ops.use_products(products(config.dtype)):
+    config = replace(config, dtype=products(config.dtype))  # what is noted holds on any machine
+    with owned(config), ops.use_products(config.dtype):
         start = model_of(config)
         say(f"matrix products in {products(config.dtype)}")
         tell_answers({"before": talk(config, "before", start)})

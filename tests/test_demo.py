@@ -13,8 +13,11 @@ import pytest
 
 from puna.core import ops
 from puna.demo.pipeline import Demo, DemoConfig
+from puna.demo.products import products
+from puna.demo.real import RealConfig
 from puna.demo.report.bars import bars
 from puna.trainers import pretrain, sft
+from puna.trainers.train.claim import owned
 
 VERSIONS = {"sft", *(f"rlhf-v{n}" for n in range(1, 6)), "gatt", "rlhf-v5-rejection"}
 
@@ -116,6 +119,30 @@ def test_all_stages_multiply_in_one_format(
     assert {config.dtype for config in (*given, loop)} | {t["dtype"] for t in tables} == {found}
     demo.pretrain(1_000)
     assert given[-1].steps == 1_000 != given[0].steps
+
+
+def test_a_run_says_in_what_it_multiplied_and_goes_on_in_that(demo: Path) -> None:
+    found = products("auto")
+    assert f'dtype = "{found}"' in (demo / "config.toml").read_text()
+    evaluation = json.loads((demo / "evaluation.json").read_text())
+    assert evaluation["machine"]["stages multiply"] == found
+    command = ("demo", "--out", str(demo), "--scale", "0.03", "--dtype")
+    again = puna(*command, found)
+    assert again.returncode == 0, again.stderr
+    other = puna(*command, "fp32" if found == "bf16" else "bf16")
+    assert other.returncode == 1
+    assert "dtype" in other.stderr and "Traceback" not in other.stderr
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bf16", "fp32"])
+def test_what_has_stages_multiplies_nothing_itself(dtype: Any, tmp_path: Path) -> None:
+    configs = (
+        DemoConfig(out=tmp_path / "demo", dtype=dtype),
+        RealConfig(out=tmp_path / "real", data=tmp_path, dtype=dtype),
+    )
+    for config in configs:
+        with owned(config):
+            assert ops.products() == "fp32"
 
 
 def test_another_seed_is_refused_in_the_same_folder(demo: Path) -> None:
