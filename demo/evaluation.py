@@ -20,7 +20,6 @@ from puna.core.text.tokenizer import Tokenizer
 from puna.demo import measure
 from puna.demo.kept import kept, seconds
 from puna.demo.measure import HeldOut
-from puna.demo.products import products
 from puna.demo.village import oracle, world
 from puna.trainers import reward
 from puna.trainers.data.formats import RATINGS
@@ -58,7 +57,7 @@ def write_evaluation(out: Path, versions: dict[str, Path], config: Any) -> Path:
         "seed": seed,
         "size": "mini",
         "parameters": parameter_count(load_model(versions["sft"]).config),
-        "machine": {**environment(), "stages multiply": products(config.dtype)},
+        "machine": {**environment(), "stages multiply": config.dtype},
         "stages": stages(out, len(rounds)),
         "versions": version_rows(out, held, said, len(rounds)),
         "reward_models": reward_models(out, versions, rounds, seed, scale),

@@ -59,9 +59,8 @@ class DemoConfig(Options):
 def run(config: DemoConfig) -> Path:
     """Run, or continue, the demo; returns the report's path."""
     began = time.monotonic()
-    config = replace(config, dtype=products(config.dtype))  # what is noted holds on any machine
     demo = Demo(config)
-    with owned(config):
+    with owned(demo.config):
         demo.stage("data", demo.write_world)
         demo.stage("tokenizer", demo.train_tokenizer)
         demo.stage("pretrain", demo.pretrain)
@@ -70,7 +69,8 @@ def run(config: DemoConfig) -> Path:
         if config.student:
             demo.stage("student", demo.student)
         demo.stage(
-            "evaluation", lambda: evaluation.write_evaluation(demo.out, demo.versions(), config)
+            "evaluation",
+            lambda: evaluation.write_evaluation(demo.out, demo.versions(), demo.config),
         )
         write_summary(demo.out)
         report = write_report(demo.out)
@@ -108,7 +108,8 @@ class Demo:
     """The stages of one demo run, in its folder."""
 
     def __init__(self, config: DemoConfig):
-        self.config = config
+        # What is noted is the format itself: that holds on any machine.
+        self.config = replace(config, dtype=products(config.dtype))
         self.out = config.out
         self.data = config.out / "data"
 
@@ -134,7 +135,7 @@ class Demo:
         given = {
             "seed": self.config.seed,
             "device": "cpu",
-            "dtype": products(self.config.dtype),
+            "dtype": self.config.dtype,
             **load_recipe(cls, path),
             **values,
         }
@@ -205,7 +206,7 @@ class Demo:
         recipe = load_recipe(RLHFConfig, find_recipe("demo/rlhf.toml"))
         ppo = {**recipe["ppo"], "iterations": self.scaled(recipe["ppo"]["iterations"], 4)}
         ppo["critic_warmup"] = min(ppo["critic_warmup"], ppo["iterations"] // 2)
-        given = {"dtype": products(self.config.dtype)}
+        given = {"dtype": self.config.dtype}
         return self.settings(
             RLHFConfig,
             "rlhf",

@@ -72,7 +72,7 @@ def run(config: RealConfig) -> Path:
     config = replace(config, dtype=products(config.dtype))  # what is noted holds on any machine
     with owned(config), ops.use_products(config.dtype):
         start = model_of(config)
-        say(f"matrix products in {products(config.dtype)}")
+        say(f"matrix products in {config.dtype}")
         tell_answers({"before": talk(config, "before", start)})
         counts = write_data(
             config.out / "data",
@@ -87,7 +87,7 @@ def run(config: RealConfig) -> Path:
         paths = dict(zip(MODELS, (start, tuned, final), strict=True))
         figures = {
             "model": NAME if config.model is None else str(config.model),
-            "products": products(config.dtype),
+            "products": config.dtype,
             "rows": counts,
             **changes(config, paths, judges),
             "answers": {name: talk(config, name, path) for name, path in paths.items()},
@@ -120,7 +120,7 @@ def common(config: RealConfig, save_every: int) -> dict[str, Any]:
     """Options that all stages share."""
     return {
         "device": "cpu",
-        "dtype": products(config.dtype),
+        "dtype": config.dtype,
         "save_every": save_every,
         "keep": 1,
         "seed": config.seed,

@@ -135,7 +135,10 @@ def test_a_run_says_in_what_it_multiplied_and_goes_on_in_that(demo: Path) -> Non
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bf16", "fp32"])
-def test_what_has_stages_multiplies_nothing_itself(dtype: Any, tmp_path: Path) -> None:
+def test_what_has_stages_multiplies_nothing_itself(
+    dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "multiplies_bf16", lambda: True)
     configs = (
         DemoConfig(out=tmp_path / "demo", dtype=dtype),
         RealConfig(out=tmp_path / "real", data=tmp_path, dtype=dtype),

@@ -20,7 +20,8 @@ import torch
 from campaign.options import RUNS, config_of
 
 from puna.cli.main import VERBS, main
-from puna.core import ranks
+from puna.core import ops, ranks
+from puna.trainers.train.precision import products_of
 
 WORDS = RUNS | {
     "demo": "",
@@ -109,6 +110,14 @@ def is_one_sentence(status: object, shown: str, said: str) -> None:
 
 def test_every_verb_is_here():
     assert WORDS.keys() == VERBS.keys()
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if "dtype" in hints(verb)])
+def test_a_dtype_is_what_the_verb_itself_computes_in(verb, monkeypatch):
+    """Or nothing's, where it has no device and leaves computing to its stages."""
+    monkeypatch.setattr(ops, "multiplies_bf16", lambda: True)
+    device = {"device": "cpu"} if "device" in hints(verb) else {}
+    assert products_of(SimpleNamespace(dtype="bf16", **device)) == ("bf16" if device else "fp32")
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if "device" in hints(verb)])

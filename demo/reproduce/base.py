@@ -1,6 +1,7 @@
 """What the arms build on: the demo's data and its SFT model, and what each seed judges by.
 
-The stages are the demo's own, with the demo's recipes. All arms share one SFT model. Each seed has
+The stages are the demo's own, with the demo's recipes, but for the constants below and for fp32:
+what docs/questions.md shows was made so. All arms share one SFT model. Each seed has
 comparisons and both reward models of its own, as the arms of one seed do not say what other judges
 would have led to: seed 0 has the demo's.
 """
@@ -24,7 +25,7 @@ from puna.trainers.rl.comparisons import write_rows
 from puna.trainers.rl.config import RLHFConfig
 from puna.trainers.rl.rounds import KINDS, compare
 
-STEPS = 1_400  # of pretraining; the demo takes more, in bf16
+STEPS = 1_400  # of pretraining; the demo takes 1,800, in bf16 where it can
 PROMPTS = 960  # of one round of rejection sampling; PPO takes as many answers to the same ones
 SKILL_PROMPTS = 360  # of the loop about a skill that nobody judges; a third of them ask for it
 GHOST_DIALOGUES = 200  # of 20 exchanges

@@ -18,11 +18,11 @@ DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 
 
 def products_of(config: Any) -> str:
-    """The native products of a stage with this configuration: "bf16" or "fp32". What has no device
-    is a run of several stages, each of which has its own."""
-    if getattr(config, "dtype", "fp32") != "bf16" or not ops.multiplies_bf16():
+    """The native products of a stage with this configuration: "bf16" or "fp32", which it is too
+    for a run of several stages: that has no device, each stage has its own."""
+    if getattr(config, "dtype", "fp32") != "bf16" or not hasattr(config, "device"):
         return "fp32"
-    if not hasattr(config, "device"):
+    if not ops.multiplies_bf16():
         return "fp32"
     compiled = getattr(getattr(config, "parallel", None), "compile", False)
     native = ops.forced() in ("auto", "native") and not compiled
