@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from puna.benchmarks import budget
+from puna.core.generation import graphs
 
 _RESET_PEAK, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -102,18 +103,13 @@ def host_seconds(call: Callable[[], object], rounds: int = 20) -> float:
 def captured(call: Callable[[], object]) -> Callable[[], object] | None:
     """A call's launches as one CUDA graph, replayed; None where it cannot be captured (it waits for
     the GPU, or launches what a graph may not hold)."""
-    graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
+    device = torch.device("cuda", torch.cuda.current_device())
     try:
-        with torch.cuda.stream(aside):
-            call()  # first calls compile and allocate
-        torch.cuda.current_stream().wait_stream(aside)
-        with torch.cuda.graph(graph):
-            call()
+        graphs.launched_aside(call, device)  # first calls compile and allocate
+        return graphs.captured(call, device)
     except RuntimeError:
         torch.cuda.synchronize()
         return None
-    return graph.replay
 
 
 def summarise(seconds: list[float]) -> Timing:

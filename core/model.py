@@ -78,7 +78,7 @@ class Attention(nn.Module):
         q, k = ops.rope(q, k, rotary.cos, rotary.sin)
         if cache is not None and tokens == 1:
             k_cache, v_cache = cache.append(self.layer, k, v)
-            out = ops.decode_attention(q, k_cache, v_cache, cache.lengths + 1)
+            out = ops.decode_attention(q, k_cache, v_cache, cache.seen)
         elif shared is not None:
             q, k, v = (spread(each, shared) for each in (q, k, v))
             out = gathered(ops.attention(q, k, v, cu_seqlens=cu_seqlens), shared)

@@ -5,7 +5,7 @@ wrapper, a parametrization or a parallel plan on one of those would do nothing, 
 would go past a module asks here first, and calls it where the answer is no.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 import torch
@@ -49,6 +49,15 @@ def altered(module: nn.Module, *, may_have_bias: bool = False) -> str | None:
     if own.get("max_norm") is not None:
         return "it has a max_norm"
     return "there is a global hook on all modules" if _has_any_global_hook() else None
+
+
+def altered_part(model: nn.Module, biased: Collection[str] = ()) -> str | None:
+    """Which module of a model keeps it from being gone past, and how; None where none does. Those
+    called as in `biased` have a bias."""
+    for name, module in model.named_modules():
+        if why := altered(module, may_have_bias=name.rpartition(".")[2] in biased):
+            return f"of {name or 'the model'}, {why}"
+    return None
 
 
 def plain(*modules: nn.Module) -> bool:

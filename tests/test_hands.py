@@ -62,6 +62,7 @@ def ended(work: Callable[[], object], reader: bool = True) -> tuple[int | None, 
     errors = multiprocessing.get_context("fork").SimpleQueue()
 
     def child() -> None:
+        torch.set_num_threads(1)  # the threads of before are not here, and would be waited for
         said = io.StringIO()
         sys.stdout, sys.stderr, sys.stdin = os.fdopen(write, "w"), said, io.StringIO("")
         sys.argv = ["puna"]

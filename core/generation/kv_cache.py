@@ -33,7 +33,8 @@ class KVCache:
         # Zeros, not empty: NaN left in memory would survive a masked softmax as 0 * NaN.
         self._k = torch.zeros(shape, device=device, dtype=dtype)
         self._v = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._rows = torch.arange(batch, device=device)
+        self.set_lengths(torch.zeros_like(self._rows), 0)
 
     @property
     def k(self) -> Tensor:
@@ -56,15 +57,14 @@ class KVCache:
 
     @lengths.setter
     def lengths(self, lengths: Tensor) -> None:
-        self._lengths = lengths
         # Read once a step, not once a layer: on a GPU this waits for the device.
-        bounds = lengths.aminmax() if lengths.numel() else (0, 0)
-        self._shortest, self._longest = (int(bound) for bound in bounds)
+        self.set_lengths(lengths, int(lengths.max()) if lengths.numel() else 0)
 
     def set_lengths(self, lengths: Tensor, longest: int) -> None:
         """The same without a look at them, so that a GPU is not waited for: none is above
         `longest`."""
-        self._lengths, self._shortest, self._longest = lengths, -1, longest
+        self._lengths, self._longest = lengths, longest
+        self.seen = lengths + 1
 
     def place(self, slots: Tensor, other: "KVCache", rows: Tensor) -> None:
         """Copy `rows` (W,) of another cache to the beginning of `slots` (W,), a layer at a time."""
@@ -84,13 +84,8 @@ class KVCache:
         """Write one token a row (B, 1, K, D) at its length; returns the layer's caches, cut to
         the longest row."""
         keys, values = self.k[layer], self.v[layer]
-        if self._shortest == self._longest:  # a slice costs less than an index
-            keys[:, self._longest] = k[:, 0]
-            values[:, self._longest] = v[:, 0]
-        else:
-            rows = torch.arange(k.shape[0], device=k.device)
-            keys[rows, self._lengths] = k[:, 0]
-            values[rows, self._lengths] = v[:, 0]
+        keys[self._rows, self._lengths] = k[:, 0]
+        values[self._rows, self._lengths] = v[:, 0]
         return keys[:, : self._longest + 1], values[:, : self._longest + 1]
 
     def keep(self, rows: Tensor) -> None:
@@ -107,4 +102,5 @@ class KVCache:
         else:
             self._k = self._k[:, rows]
             self._v = self._v[:, rows]
-        self.lengths = self._lengths[rows]
+        self._rows = torch.arange(len(rows), device=rows.device)
+        self.set_lengths(self._lengths[rows], self._longest)

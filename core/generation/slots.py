@@ -1,9 +1,11 @@
 """Continuous batching by PyTorch, on any device: a slot whose answer ends takes the next prompt.
 
 Shapes are fixed and a step never waits for the device: which answers have ended is looked at every
-few steps. A prompt that several slots take (K samples of it) is run once and copied.
+few steps. On a GPU a step is replayed as a CUDA graph. A prompt that several slots take (K samples
+of it) is run once and copied.
 """
 
+import functools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from puna.core import ops
+from puna.core.generation.graphs import Graphs, replays
 from puna.core.generation.kv_cache import KVCache
 from puna.core.generation.sampling import EosIds, Sampler, all_of, step_seeds
 from puna.core.generation.stopping import Stops
@@ -19,6 +22,7 @@ from puna.core.model import Transformer
 
 LOOK = 8  # steps between two looks: an ended slot is computed for nothing until the next
 FILLED = 8  # slots are filled when one in so many is free: each time runs prompts by themselves
+ROOM = 256  # tokens that a graph looks back on, doubled as they grow: few graphs, none much too far
 SHRINK = 0.5  # the slots become fewer when, with no prompt left, this share of them is at work
 
 
@@ -68,6 +72,7 @@ class Slots:
         self.state = _State(last, lengths, counts, limits, keys, going, tokens, logprobs)
         self.holds: list[int | None] = [None] * count  # whose answer stands in a slot
         self.reach = 0  # no slot's length is above it: known without asking the device
+        self.graphs = Graphs(model) if replays(model) else None
 
     def fill(
         self, placed: Sequence[tuple[int, int]], prompts: Sequence[Sequence[int]], keys: Tensor,
@@ -108,11 +113,20 @@ class Slots:
 
     def step(self) -> None:
         """One token more in every slot whose answer goes on."""
+        if self.graphs is None:
+            self._step(self.reach)
+        else:
+            room = max(ROOM, 1 << self.reach.bit_length())
+            reach = min(room, self.cache.max_tokens) - 1
+            self.graphs.run(reach, functools.partial(self._step, reach))
+        self.reach = min(self.reach + 1, self.cache.max_tokens - 1)
+
+    def _step(self, reach: int) -> None:
+        """With nothing in it that changes from step to step but what tensors hold."""
         state = self.state
-        self.cache.set_lengths(state.lengths, self.reach)
+        self.cache.set_lengths(state.lengths, reach)
         hidden = self.model(state.last[:, None], state.lengths[:, None], cache=self.cache)[:, 0]
         state.lengths.add_(state.going)
-        self.reach = min(self.reach + 1, self.cache.max_tokens - 1)
         self._draw(hidden, torch.arange(len(self.holds), device=hidden.device))
 
     def _draw(self, hidden: Tensor, slots: Tensor) -> None:
@@ -174,6 +188,7 @@ class Slots:
         self.cache.keep(rows)
         self.state = _State(*(part[rows] for part in self.state))
         self.holds = [self.holds[slot] for slot in kept]
+        self.graphs = Graphs(self.model) if self.graphs else None  # of other shapes
 
 
 def continued(

@@ -26,7 +26,7 @@ from puna.core.native.linear import FAST
 from puna.core.native.loader import WIDTHS, best_instructions, extension
 from puna.core.native.session import Session
 from puna.core.parameters import parameter_shapes
-from puna.core.plain import altered
+from puna.core.plain import altered_part
 
 log = logging.getLogger("puna")
 
@@ -159,10 +159,8 @@ def unfit(model: Transformer) -> str | None:
     """Why the engine cannot run this model, or None."""
     if ops.traced():
         return "it is being traced"
-    biased = model.config.biased
-    for name, module in model.named_modules():
-        if why := altered(module, may_have_bias=name.rpartition(".")[2] in biased):
-            return f"of {name or 'the model'}, {why}"
+    if why := altered_part(model, model.config.biased):
+        return why
     if "logits" in model.__dict__:
         return "its logits were replaced"
     if other := _unlike_its_config(model):
