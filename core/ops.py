@@ -18,7 +18,6 @@ from puna.core.native import logprobs as native_logprobs
 from puna.core.native.products import multiplies_bf16 as multiplies_bf16
 from puna.core.native.products import products as products
 from puna.core.native.products import use_products as use_products
-from puna.kernels import add_rms_norm as add_rms_norm
 from puna.kernels import backend
 from puna.kernels import decode_attention as decode_attention
 from puna.kernels import gae as gae
@@ -90,6 +89,16 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, cast: str = "llama
     if _differentiated(x, weight):
         return autograd.RMSNorm.apply(x, weight, eps)
     return native_elementwise.rms_norm(x, weight, eps)[0]
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-5, cast: str = "llama"
+) -> tuple[Tensor, Tensor]:
+    """`kernels.add_rms_norm`, or a sum and the native norm for fp32 on the CPU."""
+    if not (_native() and native_elementwise.fits_rms_norm(x, weight, cast)):
+        return kernels.add_rms_norm(x, residual, weight, eps=eps, cast=cast)
+    summed = residual + x
+    return rms_norm(summed, weight, eps=eps, cast=cast), summed
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -1,7 +1,10 @@
-"""The parameters of a Llama by name: their shapes, and whether a model has just these.
+"""The parameters of a Llama by name: their shapes, how they start, and whether a model has just
+these.
 
 C model width, F FFN width, V vocabulary.
 """
+
+import math
 
 from torch import nn
 
@@ -34,6 +37,29 @@ def parameter_shapes(config: ModelConfig, head: str) -> dict[str, tuple[int, ...
     shapes["model.norm.weight"] = (C,)
     shapes[HEADS[head]] = (config.vocab_size if head == "lm" else 1, C)
     return shapes
+
+
+def initial_std(config: ModelConfig, name: str) -> float:
+    """The standard deviation of a matrix's start, by its name (the paper gives no scheme).
+
+    | matrix             | standard deviation      |
+    |--------------------|-------------------------|
+    | embedding          | 0.5                     |
+    | o_proj, down_proj  | fan_in^-1/2 / sqrt(2 L) |
+    | other projections  | fan_in^-1/2             |
+    | lm_head            | 0.02                    |
+    | score              | (C + 1)^-1/2            |
+
+    At width 128 the usual 0.02 everywhere never learned to copy in 2.4M tokens.
+    """
+    starts = {EMBEDDING: 0.5, HEADS["lm"]: 0.02, HEADS["score"]: (config.dim + 1) ** -0.5}
+    if name in starts:
+        return starts[name]
+    matrix = name.removesuffix(".weight").rpartition(".")[2]
+    fan_in = {"o_proj": config.q_dim, "down_proj": config.ffn_dim}
+    if matrix in fan_in:
+        return fan_in[matrix] ** -0.5 / math.sqrt(2 * config.n_layers)
+    return config.dim**-0.5
 
 
 def check_parameters(model: nn.Module, config: ModelConfig, head: str) -> None:
