@@ -104,12 +104,20 @@ def captured(call: Callable[[], object]) -> Callable[[], object] | None:
     """A call's launches as one CUDA graph, replayed; None where it cannot be captured (it waits for
     the GPU, or launches what a graph may not hold)."""
     device = torch.device("cuda", torch.cuda.current_device())
+    strict = torch.cuda.get_sync_debug_mode()
     try:
         graphs.launched_aside(call, device)  # first calls compile and allocate
+        # A capture that fails leaves PyTorch 2.11's allocator as if it went on: what waits for the
+        # GPU is found before.
+        torch.cuda.set_sync_debug_mode("error")
+        graphs.launched_aside(call, device)
+        torch.cuda.set_sync_debug_mode(strict)
         return graphs.captured(call, device)
     except RuntimeError:
         torch.cuda.synchronize()
         return None
+    finally:
+        torch.cuda.set_sync_debug_mode(strict)
 
 
 def summarise(seconds: list[float]) -> Timing:

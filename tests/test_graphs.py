@@ -12,6 +12,7 @@ import replayed
 import torch
 from torch import nn
 
+from puna.core import ops
 from puna.core.config import ModelConfig
 from puna.core.generation import graphs, slots
 from puna.core.generation.generate import generate, stream
@@ -76,6 +77,7 @@ def recorded(monkeypatch):
     monkeypatch.setattr(graphs, "captured", captured)
     monkeypatch.setattr(graphs, "launched_aside", lambda work, device: work())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
     monkeypatch.setattr(slots, "replays", lambda model: True)
     monkeypatch.setattr(slots, "ROOM", 16)
     monkeypatch.setattr("puna.core.ops.decode_attention", attend)
@@ -127,6 +129,7 @@ def test_the_order_of_calls(monkeypatch):
     """On stand-ins of CUDA's streams and graphs: a kind of work runs once, aside, is captured at
     its second time, and replayed from then on."""
     done: list[str] = []
+    free = [1 << 40, 1 << 20]
 
     class Stream:
         def __init__(self, device):
@@ -153,6 +156,7 @@ def test_the_order_of_calls(monkeypatch):
     for name, stand_in in {
         "CUDAGraph": Graph, "Stream": Stream, "current_stream": Stream,
         "graph_pool_handle": lambda: (0, 0), "stream": lambda stream: nullcontext(),
+        "mem_get_info": lambda device: (free.pop(), 0), "empty_cache": lambda: done.append("empty"),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(graphs, "_stream", Stream)
@@ -161,8 +165,8 @@ def test_the_order_of_calls(monkeypatch):
         runner.run(1, lambda: done.append("work"))
     runner.run(2, lambda: done.append("other"))
     assert done[:3] == ["wait", "work", "wait"]
-    assert done[3:8] == ["begin", "work", "end", "replay", "replay"]
-    assert done[8:] == ["wait", "other", "wait"]
+    assert done[3:9] == ["empty", "begin", "work", "end", "replay", "replay"]
+    assert done[9:] == ["wait", "other", "wait"]
     done.clear()
     runner.run(3, fails)
     with pytest.raises(RuntimeError, match="not permitted"):
@@ -174,7 +178,10 @@ def test_what_a_graph_would_leave_out_keeps_it_from_being_one(monkeypatch):
     model = model_of()
     assert not graphs.replays(model)
     monkeypatch.setattr(Transformer, "device", torch.device("cuda"))
+    assert not graphs.replays(model)  # the reference waits for lengths
+    monkeypatch.setattr(ops, "choose", lambda *tensors: "triton")
     assert graphs.replays(model)
+    assert not graphs.replays(Transformer(ModelConfig(600, 1, 2, 1, 96, vocab_size=211)))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
         assert not graphs.replays(model)

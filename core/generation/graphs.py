@@ -18,6 +18,8 @@ from puna.core.plain import altered_part
 
 log = logging.getLogger(__name__)
 
+ROOM = 2 << 30  # bytes: the logits of 256 rows of 128,256 words take 131 MB, the rest is less
+
 Work = Callable[[], object]
 _aside = threading.Lock()  # what another thread launched on the stream would be captured with it
 
@@ -42,6 +44,8 @@ class Graphs:
             return
         if kind not in self._replays:
             try:
+                if torch.cuda.mem_get_info(self.device)[0] < ROOM:
+                    torch.cuda.empty_cache()  # while capturing PyTorch gives nothing back
                 self._replays[kind] = captured(work, self.device, self._pool)
             except RuntimeError as error:
                 log.warning("Sampling goes without CUDA graphs, slower: %s", error)
@@ -50,9 +54,11 @@ class Graphs:
 
 
 def replays(model: Transformer) -> bool:
-    """Whether the steps of a model can be replayed: on a GPU, where no module, hook or mode is to
-    do something at each step that a graph would leave out."""
+    """Whether the steps of a model can be replayed: on a GPU, by kernels that never wait for it,
+    where no module, hook or mode is to do something at each step that a graph would leave out."""
     if model.device.type != "cuda" or ops.debug() or ops.traced():
+        return False
+    if ops.choose(*model.parameters()) != "triton" or model.config.head_dim > ops.WIDEST_HEAD:
         return False
     if "logits" in model.__dict__ or torch.is_autocast_enabled("cuda"):
         return False

@@ -169,7 +169,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, upstream, *_):
     if ctx.traced:
-        grads = [(grad * upstream).to(grad.dtype) for grad in ctx.saved_tensors]
+        grads = [(grad.float() * upstream).to(grad.dtype) for grad in ctx.saved_tensors]
     else:
         grads, ctx.formed = ctx.formed, None
         if grads is None:

@@ -80,7 +80,7 @@ class Totals:
 
     def add(self, name: str, values: Tensor) -> None:
         """values: any shape; each element counts once."""
-        flat = values.detach().double()
+        flat = values.detach().to(self.device, torch.float64)
         pair = torch.stack([flat.sum(), flat.new_tensor(float(flat.numel()))])
         self.sums[name] = self.sums.get(name, torch.zeros_like(pair)) + pair
 
