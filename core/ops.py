@@ -23,7 +23,6 @@ from puna.kernels import decode_attention as decode_attention
 from puna.kernels import gae as gae
 from puna.kernels import rope_tables as rope_tables
 from puna.kernels import sample as sample
-from puna.kernels.attention.forward import WIDEST as WIDEST_HEAD
 from puna.kernels.backend import choose as choose
 from puna.kernels.backend import debug as debug
 from puna.kernels.backend import forced as forced
