@@ -16,7 +16,7 @@ TESTS = {
     "losses": ("linear_cross_entropy_triton", "linear_logprobs_triton"),
     "sampling": ("sample_triton", "gae_triton", "same_numbers", "bench_kernels"),
     "generation": ("gpu_generation", "graphs"),
-    "stages": ("gpu_stages",),
+    "stages": ("gpu_stages", "triton_stages"),
 }
 # What compute-sanitizer looks at: one test or two an operation, all of small shapes.
 SANITIZED = "error_against_pytorch or no_worse_than_pytorch or strided or several_chunks"
