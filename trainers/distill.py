@@ -41,6 +41,7 @@ from puna.trainers.rl.config import (
 from puna.trainers.rl.rewards import Reward, RewardModels, score_answers
 from puna.trainers.rl.rollout import as_answers, draw_answers
 from puna.trainers.rl.sampling import scored_rows
+from puna.trainers.sft import load_dialogues
 from puna.trainers.train import next_token, written
 from puna.trainers.train.command import command
 from puna.trainers.train.kinds import FIXED
@@ -113,6 +114,7 @@ def select(
     config: DistillConfig, folder: Run, tokenizer: Tokenizer, selected: Path, reward: Reward | None
 ) -> None:
     """Stages 1 and 2: sample what is missing, write `selected`."""
+    load_dialogues(config.mix, config)  # what cannot be read is said before anything is sampled
     policy = frozen(config.policy, "lm", config)
     context = policy.config.context
     if reward is None:

@@ -157,6 +157,7 @@ def sampled_exchanges(
     done = parallel.on_main(lambda: whole_turns(path))
     longest = max(len(d.turns) for d in dialogues)
     if done < longest:
+        load_dialogues(config.mix, config)  # what cannot be read is said before anything is sampled
         model = loop.load(open_model(config.model, head="lm"), config, frozen=True)
         engine = engine_of(config, tokenizer)
         with at_hand(model, engine) as whole:
