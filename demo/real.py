@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from puna.core import ops
+from puna.core.checkpoint.any_format import open_any
 from puna.core.checkpoint.atomic import write_text
 from puna.core.checkpoint.convert import convert
 from puna.core.checkpoint.folder import tokenizer_path
@@ -104,6 +105,8 @@ def model_of(config: RealConfig) -> Path:
     folder = config.out / "model"
     if not folder.exists():
         source = config.model or fetched(config.cache)
+        if open_any(source).head != "lm":
+            raise ValueError(f"{source} is a reward model; name a chat model")
         convert(source, folder)
         say(f"converted {source} to {folder}")
     return folder
