@@ -18,6 +18,7 @@ from typing import Any
 from puna.core import parallel
 from puna.core.checkpoint.atomic import make_folder, remove_empty, write_text
 from puna.core.errors import UserError
+from puna.trainers.train.advice import advice, commanded
 from puna.trainers.train.config import to_toml
 from puna.trainers.train.environment import environment
 from puna.trainers.train.inputs import Given, Inputs, differences, inputs_of
@@ -63,6 +64,7 @@ def owned(
     inputs = inputs_of(config, given)
     same_on_every_rank(config, inputs)
     with ExitStack() as stack:
+        stack.enter_context(commanded(config))
 
         def take() -> list[str]:
             refuse_strangers(config.out)
@@ -177,7 +179,8 @@ def refuse(config: Any, fixed: list[str], amended: list[str]) -> None:
             "give another --out"
         )
     if amended and not getattr(config, "amend", False):
-        way = "add --amend to change them from here on, " if hasattr(config, "amend") else ""
+        way = advice("amend", "add --amend to change them from here on, ", "")
+        way *= hasattr(config, "amend")
         raise ValueError(
             f"{config.out} holds a run on other terms ({'; '.join(amended)}); go on with the old "
             f"ones, {way}or give another --out"

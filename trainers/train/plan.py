@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from puna.core import parallel
+from puna.trainers.train.advice import advice
 from puna.trainers.train.loop import TrainConfig, learning_rate
 from puna.trainers.train.notice import notice
 
@@ -36,7 +37,7 @@ def check_shares(batch: int, tp: int = 1, called: str = "a batch of") -> None:
         groups = f"groups of {tp} processes" if tp > 1 else "processes"
         raise ValueError(
             f"{called} {batch} cannot be shared equally by {ranks} {groups}; choose a multiple, or "
-            "let more work on the same rows (--parallel.tp)"
+            f"let more work on the same rows{advice('parallel', ' (--parallel.tp)', '')}"
         )
 
 
