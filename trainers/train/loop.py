@@ -290,11 +290,10 @@ def check_finite(run: Run, step: int, **values: float) -> None:
         if not math.isfinite(value):
             run.settle()
             kept = run.checkpoint
-            rate = advice("amend lr", "--amend --lr <rate>", "--amend, and lr in its table")
             where = f"the last good checkpoint is {kept}" if kept else "no checkpoint was due yet"
             raise UserError(
                 f"the {name} is {value} at step {step}; {where}; look at that step's data, or "
-                + advice("amend", f"go on from there with a lower learning rate: {rate}", ANEW)
+                + advice("amend", "go on from there with --amend and a lower lr", ANEW)
             )
 
 
