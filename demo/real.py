@@ -22,6 +22,7 @@ from puna.core.checkpoint.any_format import open_any
 from puna.core.checkpoint.atomic import write_text
 from puna.core.checkpoint.convert import convert
 from puna.core.checkpoint.folder import tokenizer_path
+from puna.core.documents import count_of
 from puna.core.terminal import say, say_table
 from puna.core.text.tokenizer import Tokenizer
 from puna.demo import real_measure as measure
@@ -252,7 +253,9 @@ def tell(figures: Mapping[str, Any]) -> None:
     ]
     count = figures["rows"]["prompts-held"]
     say()
-    title = f"{count} held-out prompts: mean ± half of its 95% interval; KL from SFT, nats"
+    title = (
+        f"{count_of(count, 'held-out prompt')}: mean ± half of its 95% interval; KL from SFT, nats"
+    )
     say_table(rows, ("", *columns[:-1], "KL", "loss"), title)
     changed = figures["changes"]
     rows = [

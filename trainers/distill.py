@@ -22,6 +22,7 @@ from typing import Annotated, Any, cast
 
 from puna.core import parallel
 from puna.core.checkpoint.atomic import atomic_file, write_text
+from puna.core.documents import count_of
 from puna.core.model import Transformer
 from puna.core.terminal import say_table
 from puna.core.text.tokenizer import Tokenizer
@@ -201,7 +202,8 @@ def keep(folder: Run, selected: Path) -> None:
         sampled.unlink()
         written.forget(folder.path, sampled.name)
         raise ValueError(
-            f"of {len(pairs)} answers under a pre-prompt none is finished and scores higher than "
+            f"of {count_of(len(pairs), 'answer')} under a pre-prompt none is finished and "
+            "scores higher than "
             "the model's own; give other preprompts, raise max_new_tokens, or start from a better "
             "model"
         )

@@ -135,7 +135,7 @@ def imitate(
     skipped.merge(rows.skipped)
     next_token.say(skipped)
     plan = of_epochs(len(rows), config.epochs, config.batch)
-    what = rows.described("answers")
+    what = rows.described("answer")
     return next_token.train(title, folder, source, rows, config, plan=plan, what=what)
 
 

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from puna.core.documents import count_of
 from puna.core.text.chat import Message
 from puna.trainers.train.advice import advice
 
@@ -38,7 +39,7 @@ def split(
         smallest = min(order, key=lambda number: len(members[number]))
         chosen.update(members[smallest])
     if len(chosen) >= len(items):
-        of = f" of {len(groups)} different prompts" if len(groups) < len(items) else ""
+        of = f" of {count_of(len(groups), 'different prompt')}" if len(groups) < len(items) else ""
         raise ValueError(
             f"there are too few rows ({len(items)}{of}) to hold some out; give held-out data of "
             f"their own, or {advice('eval_share', '--eval-share 0', 'set eval_share to 0')}"
@@ -88,7 +89,7 @@ def also_learned(
     known = {key(item) for item in learned}
     if not (both := sum(key(item) in known for item in held)):
         return []
-    return [f"{both:,} of {len(held):,} held-out rows are among those that are learned, too"]
+    return [f"among those that are learned: {both:,} of {count_of(len(held), 'held-out row')}"]
 
 
 def opening(messages: Sequence[Message]) -> str:
