@@ -2,6 +2,7 @@
 
 from puna.annotate.config import ExportConfig, ImportConfig
 from puna.core.checkpoint.atomic import check_absent, write_text
+from puna.core.documents import count_of
 from puna.core.terminal import say
 from puna.trainers.annotations import exchange
 from puna.trainers.annotations.store import opened
@@ -16,7 +17,7 @@ def export(config: ExportConfig) -> None:
     if not count:
         raise ValueError(f"there is no comparison to write in {config.annotations} yet")
     write_text(config.out, text)
-    say(f"{count} comparisons are in {config.out}")
+    say(f"wrote {config.out}: {count_of(count, 'comparison')}")
 
 
 def bring(config: ImportConfig) -> None:
@@ -25,6 +26,6 @@ def bring(config: ImportConfig) -> None:
     with opened(config.annotations, create=True) as store:
         for path, (rows, skipped) in zip(config.data, read, strict=True):
             new = exchange.bring_in(store, rows)
-            say(f"{path}: {new} comparisons are new, {len(rows) - new} were there")
+            say(f"{path}: {count_of(new, 'new comparison')}; there before: {len(rows) - new:,}")
             if skipped:
                 say(str(skipped))

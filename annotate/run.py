@@ -34,16 +34,19 @@ def run(config: AnnotateConfig) -> None:
     guidelines = {
         kind: read_guidelines(path) for kind, path in of_kinds(config, "guidelines").items()
     }
+    rewards = of_kinds(config, "reward")
+    if config.models:  # PyTorch is not imported before a model is wanted
+        from puna.annotate.supply import Supply, check_readable
+
+        check_readable(config)
+    if rewards:
+        from puna.annotate.scoring import Scoring, check_judge
+
+        for kind, path in rewards.items():
+            check_judge(kind, path)
     with listening(config) as place, opened(config.out, create=True) as store:
-        supply, scoring = None, None
-        if config.models:
-            from puna.annotate.supply import Supply  # not before a model is wanted
-
-            supply = Supply(store, config)
-        if rewards := of_kinds(config, "reward"):
-            from puna.annotate.scoring import Scoring
-
-            scoring = Scoring(store, rewards, config.device)
+        supply = Supply(store, config) if config.models else None
+        scoring = Scoring(store, rewards, config.device) if rewards else None
         beside = [each.background for each in (supply, scoring) if each is not None]
         for each in beside:
             each.start()

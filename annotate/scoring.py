@@ -23,8 +23,7 @@ class Judge:
     """A reward model and the comparisons of its kind."""
 
     def __init__(self, kind: str, path: Path, device: torch.device):
-        if open_source(path).head != "score":
-            raise ValueError(f"{path} is a language model; {kind}_reward takes a reward model")
+        check_judge(kind, path)
         self.kind, self.path, self.version = kind, path, version_of(path)
         self.tokenizer = Tokenizer(tokenizer_path(path))
         self.model = load_model(path, device=device).eval()
@@ -38,6 +37,12 @@ class Judge:
             scores = scores_of(self.model, pairs, 1, self.model.device, str(self.path))
             found.append((each.verdict, float(scores[0, 0] - scores[0, 1]) if pairs else None))
         return found
+
+
+def check_judge(kind: str, path: Path) -> None:
+    """ValueError where a model is none that scores."""
+    if open_source(path).head != "score":
+        raise ValueError(f"{path} is a language model; {kind}_reward takes a reward model")
 
 
 class Scoring:

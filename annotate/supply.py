@@ -142,6 +142,12 @@ def is_answer(given: Given) -> bool:
     return True
 
 
+def check_readable(config: AnnotateConfig) -> None:
+    """ValueError for models and prompts that cannot be used, before there is a file."""
+    tokenizer = Tokenizer(common_tokenizer(*config.models))
+    load_prompts(config.prompts, tokenizer, room_for_prompts(config), config)
+
+
 def room_for_prompts(config: AnnotateConfig) -> int:
     """Most tokens of a prompt, by the models' contexts."""
     sources = {path: open_source(path) for path in config.models}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from puna.core.documents import read_object, shortened, typed
+from puna.core.documents import count_of, read_object, shortened, typed
 from puna.core.errors import UserError
 from puna.core.terminal import shown as visible
 
@@ -69,7 +69,9 @@ def compare(before: Path, after: Path) -> list[Change]:
     console.print(table(changes))
     if worse:
         raise UserError(f"worse than before: {'; '.join(worse)}")
-    console.print(f"of {len(changes)} rows none of Puna's became slower beyond the noise")
+    console.print(
+        f"of {count_of(len(changes), 'row')} none of Puna's became slower beyond the noise"
+    )
     return changes
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from puna.core.checkpoint.folder import open_source, tokenizer_path
+from puna.core.documents import count_of
 from puna.core.terminal import say, say_table
 from puna.core.text.chat import encode_answer, encode_dialogue, encode_prompt, spelled
 from puna.core.text.tokenizer import Tokenizer, stream_text
@@ -248,4 +249,4 @@ def show(kind: str, parts: Sequence[Part], row: Any, number: int) -> None:
 def cut(text: str) -> str:
     """As much of a text as is shown."""
     more = len(text) - MOST_SHOWN
-    return text if more <= 0 else f"{text[:MOST_SHOWN]}... and {more:,} characters more"
+    return text if more <= 0 else f"{text[:MOST_SHOWN]}... and {count_of(more, 'character')} more"

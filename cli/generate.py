@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import puna
 from puna.core import parallel
 from puna.core.checkpoint.atomic import check_absent
+from puna.core.documents import count_of
 from puna.core.llama import stops_of
 from puna.core.ranks import is_main
 from puna.core.tensor_parallel import generate_together
@@ -176,7 +177,7 @@ def continue_files(config: GenerateConfig, llama: puna.Llama, settings: dict[str
             (work / TEXTS).rename(config.out)
     if is_main():
         shutil.rmtree(work)
-        say(f"wrote {config.out}: {len(prompts):,} texts")
+        say(f"wrote {config.out}: {count_of(len(prompts), 'text')}")
     return config.out
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from puna.core.checkpoint.atomic import check_absent
+from puna.core.documents import count_of
 from puna.core.terminal import say, say_table
 from puna.core.text.tokenizer import Tokenizer, train_tokenizer
 from puna.trainers.data.columns import Reading
@@ -87,7 +88,8 @@ def encode(config: Encode) -> None:
         found = write(config.output, tokenizer, Texts(config.data, config))
         if found.skipped:
             say(str(found.skipped))
-        say(f"wrote {config.output}: {found.tokens:,} tokens of {found.documents:,} documents")
+        tokens = count_of(found.tokens, "token")
+        say(f"wrote {config.output}: {tokens} of {count_of(found.documents, 'document')}")
         return
     ids = tokenizer.encode(config.text or "")
     say(" ".join(map(str, ids)))

@@ -168,6 +168,11 @@ def listed(names: Iterable[str], most: int = 12) -> str:
     return ", ".join(f"'{name}'" for name in known[:most]) + more
 
 
+def count_of(number: int, noun: str) -> str:
+    """So many of what the noun names, which takes an s: `1 row`, `2,000 rows`."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 def as_name(name: str) -> str:
     """A name that others gave, on one line and short enough for a message."""
     return shortened(name)[1:-1]

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from puna.core import sequence_parallel, tensor_parallel
 from puna.core.checkpoint.source import Source
 from puna.core.config import ModelConfig
+from puna.core.documents import count_of
 from puna.core.model import Transformer
 from puna.core.offload import MOMENTS as MOMENTS
 from puna.core.optimizer_state import load_optimizer_state as load_optimizer_state
@@ -140,8 +141,7 @@ def check(config: ModelConfig, replicate: int, tp: int) -> None:
     if world_size() % (replicate * tp):
         said = f"{replicate} and tp {tp}, together {replicate * tp}," if tp > 1 else f"{replicate}"
         raise ValueError(
-            f"replicate is {said} and there are {world_size()} ranks, no multiple of it; take "
-            "a divisor"
+            f"replicate is {said} and no divisor of {count_of(world_size(), 'rank')}; take one"
         )
 
 

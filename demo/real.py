@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from puna.core import ops
+from puna.core.checkpoint.any_format import open_any
 from puna.core.checkpoint.atomic import write_text
 from puna.core.checkpoint.convert import convert
 from puna.core.checkpoint.folder import tokenizer_path
+from puna.core.documents import count_of
 from puna.core.terminal import say, say_table
 from puna.core.text.tokenizer import Tokenizer
 from puna.demo import real_measure as measure
@@ -104,6 +106,8 @@ def model_of(config: RealConfig) -> Path:
     folder = config.out / "model"
     if not folder.exists():
         source = config.model or fetched(config.cache)
+        if open_any(source).head != "lm":
+            raise ValueError(f"{source} is a reward model; name a chat model")
         convert(source, folder)
         say(f"converted {source} to {folder}")
     return folder
@@ -249,7 +253,9 @@ def tell(figures: Mapping[str, Any]) -> None:
     ]
     count = figures["rows"]["prompts-held"]
     say()
-    title = f"{count} held-out prompts: mean ± half of its 95% interval; KL from SFT, nats"
+    title = (
+        f"{count_of(count, 'held-out prompt')}: mean ± half of its 95% interval; KL from SFT, nats"
+    )
     say_table(rows, ("", *columns[:-1], "KL", "loss"), title)
     changed = figures["changes"]
     rows = [

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from puna.core.documents import json_rows, listed
+from puna.core.documents import count_of, json_rows, listed
 from puna.core.terminal import say
 from puna.core.text.chat import encode_answer, encode_prompt
 from puna.core.text.tokenizer import Tokenizer
@@ -131,9 +131,10 @@ def shared_out(
     taken = {reward.begins(row) for row in short}
     shown = [row for row in others if reward.begins(row) not in taken][:teaching]
     if len(short) < 4:
+        kind = f"{[*KINDS.values()][seeds[1]]} comparison"
         raise ValueError(
-            f"there are {len(short)} {[*KINDS.values()][seeds[1]]} comparisons of at most "
-            f"{LONGEST} tokens, too few to train on some and hold some out; add shorter ones to "
+            f"{count_of(len(short), kind)} of at most {LONGEST} tokens: too few to train on "
+            "some and hold some out; add shorter ones to "
             "--data"
         )
     return shown, *split(short, HELD / (PAIRS + HELD), seeds[0], reward.begins)

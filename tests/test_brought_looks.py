@@ -64,7 +64,7 @@ def test_puna_data_finds_the_kind(row: dict, kind: str, tmp_path: Path, tiny: Pa
     assert "which no layout has" in capsys.readouterr().err
 
 
-INSIDE = r"row 1: .*; if the 2 objects in 'data' are the rows, save that list alone"
+INSIDE = r"row 1: .*; if the rows are in 'data' \(2 objects\), save that list alone"
 
 
 @pytest.mark.parametrize(

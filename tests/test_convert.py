@@ -178,7 +178,7 @@ def lose_a_parameter(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lose_a_share, "1 consolidated files hold 16 of 32 columns; fetch the missing files"),
+        (lose_a_share, "1 consolidated file with 16 of 32 columns; fetch the missing files"),
         (lose_the_first_share, "without a gap, found consolidated.01.pth; fetch"),
         (truncate_a_share, "consolidated.01.pth is damaged or cut short; fetch it again"),
         (put_code_in_a_share, "more than tensors and is not opened"),

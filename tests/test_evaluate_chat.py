@@ -141,7 +141,7 @@ def test_people_judge_a_file(tiny, matched, tmp_path, capsys):
         == (found["wins"][name]["by"]["annotator"])
     )
     write(judged, said[1:])
-    with pytest.raises(ValueError, match=r"1 of \d+ pairs have no judgement, the first is pair 0"):
+    with pytest.raises(ValueError, match=r"no judgement of 1 of \d+ pairs, the first is pair 0"):
         chat.run(config)
     for row in ({"pair": 0, "winner": "c"}, {"pair": 99, "winner": "a"}, {"pair": -1}):
         write(judged, [row])

@@ -84,7 +84,7 @@ def test_instructions_kept_by_a_function_and_by_a_file(tiny, tmp_path):
     file.unlink()
     assert chat.run(config)["instruction_kept"] == found and file.read_bytes() == whole
     write(judged, verdicts[1:])
-    with pytest.raises(ValueError, match="have no judgement, the first is answer 0"):
+    with pytest.raises(ValueError, match="no judgement of .*, the first is answer 0"):
         chat.run(config)
     other = [row | {"kept": not row["kept"]} for row in verdicts]
     write(judged, [*verdicts, *other, *verdicts])  # two of three

@@ -140,10 +140,10 @@ def test_held_out_rows_that_are_learned_are_counted(tried, tiny, tmp_path, line)
     rows = (tiny / f"{name}.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "learned.jsonl").write_text("".join(rows[:40]))
     (tmp_path / "held.jsonl").write_text("".join(rows[37:]))
-    said = "held-out rows are among those that are learned, too"
+    said = "among those that are learned: "
     line += " --epochs 1 --data {1}/learned.jsonl --eval-data {1}/"
     both = len({row for row in rows[:40]} & {*rows[37:]})
-    assert f"{both} of 11 {said}" in tried(f"{line}held.jsonl --out {{1}}/one")[1]
+    assert f"{said}{both} of 11 held-out rows" in tried(f"{line}held.jsonl --out {{1}}/one")[1]
     (tmp_path / "other.jsonl").write_text("".join(row for row in rows[40:] if row not in rows[:40]))
     assert said not in tried(f"{line}other.jsonl --out {{1}}/two")[1]
 

@@ -223,9 +223,9 @@ def test_only_answers_that_the_judge_accepts_and_that_end_become_targets(tokeniz
     assert choose(tokenizer, dialogue, [], [7], [blue, cut], judge) == Exchange("red", blue, False)
     assert choose(tokenizer, dialogue, [], [7], [cut], None) == Exchange("red", cup, False)
     assert choose(tokenizer, dialogue, [], [7], [silent, blue], None) == Exchange("red", blue, True)
-    with pytest.raises(ValueError, match="the judge gave 0 verdicts for 1 answers"):
+    with pytest.raises(ValueError, match="the judge gave 0 verdicts for 1 answer;"):
         choose(tokenizer, dialogue, [], [7], [blue], lambda answers: [])
-    with pytest.raises(ValueError, match="the judge gave more than 1 verdicts for 1 answers"):
+    with pytest.raises(ValueError, match="the judge gave more than 1 verdict for 1 answer;"):
         choose(tokenizer, dialogue, [], [7], [blue], lambda answers: itertools.count())
 
 

@@ -235,7 +235,7 @@ def test_the_advice_after_nan_works(tmp_path):
     """A lower learning rate from the last good checkpoint on, and the step is on record."""
 
     config = configured(tmp_path)
-    with pytest.raises(UserError, match="--amend --lr"):
+    with pytest.raises(UserError, match="--amend and a lower lr"):
         train(config, objective=OBJECTIVE._replace(loss=nan_at_step_5(tmp_path)))
     final = train(replace(config, lr=5e-3, amend=True))
     rates = [row["lr"] for row in metrics(tmp_path)]

@@ -65,7 +65,9 @@ def test_what_the_mix_came_to_is_said():
     found, note = said(["a"] * 30, list("bcde"), ["c"], 0.5)
     assert found[30:] == list("bde")  # c is held out
     assert note.startswith("mix: 30 own rows and 3 of 4 others, 9.1% of all where 50.0% is asked")
-    assert note.endswith("none counts twice; 1 others begin as one that is held out")
+    assert note.endswith(
+        "none counts twice; 1 other left out for beginning as one that is held out"
+    )
 
 
 def trained_pairs(monkeypatch, config: RewardConfig, out: Path) -> tuple[list, list]:
@@ -103,7 +105,7 @@ def test_a_reward_model_is_trained_on_the_share_asked_for(tiny, tmp_path, monkey
         assert not {pair.prompt for pair in pairs} & {pair.prompt for pair in held}
         shown = capsys.readouterr().out
         assert f"mix: 16 own rows and {expected} of 60 others" in shown
-        assert "4 others begin as one that is held out" in shown
+        assert "4 others left out for beginning as one that is held out" in shown
 
 
 def test_a_mixed_run_goes_on_as_if_it_had_not_stopped(tiny, tmp_path):

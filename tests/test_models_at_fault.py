@@ -101,7 +101,7 @@ def test_a_critic_without_values_is_named(world):
     critic = load_model(world / "ruined-helpfulness", device="cpu")
     ids, one = [1, 5], torch.ones(1)
     rollout = Rollout([ids], [ids], torch.tensor([2]), torch.zeros(1, 2), one.bool())
-    with pytest.raises(RuntimeError, match="the critic gave no finite score for 1 of 1 answers"):
+    with pytest.raises(RuntimeError, match="the critic gave no finite score for 1 of 1 answer;"):
         answer_values(critic, rollout, max_tokens=99)
 
 

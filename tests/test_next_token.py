@@ -105,7 +105,7 @@ def test_a_split_loses_nothing_and_is_the_same_every_time(count, share, seed):
 def test_rows_of_one_prompt_stay_together(prompts, share):
     items = list(enumerate(prompts))
     if len(set(prompts)) == 1:
-        with pytest.raises(ValueError, match="of 1 different prompts"):
+        with pytest.raises(ValueError, match="of 1 different prompt"):
             split(items, share, 0, lambda item: item[1])
         return
     kept, held = split(items, share, 0, lambda item: item[1])

@@ -256,11 +256,11 @@ def test_moments_are_on_the_host_between_steps() -> None:
 def test_ranks_that_cannot_hold_so_many_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "world_size", lambda: 4)
     monkeypatch.setattr(tensor_parallel.ranks, "world_size", lambda: 4)
-    with pytest.raises(ValueError, match="replicate is 3 and there are 4 ranks, no multiple"):
+    with pytest.raises(ValueError, match="replicate is 3 and no divisor of 4 ranks"):
         parallel.prepare(Transformer(CONFIG), replicate=3)
-    with pytest.raises(ValueError, match="replicate is 2 and tp 4, together 8, and there are 4"):
+    with pytest.raises(ValueError, match="replicate is 2 and tp 4, together 8, and no divisor"):
         parallel.prepare(Transformer(FOURS), replicate=2, tp=4)
-    with pytest.raises(ValueError, match="replicate is 3 and there are 4 ranks, no multiple"):
+    with pytest.raises(ValueError, match="replicate is 3 and no divisor of 4 ranks"):
         parallel.prepare(Transformer(CONFIG), replicate=3)
 
 

@@ -135,7 +135,7 @@ def test_comparisons_that_are_all_too_long(tiny: Path, brought: Path, tmp_path: 
     file = brought / "My_Helpful.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in long))
     config = real.RealConfig(data=[brought], out=tmp_path / "real", model=tiny / "chat")
-    with pytest.raises(ValueError, match="there are 0 helpful comparisons of at most 144 tok"):
+    with pytest.raises(ValueError, match="0 helpful comparisons of at most 144 tok"):
         real.run(config)
 
 

@@ -211,7 +211,7 @@ def test_what_a_reward_wants_logged_goes_with_its_scores():
         (itertools.count(), ValueError, "gave more than 3 scores for 3 answers"),
         (Scores([1.0, 2.0]), ValueError, "the reward gave 2 scores for 3 answers"),
         (Scores(torch.ones(3), [1.0]), ValueError, "parts and branches must be dictionaries"),
-        (Scores(torch.ones(3), {"a": [1.0]}), ValueError, "the reward's part 'a' gave 1 scores"),
+        (Scores(torch.ones(3), {"a": [1.0]}), ValueError, "the reward's part 'a' gave 1 score for"),
         (Scores(torch.ones(3), {"a": torch.ones(2)}), ValueError, "part 'a' gave .* \\(2,\\)"),
         (Scores(torch.ones(3), {"a": [1, math.nan, 2]}), RuntimeError, "part 'a' gave no finite"),
         (

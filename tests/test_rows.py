@@ -239,15 +239,15 @@ def test_a_held_out_pair_that_is_too_long_stops_nobody(tiny: Path, tmp_path: Pat
     said = capsys.readouterr().out
     assert "held out, and longer than the context of 256 tokens" in said
     assert "the held-out accuracy is not measured" in said
-    assert "6 of 6 pairs have no rating: the margin of these is 0" in said
-    assert "5 of 6 pairs have no safety label: safety_weight = 0.5 does nothing" in said
+    assert "no rating in 6 of 6 pairs: there the margin is 0" in said
+    assert "no safety label in 5 of 6 pairs: there safety_weight = 0.5 does nothing" in said
 
 
 def test_options_without_labels_are_said() -> None:
     pairs = [Pair([1], [2], "better"), Pair([1], [2], None, "both_safe")]
     assert len(unlabelled(pairs, "small", 0.1)) == 2
     assert unlabelled(pairs[:1], "large", 0.0) == unlabelled(pairs, "none", 0.0) == []
-    assert "1 of 2 pairs have no rating" in unlabelled(pairs, "large", 0.0)[0]
+    assert "no rating in 1 of 2 pairs" in unlabelled(pairs, "large", 0.0)[0]
 
 
 # --- what is read is used

@@ -75,7 +75,7 @@ def refused(read, message: str) -> None:
 
 
 BAD_CONFIGS = [
-    ({"num_hidden_layers": 10**9}, "config says 1000000000 layers, the weights have 2; fetch"),
+    ({"num_hidden_layers": 10**9}, "config says 1,000,000,000 layers, the weights have 2; fetch"),
     ({"num_hidden_layers": 3}, "config says 3 layers, the weights have 2"),
     ({"num_hidden_layers": 10**30}, "layers, the weights have 2"),
     ({"max_position_embeddings": 10**9}, "the context is 1000000000 tokens; .* at most 1048576"),

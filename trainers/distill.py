@@ -22,6 +22,7 @@ from typing import Annotated, Any, cast
 
 from puna.core import parallel
 from puna.core.checkpoint.atomic import atomic_file, write_text
+from puna.core.documents import count_of
 from puna.core.model import Transformer
 from puna.core.terminal import say_table
 from puna.core.text.tokenizer import Tokenizer
@@ -41,6 +42,7 @@ from puna.trainers.rl.config import (
 from puna.trainers.rl.rewards import Reward, RewardModels, score_answers
 from puna.trainers.rl.rollout import as_answers, draw_answers
 from puna.trainers.rl.sampling import scored_rows
+from puna.trainers.sft import load_dialogues
 from puna.trainers.train import next_token, written
 from puna.trainers.train.command import command
 from puna.trainers.train.kinds import FIXED
@@ -113,6 +115,7 @@ def select(
     config: DistillConfig, folder: Run, tokenizer: Tokenizer, selected: Path, reward: Reward | None
 ) -> None:
     """Stages 1 and 2: sample what is missing, write `selected`."""
+    load_dialogues(config.mix, config)  # what cannot be read is said before anything is sampled
     policy = frozen(config.policy, "lm", config)
     context = policy.config.context
     if reward is None:
@@ -199,7 +202,8 @@ def keep(folder: Run, selected: Path) -> None:
         sampled.unlink()
         written.forget(folder.path, sampled.name)
         raise ValueError(
-            f"of {len(pairs)} answers under a pre-prompt none is finished and scores higher than "
+            f"of {count_of(len(pairs), 'answer')} under a pre-prompt none is finished and "
+            "scores higher than "
             "the model's own; give other preprompts, raise max_new_tokens, or start from a better "
             "model"
         )

@@ -23,6 +23,7 @@ import numpy as np
 
 from puna.core import parallel
 from puna.core.checkpoint.folder import open_model, tokenizer_path
+from puna.core.documents import count_of
 from puna.core.generation.memory import Memory
 from puna.core.model import Transformer
 from puna.core.text.chat import Message, decode_answer, encode_dialogue, encode_turn
@@ -115,7 +116,7 @@ def fit(config: GAttConfig, folder: Run, tokenizer: Tokenizer, judge: Judge | No
     source = open_start(folder, config.model, head="lm")
     rows = training_rows(config, tokenizer, dialogues, sampled, source.config.context)
     plan = of_epochs(len(rows), config.epochs, config.batch)
-    what = rows.described("dialogues")
+    what = rows.described("dialogue")
     return next_token.train("gatt", folder, source, rows, config, plan=plan, what=what)
 
 
@@ -157,6 +158,7 @@ def sampled_exchanges(
     done = parallel.on_main(lambda: whole_turns(path))
     longest = max(len(d.turns) for d in dialogues)
     if done < longest:
+        load_dialogues(config.mix, config)  # what cannot be read is said before anything is sampled
         model = loop.load(open_model(config.model, head="lm"), config, frozen=True)
         engine = engine_of(config, tokenizer)
         with at_hand(model, engine) as whole:
@@ -195,7 +197,8 @@ def _sample(
         def look(whole: int) -> None:
             if stop():
                 raise SystemExit(
-                    f"stopped after {whole} of {longest} turns; the same command continues "
+                    f"stopped after {whole} of {count_of(longest, 'turn')}; the same "
+                    "command continues "
                     f"{config.out}"
                 )
 

@@ -53,6 +53,7 @@ from puna.trainers.rl.update import (
     update,
 )
 from puna.trainers.train import loop
+from puna.trainers.train.advice import ANEW, advice
 from puna.trainers.train.command import command
 from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.next_token import say
@@ -243,9 +244,8 @@ def check_finished(config: PPOConfig, rollout: Rollout) -> None:
     """UserError where every answer of all ranks is masked out, so that nothing could be learned."""
     if config.unfinished == "mask" and not parallel.all_max(int(rollout.finished.any())):
         raise UserError(
-            f"no answer of {config.batch} ends within max_new_tokens {config.max_new_tokens} and "
-            "unfinished ones are masked, so nothing is left to learn from; raise it (--amend), "
-            'or set unfinished to "subtract"'
+            f"no answer of {config.batch} ends within max_new_tokens, so that all are masked; "
+            + advice("amend", 'raise it (--amend), or set unfinished to "subtract"', ANEW)
         )
 
 

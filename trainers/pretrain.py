@@ -13,6 +13,7 @@ from puna.core import parallel
 from puna.core.checkpoint.folder import check_own, check_vocabulary, open_model, tokenizer_path
 from puna.core.checkpoint.source import Source, fresh
 from puna.core.config import ModelConfig, size
+from puna.core.documents import count_of
 from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.capacity import fitting
 from puna.trainers.data.columns import Reading
@@ -87,7 +88,8 @@ def fit(config: PretrainConfig, folder: Run, tokenizer: Tokenizer) -> Path:
         rows,
         config,
         plan=plan,
-        what=f"{training.size:,} tokens in {len(rows):,} rows of {row_tokens:,}",
+        what=f"{count_of(training.size, 'token')} in {count_of(len(rows), 'row')} of "
+        f"{row_tokens:,}",
         eval_rows=CorpusRows(held, row_tokens) if held is not None else None,
     )
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from puna.core import parallel
+from puna.core.checkpoint.folder import open_model
 from puna.core.text.chat import decode_answer, encode_dialogue, encode_prompt
 from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.capacity import fitting
@@ -105,6 +106,7 @@ def fit(
     fitting.check("rejection", config, config.policy)
     if student != config.policy:  # before anything is sampled
         fitting.check("sft", config, student)
+        open_model(student, head="lm")
     selected = config.selected or folder.path / SELECTED
     if config.selected is None:
         parallel.on_main(lambda: written.check(folder.path, SELECTED, POOL))
@@ -133,7 +135,7 @@ def imitate(
     skipped.merge(rows.skipped)
     next_token.say(skipped)
     plan = of_epochs(len(rows), config.epochs, config.batch)
-    what = rows.described("answers")
+    what = rows.described("answer")
     return next_token.train(title, folder, source, rows, config, plan=plan, what=what)
 
 
@@ -164,6 +166,9 @@ def pack(
 
 def select(config: RejectionConfig, folder: Run, tokenizer: Tokenizer, reward: Reward) -> None:
     """Stages 1 and 2: sample what is missing, score the pools again, write selected.jsonl."""
+    load_dialogues(config.mix, config)  # what cannot be read is said before anything is sampled
+    for path in config.pools:
+        read_pool(path, tokenizer, read_drawn)
     policy = frozen(config.policy, "lm", config)
     context = policy.config.context
     if isinstance(reward, RewardModels):

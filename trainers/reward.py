@@ -17,6 +17,7 @@ from torch import Tensor
 from puna.core import parallel
 from puna.core.checkpoint.folder import open_source, tokenizer_path
 from puna.core.checkpoint.source import Source
+from puna.core.documents import count_of
 from puna.core.model import Transformer
 from puna.core.terminal import say
 from puna.core.text.tokenizer import Tokenizer
@@ -122,7 +123,7 @@ def fit(config: RewardConfig, folder: Run, tokenizer: Tokenizer) -> Path:
     plan = of_epochs(len(pairs), config.epochs, config.batch)
     if config.warmup_steps == 0:
         config = replace(config, warmup_steps=min(plan.steps - 1, warmup(plan.steps)))
-    announce("reward", f"{len(pairs):,} pairs", plan, config, config.batch)
+    announce("reward", count_of(len(pairs), "pair"), plan, config, config.batch)
     device = loop.device_of(config)
     margins = MARGINS[config.margin]
 
@@ -207,7 +208,8 @@ def load_pairs(
         pairs = mixed(pairs, others, held, share, seed, lambda pair: pair.prompt, skipped)
     if config.safety_weight > 0 and not any(pair.safety for pair in pairs):
         raise ValueError(
-            f"safety_weight is {config.safety_weight:g} and none of {len(pairs)} pairs has a "
+            f"safety_weight is {config.safety_weight:g} and none of "
+            f"{count_of(len(pairs), 'pair')} has a "
             "safety label; name their column in [columns], or set it to 0"
         )
     skipped.notes += unlabelled(pairs, config.margin, config.safety_weight)
@@ -324,7 +326,7 @@ def scores_of(
         own += torch.stack(pair_scores(model, batch), 1)[:real].tolist()
         advance(len(piece))
     scores = torch.tensor([row for part in parallel.gather(own)[::tp] for row in part])
-    check_finite(called, scores, "pairs")
+    check_finite(called, scores, "pair")
     return scores
 
 

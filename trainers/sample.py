@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from puna.core import parallel
+from puna.core.documents import count_of
 from puna.core.terminal import say
 from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.prompts import common_tokenizer, load_prompts
@@ -65,9 +66,9 @@ def run(config: SampleConfig, reward: Reward | None = None) -> Path:
             found = parallel.on_main(lambda: keep_best(config.out, config))
             if parallel.is_main():
                 say(
-                    f"kept the best of {config.samples} answers to {found['kept']:,} of "
-                    f"{found['prompts']:,} prompts: mean score {found['score_kept']:.3f}, of all "
-                    f"answers {found['score_sampled']:.3f}"
+                    f"kept the best of {count_of(config.samples, 'answer')} to {found['kept']:,} "
+                    f"of {count_of(found['prompts'], 'prompt')}: mean score "
+                    f"{found['score_kept']:.3f}, of all answers {found['score_sampled']:.3f}"
                 )
         else:
             notice(f"{config.out / SAMPLES} has all answers")

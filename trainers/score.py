@@ -19,6 +19,7 @@ from puna.core import parallel
 from puna.core.checkpoint.atomic import check_absent, write_text
 from puna.core.checkpoint.folder import load_model, open_source
 from puna.core.device import device_of_name
+from puna.core.documents import count_of
 from puna.core.model import Transformer
 from puna.core.terminal import say_table
 from puna.core.text.chat import Message, decode_answer, encode_answer, encode_prompt
@@ -197,7 +198,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         return
     cells = [(name, *spread(torch.tensor(values))) for name, values in columns.items()]
     header = ("", "mean", "lowest", "10%", "median", "90%", "highest")
-    say_table(cells, header, f"Scores of {len(rows):,} answers")
+    say_table(cells, header, f"Scores of {count_of(len(rows), 'answer')}")
     if branches:
         taken = [(name, f"{count:,}") for name, count in branches.most_common()]
         say_table(taken, ("Eq. 4 took", "answers"))

@@ -144,7 +144,7 @@ def fit(
         rows,
         config,
         plan=plan,
-        what=rows.described("dialogues"),
+        what=rows.described("dialogue"),
         eval_rows=eval_rows,
         loss=next_token.checked(next_token.next_token_loss if loss is None else loss),
         order=order,

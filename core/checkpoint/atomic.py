@@ -8,8 +8,8 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -28,9 +28,10 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise ValueError(f"{path} exists and holds no model; choose another folder")
     partial, previous = _beside(path)
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    made = make_folder(path.parent)
     try:
         with naming_full_disk(path):
-            partial.mkdir(parents=True)
+            partial.mkdir()
             yield partial
             _flush_tree(partial)
         if path.exists():
@@ -40,6 +41,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         recover(path)
         shutil.rmtree(partial, ignore_errors=True)
+        remove_empty(made)
         raise
     shutil.rmtree(previous, ignore_errors=True)
 
@@ -55,15 +57,31 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is no file that could be replaced; give another name")
     partial, _ = _beside(path)
+    made = make_folder(path.parent)
     try:
         with naming_full_disk(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
             flush(partial)
         partial.replace(path)
         flush(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+        remove_empty(made)  # where nothing was written
+
+
+def make_folder(path: Path) -> list[Path]:
+    """Make a folder and those above it that are missing; returns what was made, innermost first."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    with naming_full_disk(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, innermost first, up to the first that holds something."""
+    with suppress(OSError):
+        for each in folders:
+            each.rmdir()
 
 
 def check_absent(path: Path, option: str = "--out") -> None:

@@ -25,7 +25,7 @@ from puna.core.checkpoint.source import (
     rope_heads,
 )
 from puna.core.config import ModelConfig, parameter_count
-from puna.core.documents import regular_file
+from puna.core.documents import count_of, regular_file
 from puna.core.parameters import EMBEDDING, HEADS, parameter_shapes
 
 HEADER = struct.Struct("<7i")
@@ -61,7 +61,7 @@ def open_source(path: Path) -> Source:
         if header.startswith(magic):
             raise ValueError(f"{path} is {what}; {remedy}")
     if len(header) < HEADER.size:
-        raise ValueError(f"{path} is {len(header)} bytes long; {remedy}")
+        raise ValueError(f"{path} is {count_of(len(header), 'byte')} long; {remedy}")
     dim, ffn_dim, n_layers, n_heads, n_kv_heads, vocab_size, context = HEADER.unpack(header)
     try:
         config = ModelConfig(
@@ -73,7 +73,9 @@ def open_source(path: Path) -> Source:
         raise ValueError(f"{path}: {error}; {remedy}") from error
     size = path.stat().st_size
     if size != expected:
-        raise ValueError(f"{path} is {size} bytes long, its header asks for {expected}; {remedy}")
+        raise ValueError(
+            f"{path} is {count_of(size, 'byte')} long, its header asks for {expected}; {remedy}"
+        )
     return Source(config, "lm", torch.float32, None, lambda: _read(path, config, tied))
 
 

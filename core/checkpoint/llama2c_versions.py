@@ -17,6 +17,7 @@ from torch import Tensor
 
 from puna.core.checkpoint.source import Source, exactly, half_split, rope_heads
 from puna.core.config import ModelConfig, parameter_count
+from puna.core.documents import count_of
 from puna.core.parameters import EMBEDDING, HEADS, parameter_shapes
 
 MAGIC = b"24ka"
@@ -41,7 +42,7 @@ def open_source(path: Path) -> Source:
     with path.open("rb") as file:
         header = file.read(HEADER.size)
     if len(header) < HEADER.size:
-        raise ValueError(f"{path} is {len(header)} bytes long; {REMEDY}")
+        raise ValueError(f"{path} is {count_of(len(header), 'byte')} long; {REMEDY}")
     _, version, dim, ffn, layers, heads, kv_heads, vocab, context, shared, group = HEADER.unpack(
         header
     )
@@ -55,7 +56,9 @@ def open_source(path: Path) -> Source:
         raise ValueError(f"{path}: {error}; {REMEDY}") from error
     size = path.stat().st_size
     if size != expected:
-        raise ValueError(f"{path} is {size} bytes long, its header asks for {expected}; {REMEDY}")
+        raise ValueError(
+            f"{path} is {count_of(size, 'byte')} long, its header asks for {expected}; {REMEDY}"
+        )
     return Source(
         config, "lm", torch.float32, None, lambda: _read(path, config, bool(shared), group)
     )

@@ -24,7 +24,7 @@ from puna.core.checkpoint.source import (
     rope_heads,
 )
 from puna.core.config import ModelConfig, ffn_width
-from puna.core.documents import field, read_object, regular_file
+from puna.core.documents import count_of, field, read_object, regular_file
 from puna.core.errors import Notice
 from puna.core.parameters import parameter_shapes
 
@@ -152,7 +152,8 @@ def _check(
     dim = shapes["model.norm.weight"][0]
     if widths < dim:
         raise ValueError(
-            f"{folder}: {len(shares)} consolidated files hold {widths} of {dim} columns; "
+            f"{folder}: {count_of(len(shares), 'consolidated file')} with {widths} of {dim} "
+            "columns; "
             "fetch the missing files"
         )
     expected = {meta_name(name): shape for name, shape in shapes.items()}

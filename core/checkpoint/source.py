@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from puna.core.config import ModelConfig
-from puna.core.documents import as_name
+from puna.core.documents import as_name, count_of
 from puna.core.model import Transformer
 from puna.core.parameters import parameter_shapes
 
@@ -148,7 +148,8 @@ def check_layers(names: Iterable[str], config: ModelConfig, where: Path) -> None
     numbers = {found[1] for name in names if (found := LAYER.match(name))}
     if len(numbers) < config.n_layers:
         raise ValueError(
-            f"{where}: the config says {config.n_layers} layers, the weights have {len(numbers)}; "
+            f"{where}: the config says {count_of(config.n_layers, 'layer')}, the weights "
+            f"have {len(numbers)}; "
             "fetch the checkpoint again, or use the config it was saved with"
         )
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from puna.core import ops
+from puna.core.documents import count_of
 from puna.core.generation import continuous
 from puna.core.generation.continuous import Remembered
 from puna.core.generation.kv_cache import CACHE_BYTES, bytes_a_token
@@ -292,7 +293,7 @@ def _check(model: Transformer, prompts: list[list[int]]) -> None:
 
 def _row_numbers(name: str, given: list[int] | None, default: list[int]) -> Tensor:
     if given is not None and len(given) != len(default):
-        raise ValueError(f"{len(given)} {name} for {len(default)} prompts")
+        raise ValueError(f"{len(given)} {name} for {count_of(len(default), 'prompt')}")
     numbers = default if given is None else given
     if any(not -(2**63) <= number < 2**63 for number in numbers):
         raise ValueError(f"{name} holds {max(numbers, key=abs)}; they must fit 64 bits")

@@ -3,6 +3,7 @@
 Plain text; the numbers of this run come from its evaluation.
 """
 
+from puna.core.documents import count_of
 from puna.demo.report.results import (
     KEPT_AMONG,
     RATINGS,
@@ -186,7 +187,7 @@ def instruction_attention(evaluation: Evaluation) -> str:
 
 def _dialogues(evaluation: Evaluation) -> str:
     count = kept_count(evaluation)
-    return f" ({count} dialogues)" if count else ""
+    return f" ({count_of(count, 'dialogue')})" if count else ""
 
 
 def instruction_kept_among(evaluation: Evaluation) -> str:
@@ -195,7 +196,7 @@ def instruction_kept_among(evaluation: Evaluation) -> str:
             percent(kept(evaluation, which, among=among).get("20")) for which in ("with", "without")
         )
         count = kept_count(evaluation, among)
-        behind = f", {count} dialogues" if count else ""
+        behind = f", {count_of(count, 'dialogue')}" if count else ""
         return f"{with_gatt} for {KEPT_AMONG[among]} (without {without}{behind})"
 
     return (
@@ -227,5 +228,5 @@ def headline(evaluation: Evaluation, took: str | None) -> str:
         return f"The pipeline ran on {size}; this run measured too little for a result."
     learned = f"In {took} on this machine, {size} went" if took else f"{size.capitalize()} went"
     listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])}, and {parts[-1]}"
-    through = f"{len(rlhf_versions(evaluation))}"
-    return f"{learned} from raw text through SFT and {through} rounds of RLHF: {listed}."
+    through = count_of(len(rlhf_versions(evaluation)), "round")
+    return f"{learned} from raw text through SFT and {through} of RLHF: {listed}."

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from puna.core.checkpoint.atomic import write_text
-from puna.core.documents import field, read_object
+from puna.core.documents import count_of, field, read_object
 from puna.core.terminal import say
 from puna.demo.report.drawing import save_svg
 from puna.demo.report.figures import margins
@@ -236,16 +236,13 @@ def others_said(run: Ran, others: Sequence[Ran]) -> str:
     """What the columns of other runs are; nothing where there is none."""
     if not others:
         return ""
-    told = [f"seed {each.seed} on {threads_said(each)}" for each in others]
+    told = [f"seed {each.seed} on {count_of(each.threads, 'thread')}" for each in others]
     return (
-        f"This run was made on {threads_said(run)}; beside its comparisons stand those of another "
-        f"({'; '.join(told)}). Sums in another order are enough for another SFT model: where runs "
-        "do not agree, a figure depends on it more than on all that an interval knows of."
+        f"This run was made on {count_of(run.threads, 'thread')}; beside its comparisons stand "
+        f"those of another ({'; '.join(told)}). Sums in another order are enough for another SFT "
+        "model: where runs do not agree, a figure depends on it more than on all that an interval "
+        "knows of."
     )
-
-
-def threads_said(run: Ran) -> str:
-    return f"{run.threads} {'thread' if run.threads == 1 else 'threads'}"
 
 
 def write_again(folder: Path, docs: Path, others: Sequence[Path] = ()) -> Path:
@@ -378,7 +375,8 @@ def seeds_said(results: Results) -> str:
     """How many seeds the arms have."""
     counts = [len(results.get(arm, {})) for arm in BY_NAME]
     few, many = min(counts), max(counts)
-    return f"The arms have {few} to {many} seeds." if few < many else f"The arms have {few} seeds."
+    told = f"{few} to {many} seeds" if few < many else count_of(few, "seed")
+    return f"The arms have {told}."
 
 
 def wrapped(paragraph: str) -> str:

@@ -72,7 +72,7 @@ def run(config: ReproduceConfig) -> Path:
         page = write_page(config.out / "experiments.md", ran(config.out))
     say_claims(results)
     if left:
-        say(f"Left out after {config.minutes:g} minutes: {'; '.join(left)}.")
+        say(f"Left out after {config.minutes:g} min: {'; '.join(left)}.")
     say(f"\nDone in {demo.seconds() / 60:.0f} min, all calls together.\nPage: {page}")
     return page
 

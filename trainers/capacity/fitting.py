@@ -11,6 +11,7 @@ from puna.core.config import ModelConfig
 from puna.trainers.capacity.devices import Device
 from puna.trainers.capacity.plan import DoesNotFit, need_of, refusal, smallest_change
 from puna.trainers.train import loop
+from puna.trainers.train.advice import advice
 
 
 def check(stage: str, config: Any, model: Path | ModelConfig) -> None:
@@ -28,4 +29,5 @@ def check(stage: str, config: Any, model: Path | ModelConfig) -> None:
     why = refusal(need_of(stage, config, shape, ranks), device)
     if why is not None:
         change = smallest_change(stage, config, shape, ranks, device)
-        raise DoesNotFit(f"this does not fit: {why}; {change} (--no-plan tries it anyway)")
+        anyway = advice("plan", " (--no-plan tries it anyway)", "")
+        raise DoesNotFit(f"this does not fit: {why}; {change}{anyway}")

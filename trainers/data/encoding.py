@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.lib.format import magic
 
-from puna.core.checkpoint.atomic import atomic_file, write_text
+from puna.core.checkpoint.atomic import atomic_file, make_folder, remove_empty, write_text
 from puna.core.checkpoint.hashes import digest, digests
 from puna.core.checkpoint.steady import Stamps, check_unchanged, stamps_of
 from puna.core.documents import field, read_object
@@ -80,9 +80,10 @@ def encode_folder(folder: Path, tokenizer: Tokenizer, texts: Texts, shard: int =
     read.
     """
     before = stamps_in(texts)
-    index = begun(folder, tokenizer, texts)
     skipped = Skipped()
-    if not index["complete"]:
+    with begun(folder, tokenizer, texts) as index:
+        if index["complete"]:
+            return Encoded(index["documents"], index["tokens"], skipped)
         with progress(texts) as counter:
             found = read(texts, skipped, counter, before)
             done = index["documents"]
@@ -103,8 +104,10 @@ def encode_folder(folder: Path, tokenizer: Tokenizer, texts: Texts, shard: int =
     return Encoded(index["documents"], index["tokens"], skipped)
 
 
-def begun(folder: Path, tokenizer: Tokenizer, texts: Texts) -> dict[str, Any]:
-    """The folder's index as far as it has come, or a new one."""
+@contextmanager
+def begun(folder: Path, tokenizer: Tokenizer, texts: Texts) -> Iterator[dict[str, Any]]:
+    """The folder's index as far as it has come, or a new one, which goes again where the block ends
+    over a mistake before there is a shard."""
     files = [each.file for found in texts.sources() for each in found]
     fresh = {
         "complete": False,
@@ -117,16 +120,23 @@ def begun(folder: Path, tokenizer: Tokenizer, texts: Texts) -> dict[str, Any]:
     if not (folder / INDEX).exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} exists and holds no corpus; choose another name")
-        folder.mkdir(parents=True, exist_ok=True)
+        made = make_folder(folder)
         write_index(folder, fresh)
-        return fresh
+        try:
+            yield fresh
+        except (OSError, ValueError):
+            if [*folder.iterdir()] == [folder / INDEX]:
+                (folder / INDEX).unlink()
+                remove_empty(made)
+            raise
+        return
     index = read_object(folder / INDEX, "remove the folder to encode anew")
     for name, value in fresh.items():
         field(index, name, type(value))
     for name, what in (("tokenizer", "with another tokenizer"), ("texts", "of other texts")):
         if index[name] != fresh[name]:
             raise ValueError(f"{folder} was written {what}; choose another name")
-    return index
+    yield index
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:

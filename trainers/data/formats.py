@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any, NamedTuple
 
-from puna.core.documents import shortened
+from puna.core.documents import count_of, shortened
 from puna.core.text.chat import Message
 from puna.trainers.data.cells import (
     Row,
@@ -293,7 +293,8 @@ def _answer_to(messages: list[Message], answer: Any, name: str) -> str:
         dialogue = dialogue[len(messages) :]
     if len(dialogue) != 1 or dialogue[0]["role"] != "assistant":
         raise Malformed(
-            f"'{name}' holds {len(dialogue)} messages after the prompt, expected one assistant "
+            f"'{name}' holds {count_of(len(dialogue), 'message')} after the prompt, "
+            "expected one assistant "
             "message"
         )
     return dialogue[0]["content"]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from puna.core.documents import as_name
+from puna.core.documents import as_name, count_of
 
 OF_MODELS = {
     "config.json", "generation_config.json", "params.json", "adapter_config.json",
@@ -54,7 +54,7 @@ def rows_inside(row: Mapping[str, Any]) -> str:
             continue
         if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
             return (
-                f"; if the {len(value):,} objects in '{as_name(name)}' are the rows, save that "
-                "list alone"
+                f"; if the rows are in '{as_name(name)}' ({count_of(len(value), 'object')}), save "
+                "that list alone"
             )
     return ""

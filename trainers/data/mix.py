@@ -5,6 +5,7 @@ from typing import Annotated, TypeVar
 
 import numpy as np
 
+from puna.core.documents import count_of
 from puna.trainers.data.readers import Skipped
 from puna.trainers.train.ranges import ShareOf
 
@@ -31,11 +32,13 @@ def mixed(
     free = [item for item in others if group(item) not in barred]
     taken = draw_share(free, len(own), share, seed)
     found = len(taken) / (len(own) + len(taken))
-    note = f"mix: {len(own):,} own rows and {len(taken):,} of {len(others):,} others, {found:.1%}"
+    both = f"{count_of(len(own), 'own row')} and {len(taken):,} of {count_of(len(others), 'other')}"
+    note = f"mix: {both}, {found:.1%}"
     if share is not None and len(taken) < wanted(len(own), share):
         note += f" of all where {share:.1%} is asked for: there are no more, and none counts twice"
     if barred and len(free) < len(others):
-        note += f"; {len(others) - len(free):,} others begin as one that is held out"
+        count = count_of(len(others) - len(free), "other")
+        note += f"; {count} left out for beginning as one that is held out"
     skipped.notes.append(note)
     return [*own, *taken]
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from puna.core.documents import count_of
 from puna.core.shared import Shared, in_twos
 from puna.core.text.chat import encode_answer, encode_prompt
 from puna.core.text.tokenizer import Tokenizer
@@ -151,11 +152,11 @@ class PackedRows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def described(self, what: str) -> str:
-        """How many of what in how many rows."""
-        count = len(self._starts) - 1
-        rows = f"{len(self.rows):,} packed row{'s' * (len(self.rows) != 1)}"
-        return f"{count:,} {what} in {rows} of {self.row_tokens:,} tokens"
+    def described(self, noun: str) -> str:
+        """How many of what the noun names in how many rows."""
+        count = count_of(len(self._starts) - 1, noun)
+        rows = count_of(len(self.rows), "packed row")
+        return f"{count} in {rows} of {count_of(self.row_tokens, 'token')}"
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> LMBatch:
         """The rows with these indices, B = len(indices)."""
@@ -361,14 +362,14 @@ def unlabelled(pairs: Sequence[Pair], margin: str, safety_weight: float) -> list
     ungraded = sum(pair.rating is None for pair in pairs)
     if margin != "none" and ungraded:
         notes.append(
-            f"{ungraded} of {len(pairs)} pairs have no rating: the margin of these is 0, whatever "
-            f"margin = {margin!r} says"
+            f"no rating in {ungraded:,} of {count_of(len(pairs), 'pair')}: there the margin is 0, "
+            f"whatever margin = {margin!r} says"
         )
     unsafe = sum(pair.safety is None for pair in pairs)
     if safety_weight > 0 and unsafe:
         notes.append(
-            f"{unsafe} of {len(pairs)} pairs have no safety label: safety_weight = "
-            f"{safety_weight:g} does nothing for these"
+            f"no safety label in {unsafe:,} of {count_of(len(pairs), 'pair')}: there safety_weight "
+            f"= {safety_weight:g} does nothing"
         )
     return notes
 

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from puna.core.documents import listed
+from puna.core.documents import count_of, listed
 from puna.trainers.data.answered import Answered, parse_answered
 from puna.trainers.data.columns import Columns, Reading, ReadingComparisons, ReadingMessages
 from puna.trainers.data.files import Rows, Source, each_row, is_text, sources, unpacked
@@ -76,7 +76,7 @@ class Skipped(Counter[str]):
     def reasons(self) -> str:
         """One line for each reason, most frequent first; empty where nothing was skipped."""
         return "\n".join(
-            f"skipped {count} {'row' if count == 1 else 'rows'}: {reason} (first {where})"
+            f"skipped {count_of(count, 'row')}: {reason} (first {where})"
             for reason, count in self.most_common()
             for where in [self.first[reason]]
         )

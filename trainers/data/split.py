@@ -6,7 +6,9 @@ from typing import TypeVar
 
 import numpy as np
 
+from puna.core.documents import count_of
 from puna.core.text.chat import Message
+from puna.trainers.train.advice import advice
 
 Item = TypeVar("Item")
 
@@ -37,10 +39,10 @@ def split(
         smallest = min(order, key=lambda number: len(members[number]))
         chosen.update(members[smallest])
     if len(chosen) >= len(items):
-        of = f" of {len(groups)} different prompts" if len(groups) < len(items) else ""
+        of = f" of {count_of(len(groups), 'different prompt')}" if len(groups) < len(items) else ""
         raise ValueError(
             f"there are too few rows ({len(items)}{of}) to hold some out; give held-out data of "
-            "their own, or --eval-share 0"
+            f"their own, or {advice('eval_share', '--eval-share 0', 'set eval_share to 0')}"
         )
     kept = [item for i, item in enumerate(items) if i not in chosen]
     return kept, [items[i] for i in sorted(chosen)]
@@ -62,7 +64,7 @@ def split_batches(
     if not sizes:
         raise ValueError(
             "no row has a batch to hold some of it out; name its column in [columns], or use "
-            "--eval-share"
+            f"{advice('eval_share', '--eval-share', 'eval_share')}"
         )
     room = Counter({number: min(per_batch, size // 2) for number, size in sizes.items()})
     groups: dict[Hashable, list[int]] = {}
@@ -87,7 +89,7 @@ def also_learned(
     known = {key(item) for item in learned}
     if not (both := sum(key(item) in known for item in held)):
         return []
-    return [f"{both:,} of {len(held):,} held-out rows are among those that are learned, too"]
+    return [f"among those that are learned: {both:,} of {count_of(len(held), 'held-out row')}"]
 
 
 def opening(messages: Sequence[Message]) -> str:

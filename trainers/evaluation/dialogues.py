@@ -9,7 +9,7 @@ import torch
 
 from puna.core import parallel
 from puna.core.checkpoint.folder import tokenizer_path
-from puna.core.documents import are_ids, field, json_rows, shortened
+from puna.core.documents import are_ids, count_of, field, json_rows, shortened
 from puna.core.generation.memory import Memory
 from puna.core.model import Transformer
 from puna.core.text.chat import decode_answer, encode_turn
@@ -148,7 +148,8 @@ def read_said(path: Path, dialogues: Sequence[GhostDialogue]) -> Said:
             or not all(isinstance(ids, list) and are_ids(ids) for ids in answers)
         ):
             raise ValueError(
-                f"{where}: {shortened(answers)} are no answers to {len(dialogues)} dialogues; "
+                f"{where}: {shortened(answers)} are no answers to "
+                f"{count_of(len(dialogues), 'dialogue')}; "
                 "remove the file to draw anew"
             )
         said.append(answers)
@@ -234,8 +235,8 @@ def by_judgements(path: Path, models: Sequence[Sequence[Answer]]) -> list[list[b
         votes[number].append(kept)
     if missing := [number for number, said in enumerate(votes) if not said]:
         raise ValueError(
-            f"{path}: {len(missing)} of {count} answers have no judgement, the first is answer "
-            f"{missing[0]}; judge all of them"
+            f"{path}: no judgement of {len(missing):,} of {count_of(count, 'answer')}, the first "
+            f"is answer {missing[0]}; judge all of them"
         )
     given = (2 * sum(said) > len(said) for said in votes)
     return [[bool(answer.text) and next(given) for answer in answers] for answers in models]

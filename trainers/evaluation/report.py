@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from puna.core.documents import count_of
 from puna.core.terminal import say_table
 from puna.trainers.evaluation.plots import Points, write_lines
 
@@ -59,7 +60,9 @@ def show_wins(wins: Found, names: Mapping[str, str], against: str) -> None:
     ]
     header = ("model", "judge", "win rate", "95% interval", "wins", "ties")
     count = next(r["win_rate"]["pairs"] for each in wins.values() for r in each["by"].values())
-    say_table(rows, header, f"Against {against} on {count:,} prompts (a tie counts one half)")
+    say_table(
+        rows, header, f"Against {against} on {count_of(count, 'prompt')} (a tie counts one half)"
+    )
     agree = [
         (names[model], spoken(pair), *cells(share))
         for model, each in wins.items()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from puna.core import parallel
-from puna.core.documents import field, json_rows, shortened
+from puna.core.documents import count_of, field, json_rows, shortened
 from puna.trainers.data.split import opening
 from puna.trainers.evaluation.answers import Reader, as_read
 from puna.trainers.rl.accuracy import clustered, right
@@ -104,8 +104,8 @@ def by_judgements(path: Path, matches: Sequence[Match]) -> list[Tensor]:
         votes[pair].append(WINNERS[winner])
     if missing := [pair for pair, values in enumerate(votes) if not values]:
         raise ValueError(
-            f"{path}: {len(missing)} of {count} pairs have no judgement, the first is pair "
-            f"{missing[0]}; judge all of them"
+            f"{path}: no judgement of {len(missing):,} of {count_of(count, 'pair')}, the first is "
+            f"pair {missing[0]}; judge all of them"
         )
     prefers = [sum(values) for values in votes]
     found = []

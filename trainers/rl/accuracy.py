@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from puna.core.documents import count_of
 from puna.trainers.data.formats import RATINGS, SAFETY
 from puna.trainers.data.packing import Pair
 
@@ -143,7 +144,8 @@ def sentences(found: Mapping[str, Share], what: str) -> str:
     names = {name: what if name == "all" else f"  {name.replace('_', ' ')}" for name in found}
     width = max(map(len, names.values()))
     lines = [
-        f"{names[name]:<{width}}  {share}, {share.pairs} pairs" for name, share in found.items()
+        f"{names[name]:<{width}}  {share}, {count_of(share.pairs, 'pair')}"
+        for name, share in found.items()
     ]
     return "\n".join([*lines, f"{'  chance':<{width}}  0.500"])
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from puna.core import parallel
 from puna.core.checkpoint.atomic import atomic_file
-from puna.core.documents import append_rows
+from puna.core.documents import append_rows, count_of
 from puna.trainers.train import written
 from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.progress import meter
@@ -38,7 +38,8 @@ def append_chunks(
             progress.advance(len(numbers) * each)
             if stop():  # after the last one, too: more may follow
                 raise SystemExit(
-                    f"stopped after {numbers.stop} prompts; the same command continues {path}"
+                    f"stopped after {count_of(numbers.stop, 'prompt')}; the same command "
+                    f"continues {path}"
                 )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from puna.core.checkpoint.folder import open_model
+from puna.core.documents import count_of
 from puna.core.model import Transformer
 from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.columns import ReadingMessages
@@ -175,7 +176,8 @@ class PPOConfig(SamplingConfig, loop.TrainConfig):
             )
         if self.critic_warmup >= self.iterations:
             raise ValueError(
-                f"critic_warmup {self.critic_warmup} leaves none of {self.iterations} iterations "
+                f"critic_warmup {self.critic_warmup} leaves none of "
+                f"{count_of(self.iterations, 'iteration')} "
                 "to train the policy; lower it"
             )
         if self.patience and not self.eval_prompts:
@@ -276,7 +278,7 @@ class RLHFConfig(EngineConfig, ReadingMessages):
             )
         if self.gatt_version > self.versions:
             raise ValueError(
-                f"gatt_version is {self.gatt_version} and there are {self.versions} versions; "
+                f"gatt_version is {self.gatt_version} and versions is {self.versions}; "
                 "name one of them, or 0"
             )
         if not self.gatt_version and (self.gatt or self.gatt_answers):

@@ -14,7 +14,7 @@ from typing import Any
 
 from puna.core import parallel
 from puna.core.checkpoint.folder import atomic_folder
-from puna.core.documents import json_rows
+from puna.core.documents import count_of, json_rows
 from puna.core.model import Transformer
 from puna.core.terminal import say
 from puna.trainers.rl.config import PPOConfig
@@ -91,7 +91,7 @@ def out_of_patience(rows: list[Row], patience: int) -> str | None:
     """Why waiting for a better held-out reward is over; None to go on. patience 0 never ends."""
     found = [row["eval_reward"] for row in rows if "eval_reward" in row]
     if patience and len(found) > patience and max(found[-patience:]) <= max(found[:-patience]):
-        return f"no better held-out reward in {patience} evaluations"
+        return f"no better held-out reward in {count_of(patience, 'evaluation')}"
     return None
 
 

@@ -25,7 +25,7 @@ from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_ope
 import torch
 
 from puna.core import parallel
-from puna.core.documents import parse_json
+from puna.core.documents import count_of, parse_json
 from puna.core.generation.sampling import EosIds, all_of
 from puna.core.model import Transformer
 from puna.core.text.tokenizer import Tokenizer
@@ -182,7 +182,8 @@ class Engine:
         ended = tokens[-1] in ends
         if read != prompt or (why == "stop") != ended or (not ended and len(tokens) != most):
             raise ValueError(
-                f"{self.url} cut an answer short: {len(tokens)} of {most} tokens, with the reason "
+                f"{self.url} cut an answer short: {len(tokens)} of "
+                f"{count_of(most, 'token')}, with the reason "
                 f"{str(why)[:40]!r}; let nobody else pause it or abort requests"
             )
         return Drawn(tokens, ended)

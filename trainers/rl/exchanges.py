@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from puna.core.checkpoint.atomic import atomic_file
-from puna.core.documents import append_rows, are_ids, json_rows, shortened
+from puna.core.documents import append_rows, are_ids, count_of, json_rows, shortened
 from puna.trainers.data.ghost import GhostDialogue
 from puna.trainers.train import written
 
@@ -48,7 +48,7 @@ def load_turns(
     others = f"these are other dialogues: give the former ones, or remove {path}"
     for turn, (where, row) in enumerate(json_rows(path) if path.exists() else ()):
         if row.pop("of", None) != len(dialogues):
-            raise ValueError(f"{where}: not of {len(dialogues)} dialogues; {others}")
+            raise ValueError(f"{where}: not of {count_of(len(dialogues), 'dialogue')}; {others}")
         for index, exchange in row.items():
             match exchange:
                 case [str(user), [*ids], bool(obeys), str(instruction)] if ids and are_ids(ids):

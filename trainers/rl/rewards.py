@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from puna.core.documents import count_of
 from puna.core.errors import UserError
 from puna.core.model import Transformer
 from puna.core.packed import score
@@ -100,8 +101,8 @@ def as_numbers(who: str, found: Any, count: int) -> Tensor:
         ) from None
     if numbers.shape != (count,):
         raise ValueError(
-            f"{who} gave scores of shape {tuple(numbers.shape)} for {count} answers; it must "
-            "return one number for each answer"
+            f"{who} gave scores of shape {tuple(numbers.shape)} for {count_of(count, 'answer')}; "
+            "it must return one number for each answer"
         )
     return numbers.float()
 
@@ -115,10 +116,9 @@ def one_each(who: str, found: Any, count: int, what: str, of: str) -> list[Any]:
         raise ValueError(f"{who} gave {str(found)[:60]!r}; it must return one {what} for each {of}")
     values = list(islice(found, count + 1))  # a generator may have no end
     if len(values) != count:
-        gave = f"more than {count}" if len(values) > count else len(values)
-        raise ValueError(
-            f"{who} gave {gave} {what}s for {count} {of}s; it must return one for each {of}"
-        )
+        gave = "more than " * (len(values) > count) + count_of(min(len(values), count), what)
+        told = f"{gave} for {count_of(count, of)}"
+        raise ValueError(f"{who} gave {told}; it must return one for each {of}")
     return values
 
 
@@ -131,14 +131,14 @@ def own_copy(answer: Answer) -> Answer:
     )
 
 
-def check_finite(who: str, scores: Tensor, of: str = "answers") -> None:
+def check_finite(who: str, scores: Tensor, of: str = "answer") -> None:
     """UserError naming `who` where one of its scores (S,) or (S, T) is not a finite number."""
     good = torch.isfinite(scores).flatten(1).all(1) if scores.dim() > 1 else torch.isfinite(scores)
     bad = int((~good).sum())
     if bad:
         raise UserError(
-            f"{who} gave no finite score for {bad} of {len(scores)} {of}; nothing was trained on "
-            "them: look at its weights or its code, then run again"
+            f"{who} gave no finite score for {bad:,} of {count_of(len(scores), of)}; nothing was "
+            "trained on them: look at its weights or its code, then run again"
         )
 
 

@@ -22,6 +22,7 @@ from puna.trainers.rl.config import RLHFConfig, SamplingConfig, engine_of, promp
 from puna.trainers.rl.people import check_people as check_people
 from puna.trainers.rl.people import collect
 from puna.trainers.train import written
+from puna.trainers.train.advice import ANEW, advice
 from puna.trainers.train.next_token import say
 from puna.trainers.train.precision import compute_dtype
 
@@ -144,10 +145,11 @@ def sample_kind(
         parallel.barrier()  # every rank has counted them
         if parallel.is_main():
             pairs.unlink()
+        other = "start from another model"
         raise ValueError(
             f"there is nothing to compare for {kind}: of each two answers of {models[-1]} both are "
-            "alike or one is empty; go on with higher temperatures (--amend), or start from "
-            "another model"
+            "alike or one is empty; "
+            + advice("amend", f"go on with higher temperatures (--amend), or {other}", ANEW)
         )
 
 

@@ -11,18 +11,19 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from puna.core import parallel
-from puna.core.checkpoint.atomic import write_text
+from puna.core.checkpoint.atomic import make_folder, remove_empty, write_text
 from puna.core.errors import UserError
+from puna.trainers.train.advice import advice, commanded
 from puna.trainers.train.config import to_toml
 from puna.trainers.train.environment import environment
 from puna.trainers.train.inputs import Given, Inputs, differences, inputs_of
 from puna.trainers.train.kinds import Kind, kinds_of
-from puna.trainers.train.lock import locked
+from puna.trainers.train.lock import LOCK, locked
 from puna.trainers.train.notice import notice
 from puna.trainers.train.precision import computing
 from puna.trainers.train.ranges import Options, enforce
@@ -33,6 +34,7 @@ CONFIG, INPUTS, AMENDMENTS, FINISHED = (
 )  # fmt: skip
 RECORDS = {CONFIG, INPUTS, AMENDMENTS, "environment.json"}
 WAIT = 1800.0  # seconds, of what has no option for it
+MISTAKES = (ValueError, OSError, UserError)  # what is said in a sentence
 ASKED_EACH_TIME = ("amend", "resume")  # of this start, not of the run
 
 Tables = Mapping[str, type]
@@ -62,11 +64,14 @@ def owned(
     inputs = inputs_of(config, given)
     same_on_every_rank(config, inputs)
     with ExitStack() as stack:
+        stack.enter_context(commanded(config))
 
         def take() -> list[str]:
             refuse_strangers(config.out)
-            config.out.mkdir(parents=True, exist_ok=True)
+            made = make_folder(config.out)
+            there = set(config.out.iterdir())
             stack.enter_context(locked(config.out))
+            stack.enter_context(gone_again(config.out, made, there))
             stack.enter_context(taken_back(config.out))
             return claim(config, inputs, tables or {}, step)
 
@@ -76,6 +81,25 @@ def owned(
             yield amended
         except KeyboardInterrupt as error:  # where nobody was asked whether to stop
             raise KeyboardInterrupt(f"the same command continues {config.out}") from error
+
+
+@contextmanager
+def gone_again(path: Path, made: list[Path], there: set[Path]) -> Iterator[None]:
+    """Where the block ends over a mistake before a first start has done anything, what it put into
+    `path` beside what was `there` goes again, and the folders that were `made` for it: a typo
+    leaves nothing to clear up."""
+    try:
+        yield
+    except MISTAKES:
+        with suppress(OSError):  # there is something to say already
+            if path / CONFIG not in there and is_untouched(path):
+                for each in {*path.iterdir()} - there:
+                    if each.name in {*RECORDS, LOCK}:
+                        each.unlink()
+                    elif is_empty(each):
+                        each.rmdir()
+                remove_empty(made)
+        raise
 
 
 @contextmanager
@@ -92,7 +116,7 @@ def taken_back(path: Path) -> Iterator[None]:
     before = contents(path)
     try:
         yield
-    except (ValueError, OSError, UserError):
+    except MISTAKES:
         amended = amendments(path) > (records[AMENDMENTS] or b"").count(b"\n")
         if contents(path) == before:
             for name, data in records.items():
@@ -155,7 +179,8 @@ def refuse(config: Any, fixed: list[str], amended: list[str]) -> None:
             "give another --out"
         )
     if amended and not getattr(config, "amend", False):
-        way = "add --amend to change them from here on, " if hasattr(config, "amend") else ""
+        way = advice("amend", "add --amend to change them from here on, ", "")
+        way *= hasattr(config, "amend")
         raise ValueError(
             f"{config.out} holds a run on other terms ({'; '.join(amended)}); go on with the old "
             f"ones, {way}or give another --out"

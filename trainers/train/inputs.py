@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from puna.core.checkpoint.hashes import digests
+from puna.core.documents import count_of
 from puna.trainers.data.files import Source, is_copy, sources
 from puna.trainers.train.kinds import Kind, kinds_of
 from puna.trainers.train.notice import notice
@@ -112,7 +113,7 @@ def difference(name: str, before: list[dict], now: list[dict]) -> str | None:
     if [each["sha256"] for each in before] == [each["sha256"] for each in now]:
         return None
     if len(before) != len(now):
-        return f"{name} is {len(now)} files where it was {len(before)}"
+        return f"{name} is {count_of(len(now), 'file')} where it was {len(before)}"
     old, new = next(
         (old, new) for old, new in zip(before, now, strict=True) if old["sha256"] != new["sha256"]
     )
@@ -127,5 +128,5 @@ def size(file: dict[str, Any]) -> str:
     tail = f" (sha256 {file['sha256'][:8]})"
     name = file["path"] or ".jsonl"
     if name.endswith((".jsonl", ".txt")):
-        return f"{file['lines']:,} rows{tail}"
-    return f"{file['bytes']:,} bytes{tail}"
+        return f"{count_of(file['lines'], 'row')}{tail}"
+    return f"{count_of(file['bytes'], 'byte')}{tail}"

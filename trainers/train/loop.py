@@ -23,6 +23,7 @@ from puna.core.generation.kv_cache import CACHE_BYTES
 from puna.core.model import Transformer
 from puna.core.native.loader import keep_freed_memory
 from puna.core.offload import at_hand, offload
+from puna.trainers.train.advice import ANEW, advice
 from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.kinds import FIXED, FREE
 from puna.trainers.train.layout import Parallel
@@ -291,8 +292,8 @@ def check_finite(run: Run, step: int, **values: float) -> None:
             kept = run.checkpoint
             where = f"the last good checkpoint is {kept}" if kept else "no checkpoint was due yet"
             raise UserError(
-                f"the {name} is {value} at step {step}; {where}; look at that step's data, or go "
-                "on from there with a lower learning rate: --amend --lr <rate>"
+                f"the {name} is {value} at step {step}; {where}; look at that step's data, or "
+                + advice("amend", "go on from there with --amend and a lower lr", ANEW)
             )
 
 

@@ -3,6 +3,8 @@
 from typing import NamedTuple
 
 from puna.core import parallel
+from puna.core.documents import count_of
+from puna.trainers.train.advice import advice
 from puna.trainers.train.loop import TrainConfig, learning_rate
 from puna.trainers.train.notice import notice
 
@@ -36,7 +38,7 @@ def check_shares(batch: int, tp: int = 1, called: str = "a batch of") -> None:
         groups = f"groups of {tp} processes" if tp > 1 else "processes"
         raise ValueError(
             f"{called} {batch} cannot be shared equally by {ranks} {groups}; choose a multiple, or "
-            "let more work on the same rows (--parallel.tp)"
+            f"let more work on the same rows{advice('parallel', ' (--parallel.tp)', '')}"
         )
 
 
@@ -44,13 +46,15 @@ def announce(title: str, what: str, plan: Plan, config: TrainConfig, asked: int)
     """The line at the start, and one for each thing that is probably not meant."""
     seen = plan.visits / plan.rows
     times = "once" if seen == 1 else f"{seen:.3g} times" if seen < 1000 else f"{seen:,.0f} times"
-    steps = "1 step" if plan.steps == 1 else f"{plan.steps:,} steps"
     peak = max(
         learning_rate(step, plan.steps, config)
         for step in {0, plan.steps - 1, min(config.warmup_steps, plan.steps - 1)}
     )
     rate = f"peak learning rate {peak:.3g}"
-    notice(f"{title}: {what}; {steps} of {plan.batch:,}, each seen {times}; {rate}")
+    notice(
+        f"{title}: {what}; {count_of(plan.steps, 'step')} of {plan.batch:,}, each seen "
+        f"{times}; {rate}"
+    )
     if asked > plan.rows:
         notice(
             f"{title}: a batch of {asked:,} exceeds the {plan.rows:,} there are, so a step takes "
@@ -58,6 +62,7 @@ def announce(title: str, what: str, plan: Plan, config: TrainConfig, asked: int)
         )
     if config.warmup_steps >= plan.steps:
         notice(
-            f"{title}: the warm-up of {config.warmup_steps:,} steps is as long as the run or "
+            f"{title}: the warm-up of {count_of(config.warmup_steps, 'step')} is as long as "
+            "the run or "
             f"longer, so {config.lr:.3g} is hardly reached; lower warmup_steps"
         )

@@ -30,6 +30,7 @@ from puna.core.checkpoint.source import DTYPES, Source
 from puna.core.documents import listed
 from puna.core.model import Transformer
 from puna.trainers.train import saving, written
+from puna.trainers.train.advice import advice
 from puna.trainers.train.claim import (
     FINISHED,
     WAIT,
@@ -229,11 +230,11 @@ class Run:
             try:
                 state = open_pieces(file)
             except ValueError as error:
-                raise ValueError(f"{error}; {PREVIOUS}") from error
+                raise ValueError(f"{error}; {previous()}") from error
             if len(state) != self._entries.get(name):
                 raise ValueError(
                     f"{file} has {len(state)} entries where {self._entries.get(name)} were "
-                    f"written; {PREVIOUS}"
+                    f"written; {previous()}"
                 )
             parallel.load_optimizer_state(network.model, network.optimizer, state)
 
@@ -266,7 +267,13 @@ def model_files(path: Path) -> list[str]:
     return sorted(f"model/{file.name}" for file in (path / "model").iterdir() if file.is_file())
 
 
-PREVIOUS = "--resume previous goes on from the checkpoint before it"
+def previous() -> str:
+    """How to go on without the newest checkpoint."""
+    return advice(
+        "resume",
+        "--resume previous goes on from the checkpoint before it",
+        "remove that checkpoint to go on from the one before it",
+    )
 
 
 def named(step: int) -> str:
@@ -304,10 +311,8 @@ def newest(checkpoints: Path, *, fall_back: bool) -> Path | None:
                 "or remove it to begin anew"
             )
         if not fall_back:
-            raise ValueError(
-                f"{path} is damaged ({why}); add --resume previous to set it aside and go on from "
-                f"{found[-1]}"
-            )
+            way = advice("resume", "add --resume previous to set it aside and", "remove it to")
+            raise ValueError(f"{path} is damaged ({why}); {way} go on from {found[-1]}")
         parallel.on_main(functools.partial(set_aside, path, why))
     return None
 
@@ -340,7 +345,7 @@ def read_state(checkpoint: Path) -> tuple[int, dict[str, int]]:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         return int(state["step"]), {str(k): int(v) for k, v in state["optimizer_entries"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{checkpoint / STATE} is damaged; {PREVIOUS}") from error
+        raise ValueError(f"{checkpoint / STATE} is damaged; {previous()}") from error
 
 
 def finish_checkpoint(

@@ -36,7 +36,7 @@ def viewer(name: str, folder: Path) -> Show:
         except Exception as error:  # nobody is logged in, a service that cannot be reached
             why = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(
-                f"{name} could not show step {step} ({why}); put that right or leave --log out: "
+                f"{name} could not show step {step} ({why}); put that right or leave log out: "
                 "the same command continues"
             ) from error
 
