@@ -18,7 +18,7 @@ import torch
 
 from puna.benchmarks import budget
 from puna.benchmarks.machine import matmul_rate, read_rate
-from puna.benchmarks.models.generate import limit
+from puna.benchmarks.models.generate import limit, side_by_side
 from puna.benchmarks.models.shapes import DTYPES, Ceilings, multiplied_parameters
 from puna.benchmarks.models.steps import puna_step
 from puna.benchmarks.models.train import flops
@@ -113,15 +113,16 @@ def measured(
     if along == "K":
         model.to(device, DTYPES[dtype])
         ids = torch.randint(config.vocab_size, (plan.prompts, 8), generator=generator).tolist()
-        prompts = [prompt for prompt in ids for _ in range(x)]
+        prompts, new = [prompt for prompt in ids for _ in range(x)], plan.new
+        at_once, cache = side_by_side(model, len(prompts), 8 + new)
 
         def call() -> object:
-            return generate(model, prompts, max_new_tokens=plan.new, eos_id=None)
+            return generate(model, prompts, max_new_tokens=new, eos_id=None, cache_bytes=cache)
 
         size = DTYPES[dtype].itemsize
         ceilings = Ceilings(rate, read_rate(device, size * multiplied_parameters(config)))
         rows, tokens, held = len(prompts), len(prompts) * plan.new, size
-        bound = limit(config, ceilings, rows, 8 + plan.new / 2, size, size)
+        bound = limit(config, ceilings, at_once, 8 + plan.new / 2, size, size)
         name = "sample by K"
     else:
         rows = x if along == "batch" else 1 if along == "context" else plan.rows
