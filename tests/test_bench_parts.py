@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -162,8 +163,7 @@ def test_what_ppo_samples_with_on_a_gpu_fits_beside_what_will_be_there(monkeypat
     count, memory = parameter_count(config), 80 * 2**30
     opened = memory - (2 * 4 + 3 * 2) * count
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (opened, memory))
-    for held in ("memory_reserved", "memory_allocated"):
-        monkeypatch.setattr(torch.cuda, held, lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: defaultdict(int))
     found = rlhf.sampling_room(config, torch.device("cuda"), torch.bfloat16, 256)
     assert 256 * 2 * 7 * 4096 * 2 * answer < found < memory - (rlhf.BYTES - 8) * count
     ppo = SimpleNamespace(generation_batch=256, limits=lambda: {"cache_bytes": found})

@@ -32,8 +32,14 @@ def room(
     if device.type != "cuda":
         return CACHE_BYTES
     free, _ = torch.cuda.mem_get_info(device)
-    # PyTorch keeps what it frees, and gives it back before it is out of memory.
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    # PyTorch keeps what it frees, and gives it back before it is out of memory; not the rest of a
+    # piece of which some is in use, though ("inactive split").
+    stats = torch.cuda.memory_stats(device)
+    reserved, active, split = (
+        int(stats.get(f"{name}_bytes.all.current", 0))
+        for name in ("reserved", "active", "inactive_split")
+    )
+    free += reserved - active - split
     a_token = (4 * config.dim + 3 * config.ffn_dim) * dtype.itemsize  # held inside a block
     prompts = max(RUN, longest_prompt) * (bytes_a_token(config, dtype) + a_token)
     return max(0, int(SHARE * free) - prompts)
