@@ -28,7 +28,7 @@ test: $(READY)
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-gpu: $(READY)
-	$(BIN)/pytest -m gpu
+	$(BIN)/pytest -m "gpu and not slow"
 
 # What a GPU is for, in order: right first, then fast; each part within its time. FLAGS: --seconds
 # 540 (of this call; the same again goes on), --only norms stages, --layers 8, --dry-run, --out PATH.

@@ -18,6 +18,7 @@ from puna.core import ops, ranks
 from puna.core.checkpoint.source import Source
 from puna.core.config import ModelConfig
 from puna.core.generation.generate import Completion, generate
+from puna.core.generation.kv_cache import CACHE_BYTES
 from puna.core.generation.stopping import Stops
 from puna.core.model import Linear, Transformer
 
@@ -169,6 +170,7 @@ def generate_together(
         return generate(
             model, prompts, prompt_ids=prompt_ids, sample_ids=sample_ids, stops=stops, **options
         )
+    options = {"cache_bytes": CACHE_BYTES, **options}  # the same on all: what is free is not
     known = [[]] * len(prompts) if stops is None else stops.known
     mine = list(zip(prompts, prompt_ids, sample_ids, known, strict=True))
     first = ranks.rank() - group.rank

@@ -108,6 +108,26 @@ def test_nothing_is_timed_when_tokens_differ(tiny, tmp_path):
         generate.verify(opened, prompts, {PUNA: ours, other: wrong})
 
 
+def test_the_limit_is_that_of_the_rows_that_ran_at_once(tiny, tmp_path, monkeypatch, capsys):
+    """Room for two rows of twelve tokens: five are three steps of the weights, not one."""
+    opened = open_models(Shape("tiny"), tmp_path / "model", CPU, peers=False)
+    a_token, held = 2 * TINY.n_layers * TINY.n_kv_heads * TINY.head_dim * 4, []
+    monkeypatch.setattr(generate, "room", lambda *_: 12 * a_token * 2 + 1)
+
+    def noted(*args, before=generate.generate, **options):
+        held.append(options["cache_bytes"])
+        return before(*args, **options)
+
+    monkeypatch.setattr(generate, "generate", noted)
+    (row,) = generate.bench_generate(opened, 5, 1)
+    at_two = generate.limit(TINY, opened.ceilings, 2, generate.PROMPT + 4)
+    assert row["limit"] == pytest.approx(at_two) and row["batch"] == 5
+    assert set(held) == {12 * a_token * 2 + 1}
+    assert "of 5 rows 2 at once" in capsys.readouterr().out
+    for row in rollout.bench_rollout(opened, 1, 3):
+        assert row["batch"] == 1  # each slot has room for the longest answer
+
+
 def test_a_near_tie_is_no_mistake(tiny, tmp_path):
     opened = open_models(Shape("tiny"), tmp_path / "model", CPU)
     head = opened.puna.lm_head.weight

@@ -9,7 +9,9 @@ import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from puna.benchmarks.models.shapes import Shape, open_models
 from puna.benchmarks.parts import Part, measure
 from puna.cli.main import main
 from puna.core.checkpoint.folder import save_model
-from puna.core.config import ModelConfig
+from puna.core.config import SIZES, ModelConfig, parameter_count
 from puna.core.model import Transformer
 
 CPU = torch.device("cpu")
@@ -127,6 +129,47 @@ def test_a_folder_is_a_shape_and_its_weights_are_used(folder, tmp_path):
     wanted = dict(whole.named_parameters())
     for name, parameter in models.puna.named_parameters():
         assert torch.equal(parameter, wanted[name]), name
+
+
+def test_nothing_is_saved_that_nobody_opens(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "MATMUL_SIDE", 64)
+    open_models(Shape("mini"), tmp_path / "alone", CPU, peers=False, engines=True)
+    monkeypatch.setattr(shapes, "installed", lambda package: None)
+    monkeypatch.setattr(shapes, "has", lambda name: False)
+    open_models(Shape("mini"), tmp_path / "no peer", CPU, engines=True)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(shapes, "has", lambda name: name == "vllm")
+    open_models(Shape("mini"), tmp_path / "vllm", CPU, engines=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["vllm"]
+
+
+@pytest.mark.parametrize("head", ["lm", "score"])
+def test_weights_that_a_gpu_draws_are_of_the_same_scale(head):
+    ours = dict(shapes.drawn(SIZES["mini"], CPU, head, seed=1))
+    start = dict(shapes.random_source(SIZES["mini"], CPU, head, 1).tensors())
+    assert list(ours) == list(start)
+    for name, tensor in ours.items():
+        wanted = start[name]
+        assert tensor.shape == wanted.shape and tensor.dtype == wanted.dtype == torch.float32
+        assert tensor.ndim > 1 or torch.equal(tensor, wanted)
+        assert float(tensor.std(correction=0)) == pytest.approx(float(wanted.std()), rel=0.15)
+    again = dict(shapes.drawn(SIZES["mini"], CPU, head, seed=1))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in ours.items())
+
+
+def test_what_ppo_samples_with_on_a_gpu_fits_beside_what_will_be_there(monkeypatch):
+    """80 GB hold 7 of 7B's blocks as they are measured: 256 answers are continued at once."""
+    config, answer = Shape("7b", 7).config, 2 * 256
+    count, memory = parameter_count(config), 80 * 2**30
+    opened = memory - (2 * 4 + 3 * 2) * count
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (opened, memory))
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: defaultdict(int))
+    found = rlhf.sampling_room(config, torch.device("cuda"), torch.bfloat16, 256)
+    assert 256 * 2 * 7 * 4096 * 2 * answer < found < memory - (rlhf.BYTES - 8) * count
+    ppo = SimpleNamespace(generation_batch=256, limits=lambda: {"cache_bytes": found})
+    assert rlhf.side_by_side(ppo, config, rlhf.GPU, torch.bfloat16) == 256
+    few = SimpleNamespace(generation_batch=256, limits=lambda: {"cache_bytes": found // 16})
+    assert rlhf.side_by_side(few, config, rlhf.GPU, torch.bfloat16) < 64
 
 
 def test_bf16_weights_on_the_cpu(short, folder, capsys):

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puna.core.config import ModelConfig
+from puna.core.generation import slots
 from puna.core.generation.generate import generate, stream
 from puna.core.generation.kv_cache import KVCache
 from puna.core.model import Transformer
@@ -106,6 +107,35 @@ def test_draws_do_not_depend_on_the_memory_they_may_take(model, backend, monkeyp
     noted(Session, lambda rows, longest: rows * longest)
     same(run(model, cache_bytes=A_TOKEN * tokens), expected)
     assert held and max(held) <= max(tokens, len(PROMPTS[2]) + 12)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 17])
+def test_prompts_are_run_in_pieces(model, backend, monkeypatch, tokens):
+    """As on a GPU: no second cache of more than so many tokens, or of one prompt."""
+    if backend == "native":
+        pytest.skip("the engine runs prompts in pieces of its own")
+    given = [prompt for prompt in PROMPTS for _ in range(3)]
+    expected, held = run(model, given), []
+    original = KVCache.__init__
+
+    def noted(self, config, batch, longest, **options):
+        held.append((batch, longest))
+        original(self, config, batch, longest, **options)
+
+    monkeypatch.setattr(KVCache, "__init__", noted)
+    monkeypatch.setattr(slots, "most_tokens", lambda device: tokens)
+    same(run(model, given), expected)
+    (cache, *pieces) = held
+    assert cache[0] == len(given) and sum(batch for batch, _ in pieces) == len(PROMPTS)
+    assert all(batch == 1 or batch * longest <= tokens for batch, longest in pieces)
+
+
+def test_pieces_of_prompts():
+    prompts = [[1], [1], [2, 3], [2, 3], [4, 5], [6] * 9, [7]]
+    placed = [(9 - number, number) for number in range(7)]
+    found = [[number for _, number in part] for part in slots.pieces(placed, prompts, 4)]
+    assert found == [[0, 1, 2, 3], [4], [5], [6]]
+    assert [len(part) for part in slots.pieces(placed, prompts, 10**9)] == [7]
 
 
 def test_seed_round_prompt_and_sample_each_change_the_draw(model):

@@ -176,6 +176,13 @@ def test_every_test_of_a_gpu_belongs_to_a_part():
     assert marked - {"gpu_run"} == set(known) and len(known) == len(set(known))
 
 
+def test_no_part_runs_what_takes_minutes():
+    """A -m takes the place of pyproject's, which leaves them out."""
+    commands = [part.command for part in parts() if "pytest" in part.command]
+    assert len(commands) == len(TESTS) + 2  # and two sanitizers
+    assert all("gpu and not slow" in command for command in commands)
+
+
 def test_each_part_has_a_name_and_a_time_of_its_own():
     for dry in (False, True):
         found = parts(dry)

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puna.core.config import ModelConfig
-from puna.core.generation.kv_cache import KVCache
+from puna.core.config import SIZES, ModelConfig
+from puna.core.generation.kv_cache import CACHE_BYTES, KVCache, room, rows_within
 
 CONFIG = ModelConfig(16, 3, 4, 2, 24, vocab_size=11)
 B, SLOTS, K, D = 4, 7, 2, 4
@@ -76,3 +76,26 @@ def test_dropped_rows_leave_no_second_copy(rows):
 def test_too_many_tokens():
     with pytest.raises(ValueError, match="8 tokens do not fit a cache of 7"):
         KVCache(CONFIG, B, SLOTS).fill(0, torch.zeros(B, 8, K, D), torch.zeros(B, 8, K, D))
+
+
+def test_what_is_free_on_a_gpu_may_be_taken(monkeypatch):
+    """A GPU of 80 GB with 7B's weights. PyTorch holds 5 GB that nothing uses, 2 GB of them in
+    pieces that cannot be given back."""
+    kept = {"reserved": 18_500_000_000, "active": 13_500_000_000, "inactive_split": 2_000_000_000}
+    free = {"bytes": 65_000_000_000}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["bytes"], 85 * 10**9))
+    monkeypatch.setattr(
+        torch.cuda,
+        "memory_stats",
+        lambda device: {f"{name}_bytes.all.current": size for name, size in kept.items()},
+    )
+    config, gpu, kind = SIZES["7b"], torch.device("cuda"), torch.bfloat16
+    taken = room(config, gpu, kind)
+    assert 0.85 * 68e9 < taken < 0.9 * 68e9
+    assert rows_within(taken, config, kind, 256) > 256  # as many as are ever asked for
+    assert 40 < rows_within(taken, config, kind, 2048) < 64
+    # A prompt as long as that is run in one piece, whose keys and values are a second cache.
+    assert taken - room(config, gpu, kind, 2 * 4096) > 4096 * 2 * 32 * 4096 * 2
+    free["bytes"] = kept["reserved"] = 0
+    assert room(config, gpu, kind) == 0 and rows_within(0, config, kind, 2048) == 1
+    assert room(config, torch.device("cpu"), kind) == CACHE_BYTES

@@ -39,7 +39,9 @@ def parts(dry: bool = False, layers: int = 0) -> list[Part]:
 
     def tests(*names: str) -> list[str]:
         files = [f"tests/test_{file}.py" for name in names for file in TESTS[name]]
-        return python("pytest", "-q", "-m", "gpu", *files, *(["--collect-only"] if dry else []))
+        # It takes the place of pyproject's "not slow", so that it must say that, too.
+        marked = ["-m", "gpu and not slow", *(["--collect-only"] if dry else [])]
+        return python("pytest", "-q", *marked, *files)
 
     def bench(what: str, *flags: str, rounds: int = 0) -> list[str]:
         model = [] if what == "kernels" else ["--shape", "7b"]

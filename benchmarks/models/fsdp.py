@@ -105,10 +105,10 @@ def train_rows(
     rows, length = ROWS[device.type], min(TOKENS[device.type], config.context)
     tokens = own_tokens(config.vocab_size, rows, length, device)
     truth = first_loss(shape, tokens)
-    sharded = puna_step(weights_of(shape).to(device), tokens, kind)
+    sharded = puna_step(weights_of(shape, device), tokens, kind)
     work: dict[str, Callable[[], float]] = {"puna": of_all(sharded)}
     if ranks > 1:
-        whole = puna_step(weights_of(shape).to(device), tokens, kind, replicate=ranks)
+        whole = puna_step(weights_of(shape, device), tokens, kind, replicate=ranks)
         work["puna-replicated"] = of_all(whole)
     errors = verify({name: [step() for _ in range(3)] for name, step in work.items()}, truth, dtype)
     peaks = {name: peak_mb(step, device) for name, step in work.items()}
@@ -131,8 +131,8 @@ def generate_rows(
     ranks, config = parallel.world_size(), shape.config
     count, new = PROMPTS[device.type], min(NEW, config.context - PROMPT)
     prompts = own_tokens(config.vocab_size, count, PROMPT, device).tolist()
-    plain = weights_of(shape).to(device, DTYPES[dtype])
-    sharded = parallel.prepare(weights_of(shape).to(device), compute_dtype=kind)
+    plain = weights_of(shape, device, DTYPES[dtype])
+    sharded = parallel.prepare(weights_of(shape, device), compute_dtype=kind)
 
     def answers(model: Transformer) -> list[list[int]]:
         found = generate(model, prompts, max_new_tokens=new, eos_id=None, temperature=0.0)
@@ -191,7 +191,7 @@ def everywhere(number: float) -> float:
 @torch.no_grad()
 def first_loss(shape: Shape, tokens: Tensor) -> float:
     """Of a model that nothing was done to, in fp32."""
-    model = weights_of(shape).to(tokens.device)
+    model = weights_of(shape, tokens.device)
     targets = torch.full_like(tokens, -100)
     targets[:, :-1] = tokens[:, 1:]
     loss = float(model.cross_entropy(model(tokens), targets))

@@ -17,9 +17,13 @@ from puna.benchmarks.timing import Clock, Timing, interleaved, peak_mb
 from puna.core.config import ModelConfig
 from puna.core.errors import UserError
 from puna.core.generation.generate import generate
+from puna.core.generation.kv_cache import room, rows_within
+from puna.core.model import Transformer
+from puna.core.terminal import say
 
 PROMPT, NEW = 16, 240  # tokens; together the budget of 256
 BATCHES, GPU_BATCHES = (1, 32), (1, 8, 32, 64, 128, 256)
+AT_ONCE = 256  # rows, at the most
 NEAR_TIE = {"fp32": 1e-3, "bf16": 0.1}
 
 Answer = Callable[[], list[list[int]]]
@@ -32,7 +36,11 @@ def bench_generate(models: Models, batch: int, rounds: int) -> list[Row]:
     generator = torch.Generator().manual_seed(batch)
     prompts = torch.randint(models.config.vocab_size, (batch, PROMPT), generator=generator)
     new = new_tokens(models.config)
-    answers: dict[Variant, Answer] = {("puna", models.dtype): puna_answer(models, prompts)}
+    at_once, cache_bytes = side_by_side(models.puna, batch, PROMPT + new)
+    if at_once < batch:
+        say(f"generate, {models.shape}: of {batch} rows {at_once} at once, as many as fit")
+    ours = puna_answer(models, prompts, cache_bytes)
+    answers: dict[Variant, Answer] = {("puna", models.dtype): ours}
     if models.transformers is not None:
         answers["transformers", models.dtype] = transformers_answer(models, prompts)
     if models.vllm is not None:
@@ -44,7 +52,7 @@ def bench_generate(models: Models, batch: int, rounds: int) -> list[Row]:
     def work(dtype: str) -> Work:
         bytes_each = DTYPES[dtype].itemsize
         bound = limit(
-            models.config, models.ceilings, batch, PROMPT + new / 2, bytes_each, bytes_each
+            models.config, models.ceilings, at_once, PROMPT + new / 2, bytes_each, bytes_each
         )
         return Work("generate", str(models.shape), batch, batch * new, bound, dtype)
 
@@ -52,6 +60,14 @@ def bench_generate(models: Models, batch: int, rounds: int) -> list[Row]:
         row(work(variant[1]), variant[0], timings[variant], errors[variant], peaks[variant])
         for variant in answers
     ]
+
+
+def side_by_side(model: Transformer, rows: int, longest: int) -> tuple[int, int]:
+    """(how many of so many rows of `longest` tokens Puna continues at once, the bytes it is given
+    for their keys and values): a step reads the weights for so many, and its limit is theirs."""
+    config, kind = model.config, model.dtype
+    cache_bytes = room(config, model.device, kind)
+    return min(rows, AT_ONCE, rows_within(cache_bytes, config, kind, longest)), cache_bytes
 
 
 def new_tokens(config: ModelConfig) -> int:
@@ -90,11 +106,19 @@ def limit(
     return batch / max(reading, computing)
 
 
-def puna_answer(models: Models, prompts: Tensor) -> Answer:
+def puna_answer(models: Models, prompts: Tensor, cache_bytes: int | None = None) -> Answer:
     rows_of_ids, new = prompts.tolist(), new_tokens(models.config)
 
     def answer() -> list[list[int]]:
-        found = generate(models.puna, rows_of_ids, max_new_tokens=new, eos_id=None, temperature=0.0)
+        found = generate(
+            models.puna,
+            rows_of_ids,
+            max_new_tokens=new,
+            eos_id=None,
+            temperature=0.0,
+            batch_size=AT_ONCE,
+            cache_bytes=cache_bytes,
+        )
         return [completion.tokens for completion in found]
 
     return answer

@@ -18,15 +18,20 @@ import torch
 
 from puna.benchmarks import budget
 from puna.benchmarks.machine import matmul_rate, read_rate
-from puna.benchmarks.models.generate import limit
-from puna.benchmarks.models.shapes import DTYPES, Ceilings, multiplied_parameters
+from puna.benchmarks.models.generate import limit, side_by_side
+from puna.benchmarks.models.shapes import (
+    DTYPES,
+    Ceilings,
+    multiplied_parameters,
+    random_source,
+)
 from puna.benchmarks.models.steps import puna_step
 from puna.benchmarks.models.train import flops
 from puna.benchmarks.rows import Row, Work, row
 from puna.benchmarks.timing import interleaved, peak_mb
+from puna.core.checkpoint.source import in_memory
 from puna.core.config import SIZES, ModelConfig, ffn_width, parameter_count
 from puna.core.generation.generate import generate
-from puna.core.model import Transformer
 
 TRAINED = 16  # bytes a parameter: fp32 with its gradient and AdamW's state
 # Student's t: 95% of it lies within, by degrees of freedom
@@ -107,28 +112,28 @@ def measured(
 ) -> Row:
     """One point of an axis."""
     config = at(plan, along, x)
-    model = Transformer(config)
-    model.init_weights(seed=0)
+    held_in = DTYPES[dtype] if along == "K" else torch.float32
+    model = in_memory(random_source(config, device), device, held_in)
     generator = torch.Generator().manual_seed(0)
     if along == "K":
-        model.to(device, DTYPES[dtype])
         ids = torch.randint(config.vocab_size, (plan.prompts, 8), generator=generator).tolist()
-        prompts = [prompt for prompt in ids for _ in range(x)]
+        prompts, new = [prompt for prompt in ids for _ in range(x)], plan.new
+        at_once, cache = side_by_side(model, len(prompts), 8 + new)
 
         def call() -> object:
-            return generate(model, prompts, max_new_tokens=plan.new, eos_id=None)
+            return generate(model, prompts, max_new_tokens=new, eos_id=None, cache_bytes=cache)
 
         size = DTYPES[dtype].itemsize
         ceilings = Ceilings(rate, read_rate(device, size * multiplied_parameters(config)))
         rows, tokens, held = len(prompts), len(prompts) * plan.new, size
-        bound = limit(config, ceilings, rows, 8 + plan.new / 2, size, size)
+        bound = limit(config, ceilings, at_once, 8 + plan.new / 2, size, size)
         name = "sample by K"
     else:
         rows = x if along == "batch" else 1 if along == "context" else plan.rows
         length = x if along == "context" else plan.tokens
         drawn = torch.randint(config.vocab_size, (rows, length), generator=generator).to(device)
         kind = None if dtype == "fp32" else DTYPES[dtype]
-        call = puna_step(model.to(device), drawn, kind)
+        call = puna_step(model, drawn, kind)
         tokens, held, bound = rows * length, TRAINED, rate / flops(config, length)
         name = f"train by {along}"
     peak = peak_mb(call, device)

@@ -10,9 +10,9 @@ what the trainer finds for the same token: PPO's first ratio is e to that. Beyon
 itself allows nothing is timed.
 """
 
-import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,19 +27,20 @@ from puna.benchmarks.models.shapes import (
     Shape,
     finishing_parameters,
     multiplied_parameters,
-    weights_of,
+    source_of,
 )
 from puna.benchmarks.rows import Row, Work, row
 from puna.benchmarks.timing import finish, peak_mb, summarise
-from puna.core.checkpoint.folder import open_model, save_model
-from puna.core.config import ModelConfig
+from puna.core.config import ModelConfig, parameter_count
 from puna.core.errors import UserError
+from puna.core.generation.kv_cache import room, rows_within
 from puna.core.model import Transformer
 from puna.trainers.ppo import learning_rates, trained
-from puna.trainers.rl.config import PPOConfig, frozen, open_reward_models
-from puna.trainers.rl.rewards import Answer, Reward, score_answers
+from puna.trainers.rl.config import PPOConfig
+from puna.trainers.rl.rewards import Answer, Reward, RewardModels, score_answers
 from puna.trainers.rl.rollout import Rollout, answer_logprobs, collect
 from puna.trainers.rl.update import RATIO_TOLERANCE, make_experience, update
+from puna.trainers.train import loop
 from puna.trainers.train.run import Trained
 
 PARTS = ("sampling", "scoring", "reference", "update")
@@ -59,6 +60,9 @@ CPU, GPU, DRY = Sizes(16, 8, 16, 48), Sizes(512, 64, 256, 256), Sizes(4, 2, 4, 6
 # A parameter: policy and critic with gradients and AdamW's state; reference, two reward models and
 # the gathered copy that samples, in bf16.
 BYTES = 2 * 16 + 4 * 2
+# Of these, what an iteration's sampling finds in memory and the opened networks have not yet:
+# AdamW's state, and the copy that samples. (Gradients have gone by then.)
+STILL = 2 * 8 + 2
 
 
 class Networks(NamedTuple):
@@ -77,8 +81,7 @@ def bench_rlhf(
     about the policy."""
     sizes = DRY if shape.tiny else GPU if gpu else CPU
     sizes = fitting(sizes, shape.config.context)
-    with tempfile.TemporaryDirectory(prefix="puna-bench-") as folder:
-        networks = open_networks(shape, Path(folder), device, dtype, sizes)
+    networks = open_networks(shape, device, dtype, sizes)
     error = difference(networks)
     peak = peak_mb(lambda: list(iteration(networks, 0)), device)  # and warm afterwards
     seconds: dict[str, list[float]] = {name: [] for name in PARTS}
@@ -90,7 +93,8 @@ def bench_rlhf(
     whole = [sum(parts) for parts in zip(*seconds.values(), strict=True)]
     tokens = sizes.batch * sizes.new
     matmul = matmul_rate(device, DTYPES[dtype], dry=shape.tiny)
-    limits = least_seconds(shape.config, sizes, device, dtype, matmul)
+    at_once = side_by_side(networks.config, shape.config, sizes, DTYPES[dtype])
+    limits = least_seconds(shape.config, sizes, at_once, device, dtype, matmul)
     limits["iteration"] = sum(limits.values())
     found = []
     for name, took in {"iteration": whole, **seconds}.items():
@@ -107,40 +111,57 @@ def fitting(sizes: Sizes, context: int) -> Sizes:
     return sizes._replace(prompt=min(sizes.prompt, half), new=min(sizes.new, half))
 
 
-def open_networks(
-    shape: Shape, folder: Path, device: torch.device, dtype: str, sizes: Sizes
-) -> Networks:
-    """Policy, critic, reference and two reward models, opened as `puna ppo` opens them."""
-    save_model(folder / "policy", weights_of(shape))
-    for seed, name in enumerate(("helpfulness", "safety"), 1):
-        scorer = Transformer(shape.config, "score")
-        scorer.init_weights(seed)
-        save_model(folder / name, scorer)
+def open_networks(shape: Shape, device: torch.device, dtype: str, sizes: Sizes) -> Networks:
+    """Policy, critic, reference and two reward models, loaded as `puna ppo` loads them; the critic
+    begins as the first reward model. There are no files: 7B's took a minute to write."""
     config = PPOConfig(
-        policy=folder / "policy",
-        helpfulness=folder / "helpfulness",
-        safety=folder / "safety",
+        policy=Path("policy"),
+        helpfulness=Path("helpfulness"),
+        safety=Path("safety"),
         prompts=[],
-        out=folder / "run",
+        out=Path("run"),
         device=str(device),
         dtype="bf16" if dtype == "bf16" else "fp32",
         batch=sizes.batch,
         minibatch=sizes.minibatch,
         max_new_tokens=sizes.new,
     )
-    critic = open_model(folder / "helpfulness", head="score", fresh_head=True, seed=config.seed)
+    policy = source_of(shape, device)
+    helpfulness, safety = (source_of(shape, device, "score", seed) for seed in (1, 2))
     generator = torch.Generator().manual_seed(1)
     drawn = torch.randint(
         3, shape.config.vocab_size, (sizes.batch, sizes.prompt), generator=generator
     )
-    return Networks(
+    networks = Networks(
         config,
-        trained(open_model(folder / "policy", head="lm"), config),
-        trained(critic, config),
-        frozen(config.policy, "lm", config),
-        open_reward_models(config),
+        trained(policy, config),
+        trained(helpfulness, config),
+        loop.load(policy, config, frozen=True),
+        RewardModels(
+            loop.load(helpfulness, config, frozen=True),
+            loop.load(safety, config, frozen=True),
+            combine=config.combine,
+            threshold=config.safety_threshold,
+            max_tokens=config.micro_batch_tokens,
+        ),
         drawn.tolist(),
     )
+    if device.type != "cuda":
+        return networks
+    cache = sampling_room(shape.config, device, DTYPES[dtype], sizes.prompt)
+    return networks._replace(config=replace(config, cache_gb=cache / 1e9))
+
+
+def sampling_room(config: ModelConfig, device: torch.device, kind: torch.dtype, prompt: int) -> int:
+    """Bytes for keys and values on a GPU that holds the networks, and will hold more."""
+    return max(1, room(config, device, kind, prompt) - STILL * parameter_count(config))
+
+
+def side_by_side(config: PPOConfig, shape: ModelConfig, sizes: Sizes, kind: torch.dtype) -> int:
+    """How many answers are continued at once."""
+    cache = config.limits()["cache_bytes"]
+    fit = rows_within(cache, shape, kind, sizes.prompt + sizes.new)
+    return min(sizes.batch, config.generation_batch, fit)
 
 
 def sampled(networks: Networks, number: int) -> Rollout:
@@ -213,9 +234,15 @@ def difference(networks: Networks) -> float:
 
 
 def least_seconds(
-    config: ModelConfig, sizes: Sizes, device: torch.device, dtype: str, matmul: float
+    config: ModelConfig,
+    sizes: Sizes,
+    at_once: int,
+    device: torch.device,
+    dtype: str,
+    matmul: float,
 ) -> dict[str, float]:
-    """What each part's matrix products need at the measured rate, and sampling's reading."""
+    """What each part's matrix products need at the measured rate, and sampling's reading, which is
+    of all weights for `at_once` answers."""
     kind = DTYPES[dtype]
     parameters = multiplied_parameters(config)
     ceilings = Ceilings(matmul, read_rate(device, kind.itemsize * parameters))
@@ -233,6 +260,6 @@ def least_seconds(
         "update": 3 * (2 * to_answer + head),  # backward twice the forward
     }
     positions = sizes.prompt + sizes.new / 2
-    rate = limit(config, ceilings, sizes.batch, positions, kind.itemsize, kind.itemsize)
+    rate = limit(config, ceilings, at_once, positions, kind.itemsize, kind.itemsize)
     found = {name: amount / ceilings.matmul for name, amount in flops.items()}
     return {"sampling": answers / rate, **found}

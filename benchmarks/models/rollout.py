@@ -1,7 +1,8 @@
 """Rollout speed: many prompts whose answers end at different places, as in RLHF.
 
 Answer lengths are fixed in advance from a geometric distribution, so that every provider writes
-as many tokens. "puna" refills a slot as its answer ends; "puna-no-refill" is the same engine, 32
+as many tokens. A slot has room for the longest of them; of 7B on a GPU of 80 GB some 60 fit, where
+256 are asked for. "puna" refills a slot as its answer ends; "puna-no-refill" is the same engine, 32
 prompts at a time; "puna-pytorch" is generation without the native engine, which refills slots at
 every eighth step. Were a step's time the same for one row as for many, refilling alone would win
 `ideal_gain`; on a CPU it nearly grows with the rows.
@@ -11,7 +12,7 @@ from functools import partial
 
 import torch
 
-from puna.benchmarks.models.generate import PROMPT, limit
+from puna.benchmarks.models.generate import PROMPT, limit, side_by_side
 from puna.benchmarks.models.shapes import DTYPES, Models
 from puna.benchmarks.rows import Row, Work, rows
 from puna.benchmarks.timing import interleaved, peak_mb
@@ -49,6 +50,8 @@ def bench_rollout(models: Models, rounds: int, prompts: int = 0) -> list[Row]:
     drawn = torch.randint(models.config.vocab_size, (count, PROMPT), generator=generator)
     lengths = answer_lengths(count, models.config.context - PROMPT, mean)
     ids = drawn.tolist()
+    # Each slot has room for the longest answer.
+    slots, cache_bytes = side_by_side(models.puna, slots, PROMPT + max(lengths))
     gain = ideal_gain(lengths, slots)
     print(f"rollout, {models.shape}: full slots could at best win {gain:.1f} times")
     ways: dict[str, tuple[str, int]] = {
@@ -58,7 +61,10 @@ def bench_rollout(models: Models, rounds: int, prompts: int = 0) -> list[Row]:
     }
     if models.gpu or models.dtype != "fp32":
         ways = {"puna": ("auto", count), "puna-no-refill": ("auto", slots)}
-    work = {name: partial(sample, models, ids, lengths, *way, slots) for name, way in ways.items()}
+    work = {
+        name: partial(sample, models, ids, lengths, *way, slots, cache_bytes)
+        for name, way in ways.items()
+    }
     bytes_each = DTYPES[models.dtype].itemsize
     bound = limit(models.config, models.ceilings, slots, PROMPT + mean, bytes_each, bytes_each)
     done = Work("rollout", str(models.shape), slots, sum(lengths), bound, models.dtype)
@@ -78,6 +84,7 @@ def sample(
     backend: str,
     at_once: int,
     slots: int,
+    cache_bytes: int,
 ) -> None:
     """Answers at temperature 1, `slots` side by side; of `at_once` prompts before the next are
     begun. RuntimeError unless they are as long as asked."""
@@ -88,7 +95,14 @@ def sample(
         some = slice(start, start + at_once)
         with use_backend(backend):
             found = complete(
-                models.puna, prompts[some], keys[some], lengths[some], Sampler(), None, slots
+                models.puna,
+                prompts[some],
+                keys[some],
+                lengths[some],
+                Sampler(),
+                None,
+                slots,
+                cache_bytes,
             )
         written += [len(completion.tokens) for completion in found]
     if written != lengths:

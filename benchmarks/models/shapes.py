@@ -1,18 +1,23 @@
-"""The same weights in every provider: made or read by Puna, saved, and opened from the folder."""
+"""The same weights in every provider: made or read by Puna, saved where others are to open them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from puna.benchmarks.machine import installed, matmul_rate, read_rate
 from puna.benchmarks.models.vllm import open_vllm
-from puna.benchmarks.opponents import attempted
+from puna.benchmarks.opponents import attempted, has
 from puna.core.checkpoint.folder import open_model, save_model
+from puna.core.checkpoint.source import Source, fresh, in_memory
 from puna.core.config import SIZES, ModelConfig, parameter_count, size
 from puna.core.model import Transformer
+from puna.core.parameters import initial_std, parameter_shapes
 
+CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -97,15 +102,16 @@ def open_models(
     peers: bool = True,
     engines: bool = False,
 ) -> Models:
-    """A shape's weights, saved in `folder` and opened again by each provider; `engines`: by those,
+    """A shape's weights, and the same opened again by each peer from `folder`; `engines`: by those,
     too, that generate and cannot train."""
     kind = DTYPES[dtype]
-    model = weights_of(shape)
+    model = weights_of(shape, device, kind)
     config = model.config
-    save_model(folder, model)
-    model.to(device, kind)
+    trains = peers and installed("transformers") is not None
+    if trains or (peers and engines and has("vllm")):  # 7B's are a minute of a GPU's time
+        save_model(folder, model)
     theirs = None
-    if peers and installed("transformers"):
+    if trains:
         theirs = attempted("transformers", lambda: open_transformers(folder, device, kind))
     stored = kind.itemsize * multiplied_parameters(config)
     ceilings = Ceilings(matmul_rate(device, kind, dry=shape.tiny), read_rate(device, stored))
@@ -113,17 +119,48 @@ def open_models(
     return Models(shape, dtype, gpu, config, model, theirs, ceilings, vllm)
 
 
-def weights_of(shape: Shape) -> Transformer:
-    """In fp32 on the CPU: a folder's, or random ones (seed 0)."""
-    model = Transformer(shape.config)
-    if shape.folder is None or shape.tiny:
-        model.init_weights(seed=0)
-        return model
-    parameters = dict(model.named_parameters())
-    for name, tensor in open_model(shape.folder, head="lm").tensors():
-        if name in parameters:  # blocks that are cut have none
-            parameters[name].data.copy_(tensor)
-    return model
+def weights_of(
+    shape: Shape, device: torch.device = CPU, dtype: torch.dtype = torch.float32
+) -> Transformer:
+    """A folder's, or random ones."""
+    return in_memory(source_of(shape, device), device, dtype)
+
+
+def source_of(shape: Shape, device: torch.device, head: str = "lm", seed: int = 0) -> Source:
+    """The weights of a shape: a folder's, or random ones; of a score head always those."""
+    config = shape.config
+    if shape.folder is None or shape.tiny or head != "lm":
+        return random_source(config, device, head, seed)
+    stored, kept = open_model(shape.folder, head="lm"), parameter_shapes(config, head)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensor) for name, tensor in stored.tensors() if name in kept)
+
+    return stored._replace(config=config, tensors=tensors)
+
+
+def random_source(
+    config: ModelConfig, device: torch.device, head: str = "lm", seed: int = 0
+) -> Source:
+    """The weights of `init_weights`. On a GPU they are drawn there, others of the same scale: a CPU
+    draws 7B's for a minute."""
+    source = fresh(config, seed, head)
+    if device.type == "cpu":
+        return source
+    return source._replace(tensors=lambda: drawn(config, device, head, seed))
+
+
+def drawn(
+    config: ModelConfig, device: torch.device, head: str, seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter in fp32, one at a time, by the device's own generator."""
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, shape in parameter_shapes(config, head).items():
+        if len(shape) == 1:
+            yield name, torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=device)
+        else:
+            start, std = torch.empty(shape, device=device), initial_std(config, name)
+            yield name, start.normal_(0.0, std, generator=generator)
 
 
 def blocks_that_fit(shape: Shape, memory: int, bytes_a_parameter: float) -> int:

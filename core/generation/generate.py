@@ -11,7 +11,7 @@ from puna.core import ops
 from puna.core.documents import count_of
 from puna.core.generation import continuous
 from puna.core.generation.continuous import Remembered
-from puna.core.generation.kv_cache import CACHE_BYTES, bytes_a_token
+from puna.core.generation.kv_cache import room, rows_within
 from puna.core.generation.memory import Memory, ample
 from puna.core.generation.sampling import (
     EosIds,
@@ -48,7 +48,7 @@ def generate(
     prompt_ids: list[int] | None = None,
     sample_ids: list[int] | None = None,
     batch_size: int = 256,
-    cache_bytes: int = CACHE_BYTES,
+    cache_bytes: int | None = None,
     weight_format: str = "fp32",
     memory: Memory | None = None,
     stops: Stops | None = None,
@@ -59,14 +59,15 @@ def generate(
 
     `eos_id` is none, one or several. `prompt_ids` and `sample_ids` name the rows for the
     counter-based draw (default: 0, 1, ... and 0); `batch_size` is how many are continued at once,
-    fewer where their keys and values would take more than `cache_bytes` (one always is). Results
-    come in the order of `prompts`. An fp32 model on the CPU runs on the native engine, which puts
-    the next prompt in the place of an answer that ends; `weight_format` "bf16" or "int8" makes it
-    read rounded weights, which is faster and a little worse (`puna bench weights` says both). With
-    a `memory`, what it holds of a conversation is not run again. Raises ValueError for an empty
-    prompt or one that fills the context, for ids the model does not know, for settings that do not
-    fit, and for logits that hold NaN or inf: of the model as `called`. Calls share nothing but the
-    weights: several threads may generate from one model.
+    fewer where their keys and values would take more than `cache_bytes` (one always is; None: 8 GB,
+    on a GPU what is free). Results come in the order of `prompts`. An fp32 model on the CPU runs on
+    the native engine, which puts the next prompt in the place of an answer that ends;
+    `weight_format` "bf16" or "int8" makes it read rounded weights, which is faster and a little
+    worse (`puna bench weights` says both). With a `memory`, what it holds of a conversation is not
+    run again. Raises ValueError for an empty prompt or one that fills the context, for ids the
+    model does not know, for settings that do not fit, and for logits that hold NaN or inf: of the
+    model as `called`. Calls share nothing but the weights: several threads may generate from one
+    model.
     """
     sampler = Sampler(temperature, top_k, top_p)
     check_settings(
@@ -109,7 +110,7 @@ def complete(
     sampler: Sampler,
     eos_id: EosIds,
     batch_size: int,
-    cache_bytes: int = CACHE_BYTES,
+    cache_bytes: int | None = None,
     weight_format: str = "fp32",
     remembered: Remembered | None = None,
     stops: Stops | None = None,
@@ -121,8 +122,10 @@ def complete(
     longest = max((len(prompt) + n for prompt, n in zip(prompts, limits, strict=True)), default=1)
     if remembered is not None:
         longest = ample(model.config, longest)
-    rows = cache_bytes // bytes_a_token(model.config, dtype) // longest
-    slots = max(1, min(batch_size, rows))
+    if cache_bytes is None:
+        prompt = max(map(len, prompts), default=1)
+        cache_bytes = room(model.config, model.device, dtype, prompt)
+    slots = min(batch_size, rows_within(cache_bytes, model.config, dtype, longest))
     if engine is not None:
         return _by_engine(engine, prompts, keys, limits, sampler, eos_id, slots, remembered, stops)
     return _by_pytorch(model, prompts, keys, limits, sampler, eos_id, slots, stops)

@@ -9,12 +9,45 @@ from torch import Tensor
 
 from puna.core.config import ModelConfig
 
-CACHE_BYTES = 8_000_000_000  # of keys and values at once, where nothing else is asked for
+CACHE_BYTES = 8_000_000_000  # of keys and values at once on a CPU; a trainer's, on any device
+# Tokens of prompts in one forward pass: a GPU has enough to do, and 7B's keys and values of them,
+# which stand beside the cache until they are copied, are 2.1 GB (of 256 prompts of 1,024: 137).
+RUN = 4096
+# Of a GPU's free memory, to caches: the rest is for logits (256 rows of Llama 3's vocabulary are
+# 131 MB, several times) and for what lies between blocks.
+SHARE = 0.9
 
 
 def bytes_a_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """Of one row's keys and values."""
     return 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
+
+
+def room(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, longest_prompt: int = 1
+) -> int:
+    """Bytes that keys and values may take where nothing is asked for. On a GPU what is free now,
+    less what running the prompts takes besides: whoever has other plans for that memory, another
+    thread that generates, say, asks for less."""
+    if device.type != "cuda":
+        return CACHE_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    # PyTorch keeps what it frees, and gives it back before it is out of memory; not the rest of a
+    # piece of which some is in use, though ("inactive split").
+    stats = torch.cuda.memory_stats(device)
+    reserved, active, split = (
+        int(stats.get(f"{name}_bytes.all.current", 0))
+        for name in ("reserved", "active", "inactive_split")
+    )
+    free += reserved - active - split
+    a_token = (4 * config.dim + 3 * config.ffn_dim) * dtype.itemsize  # held inside a block
+    prompts = max(RUN, longest_prompt) * (bytes_a_token(config, dtype) + a_token)
+    return max(0, int(SHARE * free) - prompts)
+
+
+def rows_within(cache_bytes: int, config: ModelConfig, dtype: torch.dtype, longest: int) -> int:
+    """How many rows of `longest` tokens stand side by side; one always does."""
+    return max(1, cache_bytes // bytes_a_token(config, dtype) // longest)
 
 
 class KVCache:

@@ -6,6 +6,7 @@ of it) is run once and copied.
 """
 
 import functools
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from puna.core import ops
 from puna.core.generation.graphs import Graphs, replays
-from puna.core.generation.kv_cache import KVCache
+from puna.core.generation.kv_cache import RUN, KVCache
 from puna.core.generation.sampling import EosIds, Sampler, all_of, step_seeds
 from puna.core.generation.stopping import Stops
 from puna.core.model import Transformer
@@ -81,6 +82,27 @@ class Slots:
         """Begin the prompts with these (slot, number) pairs: run them and draw their first token.
         keys (N,) and limits are of all prompts."""
         device = self.model.device
+        ran = [self._run(some, prompts) for some in pieces(placed, prompts, most_tokens(device))]
+        slots = torch.tensor([slot for slot, _ in placed], device=device)
+        numbers = [number for _, number in placed]
+        lengths = torch.tensor([len(prompts[number]) for number in numbers], device=device)
+        for name, values in (
+            ("lengths", lengths),
+            ("counts", torch.zeros_like(lengths)),
+            ("limits", torch.tensor([limits[number] for number in numbers], device=device)),
+            ("keys", keys[torch.tensor(numbers)].to(device)),
+            ("going", torch.ones_like(lengths, dtype=torch.bool)),
+        ):
+            getattr(self.state, name)[slots] = values
+        for slot, number in placed:
+            self.holds[slot] = number
+        self.reach = max(self.reach, *(len(prompts[number]) for number in numbers))
+        self._draw(torch.cat(ran), slots)
+
+    def _run(self, placed: Sequence[tuple[int, int]], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """One forward pass of prompts, whose keys and values go to their slots: the hidden state at
+        the end of each (W, C)."""
+        device = self.model.device
         first = dict.fromkeys(tuple(prompts[number]) for _, number in placed)
         place = {prompt: row for row, prompt in enumerate(first)}
         longest = max(map(len, first))
@@ -95,21 +117,8 @@ class Slots:
         hidden = self.model(tokens.to(device), cache=cache, wanted=last)[0]
         rows = torch.tensor([place[tuple(prompts[number])] for _, number in placed], device=device)
         slots = torch.tensor([slot for slot, _ in placed], device=device)
-        numbers = [number for _, number in placed]
-        lengths = torch.tensor([len(prompts[number]) for number in numbers], device=device)
         self.cache.place(slots, cache, rows)
-        for name, values in (
-            ("lengths", lengths),
-            ("counts", torch.zeros_like(lengths)),
-            ("limits", torch.tensor([limits[number] for number in numbers], device=device)),
-            ("keys", keys[torch.tensor(numbers)].to(device)),
-            ("going", torch.ones_like(lengths, dtype=torch.bool)),
-        ):
-            getattr(self.state, name)[slots] = values
-        for slot, number in placed:
-            self.holds[slot] = number
-        self.reach = max(self.reach, longest)
-        self._draw(hidden[rows], slots)
+        return hidden[rows]
 
     def step(self) -> None:
         """One token more in every slot whose answer goes on."""
@@ -189,6 +198,30 @@ class Slots:
         self.state = _State(*(part[rows] for part in self.state))
         self.holds = [self.holds[slot] for slot in kept]
         self.graphs = Graphs(self.model) if self.graphs else None  # of other shapes
+
+
+def most_tokens(device: torch.device) -> int:
+    """Of prompts in one forward pass. On a CPU all: how many there are decides the last bits."""
+    return RUN if device.type == "cuda" else sys.maxsize
+
+
+def pieces(
+    placed: Sequence[tuple[int, int]], prompts: Sequence[Sequence[int]], most: int
+) -> Iterator[list[tuple[int, int]]]:
+    """(slot, number) pairs in their order, in parts whose prompts, padded, are at most `most`
+    tokens, or one prompt; what several take in a row is counted once."""
+    part: list[tuple[int, int]] = []
+    longest = distinct = 0
+    before: Sequence[int] = ()
+    for pair in placed:
+        prompt = prompts[pair[1]]
+        if prompt != before:
+            before, longest, distinct = prompt, max(longest, len(prompt)), distinct + 1
+            if part and distinct * longest > most:
+                yield part
+                part, longest, distinct = [], len(prompt), 1
+        part.append(pair)
+    yield part
 
 
 def continued(
