@@ -23,7 +23,7 @@ from puna.kernels import decode_attention as decode_attention
 from puna.kernels import gae as gae
 from puna.kernels import rope_tables as rope_tables
 from puna.kernels import sample as sample
-from puna.kernels.backend import choose as choose
+from puna.kernels.attention.forward import WIDEST
 from puna.kernels.backend import debug as debug
 from puna.kernels.backend import forced as forced
 from puna.kernels.backend import traced as traced
@@ -55,6 +55,12 @@ def _native() -> bool:
 
 def _differentiated(*inputs: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
+def waits(head_dim: int, *weights: Tensor) -> bool:
+    """Whether a step of decoding with these weights waits for its device: the references look at
+    values."""
+    return backend.choose(*weights) != "triton" or head_dim > WIDEST
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

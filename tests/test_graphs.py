@@ -179,7 +179,7 @@ def test_what_a_graph_would_leave_out_keeps_it_from_being_one(monkeypatch):
     assert not graphs.replays(model)
     monkeypatch.setattr(Transformer, "device", torch.device("cuda"))
     assert not graphs.replays(model)  # the reference waits for lengths
-    monkeypatch.setattr(ops, "choose", lambda *tensors: "triton")
+    monkeypatch.setattr(ops.backend, "choose", lambda *tensors: "triton")
     assert graphs.replays(model)
     assert not graphs.replays(Transformer(ModelConfig(600, 1, 2, 1, 96, vocab_size=211)))
     with monkeypatch.context() as patch:

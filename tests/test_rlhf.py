@@ -355,7 +355,7 @@ def test_ghost_attention_follows_on_its_version_and_later_ones_start_from_it(tin
     [
         ({"gatt_version": 1}, "needs both"),
         ({"gatt_dialogues": [Path("x.jsonl")]}, "needs both"),
-        ({"gatt_version": 3, "gatt_dialogues": [Path("x.jsonl")]}, "there are 2 versions"),
+        ({"gatt_version": 3, "gatt_dialogues": [Path("x.jsonl")]}, "versions is 2"),
         ({"gatt": {"epochs": 1}}, "set gatt_version"),
     ],
 )

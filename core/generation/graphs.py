@@ -15,7 +15,6 @@ import torch
 from puna.core import ops
 from puna.core.model import Transformer
 from puna.core.plain import altered_part
-from puna.kernels.attention.forward import WIDEST
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ def replays(model: Transformer) -> bool:
     where no module, hook or mode is to do something at each step that a graph would leave out."""
     if model.device.type != "cuda" or ops.debug() or ops.traced():
         return False
-    if ops.choose(*model.parameters()) != "triton" or model.config.head_dim > WIDEST:
+    if ops.waits(model.config.head_dim, *model.parameters()):
         return False
     if "logits" in model.__dict__ or torch.is_autocast_enabled("cuda"):
         return False
