@@ -165,7 +165,7 @@ def test_opening_reads_as_much_of_any_size(
     )
     totals = []
     for size in (1 << 20, 1 << 21, 1 << 22):
-        np.save(tmp_path / "ids.npy", np.ones(size, np.uint16))
+        np.save(tmp_path / "ids.npy", np.full(size, 5, np.uint16))
         read.clear()
         split_corpus(open_corpus([tmp_path / "ids.npy"], tokenizer), 0.25)
         totals.append(sum(read))
@@ -184,3 +184,20 @@ def test_split(
     assert held_out.size == round(corpus.size * share)
     together = np.concatenate([*train.shards, *held_out.shards])
     assert np.array_equal(together, np.concatenate(corpus.shards))
+
+
+@pytest.mark.parametrize(
+    ("ids", "share"),
+    [
+        ([1, 5, 6, 2], 0.01),  # nothing is held out
+        ([1, 5, 6, 2], 0.9),  # nothing is left to train on
+        ([1, 5, 6, 2], 0.25),  # one token held out predicts nothing
+        ([1, 5, 2, 1], 0.5),  # nor do the end of a document and the beginning of another
+    ],
+)
+def test_a_part_with_nothing_to_predict_is_said_with_the_way_out(
+    ids: list[int], share: float
+) -> None:
+    corpus = Corpus((np.array(ids, np.uint16),), bos_id=1, vocab_size=8)
+    with pytest.raises(ValueError, match="^4 tokens are too few .*; give more text, or .*eval.*0$"):
+        split_corpus(corpus, share)

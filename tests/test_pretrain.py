@@ -180,6 +180,17 @@ def test_without_steps_it_is_one_epoch_of_a_text_file(tiny, tmp_path):
     assert abs(tokens - len(ids)) <= 64 and "eval_loss" not in metrics(tmp_path / "run")[0]
 
 
+@pytest.mark.parametrize(("text", "share"), [("red blue", 0.01), ("r", 0.9)])
+def test_a_text_too_short_to_hold_some_out_is_said_and_trained_on_without(
+    tiny, tmp_path, text, share
+):
+    (tmp_path / "book.txt").write_text(text)
+    options = {"data": [tmp_path / "book.txt"], "steps": 1}
+    with pytest.raises(ValueError, match="tokens are too few .*; give more text, or --eval-share"):
+        pretrain.run(configured(tiny, tmp_path / "run", eval_share=share, **options))
+    pretrain.run(configured(tiny, tmp_path / "other", eval_share=0.0, **options))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

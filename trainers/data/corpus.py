@@ -14,8 +14,9 @@ import numpy as np
 from numpy.lib.format import MAGIC_PREFIX
 
 from puna.core.checkpoint.hashes import digest
-from puna.core.documents import field, read_object, regular_file
+from puna.core.documents import count_of, field, read_object, regular_file
 from puna.core.text.tokenizer import Tokenizer
+from puna.trainers.train.advice import advice
 
 INDEX = "corpus.json"
 HEADER = 128  # bytes before the ids: the shape's digits may change, their place may not
@@ -114,7 +115,8 @@ def check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
 def split_corpus(corpus: Corpus, eval_share: float) -> tuple[Corpus, Corpus]:
     """(training part, held-out part): the last `eval_share` (0..1) of the tokens, cut anywhere.
 
-    A cut document goes on in the held-out part without a BOS.
+    A cut document goes on in the held-out part without a BOS. Raises ValueError where one of the
+    parts would have nothing to predict.
     """
     assert 0.0 < eval_share < 1.0
     left = round(corpus.size * eval_share)
@@ -125,5 +127,16 @@ def split_corpus(corpus: Corpus, eval_share: float) -> tuple[Corpus, Corpus]:
         left -= len(shard) - cut
         training += [shard[:cut]] if cut else []
         held += [shard[cut:]] if cut < len(shard) else []
-    first, last = (tuple(reversed(part)) for part in (training, held))
-    return corpus._replace(shards=first), corpus._replace(shards=last)
+    first, last = (corpus._replace(shards=tuple(reversed(part))) for part in (training, held))
+    if not (has_target(first) and has_target(last)):
+        raise ValueError(
+            f"{count_of(corpus.size, 'token')} are too few to train on some and hold the share "
+            f"{eval_share:g} out; give more text, or "
+            f"{advice('eval_share', '--eval-share 0', 'set eval_share to 0')}"
+        )
+    return first, last
+
+
+def has_target(corpus: Corpus) -> bool:
+    """Whether some token follows another one of its document: of any three tokens one does."""
+    return any((shard[1:3] != corpus.bos_id).any() for shard in corpus.shards)
