@@ -148,6 +148,14 @@ def test_a_smaller_student_learns_from_the_teachers_answers(world, tmp_path):
     assert loss_on(rows, final) < loss_on(rows, world / "student")
 
 
+def test_selected_answers_that_are_absent_are_named_before_anything_is_made(world, tmp_path):
+    options = {"helpfulness": None, "safety": None, "prompts": []}
+    config = configured(world, tmp_path / "run", selected=tmp_path / "selcted.jsonl", **options)
+    with pytest.raises(ValueError, match="selcted.jsonl: no such file; name the selected.jsonl"):
+        rejection.run(config)
+    assert not config.out.exists()
+
+
 def test_a_student_that_cannot_be_shared_out_is_refused_before_sampling(
     world, tmp_path, monkeypatch
 ):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from puna.core import parallel
 from puna.core.checkpoint.folder import open_model
+from puna.core.documents import regular_file
 from puna.core.text.chat import decode_answer, encode_dialogue, encode_prompt
 from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.capacity import fitting
@@ -81,6 +82,8 @@ def run(config: RejectionConfig, reward: Reward | None = None) -> Path:
         check_reward(config, reward)
     elif reward is not None or reward_paths(config):
         raise ValueError("selected answers are not scored again: leave the reward out")
+    else:
+        regular_file(config.selected, "no such file; name the selected.jsonl of a rejection run")
     student = config.student or config.policy
     tokenizer_file = common_tokenizer(config.policy, *reward_paths(config), student)
     tokenizer = Tokenizer(tokenizer_file)
