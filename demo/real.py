@@ -73,16 +73,16 @@ def run(config: RealConfig) -> Path:
     files = files_of(config.data)
     config = replace(config, dtype=products(config.dtype))  # what is noted holds on any machine
     with owned(config), ops.use_products(config.dtype):
-        start = model_of(config)
-        say(f"matrix products in {config.dtype}")
-        tell_answers({"before": talk(config, "before", start)})
-        counts = write_data(
+        counts = write_data(  # first: where there are too few rows, nothing is left behind
             config.out / "data",
             files,
-            Tokenizer(tokenizer_path(start)),
+            tokenizer_of(config),
             seed=config.seed,
             scale=config.scale,
         )
+        start = model_of(config)
+        say(f"matrix products in {config.dtype}")
+        tell_answers({"before": talk(config, "before", start)})
         tuned = fine_tune(config, start)
         judges = {kind: judge(config, kind, tuned) for kind in KINDS}
         final = improve(config, tuned, judges)
@@ -101,13 +101,26 @@ def run(config: RealConfig) -> Path:
     return report
 
 
+def source_of(config: RealConfig) -> Path:
+    """The chat model to start from: converted already, one's own, or fetched."""
+    folder = config.out / "model"
+    return folder if folder.exists() else config.model or fetched(config.cache)
+
+
+def tokenizer_of(config: RealConfig) -> Tokenizer:
+    """That of the chat model; ValueError where there is none, or the model is of rewards."""
+    path = source_of(config)
+    source = open_any(path)
+    if source.head != "lm":
+        raise ValueError(f"{path} is a reward model; name a chat model")
+    return Tokenizer(source.tokenizer or tokenizer_path(path))
+
+
 def model_of(config: RealConfig) -> Path:
     """The chat model to start from, as a folder."""
     folder = config.out / "model"
     if not folder.exists():
-        source = config.model or fetched(config.cache)
-        if open_any(source).head != "lm":
-            raise ValueError(f"{source} is a reward model; name a chat model")
+        source = source_of(config)
         convert(source, folder)
         say(f"converted {source} to {folder}")
     return folder

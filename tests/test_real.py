@@ -137,6 +137,11 @@ def test_comparisons_that_are_all_too_long(tiny: Path, brought: Path, tmp_path: 
     config = real.RealConfig(data=[brought], out=tmp_path / "real", model=tiny / "chat")
     with pytest.raises(ValueError, match="0 helpful comparisons of at most 144 tok"):
         real.run(config)
+    assert not config.out.exists()  # so that the shorter ones that it asks for can be added
+    reward = real.RealConfig(data=[brought], out=tmp_path / "real", model=tiny / "helpfulness")
+    with pytest.raises(ValueError, match="helpfulness is a reward model; name a chat model"):
+        real.run(reward)
+    assert not config.out.exists()
 
 
 def test_a_change_and_its_interval_against_many_draws_anew() -> None:
