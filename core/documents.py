@@ -114,8 +114,9 @@ def parse_json(data: bytes, where: str, remedy: str) -> Any:
         raise ValueError(f"{place}: not UTF-8, expected UTF-8 text") from error
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column" if error.lineno > 1 else "column"
+        what = error.msg.removesuffix(" at")  # as some of Python's own messages end
         raise ValueError(
-            f"{where}: not JSON ({error.msg} at {place} {error.colno}); {remedy}"
+            f"{where}: not JSON ({what} at {place} {error.colno}); {remedy}"
         ) from error
     except RecursionError as error:
         raise ValueError(f"{where}: the JSON is nested too deeply; {remedy}") from error

@@ -164,7 +164,7 @@ def test_the_majority_of_annotators(tmp_path: Path) -> None:
         read_preferences(file)
     (*found,), skipped = read_preferences(file, ReadingComparisons(on_error="skip"))
     assert len(found) == 1
-    assert skipped["a tie where a ranking is asked for"] == 2 and skipped["it cannot be read"] == 1
+    assert skipped["a tie where a ranking is asked for"] == 2 and skipped["unreadable"] == 1
 
 
 @pytest.mark.parametrize(
@@ -228,6 +228,9 @@ def test_null_is_no_column(tmp_path: Path) -> None:
     row = {"messages": None, "prompt": Q, "response": GOOD}
     (found,), _ = read_dialogues(lines(tmp_path / "d.jsonl", row))
     assert found.messages == [USER, GIVEN]
+    null = lines(tmp_path / "null.jsonl", {"prompt": None, "response": GOOD})
+    with pytest.raises(ValueError, match="null.jsonl:1: 'prompt' is null, expected 'messages' or"):
+        read_dialogues(null)
 
 
 def test_roles_of_ones_own(tmp_path: Path) -> None:
@@ -246,8 +249,12 @@ def test_rows_that_cannot_be_read_are_counted_where_asked(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="d.jsonl:2: 'prompt' is 3"):
         read_dialogues(file)
     found, skipped = read_dialogues(file, ReadingMessages(on_error="skip"))
-    assert len(found) == 2 and skipped["it cannot be read"] == 3
+    assert len(found) == 2 and skipped["unreadable"] == 3
+    assert f"skipped 3 rows: unreadable (first {file}:2)" in str(skipped)
     assert f"the first row that cannot be read: {file}:2: 'prompt' is 3" in str(skipped)
+    none = lines(tmp_path / "none.jsonl", *[{"prompt": 3, "response": "a"}] * 4)
+    with pytest.raises(ValueError, match=r"no usable row: skipped 4 rows.*:1: 'prompt' is 3, exp"):
+        read_dialogues(none, ReadingMessages(on_error="skip"))
 
 
 def test_columns_and_ratings_on_the_command_line(tmp_path: Path, tiny: Path, capsys) -> None:

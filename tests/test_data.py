@@ -76,6 +76,7 @@ def test_merged_counts_keep_the_first_place() -> None:
     ("line", "message"),
     [
         (b'{"prompt": "q", "safety": 1}', r":3: 'safety' is 1, expected true or false"),
+        (b'{"prompt": "q', r":3: not JSON \(Unterminated string starting at column 12\)"),
         (b'{"prompt": "q"', r":3: not JSON \(.*column \d+\); expected one JSON object a line"),
         (b'["q"]', r":3: a JSON list, expected one object a line"),
         (b'{"prompt": "\xff"}', r":3: not UTF-8"),

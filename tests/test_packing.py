@@ -251,3 +251,11 @@ def test_a_stage_cuts_what_it_is_told_to_cut() -> None:
     """Every stage that trains on rows has the option, off."""
     for config in (SFTConfig, RewardConfig, GAttConfig, RejectionConfig, DistillConfig):
         assert {field.name: field.default for field in fields(config)}["truncate"] is False
+
+
+def test_where_nothing_is_left_the_way_out_is_that_of_the_reason() -> None:
+    long, unlearned = ([5] * 9, [1.0] * 9), ([5] * 3, [0.0] * 3)
+    with pytest.raises(ValueError, match="longer than the 5 tokens of a row .*; raise row_tokens"):
+        PackedRows([long, unlearned], 5, vocab_size=VOCAB)
+    with pytest.raises(ValueError, match="no token to learn .*; give other data"):
+        PackedRows([unlearned], 5, vocab_size=VOCAB)

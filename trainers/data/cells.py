@@ -33,6 +33,11 @@ def string(row: Row, name: str) -> str:
 
 
 def missing(row: Row, expected: str) -> Malformed:
+    if null := [name for name in row if f"'{name}'" in expected and row[name] is None]:
+        return Malformed(
+            f"{listed(null)} {'is' if len(null) == 1 else 'are'} null, expected {expected}; give "
+            "the row a text there, or leave it out"
+        )
     columns = listed(row) or "none"
     return Malformed(
         f"the row has the columns {columns}, expected {expected}; "

@@ -138,7 +138,10 @@ class PackedRows:
         self.skipped.notes += cut_to(long, f"the {row_tokens:,} tokens of a row")
         if not ids:
             found = self.skipped.reasons().replace("\n", "; ") or "there is none"
-            raise ValueError(f"no sequence to train on: {found}; a larger context may help")
+            way = "give other data"
+            if any(reason.startswith("longer") for reason in self.skipped):
+                way = "raise row_tokens, at most to the model's context"
+            raise ValueError(f"no sequence to train on: {found}; {way}")
         self._starts = np.cumsum([0] + [len(sequence) for sequence in ids])
         self._ids = np.concatenate(ids)
         self._weights = np.concatenate(weights)

@@ -40,7 +40,8 @@ T = TypeVar("T")
 
 PIECE = 1 << 20  # bytes of a text that are read at a time
 LONGEST_TEXT = 1 << 33  # bytes of one document
-UNREADABLE = "it cannot be read"
+UNREADABLE = "unreadable"
+FIRST = "the first row that cannot be read: "
 
 
 class Skipped(Counter[str]):
@@ -269,7 +270,8 @@ def _usable(parsed: Iterable[T], name: str, skipped: Skipped) -> Iterator[T]:
         usable += 1
         yield each
     if not usable:
-        reasons = skipped.reasons().replace("\n", "; ") or "the file is empty"
+        first = [note for note in skipped.notes if note.startswith(FIRST)]
+        reasons = "; ".join([*skipped.reasons().splitlines(), *first]) or "the file is empty"
         raise ValueError(f"{name}: no usable row: {reasons}")
 
 
@@ -321,5 +323,5 @@ def _count_or_stop(error: ValueError, where: str, how: Reading, skipped: Skipped
     if how.on_error == "stop":
         raise ValueError(said) from error
     if UNREADABLE not in skipped:
-        skipped.notes.append(f"the first row that cannot be read: {said}")
+        skipped.notes.append(FIRST + said)
     skipped.add(UNREADABLE, where)
