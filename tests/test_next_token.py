@@ -141,6 +141,9 @@ def test_epochs_are_epochs(count, epochs, batch, seed):
         (of_epochs(59, 2, 64), 64, 0, ["2 steps of 59, each seen 2 times; peak learning rate 0.1",
                                        "a batch of 64 exceeds the 59"]),
         (of_epochs(3, 10, 64), 64, 0, ["10 steps of 3, each seen 10 times", "a batch of 64"]),
+        (of_epochs(1, 2, 4), 4, 0, ["2 steps of 1, each seen 2 times",
+                                    "only one for a batch of 4, so each step takes that one; give "
+                                    "more data for more steps"]),
         (of_epochs(100, 1, 40), 40, 0, ["3 steps of 40, each seen once"]),
         (of_steps(100, 2, 40), 40, 1000, ["2 steps of 40, each seen 0.8 times; peak learning rate "
                                           "0.0002", "the warm-up of 1,000 steps is as long"]),

@@ -56,13 +56,26 @@ def announce(title: str, what: str, plan: Plan, config: TrainConfig, asked: int)
         f"{times}; {rate}"
     )
     if asked > plan.rows:
-        notice(
-            f"{title}: a batch of {asked:,} exceeds the {plan.rows:,} there are, so a step takes "
-            "them all; lower batch, or row_tokens, for more steps"
-        )
+        notice(f"{title}: {too_large(plan.rows, asked, hasattr(config, 'row_tokens'))}")
     if config.warmup_steps >= plan.steps:
         notice(
             f"{title}: the warm-up of {count_of(config.warmup_steps, 'step')} is as long as "
             "the run or "
             f"longer, so {config.lr:.3g} is hardly reached; lower warmup_steps"
         )
+
+
+def too_large(rows: int, asked: int, in_rows: bool) -> str:
+    """What a batch that exceeds the rows comes to, and how there are more steps; `in_rows`: they
+    are packed ones, whose length is an option."""
+    if rows == 1:
+        shorter = ", or lower row_tokens," if in_rows else ""
+        return (
+            f"there is only one for a batch of {asked:,}, so each step takes that one; give more "
+            f"data{shorter} for more steps"
+        )
+    shorter = ", or row_tokens," if in_rows else ""
+    return (
+        f"a batch of {asked:,} exceeds the {rows:,} there are, so a step takes them all; lower "
+        f"batch{shorter} for more steps"
+    )
