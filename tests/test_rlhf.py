@@ -194,7 +194,7 @@ def test_without_annotators_it_waits_for_people_and_goes_on(tiny, whole, tmp_pat
         pairs = f"{kind}-pairs.jsonl"
         assert (folder / pairs).read_text() == (whole / "round-1" / pairs).read_text()
     shutil.copy(whole / "round-1" / "safety.jsonl", folder)
-    with pytest.raises(Waiting, match="^helpfulness-pairs.jsonl in"):
+    with pytest.raises(Waiting, match="^helpfulness-pairs.jsonl in .* waits for"):
         rlhf.run(config)
     shutil.copy(whole / "round-1" / "helpfulness.jsonl", folder)
     assert rlhf.run(config) == folder / "rejection" / "model"

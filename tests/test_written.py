@@ -96,7 +96,8 @@ def test_changed_annotations_are_named(tiny, tmp_path):
     rows = [json.loads(row) for row in file.open()]
     rows[0]["chosen"], rows[0]["rejected"] = rows[0]["rejected"], rows[0]["chosen"]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match="round-1/helpfulness.jsonl is not what the run wrote"):
+    said = "round-1/helpfulness.jsonl is not what the run has learned from; put the former .* --out"
+    with pytest.raises(ValueError, match=said):
         rlhf.run(config, ask)
 
 

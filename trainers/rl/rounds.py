@@ -78,15 +78,17 @@ def compare(
         collect(config.annotations, number, folder)
     names = [f"{kind}{part}.jsonl" for kind in KINDS for part in ("-pairs", "")]
     there = [name for name in names if parallel.broadcast((folder / name).exists())]
-    parallel.on_main(lambda: written.check(folder, *there))
+    answers = [f"{kind}.jsonl" for kind in KINDS]
+    parallel.on_main(lambda: written.check(folder, *there, brought=answers))
     missing = [kind for kind in KINDS if not (folder / f"{kind}.jsonl").exists()]
     if missing:
         parallel.on_main(lambda: written.forget(folder, *(f"{kind}.jsonl" for kind in missing)))
         files = " and ".join(f"{kind}-pairs.jsonl" for kind in missing)
-        answers = " and ".join(f"{kind}.jsonl" for kind in missing)
+        wanted = " and ".join(f"{kind}.jsonl" for kind in missing)
         raise Waiting(
-            f"{files} in {folder} wait for an annotator: write the preferences to {answers} there "
-            "(messages, chosen, rejected, rating, safety), then run the same command"
+            f"{files} in {folder} wait{'s' * (len(missing) == 1)} for an annotator: write the "
+            f"preferences to {wanted} there (messages, chosen, rejected, rating, safety), then run "
+            "the same command"
         )
     for kind in KINDS:
         read_preferences(folder / f"{kind}.jsonl")

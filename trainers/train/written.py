@@ -2,6 +2,7 @@
 folder with hashes, so that an edited or cut file is named and not trained on."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from puna.core.checkpoint.atomic import write_text
@@ -50,9 +51,10 @@ def noted(folder: Path) -> dict[str, dict]:
     raise ValueError(f"{path} is damaged; remove it to trust the files beside it as they are")
 
 
-def check(folder: Path, *names: str, grows: bool = False) -> None:
+def check(folder: Path, *names: str, grows: bool = False, brought: Sequence[str] = ()) -> None:
     """ValueError where a file is not what was noted; one that is missing, or was never noted, is
-    none of this. One that `grows` may be longer: a kill comes between a row and its note."""
+    none of this. One that `grows` may be longer: a kill comes between a row and its note. Those
+    that were `brought`, by an annotator say, are not made anew."""
     found = noted(folder)
     for name in names:
         path = folder / name
@@ -62,6 +64,9 @@ def check(folder: Path, *names: str, grows: bool = False) -> None:
         whole = size == found[name]["bytes"] or (grows and size > found[name]["bytes"])
         if not whole or leading(path, found[name]["bytes"]) != found[name]["sha256"]:
             raise ValueError(
-                f"{path} is not what the run wrote; put that back, or remove the file to make it "
-                "anew"
+                f"{path} is not what the run has learned from; put the former content back, or "
+                "give another --out"
+                if name in brought
+                else f"{path} is not what the run wrote; put that back, or remove the file to make "
+                "it anew"
             )
