@@ -26,6 +26,10 @@ def bring(config: ImportConfig) -> None:
     with opened(config.annotations, create=True) as store:
         for path, (rows, skipped) in zip(config.data, read, strict=True):
             new = exchange.bring_in(store, rows)
-            say(f"{path}: {count_of(new, 'new comparison')}; there before: {len(rows) - new:,}")
+            different = len({exchange.source_of(row) for row in rows})
+            again = len(rows) - different
+            twice = f"; more than once in the file: {again:,}" if again else ""
+            before = f"there before: {different - new:,}"
+            say(f"{path}: {count_of(new, 'new comparison')}; {before}{twice}")
             if skipped:
                 say(str(skipped))

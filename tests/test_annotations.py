@@ -317,6 +317,10 @@ def test_the_commands_and_a_reward_model_of_what_they_write(tiny, tmp_path, caps
     bring = ["annotate", "import", "--annotations", str(tmp_path / "d.db"), "--data", str(rows)]
     for said in ("24 new comparisons; there before: 0", "0 new comparisons; there before: 24"):
         assert main(bring) == 0 and said in capsys.readouterr().out
+    (tmp_path / "twice.jsonl").write_text(rows.read_text() * 2)
+    bring[3:] = [str(tmp_path / "e.db"), "--data", str(tmp_path / "twice.jsonl")]
+    said = "24 new comparisons; there before: 0; more than once in the file: 24"
+    assert main(bring) == 0 and said in capsys.readouterr().out
     config = reward.RewardConfig(
         model=tiny / "chat", data=[rows], out=tmp_path / "reward", batch=8, micro_batch=8, lr=1e-3,
         device="cpu",

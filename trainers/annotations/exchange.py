@@ -180,8 +180,7 @@ def bring_in(store: Store, rows: Sequence[Preference], name: str = "import") -> 
     number."""
     who, new = person(store, name), 0
     for row in rows:
-        mark = json.dumps(row._replace(where=""), ensure_ascii=False)
-        source = f"import:{hashlib.sha256(mark.encode()).hexdigest()[:32]}"
+        source = source_of(row)
         kind = "helpfulness" if row.safety is None else "safety"
         with store.writing() as db:
             batch = batch_of(store, row.batch)
@@ -200,6 +199,12 @@ def bring_in(store: Store, rows: Sequence[Preference], name: str = "import") -> 
             db.execute("UPDATE item SET wanted = 0 WHERE id = ?", (item,))
             new += 1
     return new
+
+
+def source_of(row: Preference) -> str:
+    """What a comparison that is brought in is known by: the same for rows that say the same."""
+    mark = json.dumps(row._replace(where=""), ensure_ascii=False)
+    return f"import:{hashlib.sha256(mark.encode()).hexdigest()[:32]}"
 
 
 def batch_of(store: Store, number: int | None) -> int:
