@@ -156,8 +156,8 @@ def test_long_lines_are_learned_from(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("texts", "vocab_size", "message"),
     [
-        (TEXT, 5000, r"only enough for \d+ pieces, not 5000; ask for vocab_size <= \d+"),
-        (TEXT, 200, r"vocab_size 200 is too small.*need at least \d+"),
+        (TEXT, 5000, r"only enough for \d+ pieces, not 5000; ask for \d+ or fewer \(--vocab-size"),
+        (TEXT, 200, r"vocab_size 200 is too small.*at least \d+; ask for more \(--vocab-size"),
         ([], 300, "no text to train"),
         (["", "  \n "], 300, "no text to train"),
     ],

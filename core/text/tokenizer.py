@@ -305,12 +305,13 @@ def _explain(message: str, vocab_size: int) -> str:
     if too_high:
         return (
             f"the texts have only enough for {too_high[1]} pieces, not {vocab_size}; "
-            f"ask for vocab_size <= {too_high[1]} or give more text"
+            f"ask for {too_high[1]} or fewer (--vocab-size), or give more text"
         )
     too_small = re.search(r"(\d+) vs (\d+)", message)
     if too_small:
         return (
             f"vocab_size {vocab_size} is too small: 3 control pieces, 256 bytes and the texts' "
-            f"characters need at least {too_small[2]}; ask for more, or lower character_coverage"
+            f"characters need at least {too_small[2]}; ask for more (--vocab-size), or lower "
+            "--character-coverage"
         )
     return f"SentencePiece could not train on these texts: {message}"
