@@ -44,7 +44,7 @@ def test_a_file_by_hand_is_mended_where_it_stands(tiny, tmp_path, wrong):
     by_hand(folder, "safety")
     rlhf.run(replace(config, amend="safety" in wrong))
     by_hand(folder, "safety", rating="slightly_better")
-    with pytest.raises(ValueError, match="safety.jsonl is not what the run wrote"):
+    with pytest.raises(ValueError, match="safety.jsonl is not what the run has learned from"):
         rlhf.run(config)
 
 
