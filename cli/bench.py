@@ -272,6 +272,7 @@ def command_of(config: DryBenchConfig, what: str, device: torch.device) -> str:
     words = ["puna bench" if what == "all" else f"puna bench {what}"]
     if config.rounds:
         words.append(f"--rounds {config.rounds}")
+    words += [f"--threads {config.threads}"] if config.threads else []
     words.append("--dry-run" if config.dry_run else f"--device {device}")
     if isinstance(config, KernelBenchConfig) and config.operations:
         words.append(f"--operations {' '.join(config.operations)}")

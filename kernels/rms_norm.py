@@ -77,9 +77,11 @@ def _too_wide(x: Tensor) -> str | None:
 
 
 def _reference(x: Tensor, weight: Tensor, eps: float, cast: str) -> Tensor:
-    if torch.is_grad_enabled() and not transformed():
+    if torch.is_grad_enabled() and not transformed() and not torch.compiler.is_compiling():
         y = _RMSNorm.apply(x, weight, eps)
-    else:  # an autograd.Function costs a decoding step as much as the norm itself
+    else:
+        # An autograd.Function costs a decoding step as much as the norm itself; and Dynamo, where
+        # all numbers are symbols, cannot hand eps to two of them.
         y = _normalise(x, weight, eps)[0]
     return y.to(x.dtype) if cast == "llama" else y
 

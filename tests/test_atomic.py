@@ -193,3 +193,20 @@ def test_files_are_written_whole_or_not_at_all():
         if writes(path)
     }
     assert found == set(WRITERS)
+
+
+def test_two_who_write_one_folder(tmp_path):
+    """The second is told, and takes nothing from the first, whose end lets it in."""
+    with atomic_folder(tmp_path / "model") as first:
+        (first / "config.json").write_text("1")
+        with (
+            pytest.raises(ValueError, match="is being written by another process"),
+            atomic_folder(tmp_path / "model"),
+        ):
+            pass
+        (first / "weights").write_text("1")
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", "weights"}
+    with atomic_folder(tmp_path / "model") as second:
+        (second / "config.json").write_text("2")
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["config.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -116,12 +116,13 @@ def test_gradients_numerically(lengths, kv_heads):
     assert torch.autograd.gradcheck(lambda *x: attention(*x, cu_seqlens=cuts), leaves)
 
 
-def test_scale():
+@pytest.mark.parametrize("scale", [0.3, 0.0, -0.5])
+def test_scale(scale):
     tensors = make(2, 5, 2, 1, 4)
-    torch.testing.assert_close(attention(*tensors, scale=0.3), by_hand(*tensors, scale=0.3))
+    torch.testing.assert_close(attention(*tensors, scale=scale), by_hand(*tensors, scale=scale))
     cuts = cut([2, 3, 5])
-    found = attention(*tensors, cu_seqlens=cuts, scale=0.3)
-    torch.testing.assert_close(found, by_hand(*tensors, cuts.tolist(), scale=0.3))
+    found = attention(*tensors, cu_seqlens=cuts, scale=scale)
+    torch.testing.assert_close(found, by_hand(*tensors, cuts.tolist(), scale=scale))
 
 
 def test_the_first_token_sees_itself_alone():

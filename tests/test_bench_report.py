@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_bench_report.py -q
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +66,13 @@ def test_the_page_has_every_row_and_loads_nothing(results, capsys):
     assert "<script" not in page and "<b>" not in page and "<i>" not in page
     outside = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?(?!#)[^\s\"')>]+", page)
     assert [each for each in outside if "url(#" not in each] == []
+
+
+def test_the_committed_results_have_a_page_and_are_as_before(tmp_path, capsys):
+    folder = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+    assert main(["bench", "report", str(folder), "--out", str(tmp_path / "page.html")]) == 0
+    for path in folder.glob("*/*.json"):
+        assert main(["bench", "compare", str(path), str(path)]) == 0, path
 
 
 def test_results_of_two_machines_in_one_folder(results, capsys):

@@ -54,14 +54,29 @@ def results(function, arguments, options):
     return [*(out.detach() for out in found), *gradients]
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("name", cases())
-def test_one_graph(name):
+def test_one_graph(name, dynamic):
     function, arguments, options = cases()[name]
     torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     with kernels.use_backend("reference"):
         expected = results(function, arguments, options)
         found = results(compiled, arguments, options)
+    for mine, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, truth, rtol=5e-5, atol=5e-5)
+
+
+def test_one_graph_of_two_norms():
+    """Dynamo makes a symbol of eps, where all numbers are to be ones."""
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+
+    def twice(x, weight):
+        return kernels.rms_norm(kernels.rms_norm(x, weight), weight)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager", dynamic=True)
+    expected, found = (results(each, (x, weight), {}) for each in (twice, compiled))
     for mine, truth in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, truth, rtol=1e-5, atol=1e-5)
 

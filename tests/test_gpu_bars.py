@@ -181,6 +181,9 @@ def test_the_later_row_counts_and_logs_are_read(tmp_path):
     (tmp_path / "a.log").write_text("words\n" + json.dumps(documents[0]) + "\nand an error\n")
     (tmp_path / "b.json").write_text(json.dumps(documents[1]))
     (tmp_path / "summary.json").write_text("{}")
+    torn = json.dumps(documents[1])[:40]  # by a kill
+    (tmp_path / "c.log").write_text(torn)
+    (tmp_path / "a.log").write_text((tmp_path / "a.log").read_text() + torn)
     for number, name in enumerate(("a.log", "b.json")):
         os.utime(tmp_path / name, (number, number))
     assert judge.documents(tmp_path) == documents

@@ -71,12 +71,12 @@ def run(config: PretrainConfig) -> Path:
 def fit(config: PretrainConfig, folder: Run, tokenizer: Tokenizer) -> Path:
     """What there is still to do in an open run."""
     fitting.check("pretrain", config, config.model or size(config.size))
+    source = new_model(config, folder, tokenizer.vocab_size)
+    row_tokens = next_token.row_length(config.row_tokens, source.config.context)
     corpus = load_corpus(config, folder, tokenizer)
     training, held = corpus, None
     if config.eval_share > 0:
         training, held = split_corpus(corpus, config.eval_share)
-    source = new_model(config, folder, tokenizer.vocab_size)
-    row_tokens = next_token.row_length(config.row_tokens, source.config.context)
     rows = CorpusRows(training, row_tokens)
     plan = of_epochs(len(rows), 1, config.batch)
     if config.steps:

@@ -9,6 +9,7 @@ its figure and is not judged. The backward pass is forward+backward without the 
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,8 +199,8 @@ def figure(name: str, row: Row | None) -> Bar:
 
 
 def documents(folder: Path) -> list[dict[str, Any]]:
-    """The suite's documents in a folder, older ones first: .json files, and the last such line of
-    .log files. ValueError for a folder that is none, and for a file that is no JSON."""
+    """The suite's documents in a folder, older ones first: .json files, and the last whole such
+    line of .log files. ValueError for a folder that is none, and for a .json that is no JSON."""
     if not folder.is_dir():
         raise ValueError(
             f"{folder} is no folder; give one of `make gpu`, or of `puna bench --save`"
@@ -209,9 +210,17 @@ def documents(folder: Path) -> list[dict[str, Any]]:
         if path.suffix == ".json":
             found.append(read_object(path))
         elif path.suffix == ".log":
-            lines = [x for x in path.read_bytes().splitlines() if x.startswith(b'{"machine"')]
-            found += [parse_json(x, str(path), "run this part again") for x in lines[-1:]]
+            found += last_document(path)
     return [each for each in found if isinstance(each.get("rows"), list) and each.get("machine")]
+
+
+def last_document(log: Path) -> list[dict[str, Any]]:
+    """One or none: what a kill has cut off is not there, and stops nothing else."""
+    for line in reversed(log.read_bytes().splitlines()):
+        if line.startswith(b'{"machine"'):
+            with suppress(ValueError):
+                return [parse_json(line, str(log), "")]
+    return []
 
 
 def table(found: Sequence[Bar]) -> None:

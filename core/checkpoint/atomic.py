@@ -5,6 +5,7 @@ never sees half of it, and a kill at any moment leaves the old or the new.
 """
 
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -20,30 +21,61 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, else disappears.
 
     An earlier model at `path` stays until all is on disk. Raises ValueError where `path` holds
-    something else than a model, OSError with one sentence where the disk is full.
+    something else than a model or another process is writing it, OSError with one sentence where
+    the disk is full.
     """
     path = Path(path).resolve()
     recover(path)
     if path.exists() and not (path / "config.json").exists() and any(_entries(path)):
         raise ValueError(f"{path} exists and holds no model; choose another folder")
     partial, previous = _beside(path)
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     made = make_folder(path.parent)
-    try:
-        with naming_full_disk(path):
-            partial.mkdir()
-            yield partial
-            _flush_tree(partial)
-        if path.exists():
-            path.rename(previous)
-        partial.rename(path)
-        flush(path.parent)
-    except BaseException:
-        recover(path)
+    with _alone(partial, path):
+        try:
+            with naming_full_disk(path):
+                yield partial
+                _flush_tree(partial)
+            if path.exists():
+                path.rename(previous)
+            partial.rename(path)
+            flush(path.parent)
+        except BaseException:
+            recover(path)
+            shutil.rmtree(partial, ignore_errors=True)
+            remove_empty(made)
+            raise
+        shutil.rmtree(previous, ignore_errors=True)
+
+
+@contextmanager
+def _alone(partial: Path, path: Path) -> Iterator[None]:
+    """Make the folder `partial`, and hold it. Raises ValueError where a process that lives has it;
+    what a killed one left goes."""
+    with suppress(FileNotFoundError):
+        left = _held(partial, path)
         shutil.rmtree(partial, ignore_errors=True)
-        remove_empty(made)
-        raise
-    shutil.rmtree(previous, ignore_errors=True)
+        os.close(left)
+    with naming_full_disk(path):
+        partial.mkdir(exist_ok=True)
+    held = _held(partial, path)
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
+def _held(partial: Path, path: Path) -> int:
+    """The folder's lock, which ends with the process; a file system without locks has none."""
+    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            os.close(descriptor)
+            raise ValueError(
+                f"{path} is being written by another process; wait for it, or give another name"
+            ) from None
+    return descriptor
 
 
 @contextmanager

@@ -173,7 +173,9 @@ def attention_packed_reference(
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    grouped = q.shape[2] != k.shape[2]
+    grouped = True if q.shape[2] != k.shape[2] else False  # noqa: SIM210 - Dynamo's is a symbol
+    if scale is not None and scale <= 0:  # PyTorch's kernels hide the future before they scale
+        q, scale = q * scale, 1.0
     # Under a transform by plain products: PyTorch's own kernels have no rule for all of them.
     with sdpa_kernel(SDPBackend.MATH) if transformed() else nullcontext():
         out = scaled_dot_product_attention(

@@ -2,7 +2,7 @@
 
 config.toml        the resolved configuration, itself a recipe
 inputs.json        digests of all that it reads
-environment.json   versions, machine, commit, of the newest start
+environment.json   stage, versions, machine, commit, of the newest start
 amendments.jsonl   what `--amend` changed, and after which step
 finished.json      written when all is done; nothing else says so
 """
@@ -29,10 +29,11 @@ from puna.trainers.train.precision import computing
 from puna.trainers.train.ranges import Options, enforce
 from puna.trainers.train.recipes import read_toml
 
-CONFIG, INPUTS, AMENDMENTS, FINISHED = (
-    "config.toml", "inputs.json", "amendments.jsonl", "finished.json",
+CONFIG, INPUTS, ENVIRONMENT, AMENDMENTS, FINISHED = (
+    "config.toml", "inputs.json", "environment.json", "amendments.jsonl", "finished.json",
 )  # fmt: skip
-RECORDS = {CONFIG, INPUTS, AMENDMENTS, "environment.json"}
+RECORDS = {CONFIG, INPUTS, ENVIRONMENT, AMENDMENTS}
+PREPARED = "corpus"  # made before the first step; what it is of, it checks itself
 WAIT = 1800.0  # seconds, of what has no option for it
 MISTAKES = (ValueError, OSError, UserError)  # what is said in a sentence
 ASKED_EACH_TIME = ("amend", "resume")  # of this start, not of the run
@@ -92,7 +93,7 @@ def gone_again(path: Path, made: list[Path], there: set[Path]) -> Iterator[None]
         yield
     except MISTAKES:
         with suppress(OSError):  # there is something to say already
-            if path / CONFIG not in there and is_untouched(path):
+            if path / CONFIG not in there and is_untouched(path, prepared=False):
                 for each in {*path.iterdir()} - there:
                     if each.name in {*RECORDS, LOCK}:
                         each.unlink()
@@ -142,13 +143,24 @@ def refuse_strangers(path: Path) -> None:
     """ValueError where `path` holds something, but no run."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; give another --out")
-    if not path.exists() or (path / CONFIG).exists():
+    if not path.exists() or holds_run(path):
         return
     there = sorted(each.name for each in path.iterdir() if not each.name.startswith("."))
     if there:
         raise ValueError(
             f"{path} is not empty and holds no run ({', '.join(there[:3])}); give another --out"
         )
+
+
+def holds_run(path: Path) -> bool:
+    """Whether `claim` has written here, or was killed while it did; a config.toml alone may be
+    anybody's."""
+    if (path / CONFIG).exists():
+        return (path / INPUTS).exists()
+    try:
+        return bool(read_inputs(path)) and is_untouched(path)
+    except ValueError:
+        return False
 
 
 def claim(config: Any, inputs: Inputs, tables: Tables, step: Callable[[Path], int]) -> list[str]:
@@ -158,6 +170,7 @@ def claim(config: Any, inputs: Inputs, tables: Tables, step: Callable[[Path], in
     amended: list[str] = []
     replaced: list[str] = []
     if (path / CONFIG).exists() and not is_untouched(path):
+        refuse_other_stage(config)
         free, amended, fixed = changes(read_toml(path / CONFIG), config, tables)
         replaced = differences(read_inputs(path), inputs)
         refuse(config, fixed, [*amended, *replaced])
@@ -165,10 +178,29 @@ def claim(config: Any, inputs: Inputs, tables: Tables, step: Callable[[Path], in
             notice(f"{path} goes on with {', '.join(free)}")
         if amended or replaced:
             note_amendment(path, step(path), [*amended, *replaced])
-    write_text(path / CONFIG, to_toml(config, without=ASKED_EACH_TIME))
+    here = {"stage": stage_of(config), **environment()}
     write_text(path / INPUTS, json.dumps(inputs, indent=2) + "\n")
-    write_text(path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    write_text(path / CONFIG, to_toml(config, without=ASKED_EACH_TIME))
+    write_text(path / ENVIRONMENT, json.dumps(here, indent=2) + "\n")
     return [phrase.split(" ")[0].rstrip(":") for phrase in [*amended, *replaced]]
+
+
+def refuse_other_stage(config: Any) -> None:
+    """ValueError where the folder is a run of another stage: `--amend` would take it over."""
+    try:
+        before = json.loads((config.out / ENVIRONMENT).read_text(encoding="utf-8"))["stage"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return  # of a version that did not say it
+    if before != stage_of(config):
+        raise ValueError(
+            f"{config.out} is a run of {before!s:.80}, not of {stage_of(config)}; give another "
+            "--out"
+        )
+
+
+def stage_of(config: Any) -> str:
+    """SFTConfig -> SFT"""
+    return type(config).__name__.removesuffix("Config")
 
 
 def refuse(config: Any, fixed: list[str], amended: list[str]) -> None:
@@ -187,11 +219,13 @@ def refuse(config: Any, fixed: list[str], amended: list[str]) -> None:
         )
 
 
-def is_untouched(path: Path) -> bool:
-    """Whether a run's folder holds nothing but what `claim` and `Run` put there: a run that ended
-    over a mistake in its options can be started again with the right ones."""
+def is_untouched(path: Path, prepared: bool = True) -> bool:
+    """Whether a run's folder holds nothing but what `claim` and `Run` put there, and what was
+    `prepared`: a run that ended over a mistake in its options can be started again with the right
+    ones."""
+    names = {*RECORDS, PREPARED} if prepared else RECORDS
     return all(
-        each.name in RECORDS or each.name.startswith(".") or is_empty(each)
+        each.name in names or each.name.startswith(".") or is_empty(each)
         for each in path.iterdir()
     )
 
