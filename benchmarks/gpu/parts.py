@@ -66,6 +66,7 @@ def parts(dry: bool = False, layers: int = 0) -> list[Part]:
     uncached = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
     interpreted = (("TRITON_INTERPRET", "1"),) if dry else ()
     whole = ["--dry-run", "--rounds", "1"] if dry else ["--device", "cuda", "--save"]
+    cut = ["--shape", "7b", "--layers", str(layers)] if layers and not dry else []
     return [
         *(Part(name, [*tests(name), *at_work], 400) for name in OPERATIONS),
         *(Part(name, tests(name), 200) for name in ("generation", "stages")),
@@ -81,7 +82,7 @@ def parts(dry: bool = False, layers: int = 0) -> list[Part]:
         Part("memcheck", sanitizer("memcheck"), 1800, "compute-sanitizer", uncached),
         Part("racecheck", sanitizer("racecheck"), 1800, "compute-sanitizer"),
         Part("bench-sampling", kernels("sample", "gae", compiled=True), 150),
-        Part("bench-all", python("puna.cli.main", "bench", *whole), 4 * 3600),
+        Part("bench-all", python("puna.cli.main", "bench", *whole, *cut), 4 * 3600),
         Part("bench-growth", python("puna.cli.main", "bench", "growth", *whole), 3600),
         Part("profile", [*ncu, *first, "--only"], 1800, "ncu", of_missed=True),
     ]
