@@ -190,7 +190,7 @@ def test_each_part_has_a_name_and_a_time_of_its_own():
         assert len(set(names)) == len(names) and all(part.seconds > 0 for part in found)
     cut = [part.name for part in parts(layers=4) if "--layers 4" in " ".join(part.command)]
     models = ("train", "recompute", "generate", "rlhf", "rollout")
-    assert cut == [f"bench-{name}" for name in models]
+    assert cut == [f"bench-{name}" for name in (*models, "all")]
     assert names.index("stages") < names.index("bench-norms") < names.index("memcheck")
 
 

@@ -271,8 +271,9 @@ def _usable(parsed: Iterable[T], name: str, skipped: Skipped) -> Iterator[T]:
         yield each
     if not usable:
         first = [note for note in skipped.notes if note.startswith(FIRST)]
-        reasons = "; ".join([*skipped.reasons().splitlines(), *first]) or "the file is empty"
-        raise ValueError(f"{name}: no usable row: {reasons}")
+        reasons = [each for each in (*skipped.reasons().split("\n"), *first) if each]
+        why = "; ".join(reasons) or "the file is empty"
+        raise ValueError(f"{name}: no usable row: {why}")
 
 
 def _parsed(
