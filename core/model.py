@@ -7,7 +7,6 @@ processes or precision: those are applied from outside.
 Source: Llama 2 paper, section 2.2; Meta's reference code for the order of operations.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from puna.core import head as heads
 from puna.core import ops
 from puna.core.config import ModelConfig
 from puna.core.generation.kv_cache import KVCache
-from puna.core.parameters import check_parameters, initial_std
+from puna.core.parameters import check_parameters, initial_weights
 from puna.core.plain import altered, plain, transparent
 from puna.core.shared import Shared, gathered, of_wanted, spread
 
@@ -297,16 +296,5 @@ class Transformer(nn.Module):
         """Initialise every parameter, the same on any device; errors as `check_parameters`."""
         check_parameters(self, self.config, self.head)
         parameters = dict(self.named_parameters())
-        for name, tensor in self.initial_weights(seed):
+        for name, tensor in initial_weights(self.config, self.head, seed):
             parameters[name].copy_(tensor)
-
-    def initial_weights(self, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter's start, one at a time on the CPU: normal, of `parameters.initial_std`;
-        norms are one, biases zero."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                yield name, torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0)
-            else:
-                start, std = torch.empty(parameter.shape), initial_std(self.config, name)
-                yield name, start.normal_(0.0, std, generator=generator)

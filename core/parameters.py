@@ -5,8 +5,10 @@ C model width, F FFN width, V vocabulary.
 """
 
 import math
+from collections.abc import Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from puna.core.config import ModelConfig
 
@@ -60,6 +62,21 @@ def initial_std(config: ModelConfig, name: str) -> float:
     if matrix in fan_in:
         return fan_in[matrix] ** -0.5 / math.sqrt(2 * config.n_layers)
     return config.dim**-0.5
+
+
+def initial_weights(
+    config: ModelConfig, head: str, seed: int = 0, device: torch.device | str = "cpu"
+) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter's start in fp32, one at a time: normal, of `initial_std`; norms are one,
+    biases zero. Drawn on the CPU they are the same for any device; on a GPU, where 7B's are there
+    in a moment and not in a minute, others of the same scale."""
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, shape in parameter_shapes(config, head).items():
+        if len(shape) == 1:
+            yield name, torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=device)
+        else:
+            start, std = torch.empty(shape, device=device), initial_std(config, name)
+            yield name, start.normal_(0.0, std, generator=generator)
 
 
 def check_parameters(model: nn.Module, config: ModelConfig, head: str) -> None:

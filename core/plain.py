@@ -57,7 +57,7 @@ def altered_part(model: nn.Module, biased: Collection[str] = ()) -> str | None:
     for name, module in model.named_modules():
         if why := altered(module, may_have_bias=name.rpartition(".")[2] in biased):
             return f"of {name or 'the model'}, {why}"
-    return None
+    return "its logits were replaced" if "logits" in model.__dict__ else None
 
 
 def plain(*modules: nn.Module) -> bool:

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_peer import in_transformers
 
-from puna.core.config import ModelConfig
+from puna.core.checkpoint.source import fresh
+from puna.core.config import SIZES, ModelConfig
 from puna.core.generation.kv_cache import KVCache
 from puna.core.model import Transformer
 
@@ -208,3 +209,34 @@ def test_training_after_inference_mode():
         model(tokens)
     model(tokens, torch.arange(5).expand(2, 5)).sum().backward()
     assert model.model.embed_tokens.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
+@pytest.mark.parametrize("head", ["lm", "score"])
+def test_weights_drawn_on_a_device(head, device):
+    """A model's own, in its order, each of its scale; on the CPU those of `init_weights`."""
+    config = SIZES["mini"]
+    model = make(config, head, seed=1)
+    found = dict(fresh(config, 1, head, device).tensors())
+    assert list(found) == [name for name, _ in model.named_parameters()]
+    again = dict(fresh(config, 1, head, device).tensors())
+    for name, wanted in model.named_parameters():
+        tensor = found[name]
+        assert tensor.shape == wanted.shape and tensor.dtype == torch.float32
+        assert tensor.device.type == device and torch.equal(tensor, again[name])
+        if device == "cpu" or tensor.ndim == 1:
+            assert torch.equal(tensor.cpu(), wanted)
+        else:
+            assert float(tensor.std()) == pytest.approx(float(wanted.std()), rel=0.15)

@@ -23,13 +23,12 @@ from puna.benchmarks.models.shapes import (
     DTYPES,
     Ceilings,
     multiplied_parameters,
-    random_source,
 )
 from puna.benchmarks.models.steps import puna_step
 from puna.benchmarks.models.train import flops
 from puna.benchmarks.rows import Row, Work, row
 from puna.benchmarks.timing import interleaved, peak_mb
-from puna.core.checkpoint.source import in_memory
+from puna.core.checkpoint.source import fresh, in_memory
 from puna.core.config import SIZES, ModelConfig, ffn_width, parameter_count
 from puna.core.generation.generate import generate
 
@@ -113,7 +112,7 @@ def measured(
     """One point of an axis."""
     config = at(plan, along, x)
     held_in = DTYPES[dtype] if along == "K" else torch.float32
-    model = in_memory(random_source(config, device), device, held_in)
+    model = in_memory(fresh(config, 0, device=device), device, held_in)
     generator = torch.Generator().manual_seed(0)
     if along == "K":
         ids = torch.randint(config.vocab_size, (plan.prompts, 8), generator=generator).tolist()

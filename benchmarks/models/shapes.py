@@ -15,7 +15,7 @@ from puna.core.checkpoint.folder import open_model, save_model
 from puna.core.checkpoint.source import Source, fresh, in_memory
 from puna.core.config import SIZES, ModelConfig, parameter_count, size
 from puna.core.model import Transformer
-from puna.core.parameters import initial_std, parameter_shapes
+from puna.core.parameters import parameter_shapes
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -130,37 +130,13 @@ def source_of(shape: Shape, device: torch.device, head: str = "lm", seed: int = 
     """The weights of a shape: a folder's, or random ones; of a score head always those."""
     config = shape.config
     if shape.folder is None or shape.tiny or head != "lm":
-        return random_source(config, device, head, seed)
+        return fresh(config, seed, head, device)
     stored, kept = open_model(shape.folder, head="lm"), parameter_shapes(config, head)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         return ((name, tensor) for name, tensor in stored.tensors() if name in kept)
 
     return stored._replace(config=config, tensors=tensors)
-
-
-def random_source(
-    config: ModelConfig, device: torch.device, head: str = "lm", seed: int = 0
-) -> Source:
-    """The weights of `init_weights`. On a GPU they are drawn there, others of the same scale: a CPU
-    draws 7B's for a minute."""
-    source = fresh(config, seed, head)
-    if device.type == "cpu":
-        return source
-    return source._replace(tensors=lambda: drawn(config, device, head, seed))
-
-
-def drawn(
-    config: ModelConfig, device: torch.device, head: str, seed: int
-) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter in fp32, one at a time, by the device's own generator."""
-    generator = torch.Generator(device).manual_seed(seed)
-    for name, shape in parameter_shapes(config, head).items():
-        if len(shape) == 1:
-            yield name, torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=device)
-        else:
-            start, std = torch.empty(shape, device=device), initial_std(config, name)
-            yield name, start.normal_(0.0, std, generator=generator)
 
 
 def blocks_that_fit(shape: Shape, memory: int, bytes_a_parameter: float) -> int:

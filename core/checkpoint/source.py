@@ -8,6 +8,7 @@ conversion. C model width, D head size, H heads.
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from puna.core.config import ModelConfig
 from puna.core.documents import as_name, count_of
 from puna.core.model import Transformer
-from puna.core.parameters import parameter_shapes
+from puna.core.parameters import initial_weights, parameter_shapes
 
 LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 # What others put before a model's names: whose it is, and the way out.
@@ -62,11 +63,12 @@ class Source(NamedTuple):
         return ((name, 0, tensor) for name, tensor in self.tensors())
 
 
-def fresh(config: ModelConfig, seed: int, head: str = "lm") -> Source:
-    """The weights of a model that nothing was trained yet, drawn from `seed`."""
-    with torch.device("meta"):
-        model = Transformer(config, head)
-    return Source(config, head, torch.float32, None, lambda: model.initial_weights(seed))
+def fresh(
+    config: ModelConfig, seed: int, head: str = "lm", device: torch.device | str = "cpu"
+) -> Source:
+    """The weights of a model that nothing was trained yet, drawn from `seed` on `device`."""
+    tensors = partial(initial_weights, config, head, seed, device)
+    return Source(config, head, torch.float32, None, tensors)
 
 
 def in_memory(source: Source, device: torch.device | str, dtype: torch.dtype) -> Transformer:

@@ -18,7 +18,7 @@ from puna.core.plain import altered_part
 
 log = logging.getLogger(__name__)
 
-ROOM = 2 << 30  # bytes: the logits of 256 rows of 128,256 words take 131 MB, the rest is less
+SPARE = 2 << 30  # bytes: the logits of 256 rows of 128,256 words take 131 MB, the rest is less
 
 Work = Callable[[], object]
 _aside = threading.Lock()  # what another thread launched on the stream would be captured with it
@@ -44,7 +44,7 @@ class Graphs:
             return
         if kind not in self._replays:
             try:
-                if torch.cuda.mem_get_info(self.device)[0] < ROOM:
+                if torch.cuda.mem_get_info(self.device)[0] < SPARE:
                     torch.cuda.empty_cache()  # while capturing PyTorch gives nothing back
                 self._replays[kind] = captured(work, self.device, self._pool)
             except RuntimeError as error:
@@ -60,7 +60,7 @@ def replays(model: Transformer) -> bool:
         return False
     if ops.waits(model.config.head_dim, *model.parameters()):
         return False
-    if "logits" in model.__dict__ or torch.is_autocast_enabled("cuda"):
+    if torch.is_autocast_enabled("cuda"):
         return False
     return not altered_part(model, model.config.biased) and all(
         type(weight) is torch.nn.Parameter for weight in model.parameters()

@@ -161,8 +161,6 @@ def unfit(model: Transformer) -> str | None:
         return "it is being traced"
     if why := altered_part(model, model.config.biased):
         return why
-    if "logits" in model.__dict__:
-        return "its logits were replaced"
     if other := _unlike_its_config(model):
         return f"{other} is not as its config says"
     for weight in model.parameters():
