@@ -153,8 +153,7 @@ def _check(
     if widths < dim:
         raise ValueError(
             f"{folder}: {count_of(len(shares), 'consolidated file')} with {widths} of {dim} "
-            "columns; "
-            "fetch the missing files"
+            "columns; fetch the missing files"
         )
     expected = {meta_name(name): shape for name, shape in shapes.items()}
     for share in shares:

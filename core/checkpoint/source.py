@@ -150,9 +150,8 @@ def check_layers(names: Iterable[str], config: ModelConfig, where: Path) -> None
     numbers = {found[1] for name in names if (found := LAYER.match(name))}
     if len(numbers) < config.n_layers:
         raise ValueError(
-            f"{where}: the config says {count_of(config.n_layers, 'layer')}, the weights "
-            f"have {len(numbers)}; "
-            "fetch the checkpoint again, or use the config it was saved with"
+            f"{where}: the config says {count_of(config.n_layers, 'layer')}, the weights have "
+            f"{len(numbers)}; fetch the checkpoint again, or use the config it was saved with"
         )
 
 

@@ -25,9 +25,8 @@ class Session:
         """Room for `rows` rows of `max_tokens` tokens; what was in the cache is lost."""
         if rows < 1 or not 1 <= max_tokens <= self.config.context:
             raise ValueError(
-                f"cannot reserve {count_of(rows, 'row')} of "
-                f"{count_of(max_tokens, 'token')}: at least 1 row, and 1 to "
-                f"{self.config.context} tokens (the model's context)"
+                f"cannot reserve {count_of(rows, 'row')} of {count_of(max_tokens, 'token')}: at "
+                f"least 1 row, and 1 to {self.config.context} tokens (the model's context)"
             )
         self._native.reserve(rows, max_tokens)
 
@@ -36,9 +35,8 @@ class Session:
         rows, max_tokens = self._native.rows, self._native.max_tokens
         if not (0 <= source < rows and 0 <= target < rows and 0 <= length <= max_tokens):
             raise ValueError(
-                f"cannot copy {count_of(length, 'token')} from row {source} to row {target} "
-                "of a cache of "
-                f"{count_of(rows, 'row')} of {count_of(max_tokens, 'token')}"
+                f"cannot copy {count_of(length, 'token')} from row {source} to row {target} of a "
+                f"cache of {count_of(rows, 'row')} of {count_of(max_tokens, 'token')}"
             )
         if source != target:
             self._native.copy_row(source, target, length)

@@ -177,8 +177,7 @@ class PPOConfig(SamplingConfig, loop.TrainConfig):
         if self.critic_warmup >= self.iterations:
             raise ValueError(
                 f"critic_warmup {self.critic_warmup} leaves none of "
-                f"{count_of(self.iterations, 'iteration')} "
-                "to train the policy; lower it"
+                f"{count_of(self.iterations, 'iteration')} to train the policy; lower it"
             )
         if self.patience and not self.eval_prompts:
             raise ValueError("patience needs eval_prompts to look at; name some or set it to 0")

@@ -211,8 +211,8 @@ def refuse(config: Any, fixed: list[str], amended: list[str]) -> None:
             "give another --out"
         )
     if amended and not getattr(config, "amend", False):
-        way = advice("amend", "add --amend to change them from here on, ", "")
-        way *= hasattr(config, "amend")
+        way = "add --amend to change them from here on, " if hasattr(config, "amend") else ""
+        way = advice("amend", way, "")
         raise ValueError(
             f"{config.out} holds a run on other terms ({'; '.join(amended)}); go on with the old "
             f"ones, {way}or give another --out"
@@ -225,8 +225,7 @@ def is_untouched(path: Path, prepared: bool = True) -> bool:
     ones."""
     names = {*RECORDS, PREPARED} if prepared else RECORDS
     return all(
-        each.name in names or each.name.startswith(".") or is_empty(each)
-        for each in path.iterdir()
+        each.name in names or each.name.startswith(".") or is_empty(each) for each in path.iterdir()
     )
 
 

@@ -59,9 +59,8 @@ def announce(title: str, what: str, plan: Plan, config: TrainConfig, asked: int)
         notice(f"{title}: {too_large(plan.rows, asked, hasattr(config, 'row_tokens'))}")
     if config.warmup_steps >= plan.steps:
         notice(
-            f"{title}: the warm-up of {count_of(config.warmup_steps, 'step')} is as long as "
-            "the run or "
-            f"longer, so {config.lr:.3g} is hardly reached; lower warmup_steps"
+            f"{title}: the warm-up of {count_of(config.warmup_steps, 'step')} is as long as the "
+            f"run or longer, so {config.lr:.3g} is hardly reached; lower warmup_steps"
         )
 
 
