@@ -211,8 +211,9 @@ def refuse(config: Any, fixed: list[str], amended: list[str]) -> None:
             "give another --out"
         )
     if amended and not getattr(config, "amend", False):
-        way = "add --amend to change them from here on, " if hasattr(config, "amend") else ""
-        way = advice("amend", way, "")
+        way = ""
+        if hasattr(config, "amend"):
+            way = advice("amend", "add --amend to change them from here on, ", "")
         raise ValueError(
             f"{config.out} holds a run on other terms ({'; '.join(amended)}); go on with the old "
             f"ones, {way}or give another --out"
