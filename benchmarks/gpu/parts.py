@@ -15,7 +15,7 @@ TESTS = {
     "attention": ("attention_triton", "attention_operator", "decode_attention_triton"),
     "losses": ("linear_cross_entropy_triton", "linear_logprobs_triton"),
     "sampling": ("sample_triton", "gae_triton", "same_numbers", "bench_kernels"),
-    "generation": ("gpu_generation", "graphs"),
+    "generation": ("model", "gpu_generation", "graphs"),
     "stages": ("gpu_stages", "triton_stages"),
 }
 # What compute-sanitizer looks at: one test or two an operation, all of small shapes.
