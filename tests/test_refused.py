@@ -1,6 +1,7 @@
 """A first start that is refused leaves nothing that was not there before, whatever the verb.
 Run: python -m pytest tests/test_refused.py -q"""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def line(verb: str, tiny: Path, work: Path) -> list[str]:
 
 
 def mistakes(verb: str, tiny: Path, zeros: Path) -> list[tuple[str, str]]:
-    """(option, value): files that are not there and damaged ones, models of another kind."""
+    """(option, value): files that are not there and damaged ones; models of another kind, too."""
     named = [name for name, hint in hints(verb).items() if "Path" in str(hint)]
     read = [name for name in named if name not in MADE | LATER]
     found = [(name, str(zeros.with_name("absent"))) for name in read]
@@ -40,6 +41,7 @@ def mistakes(verb: str, tiny: Path, zeros: Path) -> list[tuple[str, str]]:
     talking = {"model", "models", "policy", "student", "source"}
     for name in models(verb):
         found.append((name, str(tiny / ("safety" if name in talking else "lm"))))
+        found.append((name, str(zeros.with_name("lm" if name in talking else "safety"))))
     if "sampling_tp" in hints(verb):
         found.append(("sampling_tp", "3"))
     if "max_new_tokens" in hints(verb):
@@ -61,6 +63,10 @@ def with_option(words: list[str], name: str, value: str) -> list[str]:
 def test_nothing_is_left(verb, tiny, tmp_path):
     work, zeros = tmp_path / "work", tmp_path / "zeros.jsonl"
     zeros.write_bytes(bytes(4096))
+    for model in ("lm", "safety"):  # whose weights end too early
+        damaged = shutil.copytree(tiny / model, tmp_path / model)
+        (weights,) = damaged.glob("*.safetensors")
+        os.truncate(weights, weights.stat().st_size // 2)
     for name, value in mistakes(verb, tiny, zeros):
         work.mkdir()
         words = with_option(line(verb, tiny, work), name, value)

@@ -251,18 +251,6 @@ def test_other_options_need_an_amendment_and_cost_nothing_that_is_done(tiny, who
     assert json.loads(row)["changed"] == ["rejection.samples 9 where it was 3"]
 
 
-@pytest.mark.parametrize(
-    ("name", "rows"), [("eval_prompts", "absent"), ("ppo_prompts", "broken"), ("student", "absent")]
-)
-def test_files_that_are_needed_late_are_opened_first(tiny, tmp_path, name, rows):
-    (tmp_path / "broken").write_text("{")
-    given = tmp_path / rows
-    options = {name: given if name == "student" else [given]}
-    with pytest.raises((ValueError, OSError), match=rows):
-        rlhf.run(configured(tiny, tmp_path / "loop", **options), ANNOTATORS)
-    assert not (tmp_path / "loop").exists()
-
-
 def test_a_student_learns_from_every_versions_answers_and_each_stage_has_prompts_of_its_own(
     tiny, tmp_path
 ):

@@ -26,12 +26,12 @@ from puna.trainers import gatt, ppo, rejection
 from puna.trainers.data.ghost import read_ghost_dialogues
 from puna.trainers.data.packing import encode_pairs
 from puna.trainers.data.prompts import common_tokenizer
-from puna.trainers.data.readers import read_preferences, read_prompts
+from puna.trainers.data.readers import read_dialogues, read_preferences, read_prompts
 from puna.trainers.reward import RewardConfig, accuracies, margins_of
 from puna.trainers.reward import run as run_reward
 from puna.trainers.rl import rounds
 from puna.trainers.rl.comparisons import Annotator
-from puna.trainers.rl.config import PPOConfig, RLHFConfig, SamplingConfig
+from puna.trainers.rl.config import SET_BY_THE_LOOP, PPOConfig, RLHFConfig, SamplingConfig
 from puna.trainers.rl.rewards import Reward
 from puna.trainers.rl.rounds import KINDS
 from puna.trainers.rl.rounds import Waiting as Waiting
@@ -57,37 +57,6 @@ class Version(NamedTuple):
 
 
 # What each stage's table may not say, because the loop says it, and what to say instead.
-SET_BY_THE_LOOP = {
-    "reward": {
-        "out": "it is under the loop's own `out`",
-        "model": "reward models start from the newest chat model",
-        "data": "use `helpfulness_data` and `safety_data`",
-    },
-    "rejection": {
-        "out": "it is under the loop's own `out`",
-        "policy": "the newest version samples",
-        "helpfulness": "the round's own reward models score",
-        "safety": "the round's own reward models score",
-        "prompts": "use `prompts` and `rejection_prompts`",
-        "student": "use the loop's own `student`",
-        "pools": "use the loop's own `pool`",
-        "selected": "use the loop's own `student`",
-        "round": "the loop counts",
-    },
-    "gatt": {
-        "out": "it is under the loop's own `out`",
-        "model": "it goes on from the version's rejection sampling",
-        "dialogues": "use the loop's own `gatt_dialogues`",
-    },
-    "ppo": {
-        "out": "it is under the loop's own `out`",
-        "policy": "PPO goes on from what the round has made before",
-        "helpfulness": "the round's own reward models score",
-        "safety": "the round's own reward models score",
-        "prompts": "use `prompts` and `ppo_prompts`",
-        "eval_prompts": "use the loop's own `eval_prompts`",
-    },
-}
 STAGES: dict[str, tuple[type, dict[str, str]]] = {
     "reward": (RewardConfig, SET_BY_THE_LOOP["reward"]),
     "helpfulness": (RewardConfig, SET_BY_THE_LOOP["reward"]),
@@ -202,19 +171,29 @@ def check_files(config: RLHFConfig) -> None:
     for name in (*prompts, "helpfulness_prompts", "safety_prompts"):
         for path in getattr(config, name):
             read_prompts(path, config)
+    rejected = rejection_config(config, 1, config.prompts, config.model, None, {})
     sampled: list[SamplingConfig] = [
-        rejection_config(config, 1, config.prompts, config.model, None, {}),
+        rejected,
         *([ppo_config(config, 1, config.model, {})] if config.ppo_versions else []),
     ]
     rounds.check_prompts(config, sampled)
+    talking: list[rejection.RejectionConfig | gatt.GAttConfig] = [rejected]
     if config.gatt_dialogues:
         table = gatt_config(config, config.gatt_version, config.model)
         read_ghost_dialogues(config.gatt_dialogues, table.instructions, table.seed, table)
+        talking.append(table)
+    for each in talking:
+        for path in given(config, each.mix):
+            read_dialogues(path, each)
     for kind in KINDS:
         stage = reward_config(config, 1, kind, config.model, None)
-        for path in [*getattr(config, f"{kind}_data"), *stage.mix]:
-            if not path.is_relative_to(config.out):  # the other kind's: they are still to come
-                read_preferences(path, stage)
+        for path in given(config, [*getattr(config, f"{kind}_data"), *stage.mix, *stage.eval_data]):
+            read_preferences(path, stage)
+
+
+def given(config: RLHFConfig, paths: Sequence[Path]) -> list[Path]:
+    """Those that the loop does not write itself, later."""
+    return [path for path in paths if not path.is_relative_to(config.out)]
 
 
 def play_round(

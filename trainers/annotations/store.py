@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from puna.core.checkpoint.atomic import make_folder, remove_empty
 from puna.trainers.annotations.groups import Writer
 
 APPLICATION = 0x50756E61  # "Puna"
@@ -106,12 +107,26 @@ class Store:
 
 @contextmanager
 def opened(path: Path, *, create: bool = False) -> Iterator[Store]:
-    """`open_store`, closed when the block ends."""
-    store = open_store(path, create=create)
+    """`open_store`, closed when the block ends; where that is over an error before anything to
+    compare, or anybody who does, is in a new file, it goes again."""
+    new = create and not path.exists()
+    made = make_folder(path.parent) if new else []
+    empty = False
     try:
-        yield store
+        store = open_store(path, create=create)
+        try:
+            yield store
+        except Exception:
+            empty = new and not any(
+                store.number(f"SELECT count(*) FROM {table}") for table in ("item", "annotator")
+            )
+            raise
+        finally:
+            store.close()
+            if empty:
+                path.unlink()
     finally:
-        store.close()
+        remove_empty(made)
 
 
 def open_store(path: Path, *, create: bool = False) -> Store:

@@ -292,6 +292,40 @@ class RLHFConfig(EngineConfig, ReadingMessages):
             )
 
 
+# Table of a stage in the loop's recipe -> option that cannot stand there, and why.
+SET_BY_THE_LOOP = {
+    "reward": {
+        "out": "it is under the loop's own `out`",
+        "model": "reward models start from the newest chat model",
+        "data": "use `helpfulness_data` and `safety_data`",
+    },
+    "rejection": {
+        "out": "it is under the loop's own `out`",
+        "policy": "the newest version samples",
+        "helpfulness": "the round's own reward models score",
+        "safety": "the round's own reward models score",
+        "prompts": "use `prompts` and `rejection_prompts`",
+        "student": "use the loop's own `student`",
+        "pools": "use the loop's own `pool`",
+        "selected": "use the loop's own `student`",
+        "round": "the loop counts",
+    },
+    "gatt": {
+        "out": "it is under the loop's own `out`",
+        "model": "it goes on from the version's rejection sampling",
+        "dialogues": "use the loop's own `gatt_dialogues`",
+    },
+    "ppo": {
+        "out": "it is under the loop's own `out`",
+        "policy": "PPO goes on from what the round has made before",
+        "helpfulness": "the round's own reward models score",
+        "safety": "the round's own reward models score",
+        "prompts": "use `prompts` and `ppo_prompts`",
+        "eval_prompts": "use the loop's own `eval_prompts`",
+    },
+}
+
+
 def engine_of(config: Any, tokenizer: Tokenizer) -> Engine | None:
     """The server that draws, where an EngineConfig with `out` and `timeout` names one; ValueError
     for an address that is none."""
