@@ -226,6 +226,21 @@ def test_a_locked_file_and_a_full_disk_lose_nothing(tmp_path, monkeypatch):
     assert submit(store, ann, item.key, **BETTER) and progress_of(store, 1).done == 1
 
 
+@pytest.mark.parametrize("said", [False, True])
+def test_a_mistake_leaves_a_new_file_only_if_there_is_something_in_it(tmp_path, said):
+    path = tmp_path / "new" / "c.db"
+    with pytest.raises(ValueError, match="damaged"), opened(path, create=True) as store:
+        ask_batch(store, "annotate:1", 4, 1)
+        if said:
+            new_token(store, "ann")
+        raise ValueError("damaged")
+    assert [each.name for each in tmp_path.rglob("*")] == (["new", "c.db"] if said else [])
+    before = {*tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="no such"), opened(tmp_path / "c.db") as store:
+        pass
+    assert {*tmp_path.iterdir()} == before
+
+
 def test_two_programs_that_make_the_file_at_once(tmp_path):
     barrier = threading.Barrier(4)
 
