@@ -11,6 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
+import torch
+
 from puna.core.checkpoint.folder import load_model
 from puna.core.generation.generate import generate
 from puna.core.text.tokenizer import Tokenizer
@@ -20,7 +22,7 @@ FIELDS = {  # of CompletionRequest, as far as a trainer needs them
     "model": str, "prompt": list, "max_tokens": int, "temperature": NUMBER, "top_p": NUMBER,
     "top_k": int, "min_p": NUMBER, "repetition_penalty": NUMBER, "presence_penalty": NUMBER,
     "frequency_penalty": NUMBER, "n": int, "seed": int, "stop_token_ids": list, "stream": bool,
-    "return_token_ids": bool,
+    "return_token_ids": bool, "prompt_logprobs": int,
 }  # fmt: skip
 
 
@@ -37,10 +39,11 @@ class FakeVLLM:
         self.tokenizer = Tokenizer(folder / "tokenizer.model")
         self.model, self.context = load_model(folder), context
         self.token, self.developer = token, developer
-        self.paused = False
+        self.paused, self.root = False, "a model on another machine"
         self.calls: list[str] = []
         self.asked: list[dict] = []
         self.loaded: list[Path] = []
+        self.takes = lambda new: new  # what becomes of weights that are loaded
         self.change = lambda choice: choice
         self._drawing = threading.Lock()
 
@@ -49,7 +52,12 @@ class FakeVLLM:
         if path.startswith("/v1/") and bearer != (f"Bearer {self.token}" if self.token else ""):
             raise Refusal(401, "Unauthorized")
         if path == "/v1/models" and body is None:
-            card = {"id": "served", "object": "model", "max_model_len": self.context}
+            card = {
+                "id": "served",
+                "object": "model",
+                "root": str(self.root),
+                "max_model_len": self.context,
+            }
             return {"object": "list", "data": [card]}
         if body is None:
             raise Refusal(405, "Method Not Allowed")
@@ -84,7 +92,7 @@ class FakeVLLM:
         new = load_model(kwargs["weights_path"])
         if new.config != self.model.config:
             raise Refusal(500, "AssertionError: shape")
-        self.model = new
+        self.model = self.takes(new)
         self.loaded.append(Path(kwargs["weights_path"]))
         return {"results": [None]}
 
@@ -97,6 +105,8 @@ class FakeVLLM:
         whole = [body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]]
         if whole != [1, -1, 0, 1] or body["presence_penalty"] or body["frequency_penalty"]:
             raise Refusal(400, "this is not the whole distribution")
+        if "prompt_logprobs" in body:
+            return {"choices": [{"prompt_logprobs": self.logprobs(body["prompt"])}]}
         self.asked.append(body)
         with self._drawing:
             (found,) = generate(
@@ -113,6 +123,14 @@ class FakeVLLM:
             "id": "cmpl-1", "object": "text_completion", "model": "served",
             "choices": [self.change(choice)],
         }  # fmt: skip
+
+    def logprobs(self, ids: list[int]) -> list[dict | None]:
+        with self._drawing, torch.no_grad():
+            found = torch.log_softmax(self.model.logits(self.model(torch.tensor([ids])))[0], -1)
+        return [None] + [
+            {str(each): {"logprob": float(at[each]), "rank": 1, "decoded_token": ""}}
+            for each, at in zip(ids[1:], found, strict=False)
+        ]
 
 
 @contextmanager

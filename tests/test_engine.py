@@ -2,6 +2,7 @@
 `fake_vllm`, which refuses what the real one would."""
 
 import json
+import shutil
 import socket
 import threading
 from pathlib import Path
@@ -166,6 +167,38 @@ def test_weights_that_the_server_does_not_take_are_named(fake, url, tiny, tmp_pa
     assert fake.paused  # nobody draws from half of them
     fake.developer = False
     with pytest.raises(ValueError, match="has no /pause: start it with VLLM_SERVER_DEV_MODE=1"):
+        rollout(tiny, tmp_path / "engine", url)
+
+
+def test_a_server_of_another_shape_is_given_nothing(fake, url, tiny, tmp_path):
+    policy = load_model(tiny / "chat").requires_grad_()
+    fake.root = shutil.copytree(tiny / "chat", tmp_path / "served")
+    written = json.loads((fake.root / "config.json").read_text())
+    for change in ({"rope_theta": 5e5}, {"intermediate_size": 40}, {"tie_word_embeddings": True}):
+        (fake.root / "config.json").write_text(
+            json.dumps(written | {"rope_parameters": None} | change)
+        )
+        with pytest.raises(ValueError, match="served, whose shape is not the policy's: start it"):
+            rollout(tiny, tmp_path / "engine", url, policy)
+        assert not fake.loaded
+    policy.requires_grad_(False)  # as it was when the server began
+    assert rollout(tiny, tmp_path / "engine", url, policy).answers
+    (fake.root / "config.json").write_text("{")
+    assert rollout(tiny, tmp_path / "engine", url, policy).answers
+
+
+def test_weights_that_it_takes_and_does_not_use_are_noticed(fake, url, tiny, tmp_path):
+    """vLLM cuts what does not fit to its own shape, and passes over names that it has not."""
+    before = fake.model
+    fake.takes = lambda new: before
+    with pytest.raises(
+        ValueError, match=r"its probabilities are not the policy's \(\d+\.\d\d nats"
+    ):
+        rollout(tiny, tmp_path / "engine", url)
+    fake.takes = lambda new: new
+    assert rollout(tiny, tmp_path / "engine", url).answers
+    fake.logprobs = lambda ids: None
+    with pytest.raises(ValueError, match="without prompt_logprobs: it takes a vLLM of 0.10.2"):
         rollout(tiny, tmp_path / "engine", url)
 
 

@@ -1,7 +1,8 @@
 """What vLLM's loader asks of a model folder, as far as it can be said without a GPU and without it:
 the architecture it looks up, the settings it reads, and each stored tensor's place in its fused
 parameters, of exactly that place's shape, with no place left empty. Its model classes stack q, k
-and v in qkv_proj, gate and up in gate_up_proj. (vLLM itself is not asked.)
+and v in qkv_proj, gate and up in gate_up_proj. (vLLM itself is asked in
+test_vllm.py, where it is installed.)
 
 Run: python -m pytest tests/test_vllm_layout.py -q
 """

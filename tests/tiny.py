@@ -15,10 +15,10 @@ WORDS = (
 )
 
 
-def make_tiny(root: Path, n_kv_heads: int = 1) -> Path:
+def make_tiny(root: Path, n_kv_heads: int = 1, dim: int = 24) -> Path:
     """Fill the folder with a tokenizer, files of every kind, and models: `lm` and the reward
     models `helpfulness` and `safety` are random, `chat` answers and stops. With `n_kv_heads` = 2
-    two ranks can work on the same rows."""
+    two ranks can work on the same rows; the two heads are of `dim` / 2."""
     draw = random.Random(0)
 
     def words(most=5):
@@ -51,7 +51,7 @@ def make_tiny(root: Path, n_kv_heads: int = 1) -> Path:
     write("ghosts.jsonl", ghosts)
     texts = [words(9) for _ in range(300)] + ["[INST] <<SYS>> always be <</SYS>> [/INST]"] * 30
     tokenizer = train_tokenizer(texts, root / "tokenizer.model", vocab_size=330)
-    shape = ModelConfig(24, 2, 2, n_kv_heads, 36, vocab_size=tokenizer.vocab_size, context=256)
+    shape = ModelConfig(dim, 2, 2, n_kv_heads, 36, vocab_size=tokenizer.vocab_size, context=256)
     for seed, name in enumerate(("lm", "helpfulness", "safety")):
         model = Transformer(shape, "lm" if name == "lm" else "score")
         model.init_weights(seed)
