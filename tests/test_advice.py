@@ -14,7 +14,7 @@ from test_layers import parsed, sources
 
 from puna.trainers import ppo
 from puna.trainers.rl.config import PPOConfig
-from puna.trainers.train import claim, loop, run
+from puna.trainers.train import claim, loop, run, state
 from puna.trainers.train.advice import commanded
 
 FLAG = re.compile(r"--([a-z][a-z-]*)")
@@ -47,7 +47,7 @@ PLACES = {
         PPOConfig(out=path, policy=path, prompts=[path]), [], ["lr 2 where it was 1"]
     ),
     "a damaged checkpoint": two_damaged,
-    "a damaged state": lambda path: run.read_state(path),
+    "a damaged state": lambda path: state.read_state(path),
     "no number": not_finite,
     "unfinished answers": unfinished,
 }

@@ -8,6 +8,7 @@ import pytest
 
 from puna.core.text.tokenizer import Tokenizer, train_tokenizer
 from puna.trainers.data import encoding
+from puna.trainers.data.columns import Columns, Reading
 from puna.trainers.data.corpus import Corpus, open_corpus, split_corpus, token_dtype
 from puna.trainers.data.encoding import (
     Texts,
@@ -115,6 +116,9 @@ def test_a_folder_belongs_to_its_texts(tokenizer: Tokenizer, texts: Texts, tmp_p
     assert (folder / "tokens-00000.npy").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="was written of other texts"):
         encode_folder(folder, tokenizer, Texts(texts.paths[:1]))
+    column = Reading(columns=Columns(text="body"))
+    with pytest.raises(ValueError, match="was written of another column of the texts"):
+        encode_folder(folder, tokenizer, Texts(texts.paths, column))
     other = train_tokenizer(TEXTS * 10, tmp_path / "other.model", vocab_size=280)
     with pytest.raises(ValueError, match="was written with another tokenizer"):
         encode_folder(folder, other, texts)

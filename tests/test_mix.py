@@ -161,10 +161,9 @@ def test_other_dialogues_are_mixed_in_by_share(tiny, tmp_path, monkeypatch, caps
 def test_rows_in_order_finish_a_part_before_the_next(sizes, epochs, batch, seed):
     """Each part's visits are its epochs, shuffled each, and nothing comes before its turn."""
     total = sum(sizes) * epochs
-    steps = -(-total // batch)
-    found = [
-        int(row) for step in range(steps) for row in rows_in_order(sizes, epochs, batch, seed, step)
-    ]
+    starts = range(0, total, batch)
+    batches = [range(start, min(start + batch, total)) for start in starts]
+    found = [int(row) for places in batches for row in rows_in_order(sizes, epochs, seed, places)]
     expected, first = [], 0
     for size in sizes:
         for epoch in range(epochs):

@@ -10,7 +10,7 @@ from puna.core.config import ModelConfig
 from puna.core.model import Transformer
 from puna.trainers.data.packing import PackedRows
 from puna.trainers.data.split import split
-from puna.trainers.data.visits import step_rows
+from puna.trainers.data.visits import rows_at
 from puna.trainers.train import loop, next_token
 from puna.trainers.train.plan import announce, check_shares, of_epochs, of_steps
 
@@ -128,7 +128,7 @@ def test_epochs_are_epochs(count, epochs, batch, seed):
     seen = [
         int(row)
         for step in range(plan.steps)
-        for row in step_rows(plan.rows, plan.batch, seed, step, plan.visits)
+        for row in rows_at(plan.rows, seed, plan.places(step))
     ]
     assert len(seen) == count * epochs and plan.steps >= epochs
     for epoch in range(epochs):

@@ -24,7 +24,7 @@ from puna.trainers.data.packing import (
     encode_pairs,
     pair_batch,
 )
-from puna.trainers.data.visits import epoch_order, shuffled, step_rows
+from puna.trainers.data.visits import epoch_order, rows_at, shuffled
 from puna.trainers.distill import DistillConfig
 from puna.trainers.gatt import GAttConfig
 from puna.trainers.rejection import RejectionConfig
@@ -133,7 +133,8 @@ def test_best_fit(lengths, capacity) -> None:
 
 @given(st.integers(1, 30), st.integers(1, 70), st.integers(0, 9))
 def test_steps_visit_every_row_once_an_epoch(n, batch_size, seed) -> None:
-    visited = np.concatenate([step_rows(n, batch_size, seed, step) for step in range(n)])
+    batches = [range(step * batch_size, (step + 1) * batch_size) for step in range(n)]
+    visited = np.concatenate([rows_at(n, seed, places) for places in batches])
     for epoch in range(batch_size):  # n steps of batch_size rows are batch_size epochs
         assert sorted(visited[epoch * n : (epoch + 1) * n]) == list(range(n))
         assert np.array_equal(visited[epoch * n : (epoch + 1) * n], epoch_order(n, seed, epoch))
@@ -163,7 +164,8 @@ def test_a_computed_order_is_as_mixed_as_a_stored_one() -> None:
 
 def test_rows_beyond_memory_have_an_order() -> None:
     n = 488_281_250  # 2T tokens in rows of 4,096
-    found = np.concatenate([step_rows(n, 1024, 0, step) for step in (0, 1, 476_836, 476_837)])
+    starts = [1024 * step for step in (0, 1, 476_836, 476_837)]
+    found = np.concatenate([rows_at(n, 0, range(start, start + 1024)) for start in starts])
     assert len(set(found.tolist())) == len(found) and 0 <= found.min() <= found.max() < n
     assert abs(found.mean() / n - 0.5) < 0.05
 
@@ -173,7 +175,7 @@ def test_order_depends_on_seed_and_epoch() -> None:
     assert len(orders) == 9
     assert not np.array_equal(epoch_order(50, 0, 1), epoch_order(50, 1, 0))
     with pytest.raises(ValueError, match="no rows"):
-        step_rows(0, 4, 0, 0)
+        rows_at(0, 0, range(4))
 
 
 @given(st.lists(ids, min_size=1, max_size=8))

@@ -23,6 +23,7 @@ from puna.trainers import ppo
 from puna.trainers.data.prompts import draw
 from puna.trainers.ppo import PPOConfig
 from puna.trainers.train.config import to_toml
+from puna.trainers.train.plan import of_steps
 
 WORDS = ["red", "blue", "cup", "tree", "sing", "give", "lamp", "nine", "moon", "fish"]
 
@@ -210,8 +211,9 @@ def test_resuming_reads_policy_critic_and_both_optimizers(world, whole, tmp_path
 
 def test_trap_14_every_rank_gets_its_share_of_each_mini_batch(world, tmp_path):
     config = configured(world, tmp_path)
-    whole = ppo.rank_prompts(config, 80, 3, rank=0, ranks=1)
-    parts = [ppo.rank_prompts(config, 80, 3, rank, 2) for rank in range(2)]
+    plan = of_steps(80, 9, config.batch)
+    whole = ppo.rank_prompts(config, plan, 3, rank=0, ranks=1)
+    parts = [ppo.rank_prompts(config, plan, 3, rank, 2) for rank in range(2)]
     for number in range(2):
         mini = whole[number * 4 : number * 4 + 4]
         dealt = [parts[rank][number * 2 : number * 2 + 2] for rank in range(2)]

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import torch
 from puna.core.checkpoint.folder import load_model
 from puna.core.text.tokenizer import Tokenizer, train_tokenizer
 from puna.trainers import pretrain
+from puna.trainers.data.columns import Columns
 from puna.trainers.data.encoding import Texts, encode_corpus, encode_file, encode_folder
 from puna.trainers.data.readers import read_texts
 from puna.trainers.pretrain import PretrainConfig
@@ -120,6 +122,39 @@ def test_texts_are_encoded_once(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(Tokenizer, "encode_all", None)
     again = pretrain.load_corpus(config, run, tokenizer)
     assert np.array_equal(first.shards[0], again.shards[0])
+
+
+def test_what_is_encoded_follows_the_texts_and_their_column(tiny, tmp_path):
+    """Before there is a step, and by amendment; each as in a run that never had others."""
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    rows = (tiny / "text.jsonl").read_text().splitlines()
+    texts = [json.loads(row)["text"] for row in rows]
+    both = [{"text": text, "body": f"{text} moon"} for text in texts]
+    one.write_text("".join(json.dumps(row) + "\n" for row in both))
+    two.write_text("".join(json.dumps(row) + "\n" for row in both[:-9]))
+    body = Columns(text="body")
+
+    def tokens(run):
+        return json.loads((run / "corpus" / "corpus.json").read_text())["tokens"]
+
+    fresh = configured(tiny, tmp_path / "fresh", data=[one], columns=body, steps=2, save_every=1)
+    pretrain.run(fresh)
+    refused = configured(tiny, tmp_path / "run", data=[one], eval_share=1e-9)
+    with pytest.raises(ValueError):
+        pretrain.run(refused)
+    assert tokens(tmp_path / "run") != tokens(tmp_path / "fresh")
+    pretrain.run(replace(fresh, out=tmp_path / "run"))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "fresh")
+    assert tokens(tmp_path / "run") == tokens(tmp_path / "fresh")
+    for change in ({"columns": Columns()}, {"data": [two], "columns": body}):
+        asked = replace(fresh, out=tmp_path / "run", steps=fresh.steps + 1, **change)
+        with pytest.raises(ValueError, match="--amend"):
+            pretrain.run(asked)
+        pretrain.run(replace(asked, amend=True))
+        fresh = replace(asked, amend=False)
+        alone = replace(fresh, out=tmp_path / f"alone-{fresh.steps}")
+        pretrain.run(alone)
+        assert tokens(tmp_path / "run") == tokens(alone.out)
 
 
 def test_texts_and_corpora_are_not_mixed(tiny, tmp_path):

@@ -21,7 +21,9 @@ from puna.trainers.data.formats import Columns
 from puna.trainers.train.config import load_recipe
 from puna.trainers.train.environment import environment
 from puna.trainers.train.kinds import FIXED, FREE
-from puna.trainers.train.run import PROOF, Run, Trained, open_run, open_start, saved
+from puna.trainers.train.run import Run, Trained, open_run, saved
+from puna.trainers.train.starting import open_start
+from puna.trainers.train.state import PROOF
 
 
 @dataclass(kw_only=True)

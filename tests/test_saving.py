@@ -30,6 +30,7 @@ from puna.trainers.train import run as run_module
 from puna.trainers.train import saving
 from puna.trainers.train.loop import TrainConfig
 from puna.trainers.train.run import PROOF, Run, Trained, open_run
+from puna.trainers.train.state import State
 
 HEADS = {"model": "lm", "critic": "score"}  # of a score head all but one rank hold nothing
 STEPS, SAVES = 8, [3, 5]
@@ -123,9 +124,9 @@ def before_the_rename(path: Path) -> None:
     """Rank 0 stops when all is written and step 5 has not its name yet."""
     write = run_module.finish_checkpoint
 
-    def whole_but_hidden(folder: Path, step: int, *arguments) -> None:
-        write(folder, step, *arguments)
-        if step == 5:
+    def whole_but_hidden(folder: Path, state: State, *arguments) -> None:
+        write(folder, state, *arguments)
+        if state.step == 5:
             hang(path)
 
     run_module.finish_checkpoint = whole_but_hidden

@@ -46,7 +46,8 @@ from puna.trainers.train.kinds import FREE
 from puna.trainers.train.plan import of_epochs
 from puna.trainers.train.progress import meter
 from puna.trainers.train.ranges import Batch, Count, CountOrZero, Share, Temperature
-from puna.trainers.train.run import Run, open_run, open_start
+from puna.trainers.train.run import Run, open_run
+from puna.trainers.train.starting import open_start
 
 
 @dataclass(kw_only=True)
@@ -115,7 +116,7 @@ def fit(config: GAttConfig, folder: Run, tokenizer: Tokenizer, judge: Judge | No
     check_targets(folder, sampled)
     source = open_start(folder, config.model, head="lm")
     rows = training_rows(config, tokenizer, dialogues, sampled, source.config.context)
-    plan = of_epochs(len(rows), config.epochs, config.batch)
+    plan = of_epochs(len(rows), config.epochs, config.batch, folder)
     what = rows.described("dialogue")
     return next_token.train("gatt", folder, source, rows, config, plan=plan, what=what)
 

@@ -57,7 +57,7 @@ from puna.trainers.train.advice import ANEW, advice
 from puna.trainers.train.command import command
 from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.next_token import say
-from puna.trainers.train.plan import check_shares
+from puna.trainers.train.plan import Plan, check_shares, of_steps
 from puna.trainers.train.progress import meter
 from puna.trainers.train.run import Run, Trained, open_run
 
@@ -76,7 +76,8 @@ class Stage(NamedTuple):
     tokenizer: Tokenizer
     prompts: list[EncodedPrompt]
     eval_prompts: list[EncodedPrompt]
-    engine: Engine | None = None
+    engine: Engine | None
+    plan: Plan  # whose rows are prompts
 
 
 def run(config: PPOConfig, reward: Reward | None = None) -> Path:
@@ -196,7 +197,8 @@ def open_stage(
     say(skipped)
     held = eval_prompts[: config.eval_count]
     engine = engine_of(config, tokenizer)
-    return Stage(config, policy, critic, reference, reward, tokenizer, prompts, held, engine)
+    plan = of_steps(len(prompts), config.iterations, config.batch, folder)
+    return Stage(config, policy, critic, reference, reward, tokenizer, prompts, held, engine, plan)
 
 
 def trained(source: Any, config: PPOConfig) -> Trained:
@@ -209,7 +211,7 @@ def look(stage: Stage, iteration: int) -> Look:
     config = stage.config
     began = time.monotonic()
     share = parallel.share(config.parallel.tp)
-    picks = rank_prompts(config, len(stage.prompts), iteration, *share)
+    picks = rank_prompts(config, stage.plan, iteration, *share)
     prompts = [stage.prompts[index] for index, _ in picks]
     rollout = sample(stage, prompts, [i for i, _ in picks], [e for _, e in picks], iteration)
     sampled = time.monotonic()
@@ -257,16 +259,16 @@ def learning_rates(config: PPOConfig, iteration: int) -> Rates:
 
 
 def rank_prompts(
-    config: PPOConfig, count: int, iteration: int, rank: int, ranks: int
+    config: PPOConfig, plan: Plan, iteration: int, rank: int, ranks: int
 ) -> list[tuple[int, int]]:
     """(prompt, epoch) of this rank's answers, mini-batch after mini-batch.
 
     The batch is the next stretch of the shuffled prompts, so its order is random already; each
     mini-batch is dealt to the ranks like cards.
     """
-    first = iteration * config.batch
+    first = plan.places(iteration).start
     return [
-        draw(first + start + place, count, config.seed)
+        draw(first + start + place, plan.rows, config.seed)
         for start in range(0, config.batch, config.minibatch)
         for place in range(rank, config.minibatch, ranks)
     ]

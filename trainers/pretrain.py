@@ -25,7 +25,8 @@ from puna.trainers.train.command import command
 from puna.trainers.train.kinds import FIXED
 from puna.trainers.train.plan import of_epochs, of_steps
 from puna.trainers.train.ranges import CountOrZero, ShareOf
-from puna.trainers.train.run import Run, open_run, open_start
+from puna.trainers.train.run import Run, open_run
+from puna.trainers.train.starting import open_start
 
 SMALLEST = "mini"
 MOST_WAITED_FOR = 500_000_000  # bytes of text: some minutes, less than a collective's timeout
@@ -78,9 +79,9 @@ def fit(config: PretrainConfig, folder: Run, tokenizer: Tokenizer) -> Path:
     if config.eval_share > 0:
         training, held = split_corpus(corpus, config.eval_share)
     rows = CorpusRows(training, row_tokens)
-    plan = of_epochs(len(rows), 1, config.batch)
+    plan = of_epochs(len(rows), 1, config.batch, folder)
     if config.steps:
-        plan = of_steps(len(rows), config.steps, config.batch)
+        plan = of_steps(len(rows), config.steps, config.batch, folder)
     return next_token.train(
         "pretrain",
         folder,
@@ -154,7 +155,8 @@ def load_corpus(config: PretrainConfig, folder: Run, tokenizer: Tokenizer) -> Co
 
 
 def encode(folder: Path, tokenizer: Tokenizer, texts: Texts) -> None:
-    next_token.say(encode_folder(folder, tokenizer, texts).skipped)
+    """Into the run's own folder: that the texts may change, whoever opened the run has said."""
+    next_token.say(encode_folder(folder, tokenizer, texts, anew=True).skipped)
 
 
 def main() -> int:

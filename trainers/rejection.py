@@ -52,7 +52,8 @@ from puna.trainers.sft import load_dialogues
 from puna.trainers.train import loop, next_token, written
 from puna.trainers.train.command import command
 from puna.trainers.train.plan import of_epochs
-from puna.trainers.train.run import Run, open_run, open_start
+from puna.trainers.train.run import Run, open_run
+from puna.trainers.train.starting import open_start
 
 
 @dataclass(kw_only=True)
@@ -137,7 +138,7 @@ def imitate(
     rows = pack(tokenizer, pool, row_tokens, mixed, truncate=config.truncate)
     skipped.merge(rows.skipped)
     next_token.say(skipped)
-    plan = of_epochs(len(rows), config.epochs, config.batch)
+    plan = of_epochs(len(rows), config.epochs, config.batch, folder)
     what = rows.described("answer")
     return next_token.train(title, folder, source, rows, config, plan=plan, what=what)
 

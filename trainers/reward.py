@@ -36,7 +36,7 @@ from puna.trainers.data.packing import (
 )
 from puna.trainers.data.readers import Skipped, read_preferences
 from puna.trainers.data.split import also_learned, opening, split, split_batches
-from puna.trainers.data.visits import step_rows
+from puna.trainers.data.visits import rows_at
 from puna.trainers.rl.accuracy import (
     Share,
     accuracies,
@@ -52,7 +52,8 @@ from puna.trainers.train.command import command
 from puna.trainers.train.kinds import FIXED
 from puna.trainers.train.plan import announce, check_shares, of_epochs
 from puna.trainers.train.ranges import Count, CountOrZero, ShareOf, Weight
-from puna.trainers.train.run import Run, open_run, open_start
+from puna.trainers.train.run import Run, open_run
+from puna.trainers.train.starting import open_start
 
 
 @dataclass(kw_only=True)
@@ -120,7 +121,7 @@ def fit(config: RewardConfig, folder: Run, tokenizer: Tokenizer) -> Path:
     fitting.check("reward", config, replace(source.config, context=longest))
     tp = config.parallel.tp
     check_shares(config.batch, tp)
-    plan = of_epochs(len(pairs), config.epochs, config.batch)
+    plan = of_epochs(len(pairs), config.epochs, config.batch, folder)
     if config.warmup_steps == 0:
         config = replace(config, warmup_steps=min(plan.steps - 1, warmup(plan.steps)))
     announce("reward", count_of(len(pairs), "pair"), plan, config, config.batch)
@@ -128,7 +129,7 @@ def fit(config: RewardConfig, folder: Run, tokenizer: Tokenizer) -> Path:
     margins = MARGINS[config.margin]
 
     def batch_at(step: int) -> list[PairBatch]:
-        chosen = step_rows(len(pairs), plan.batch, config.seed, step, plan.visits)
+        chosen = rows_at(len(pairs), config.seed, plan.places(step))
         share = labelled_share([pairs[i] for i in chosen])
         return [
             pairs_on(device, [pairs[i] for i in piece], margins, real, share)

@@ -33,7 +33,8 @@ from puna.trainers.train.kinds import FIXED
 from puna.trainers.train.notice import notice
 from puna.trainers.train.plan import of_epochs
 from puna.trainers.train.ranges import Count, CountOrZero, ShareOf
-from puna.trainers.train.run import Run, open_run, open_start
+from puna.trainers.train.run import Run, open_run
+from puna.trainers.train.starting import open_start
 
 
 @dataclass(kw_only=True)
@@ -129,12 +130,11 @@ def fit(
     skipped.merge(rows.skipped)
     eval_rows = pack_held_out(tokenizer, held, row_tokens, skipped, truncate=config.truncate)
     next_token.say(skipped)
-    plan = of_epochs(len(rows), config.epochs, config.batch)
+    plan = of_epochs(len(rows), config.epochs, config.batch, folder)
     order = None
+    check_order(config, folder)
     if config.in_order:
-        order = partial(
-            rows_in_order, list(rows.group_rows.values()), config.epochs, plan.batch, config.seed
-        )
+        order = partial(rows_in_order, list(rows.group_rows.values()), config.epochs, config.seed)
         files = (f"{count:,} of {as_name(file)}" for file, count in rows.group_rows.items())
         notice(f"sft: rows in order: {', then '.join(files)}")
     return next_token.train(
@@ -211,6 +211,16 @@ def pack_held_out(
         return None
     skipped.merge_held_out(rows.skipped)
     return rows
+
+
+def check_order(config: SFTConfig, folder: Run) -> None:
+    """ValueError where what comes in order would change behind what is done of it."""
+    ordering = {"in_order", *(("epochs", "data") if config.in_order else ())}
+    if folder.step and (changed := sorted(folder.amended & ordering)):
+        raise ValueError(
+            f"{' and '.join(changed)} cannot change on the way where rows come in order: some "
+            "would come again, or not at all; give another --out"
+        )
 
 
 def main() -> int:

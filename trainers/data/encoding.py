@@ -6,6 +6,7 @@ last finished one. Texts are read one after the other and never held together.
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -72,16 +73,18 @@ def encode_file(path: Path, tokenizer: Tokenizer, texts: Texts) -> Encoded:
     return Encoded(count, tokens, skipped)
 
 
-def encode_folder(folder: Path, tokenizer: Tokenizer, texts: Texts, shard: int = SHARD) -> Encoded:
+def encode_folder(
+    folder: Path, tokenizer: Tokenizer, texts: Texts, shard: int = SHARD, *, anew: bool = False
+) -> Encoded:
     """Write the texts into `folder`, or go on with what was interrupted.
 
     A shard ends with the document that fills it. Raises ValueError where the folder holds something
-    else, or a corpus of other texts or another tokenizer, and where a text changes until it is
-    read.
+    else, or a corpus of other texts, another column or another tokenizer (with `anew` that is
+    replaced), and where a text changes until it is read.
     """
     before = stamps_in(texts)
     skipped = Skipped()
-    with begun(folder, tokenizer, texts) as index:
+    with begun(folder, tokenizer, texts, anew) as index:
         if index["complete"]:
             return Encoded(index["documents"], index["tokens"], skipped)
         with progress(texts) as counter:
@@ -105,7 +108,7 @@ def encode_folder(folder: Path, tokenizer: Tokenizer, texts: Texts, shard: int =
 
 
 @contextmanager
-def begun(folder: Path, tokenizer: Tokenizer, texts: Texts) -> Iterator[dict[str, Any]]:
+def begun(folder: Path, tokenizer: Tokenizer, texts: Texts, anew: bool) -> Iterator[dict[str, Any]]:
     """The folder's index as far as it has come, or a new one, which goes again where the block ends
     over a mistake before there is a shard."""
     files = [each.file for found in texts.sources() for each in found]
@@ -113,11 +116,16 @@ def begun(folder: Path, tokenizer: Tokenizer, texts: Texts) -> Iterator[dict[str
         "complete": False,
         "tokenizer": digest(tokenizer.path).sha256,
         "texts": [each.sha256 for each in digests(files)],
+        "column": (texts.how or Reading()).columns.text,
         "documents": 0,
         "tokens": 0,
         "shards": {},
     }
-    if not (folder / INDEX).exists():
+    index = read_index(folder, fresh)
+    if (what := other(index, fresh)) and anew:
+        shutil.rmtree(folder)
+        index = {}
+    if not index:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} exists and holds no corpus; choose another name")
         made = make_folder(folder)
@@ -130,13 +138,28 @@ def begun(folder: Path, tokenizer: Tokenizer, texts: Texts) -> Iterator[dict[str
                 remove_empty(made)
             raise
         return
-    index = read_object(folder / INDEX, "remove the folder to encode anew")
-    for name, value in fresh.items():
-        field(index, name, type(value))
-    for name, what in (("tokenizer", "with another tokenizer"), ("texts", "of other texts")):
-        if index[name] != fresh[name]:
-            raise ValueError(f"{folder} was written {what}; choose another name")
+    if what:
+        raise ValueError(f"{folder} was written {what}; choose another name")
     yield index
+
+
+def read_index(folder: Path, fresh: dict[str, Any]) -> dict[str, Any]:
+    """What the folder's index says, with what older ones did not; empty where there is none."""
+    if not (folder / INDEX).exists():
+        return {}
+    found = read_object(folder / INDEX, "remove the folder to encode anew")
+    found.setdefault("column", fresh["column"])
+    return {name: field(found, name, type(value)) for name, value in fresh.items()}
+
+
+def other(index: dict[str, Any], fresh: dict[str, Any]) -> str:
+    """In what a corpus differs from what is asked for; empty where in nothing."""
+    how = {
+        "tokenizer": "with another tokenizer",
+        "texts": "of other texts",
+        "column": "of another column of the texts",
+    }
+    return next((how[name] for name in how if index and index[name] != fresh[name]), "")
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Sequences of ids as the batches that training reads: rows of T tokens, or pairs laid flat.
 
 Three kinds, all with random access, so that a run resumes from its step number alone: the rows
-of step s are a pure function of the data, the seed and s (`visits.step_rows`).
+of a step are a pure function of the data, the seed and how many were visited (`visits.rows_at`).
 
 - `PackedRows`: dialogues. Whole sequences fill rows by best-fit decreasing, once; the order of
   the rows is shuffled anew each epoch.

@@ -10,35 +10,26 @@ ROUNDS = 8
 GOLDEN = 0x9E3779B97F4A7C15
 
 
-def step_rows(
-    n: int, batch_size: int, seed: int, step: int, visits: int | None = None
-) -> np.ndarray:
-    """(batch_size,) int64: the rows of step number `step` (from 0) out of n; fewer in the step in
-    which `visits` rows, those of all steps together, come to an end.
+def rows_at(n: int, seed: int, places: range) -> np.ndarray:
+    """int64: the rows, of n, that are visited at these places of all epochs, one after the other.
 
     The epochs follow each other without a gap: a batch may end one and begin the next, so that
     every row is visited once an epoch whatever the batch size is. Raises ValueError for n = 0.
     """
     if n < 1:
         raise ValueError("there are no rows to train on")
-    first = step * batch_size
-    if visits is not None:
-        batch_size = min(batch_size, visits - first)
-    places = np.arange(first, first + batch_size)
-    epochs = places // n
+    epochs, inside = np.divmod(np.asarray(places), n)
     return np.concatenate(
-        [visited(n, seed, int(epoch), places[epochs == epoch] % n) for epoch in np.unique(epochs)]
+        [visited(n, seed, int(epoch), inside[epochs == epoch]) for epoch in np.unique(epochs)]
     )
 
 
-def rows_in_order(
-    sizes: Sequence[int], epochs: int, batch_size: int, seed: int, step: int
-) -> np.ndarray:
-    """As `step_rows`, where the rows are in parts of these sizes and each part is visited `epochs`
-    times before the next one begins; a step may end one part and begin the next."""
+def rows_in_order(sizes: Sequence[int], epochs: int, seed: int, places: range) -> np.ndarray:
+    """As `rows_at`, where the rows are in parts of these sizes and each part is visited `epochs`
+    times before the next one begins."""
     visits = np.cumsum([0, *(size * epochs for size in sizes)])
     found = []
-    for place in range(step * batch_size, min((step + 1) * batch_size, int(visits[-1]))):
+    for place in places:
         part = int(np.searchsorted(visits, place, "right")) - 1
         epoch, inside = divmod(place - int(visits[part]), sizes[part])
         row = visited(sizes[part], seed, epoch, np.array([inside]))

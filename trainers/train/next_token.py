@@ -15,7 +15,7 @@ from puna.core.model import Transformer
 from puna.core.shared import of_wanted
 from puna.trainers.data.packing import LMBatch
 from puna.trainers.data.readers import Skipped
-from puna.trainers.data.visits import step_rows
+from puna.trainers.data.visits import rows_at
 from puna.trainers.train import loop
 from puna.trainers.train.plan import Plan, announce, check_shares
 from puna.trainers.train.run import Run, Trained
@@ -108,8 +108,8 @@ def to_device(batch: LMBatch, device: torch.device) -> LMBatch:
     return LMBatch(**{n: t.to(device) for n, t in batch._asdict().items() if t is not None})
 
 
-Order = Callable[[int], np.ndarray]
-"""Step -> indices of its rows, those of all ranks"""
+Order = Callable[[range], np.ndarray]
+"""Places among all visits -> indices of the rows that are visited there"""
 
 
 def row_batches(
@@ -128,10 +128,8 @@ def row_batches(
     """
 
     def batch_at(step: int) -> list[LMBatch]:
-        if order is None:
-            chosen = step_rows(plan.rows, plan.batch, seed, step, plan.visits)
-        else:
-            chosen = order(step)
+        places = plan.places(step)
+        chosen = rows_at(plan.rows, seed, places) if order is None else order(places)
         return [
             to_device(counted(rows.batch(piece), real), device)
             for piece, real in parts(chosen, micro_batch, tp)
@@ -176,7 +174,7 @@ def train(
     """Fit the model of `source` to `rows`; returns the finished model's folder.
 
     `loss` is minimised on the rows and reported for `eval_rows`, both per unit of weight; `what`
-    says in words what the rows are; `order` which rows a step takes, where they are not shuffled
+    says in words what the rows are; `order` which rows come when, where they are not shuffled
     anew in each epoch.
     """
     tp = config.parallel.tp

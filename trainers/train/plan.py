@@ -7,6 +7,8 @@ from puna.core.documents import count_of
 from puna.trainers.train.advice import advice
 from puna.trainers.train.loop import TrainConfig, learning_rate
 from puna.trainers.train.notice import notice
+from puna.trainers.train.run import Run
+from puna.trainers.train.state import Visited
 
 
 class Plan(NamedTuple):
@@ -16,18 +18,54 @@ class Plan(NamedTuple):
     batch: int
     steps: int
     visits: int  # rows in all steps together: each of `rows` in every epoch
+    begun: int = 0  # steps that were done when this batch was chosen
+    before: int = 0  # visits in those
+
+    def places(self, step: int) -> range:
+        """Of a step's rows among all visits."""
+        first = self.before + (step - self.begun) * self.batch
+        return range(first, min(first + self.batch, self.visits))
+
+    def visited(self, step: int) -> Visited:
+        """After so many steps."""
+        return Visited(min(self.places(step).start, self.visits), self.rows)
 
 
-def of_epochs(rows: int, epochs: int, batch: int) -> Plan:
-    """Every row `epochs` times. A batch that exceeds the rows is all of them, so that an epoch is
-    at least one step."""
-    size = min(batch, rows)
-    return Plan(rows, size, -(-rows * epochs // size), rows * epochs)
+def of_epochs(rows: int, epochs: int, batch: int, run: Run | None = None) -> Plan:
+    """Every row `epochs` times, behind those that the `run` has visited. A batch that exceeds the
+    rows is all of them, so that an epoch is at least one step."""
+    size, visits = min(batch, rows), rows * epochs
+    begun, before = reached(rows, run)
+    left = visits - before
+    return kept(Plan(rows, size, begun - (-left // size), visits, begun, before), run)
 
 
-def of_steps(rows: int, steps: int, batch: int) -> Plan:
-    """So many whole batches, epoch after epoch."""
-    return Plan(rows, batch, steps, steps * batch)
+def of_steps(rows: int, steps: int, batch: int, run: Run | None = None) -> Plan:
+    """So many whole batches, epoch after epoch, behind what the `run` has visited."""
+    begun, before = reached(rows, run)
+    return kept(Plan(rows, batch, steps, before + (steps - begun) * batch, begun, before), run)
+
+
+def reached(rows: int, run: Run | None) -> tuple[int, int]:
+    """(steps done, visits in them) of a run whose checkpoint says it; where the rows are others now
+    it goes on as far into them as it was into the others."""
+    if run is None or run.visited is None:
+        return 0, 0
+    visits, of = run.visited
+    if of == rows:
+        return run.step, visits
+    notice(
+        f"{run.path}: {count_of(rows, 'row')} where there were {of:,}: it goes on "
+        f"{visits / of:.3g} epochs into them, so that some may be seen once more or less"
+    )
+    return run.step, round(visits / of * rows)
+
+
+def kept(plan: Plan, run: Run | None) -> Plan:
+    """The plan, of which the run's checkpoints say how far they are."""
+    if run is not None:
+        run.visited_after = plan.visited
+    return plan
 
 
 def check_shares(batch: int, tp: int = 1, called: str = "a batch of") -> None:

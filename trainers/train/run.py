@@ -12,7 +12,7 @@ import functools
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,11 +22,11 @@ import torch
 
 from puna.core import parallel
 from puna.core.checkpoint.atomic import flush, naming_full_disk, write_text
-from puna.core.checkpoint.folder import atomic_folder, open_model, write_tensors
-from puna.core.checkpoint.hashes import HASHES, damage, write_hashes
+from puna.core.checkpoint.folder import atomic_folder, write_tensors
+from puna.core.checkpoint.hashes import damage
 from puna.core.checkpoint.pieces import open_pieces
 from puna.core.checkpoint.shards import save_tensors
-from puna.core.checkpoint.source import DTYPES, Source
+from puna.core.checkpoint.source import DTYPES
 from puna.core.documents import listed
 from puna.core.model import Transformer
 from puna.trainers.train import saving, written
@@ -42,12 +42,19 @@ from puna.trainers.train.claim import (
 from puna.trainers.train.inputs import Given
 from puna.trainers.train.notice import notice
 from puna.trainers.train.saving import Trained as Trained
+from puna.trainers.train.state import (
+    PROOF,
+    STATE,
+    State,
+    Visited,
+    finish_checkpoint,
+    previous,
+    read_state,
+)
 from puna.trainers.train.viewers import viewer
 
-STATE = "training/state.json"
 STATE_FILE = "-optimizer.safetensors"  # of one process, after the network's name
 STATE_FOLDER = "-optimizer"  # of several: a file of each
-PROOF = f"training/{HASHES}"
 
 
 @contextmanager
@@ -88,9 +95,11 @@ class Run:
         self._group = parallel.background(getattr(config, "timeout", WAIT))
         self._writing: Future[None] | None = None
         self.step = 0
+        self.visited: Visited | None = None  # where the checkpoint says it
+        self.visited_after: Callable[[int], Visited | None] = lambda step: None
         self._entries: dict[str, int] = {}  # of each network's optimizer
         if self.checkpoint is not None:
-            self.step, self._entries = read_state(self.checkpoint)
+            self.step, self._entries, self.visited = read_state(self.checkpoint)
             if self.checkpoint.name != named(self.step):
                 raise ValueError(
                     f"{self.checkpoint} holds step {self.step}: it was renamed or is of another "
@@ -153,13 +162,14 @@ class Run:
             self._written(step, keep)
             return
         copied, entries = self._copy(networks)
+        state = State(step, entries, self.visited_after(step))
 
         def work() -> None:
             folder = self.checkpoints / named(step)
             saving.write(
                 folder,
                 copied,
-                lambda partial, hashes: finish_checkpoint(partial, step, entries, hashes),
+                lambda partial, hashes: finish_checkpoint(partial, state, hashes),
                 self._group,
             )
             self._written(step, keep)
@@ -194,7 +204,7 @@ class Run:
                 training / f"{name}{STATE_FILE}",
                 like=target / "config.json",
             )
-        finish_checkpoint(partial, step, entries)
+        finish_checkpoint(partial, State(step, entries, self.visited_after(step)))
 
     def _copy(self, networks: dict[str, Trained]) -> tuple[saving.Copied, dict[str, int]]:
         """This rank's part of a checkpoint, and the entries of each optimizer (collective)."""
@@ -267,15 +277,6 @@ def model_files(path: Path) -> list[str]:
     return sorted(f"model/{file.name}" for file in (path / "model").iterdir() if file.is_file())
 
 
-def previous() -> str:
-    """How to go on without the newest checkpoint."""
-    return advice(
-        "resume",
-        "--resume previous goes on from the checkpoint before it",
-        "remove that checkpoint to go on from the one before it",
-    )
-
-
 def named(step: int) -> str:
     """What the checkpoint after so many steps is called."""
     return f"step-{step:06d}"
@@ -339,23 +340,6 @@ def step_to_amend(path: Path) -> int:
     return int(found[-1].name[5:]) if found else 0
 
 
-def read_state(checkpoint: Path) -> tuple[int, dict[str, int]]:
-    """(step, entries of each network's optimizer); ValueError where that is not what is there."""
-    try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        return int(state["step"]), {str(k): int(v) for k, v in state["optimizer_entries"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{checkpoint / STATE} is damaged; {previous()}") from error
-
-
-def finish_checkpoint(
-    folder: Path, step: int, entries: dict[str, int], known: Mapping[str, str] | None = None
-) -> None:
-    """The last files of a checkpoint: what step it is, and the hashes of all (`known`: of some)."""
-    write_text(folder / STATE, json.dumps({"step": step, "optimizer_entries": entries}))
-    write_hashes(folder, PROOF, known)
-
-
 def save_model(
     folder: Path, model: Transformer, tokenizer: Path | None, dtype: torch.dtype = torch.float32
 ) -> None:
@@ -382,16 +366,3 @@ def _step_of(row: str) -> float:
         return float(json.loads(row)["step"])
     except (json.JSONDecodeError, KeyError, TypeError):
         return float("inf")
-
-
-STARTS = ("model", "policy", "student")  # options that name what a run began with
-
-
-def open_start(run: Run, start: Path, **options: Any) -> Source:
-    """The weights to go on from: the newest checkpoint's, else those of `start`."""
-    if run.checkpoint is not None:
-        if run.amended.intersection(STARTS):
-            open_model(start, **options)  # it is recorded, and nothing else would look at it
-        options.pop("fresh_head", None)
-        run.say_idle(STARTS, f"the weights are those of {run.checkpoint.name}")
-    return open_model(run.weights(start), **options)
