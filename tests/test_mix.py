@@ -232,6 +232,19 @@ def test_each_batch_gives_up_to_so_many_rows_and_never_more_than_half():
     assert Counter(week for _, week in held) == {1: 10, 2: 10, 3: 4}
 
 
+def test_what_was_held_out_stays_so_when_batches_follow():
+    """Each week a run goes on from the last one's model with all batches so far."""
+    draw = random.Random(1)
+    rows = [(draw.randrange(5000), week) for week in range(1, 7) for _ in range(200)]
+    before: set = set()
+    for week in range(1, 7):
+        known = [row for row in rows if row[1] <= week]
+        kept, held = split_batches(known, 20, 3, lambda row: row[0], lambda row: row[1])
+        assert {row[1] for row in held} == set(range(1, week + 1))
+        assert {row for row in held if row[1] < week} == before
+        before = set(held)
+
+
 def test_accuracy_is_told_by_batch(tiny, tmp_path, capsys):
     rows = [comparison(f"red {i}", batch=1 + i % 2) for i in range(40)]
     data = write(tmp_path / "weeks.jsonl", rows)

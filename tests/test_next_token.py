@@ -115,6 +115,15 @@ def test_rows_of_one_prompt_stay_together(prompts, share):
     assert len(held) <= max(round(share * len(items)), smallest)
 
 
+@given(st.integers(50, 400), st.integers(0, 200), st.integers(0, 3))
+def test_rows_that_come_later_change_few_sides(count, more, seed):
+    _, before = split(list(range(count)), 0.1, seed)
+    _, after = split(list(range(count + more)), 0.1, seed)
+    gone, new = set(before) - set(after), {row for row in after if row < count} - set(before)
+    assert not (gone and new)  # the border alone moves, one way
+    assert len(new) <= round(0.1 * (count + more)) - round(0.1 * count)
+
+
 def test_one_row_cannot_be_held_out():
     with pytest.raises(ValueError, match=r"too few rows \(1\) to hold some out; .*--eval-share 0"):
         split(["a"], 0.02, 0)

@@ -57,6 +57,7 @@ from puna.trainers.train.advice import ANEW, advice
 from puna.trainers.train.command import command
 from puna.trainers.train.interrupts import stop_requests
 from puna.trainers.train.next_token import say
+from puna.trainers.train.notice import notice
 from puna.trainers.train.plan import Plan, check_shares, of_steps
 from puna.trainers.train.progress import meter
 from puna.trainers.train.run import Run, Trained, open_run
@@ -116,6 +117,11 @@ def train(stage: Stage, folder: Run) -> Path:
     if stage.eval_prompts and parallel.broadcast(not early_stopping.history(folder.metrics)):
         folder.log(0, **evaluate(stage))
     early_stopping.check_kept(folder, iteration)
+    if iteration and (times := early_stopping.judged_anew(folder)):
+        folder.log(iteration, anew=times, **(evaluate(stage) if stage.eval_prompts else {}))
+        notice(
+            f"{folder.path}: rewards are others from here on; the best policy is looked for anew"
+        )
     bar = meter("ppo", config.iterations, start=iteration, unit="answers", show=parallel.is_main())
     with bar as progress, stop_requests(folder.path) as stop:
         while iteration < config.iterations:

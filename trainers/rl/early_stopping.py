@@ -4,7 +4,9 @@ So a resumed run, whose metrics are cut to its checkpoint, decides as it would h
 stops early on held-out prompts (section 3.2.3) and does not give the rule; this is ours.
 
 Row k holds what policy k - 1 sampled (`reward`, `kl`), then the held-out reward of policy k, after
-its step. `best_reward` stands in the row of an iteration that began by keeping the policy.
+its step. `best_reward` stands in the row of an iteration that began by keeping the policy. Where
+what makes a reward was amended, a row with `anew` begins another history: rewards before it are no
+measure for those behind.
 """
 
 import math
@@ -18,6 +20,7 @@ from puna.core.documents import count_of, json_rows
 from puna.core.model import Transformer
 from puna.core.terminal import say
 from puna.trainers.rl.config import PPOConfig
+from puna.trainers.train.claim import amended_names
 from puna.trainers.train.run import Run, save_model
 
 Row = dict[str, Any]
@@ -28,11 +31,35 @@ MORE_UNFINISHED = 0.5  # share of answers, beyond the first batch's
 LEAST_ENTROPY = 1e-3  # nats a token: all samples of a prompt are one answer, nothing is compared
 
 
-def history(metrics: Path) -> list[Row]:
+JUDGING = {  # options that decide what a policy's reward is
+    "helpfulness", "safety", "reward", "combine", "safety_threshold", "unfinished",
+    "unfinished_penalty", "eval_prompts", "eval_count", "max_new_tokens", "temperature",
+}  # fmt: skip
+
+
+def all_rows(metrics: Path) -> list[Row]:
     """The rows of a metrics.jsonl so far."""
     if not metrics.exists():
         return []
     return [row for _, row in json_rows(metrics)]
+
+
+def history(metrics: Path) -> list[Row]:
+    """Those whose rewards can be compared."""
+    rows = all_rows(metrics)
+    begins = [place for place, row in enumerate(rows) if "anew" in row]
+    return rows[begins[-1] :] if begins else rows
+
+
+def judged_anew(run: Run) -> int:
+    """How often what makes a reward was amended, where no row says so yet; else 0 (collective)."""
+
+    def times() -> int:
+        found = sum(not JUDGING.isdisjoint(names) for names in amended_names(run.path))
+        said = max((int(row.get("anew", 0)) for row in all_rows(run.metrics)), default=0)
+        return found if found > said else 0
+
+    return parallel.on_main(times)
 
 
 def best(rows: list[Row]) -> Row | None:
@@ -100,7 +127,7 @@ def check_kept(run: Run, iteration: int) -> None:
     somebody removed it."""
 
     def there() -> None:
-        rows = history(run.metrics)
+        rows = all_rows(run.metrics)
         if iteration and (best(rows) is None or not (run.path / "best").is_dir()):
             raise ValueError(f"{run.path / 'best'} is missing; give another --out")
 
@@ -109,7 +136,7 @@ def check_kept(run: Run, iteration: int) -> None:
 
 def too_far(config: PPOConfig, run: Run, row: Row) -> str | None:
     """Why the policy that sampled `row` must not be trained further, on every rank."""
-    found = exceeds(history(run.metrics), row, config.max_kl) if parallel.is_main() else None
+    found = exceeds(all_rows(run.metrics), row, config.max_kl) if parallel.is_main() else None
     return parallel.broadcast(found)
 
 
@@ -117,22 +144,20 @@ def broken(config: PPOConfig, run: Run) -> str | None:
     """Why to end after the iteration just logged, on every rank."""
     reason = None
     if parallel.is_main():
-        rows = history(run.metrics)
-        reason = out_of_patience(rows, config.patience)
+        reason = out_of_patience(history(run.metrics), config.patience)
         if reason is None and config.stop_on_collapse:
-            reason = collapse(rows)
+            reason = collapse(all_rows(run.metrics))
     return parallel.broadcast(reason)
 
 
 def keep_if_best(config: PPOConfig, run: Run, policy: Transformer, iteration: int, row: Row) -> Row:
-    """Keep the policy as `best/` where it is time to look and there is none better; {"best_reward"}
-    then, else {}."""
-    if iteration % config.eval_every:
-        return {}
+    """Keep the policy as `best/` where it is time to look and there is none better, or none that
+    was judged alike; {"best_reward"} then, else {}."""
     reward = None
     if parallel.is_main():
         rows = history(run.metrics)
-        reward = worth(rows, row) if is_best(rows, row, config.max_kl) else None
+        if not iteration % config.eval_every or best(rows) is None:
+            reward = worth(rows, row) if is_best(rows, row, config.max_kl) else None
     reward = parallel.broadcast(reward)
     if reward is None:
         return {}

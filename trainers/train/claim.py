@@ -17,6 +17,7 @@ from typing import Any
 
 from puna.core import parallel
 from puna.core.checkpoint.atomic import make_folder, remove_empty, write_text
+from puna.core.documents import json_rows
 from puna.core.errors import UserError
 from puna.trainers.train.advice import advice, commanded
 from puna.trainers.train.config import to_toml
@@ -182,7 +183,7 @@ def claim(config: Any, inputs: Inputs, tables: Tables, step: Callable[[Path], in
     write_text(path / INPUTS, json.dumps(inputs, indent=2) + "\n")
     write_text(path / CONFIG, to_toml(config, without=ASKED_EACH_TIME))
     write_text(path / ENVIRONMENT, json.dumps(here, indent=2) + "\n")
-    return [phrase.split(" ")[0].rstrip(":") for phrase in [*amended, *replaced]]
+    return [name_in(phrase) for phrase in [*amended, *replaced]]
 
 
 def refuse_other_stage(config: Any) -> None:
@@ -350,6 +351,18 @@ def amendments(path: Path) -> int:
     """How often the run in `path` was amended."""
     file = path / AMENDMENTS
     return file.read_text(encoding="utf-8").count("\n") if file.exists() else 0
+
+
+def amended_names(path: Path) -> list[list[str]]:
+    """The options that each amendment of the run in `path` changed."""
+    file = path / AMENDMENTS
+    rows = [row for _, row in json_rows(file)] if file.exists() else []
+    return [[name_in(phrase) for phrase in row["changed"]] for row in rows]
+
+
+def name_in(phrase: str) -> str:
+    """lr, of "lr 0.1 where it was 0.2"."""
+    return phrase.split(" ")[0].rstrip(":")
 
 
 def amended_since_finished(path: Path) -> bool:

@@ -74,6 +74,8 @@ def named_recipe(cls: type, name: str) -> dict[str, Any]:
 def load_recipe(cls: type, path: Path) -> dict[str, Any]:
     """The recipe's values, checked against the fields of `cls`."""
     values = read_recipe(path)
+    if path.name == "config.toml" and path.with_name("inputs.json").exists():
+        values["out"] = str(path.parent)  # a run's own: it may have been moved or copied
     check_keys(cls, values, str(path))
     try:
         with drafts():

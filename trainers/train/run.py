@@ -47,6 +47,7 @@ from puna.trainers.train.state import (
     STATE,
     State,
     Visited,
+    check_tokenizer,
     finish_checkpoint,
     previous,
     read_state,
@@ -105,6 +106,8 @@ class Run:
                     f"{self.checkpoint} holds step {self.step}: it was renamed or is of another "
                     "run; remove it, or name it as it was"
                 )
+            if tokenizer is not None:
+                check_tokenizer(self.checkpoint, tokenizer)
 
     def _open(self) -> None:
         """Look at a run that is finished (rank 0)."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from puna.core.checkpoint.folder import open_model
+from puna.core.checkpoint.folder import open_model, open_source
 from puna.core.checkpoint.source import Source
 from puna.trainers.train.run import Run
 
@@ -14,7 +14,7 @@ def open_start(run: Run, start: Path, **options: Any) -> Source:
     """The weights to go on from: the newest checkpoint's, else those of `start`."""
     if run.checkpoint is not None:
         if run.amended.intersection(STARTS):
-            open_model(start, **options)  # it is recorded, and nothing else would look at it
+            open_source(start)  # it is recorded, and nothing else would look at it
         options.pop("fresh_head", None)
         run.say_idle(STARTS, f"the weights are those of {run.checkpoint.name}")
     return open_model(run.weights(start), **options)

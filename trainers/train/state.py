@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from puna.core.checkpoint.atomic import write_text
+from puna.core.checkpoint.folder import tokenizer_path
 from puna.core.checkpoint.hashes import HASHES, write_hashes
+from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.train.advice import advice
 
 STATE = "training/state.json"
@@ -43,6 +45,19 @@ def finish_checkpoint(folder: Path, state: State, known: Mapping[str, str] | Non
     """The last files of a checkpoint: its state, and the hashes of all (`known`: of some)."""
     write_text(folder / STATE, json.dumps(state._asdict()))
     write_hashes(folder, PROOF, known)
+
+
+def check_tokenizer(checkpoint: Path, given: Path) -> None:
+    """ValueError where the ids of `given` are other words than those that were learned."""
+    own = tokenizer_path(checkpoint)
+    if given.read_bytes() == own.read_bytes():
+        return
+    one, other = Tokenizer(given), Tokenizer(own)  # a .gguf's own, for one, is written otherwise
+    if [*map(one.piece, range(one.pieces))] != [*map(other.piece, range(other.pieces))]:
+        raise ValueError(
+            f"{checkpoint} was trained with another tokenizer than {given}, whose ids are other "
+            "words; give the former one, or another --out"
+        )
 
 
 def previous() -> str:
