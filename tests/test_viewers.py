@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -71,25 +72,47 @@ def faked(monkeypatch, name: str) -> tuple[list, list]:
 def test_trackio_is_told_the_same(tiny, tmp_path, monkeypatch):
     told, begun = faked(monkeypatch, "trackio")
     assert trained(tiny, tmp_path / "project" / "run", "trackio") == told
-    assert begun == [{"project": "project", "name": "run", "resume": "allow"}]
+    assert begun[0].pop("name").startswith("run-")
+    assert begun == [{"project": "project", "resume": "allow"}]
 
 
 def test_wandb_is_told_the_same_and_knows_a_run_that_goes_on(tiny, tmp_path, monkeypatch):
     told, begun = faked(monkeypatch, "wandb")
     out = tmp_path / "project" / "run"
     assert trained(tiny, out, "wandb") == told
-    assert begun[0].pop("id") == (out / ".wandb-id").read_text()
+    assert begun[0].pop("id") == (out / ".wandb-id").read_text().splitlines()[0]
     assert begun == [
         {"project": "project", "name": "run", "dir": str(out), "resume": "allow",
          "reinit": "create_new"}
     ]  # fmt: skip
     viewer("wandb", out)(99, {"loss": 1.0})
-    assert begun[1]["id"] == (out / ".wandb-id").read_text()
+    assert begun[1]["id"] == (out / ".wandb-id").read_text().splitlines()[0]
     other = tmp_path / "project" / "other"
     other.mkdir()
     viewer("wandb", other)(0, {"loss": 1.0})
     assert begun[2]["id"] != begun[1]["id"]
     assert told[-2:] == [{"step": 99, "loss": 1.0}, {"step": 0, "loss": 1.0}]
+
+
+@pytest.mark.parametrize(("name", "called"), [("wandb", "id"), ("trackio", "name")])
+def test_a_moved_run_is_the_same_and_a_copied_one_another(tmp_path, monkeypatch, name, called):
+    _, begun = faked(monkeypatch, name)
+    first = tmp_path / "a" / "run"
+    first.mkdir(parents=True)
+
+    def shown(folder) -> str:
+        viewer(name, folder)(0, {"loss": 1.0})
+        return begun[-1][called].rpartition("-")[2]
+
+    own = shown(first)
+    copied = shutil.copytree(first, tmp_path / "b" / "run")
+    other = shown(copied)
+    assert other != own and shown(copied) == other and shown(first) == own
+    first.rename(tmp_path / "moved")
+    assert shown(tmp_path / "moved") == own and shown(tmp_path / "moved") == own
+    again = tmp_path / "a" / "run"  # another project's run of the same name
+    again.mkdir()
+    assert shown(again) not in (own, other)
 
 
 @pytest.mark.parametrize("name", ["none", *VIEWERS])

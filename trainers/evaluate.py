@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from puna.core import parallel
+from puna.core import parallel, ranks
 from puna.core.checkpoint.atomic import check_absent, write_text
 from puna.core.checkpoint.folder import load_model, open_source, tokenizer_path
 from puna.core.device import device_of_name
@@ -65,6 +65,7 @@ class EvaluateConfig(ReadingComparisons):
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Print the figures, write them to `config.out` and draw them beside it; returns what was
     written."""
+    ranks.init()
     if (out := config.out) is not None:
         for file in (out, out.with_suffix(".svg")):
             parallel.on_main(partial(check_absent, file))

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from puna.core import parallel
+from puna.core import parallel, ranks
 from puna.core.checkpoint.folder import open_model
 from puna.core.errors import UserError
 from puna.core.model import Transformer
@@ -87,6 +87,7 @@ def run(config: PPOConfig, reward: Reward | None = None) -> Path:
     `reward` scores answers in place of the reward models; without it Eq. 4 over
     `config.helpfulness` and `config.safety` does.
     """
+    ranks.init()
     check(config)
     check_reward(config, reward)
     tokenizer_file = common_tokenizer(config.policy, *reward_paths(config))

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from puna.core import parallel
+from puna.core import parallel, ranks
 from puna.core.checkpoint.folder import open_model, open_source, tokenizer_path
 from puna.core.device import device_of_name
 from puna.core.text.tokenizer import Tokenizer
@@ -80,6 +80,7 @@ def run(
     of one's own nothing is compared and no reward model is trained: it scores every answer.
     `judge` says which answers Ghost Attention may learn from.
     """
+    ranks.init()
     check(config, reward)
     check_handed(config, annotators, reward, judge)
     rounds.check_people(config, annotators, reward)

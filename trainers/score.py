@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from puna.core import parallel
+from puna.core import parallel, ranks
 from puna.core.checkpoint.atomic import check_absent, write_text
 from puna.core.checkpoint.folder import load_model, open_source
 from puna.core.device import device_of_name
@@ -73,6 +73,7 @@ def run(config: ScoreConfig) -> list[dict[str, Any]]:
     "is_safety" (the prompt is tagged), "unsafe" (below the threshold) or "helpfulness".
     Raises ValueError where there is nothing to score, or the models have different tokenizers.
     """
+    ranks.init()
     if bool(config.prompt or config.answer) == bool(config.data):
         raise ValueError("score either --data, or one --prompt and its --answer")
     if config.safety is None and config.safety_threshold != PAPERS:

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from puna.core import parallel
+from puna.core import parallel, ranks
 from puna.core.checkpoint.atomic import write_text
 from puna.trainers.data.formats import Prompt
 from puna.trainers.data.ghost import GhostDialogue, read_ghost_dialogues
@@ -62,6 +62,7 @@ def run(
     instruction. Raises ValueError where something is missing that a measure needs; Waiting, once
     all else is written, where people have yet to judge.
     """
+    ranks.init()
     check_chat(config, annotator, refuses, keeps)
     given = {"annotator": annotator, "refuses": refuses, "keeps": keeps}
     waiting: list[str] = []

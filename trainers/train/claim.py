@@ -15,7 +15,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from puna.core import parallel
+import torch
+
+from puna.core import parallel, ranks
 from puna.core.checkpoint.atomic import make_folder, remove_empty, write_text
 from puna.core.documents import json_rows
 from puna.core.errors import UserError
@@ -60,12 +62,16 @@ def owned(
     not empty and holds no run; where what decides the run's numbers is not what it began with, or
     not the same on every rank.
     """
+    ranks.init()  # where a stage is called from Python, nobody has
     if isinstance(config, Options):
         enforce(config)
     parallel.wait_at_most(getattr(config, "timeout", WAIT))
     inputs = inputs_of(config, given)
     same_on_every_rank(config, inputs)
     with ExitStack() as stack:
+        # A notebook may have turned gradients off for all that follows.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
         stack.enter_context(commanded(config))
 
         def take() -> list[str]:

@@ -14,7 +14,11 @@ def open_start(run: Run, start: Path, **options: Any) -> Source:
     """The weights to go on from: the newest checkpoint's, else those of `start`."""
     if run.checkpoint is not None:
         if run.amended.intersection(STARTS):
-            open_source(start)  # it is recorded, and nothing else would look at it
+            # It is recorded, and nothing else would look at it; scores start from either head.
+            if options["head"] == "score":
+                open_source(start)
+            else:
+                open_model(start, **options)
         options.pop("fresh_head", None)
         run.say_idle(STARTS, f"the weights are those of {run.checkpoint.name}")
     return open_model(run.weights(start), **options)

@@ -60,7 +60,8 @@ def tensorboard(folder: Path) -> Show:
 
 
 def trackio(folder: Path) -> Show:
-    """A run of the project that the run's parent folder names, in trackio's own place."""
+    """A run of the project that the run's parent folder names, in trackio's own place: of a name of
+    its own, since runs of one name are one run there."""
     import trackio as package
 
     runs: list[package.Run] = []
@@ -68,8 +69,9 @@ def trackio(folder: Path) -> Show:
     def show(step: int, values: Mapping[str, float]) -> None:
         if not runs:
             place = folder.resolve()
+            name = f"{place.name}-{own_id(place, '.trackio-id')[:6]}"
             runs.append(
-                package.init(project=place.parent.name or "puna", name=place.name, resume="allow")
+                package.init(project=place.parent.name or "puna", name=name, resume="allow")
             )
         runs[0].log(dict(values), step=step)
 
@@ -86,18 +88,32 @@ def wandb(folder: Path) -> Show:
 
     def show(step: int, values: Mapping[str, float]) -> None:
         if not runs:
-            place, name = folder.resolve(), folder / ".wandb-id"
-            if not name.exists():
-                write_text(name, token_hex(8))
+            place = folder.resolve()
             runs.append(
                 package.init(
                     project=place.parent.name or "puna", name=place.name, dir=str(place),
-                    id=name.read_text(), resume="allow", reinit="create_new",
+                    id=own_id(place, ".wandb-id"), resume="allow", reinit="create_new",
                 )
             )  # fmt: skip
         runs[0].log(dict(values), step=step)
 
     return show
+
+
+def own_id(folder: Path, name: str) -> str:
+    """What the run in `folder` is called by a viewer. It stays so where the folder is moved; one
+    that was copied is another run. The file `name` there has it, and the folder that it was of."""
+    file = folder / name
+    if file.exists():
+        own, _, before = file.read_text(encoding="utf-8").partition("\n")
+        first = Path(before, name)
+        copied = before not in ("", str(folder)) and first.exists()
+        if not (copied and first.read_text(encoding="utf-8").partition("\n")[0] == own):
+            write_text(file, f"{own}\n{folder}")
+            return own
+    own = token_hex(8)
+    write_text(file, f"{own}\n{folder}")
+    return own
 
 
 VIEWERS = {"tensorboard": tensorboard, "trackio": trackio, "wandb": wandb}
