@@ -2,9 +2,10 @@
 other in one folder. Files have README's names, and are small; the only other differences are the
 values below, taken in place of README's or beside them, so that it ends within a minute, and how
 wide the model of README's size is. How long an answer may be, and the context that it must fit, are
-README's, or the defaults.
+README's, or the defaults. And every `puna ...` line of README and docs/ is a command.
 Run: python -m pytest tests/test_walk_through.py -q"""
 
+import importlib
 import json
 import re
 import shlex
@@ -16,8 +17,10 @@ import uvicorn
 from annotate_pages import free_port
 from test_readme import README
 
-from puna.cli.main import main
+from puna.cli.main import VERBS, main, with_names
 from puna.core.config import SIZES
+from puna.trainers.train.arguments import several_valued
+from puna.trainers.train.config import parse
 
 FILES = {  # README's name -> the tiny one's
     "dialogues.jsonl": "dialogues.jsonl",
@@ -50,6 +53,30 @@ def commands() -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines if line.startswith("puna ")]
 
 
+def documented() -> list[tuple[str, list[str]]]:
+    """(page, words) of every `puna ...` line in a block of README or a page of docs/."""
+    found = []
+    for page in [README, *sorted(README.parent.glob("docs/*.md"))]:
+        blocks = re.findall(r"^```\w*\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
+        whole = re.sub(r"\$\w+", "0.5", "".join(blocks).replace("\\\n", " "))  # a shell's variables
+        for line in whole.splitlines():
+            if named := re.match(r"\s*(?:\.venv/bin/)?puna (.*)", line):
+                found.append((page.name, shlex.split(named[1], comments=True)))
+    return found
+
+
+@pytest.mark.parametrize(("page", "words"), documented())
+def test_every_documented_command_is_one(page, words, tmp_path, monkeypatch):
+    """Its verb is there, and every option with such a value; nothing is done."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.toml").write_text('model = "m"\nout = "o"\nprompts = ["p"]\n')
+    verb = max((each for each in VERBS if each.split() == words[: len(each.split())]), key=len)
+    module = importlib.import_module(VERBS[verb].module)
+    config = getattr(module, VERBS[verb].config)
+    rest = words[len(verb.split()) :]
+    assert parse(config, with_names(VERBS[verb], rest, several_valued(config)), verb) is not None
+
+
 def verb_of(words: list[str]) -> str:
     return " ".join(words[: next(i for i, word in enumerate(words) if word[:2] == "--")])
 
@@ -78,8 +105,10 @@ def folder(tiny, tmp_path, monkeypatch):
         shutil.copy(tiny / source, tmp_path / name)
     texts = [json.loads(line)["text"] for line in (tiny / "text.jsonl").open()]
     (tmp_path / "corpus.txt").write_text("\n".join(texts * 3))
-    prompts = (tiny / "prompts.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "prompts.jsonl").write_text("".join(prompts[:6]))
+    prompts = [json.loads(line) for line in (tiny / "prompts.jsonl").open()]
+    tagged = [row | {"safety": number % 4 > 0} for number, row in enumerate(prompts)]
+    # of twelve some are answered better under a pre-prompt, whatever the reward model is worth
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tagged))
     (tmp_path / "questions.txt").write_text("why red cup\nhow old\n")
     monkeypatch.chdir(tmp_path)
     narrow = {each: replace(SIZES["mini"], context=SIZES[each].context) for each in SIZES}
