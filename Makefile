@@ -18,7 +18,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(READY)
 	$(BIN)/puna demo
 
-# A real chat model, SmolLM2-135M-Instruct, through all stages on the comparisons in the folder DATA.
+# A real chat model, SmolLM2-135M-Instruct, through SFT, both reward models and PPO, on the comparisons
+# in the folder DATA.
 try-real: $(READY)
 	$(BIN)/puna demo real --data $(or $(DATA),$(error name your comparisons: make try-real DATA=FOLDER))
 

@@ -26,7 +26,9 @@ class Verb(NamedTuple):
 VERBS = {
     "demo": Verb("puna.demo.pipeline", "DemoConfig", "all of Llama 2, small, on this machine"),
     "demo real": Verb(
-        "puna.demo.real", "RealConfig", "a real small model through all stages, on your comparisons"
+        "puna.demo.real",
+        "RealConfig",
+        "a real small model through SFT, reward models and PPO, on your comparisons",
     ),
     "reproduce": Verb(
         "puna.demo.reproduce.run", "ReproduceConfig", "the experiments behind the four questions"

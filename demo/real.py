@@ -1,4 +1,4 @@
-"""A real small model through the paper's stages, on comparisons that people made: minutes on a CPU.
+"""A real small model through SFT, reward models and PPO, on comparisons that people made: minutes.
 
 The model is fetched, or one of your own; the comparisons are always yours. Each stage is the
 trainer that a user would call, on as little data as fits the time: what it shows is that all of it

@@ -205,3 +205,17 @@ def test_a_part_with_nothing_to_predict_is_said_with_the_way_out(
     corpus = Corpus((np.array(ids, np.uint16),), bos_id=1, vocab_size=8)
     with pytest.raises(ValueError, match="^4 tokens are too few .*; give more text, or .*eval.*0$"):
         split_corpus(corpus, share)
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [(3, "kB: 1/1"), (1_149_400, "kB: 1149/1149"), (12_300_000, "MB: 12/12")],
+)
+def test_progress_is_counted_in_what_there_is(size, shown, tmp_path, capsys):
+    """1.1 MB once were "2/2 MB"."""
+    with (tmp_path / "text.txt").open("wb") as file:
+        file.truncate(size)
+    with encoding.progress(Texts([tmp_path / "text.txt"])) as counter:
+        encoding.move_to(10**9, counter)
+        assert counter.step == counter.total - 1
+    assert f"encoding, {shown}, " in capsys.readouterr().out

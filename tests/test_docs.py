@@ -1,12 +1,17 @@
 """What the pages for contributors name is there. Run: python -m pytest tests/test_docs.py -q"""
 
+import ast
 import importlib
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
 from puna.benchmarks import rooms
+from puna.cli.main import VERBS
+from puna.trainers.train.claim import ASKED_EACH_TIME
+from puna.trainers.train.kinds import Kind, kinds_of
 from puna.trainers.train.recipes import known_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,3 +81,66 @@ def test_the_table_of_rooms_is_about_what_is_there():
         assert rooms.lines(room) == pytest.approx(int(count.replace(",", "")), rel=0.1, abs=60), (
             f"{room}: run python -m puna.benchmarks.rooms"
         )
+
+
+def imports_of(path: str) -> set[str]:
+    """The modules that a file of tests names in its imports."""
+    found = set()
+    for node in ast.walk(ast.parse(text_of(path))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def rows_of_the_paper() -> list[list[str]]:
+    lines = text_of("docs/paper.md").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:2] == "| "]
+    return [row for row in rows if row[0] != "paper"]
+
+
+@pytest.mark.parametrize("row", rows_of_the_paper(), ids=lambda row: f"{row[0]}, {row[1][:30]}")
+def test_a_part_of_the_paper_is_held_by_tests_that_import_its_code(row):
+    _, _, code, _, tests = row
+    imported = {file: imports_of(file) for file in FILES.findall(tests)}
+    modules = {
+        "puna." + file.removesuffix(".py").rstrip("/").replace("/", ".")
+        for file in FILES.findall(code)
+    }
+
+    def used(module: str, names: set[str]) -> bool:
+        return any(name == module or name.startswith(f"{module}.") for name in names)
+
+    idle = [file for file, names in imported.items() if not any(used(m, names) for m in modules)]
+    bare = [module for module in modules if not any(used(module, n) for n in imported.values())]
+    assert modules and imported and not idle and not bare, (idle, bare)
+
+
+CALLED = {"ppo": "PPO's", "gatt": "Ghost Attention's", "rejection": "rejection sampling's"}
+
+
+@pytest.mark.parametrize(
+    ("begins", "kind"),
+    [
+        ("What decides no number may change", Kind.FREE),
+        ("How a run began cannot change", Kind.FIXED),
+    ],
+)
+def test_the_page_on_runs_names_every_option_of_a_kind(begins, kind):
+    """As it stands beside the field; where stages differ about an option, the fewer are named."""
+    page = text_of("docs/runs.md")
+    said = page.split(f"- **{begins}**")[1].split("\n- ")[0]
+    of: dict[str, set[str]] = defaultdict(set)
+    otherwise: dict[str, set[str]] = defaultdict(set)
+    for verb, entry in VERBS.items():
+        cls = getattr(importlib.import_module(entry.module), entry.config)
+        kinds = kinds_of(cls)
+        if "amend" in kinds:  # a stage that can be amended
+            for name in cls.__dataclass_fields__.keys() - {*ASKED_EACH_TIME}:
+                right = kinds.get(name, Kind.AMENDED) is kind
+                (of if right else otherwise)[name].add(verb)
+    assert set(re.findall(r"`\[?(\w+)\]?`", said)) == of.keys()
+    for name in of.keys() & otherwise.keys():
+        for verb in min(of[name], otherwise[name], key=len):
+            assert re.search(rf"{CALLED[verb]}[^.;:]*`{name}`|`{name}`[^.;:]*{CALLED[verb]}", page)

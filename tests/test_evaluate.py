@@ -14,7 +14,9 @@ from puna.trainers import evaluate
 from puna.trainers.data.packing import Pair, encode_pairs
 from puna.trainers.data.readers import read_preferences
 from puna.trainers.evaluate import EvaluateConfig
+from puna.trainers.rl import figures
 from puna.trainers.rl.accuracy import by_batch, calibration
+from puna.trainers.rl.measured import measure
 from puna.trainers.rl.unsafe import HISTOGRAM_BINS, detections, histograms, unsafe_share
 
 LABELS = {"chosen_safe": (True, False), "both_safe": (True, True), "both_unsafe": (False, False)}
@@ -179,6 +181,20 @@ def test_calibration_knows_which_pairs_share_a_prompt():
     (shared,) = calibration(sure, ["a", "a", "b", "b"])
     assert shared.right.share == apart.right.share == 0.5
     assert shared.right.high > apart.right.high
+
+
+def test_the_same_figures_give_the_same_drawing(tmp_path):
+    """And other figures another; a set without batches has no panel of them."""
+
+    def drawn(name, chosen, batch=None):
+        pair = Pair([1, 2], [1, 3], "better", "chosen_safe", batch=batch)
+        found = measure(torch.tensor([[chosen, -1.0]]), [pair])
+        figures.draw(tmp_path / name, {"own": found})
+        return (tmp_path / name).read_text()
+
+    assert drawn("a.svg", 2.0) == drawn("b.svg", 2.0) != drawn("c.svg", 0.1)
+    assert "Accuracy by batch" in drawn("d.svg", 2.0, batch=3)
+    assert "Accuracy by batch" not in drawn("e.svg", 2.0)
 
 
 def test_the_drawing_is_an_svg_whatever_the_files_are_called(tiny, sets, tmp_path):

@@ -14,7 +14,7 @@ import torch
 import puna
 from puna.core.text.chat import encode_answer, encode_prompt
 from puna.core.text.tokenizer import Tokenizer
-from puna.trainers.evaluation import chat, report, safety, wins
+from puna.trainers.evaluation import chat, curves, report, safety, wins
 from puna.trainers.evaluation.answers import Reader, as_read
 from puna.trainers.evaluation.config import EvaluateChatConfig
 from puna.trainers.evaluation.self_bleu import self_bleu
@@ -220,6 +220,8 @@ def test_curves(tiny, tmp_path, capsys):
         tiny, tmp_path / "run", curves=[few], temperatures=[1.0, 0.3], samples=4,
         judge=tiny / "helpfulness",
     )  # fmt: skip
+    asked = [(name, len(prompts), how.temperature) for name, prompts, how in curves.work_of(config)]
+    assert asked == [("curve-1-at-0.3", 3, 0.3), ("curve-1-at-1", 3, 1.0)]
     rows = chat.run(config)["curves"]
     assert [row["temperature"] for row in rows] == [0.3, 1.0]
     for row in rows:

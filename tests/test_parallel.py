@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from puna.core import offload as offloading
-from puna.core import ops, parallel, tensor_parallel
+from puna.core import ops, parallel, sequence_parallel, tensor_parallel
 from puna.core.checkpoint.source import fresh
 from puna.core.config import ModelConfig
 from puna.core.generation.generate import generate
@@ -383,3 +383,11 @@ def test_another_models_optimizer_state_is_refused(
     tensors[key] = torch.zeros(shape)
     with pytest.raises(ValueError, match=message):
         parallel.load_optimizer_state(model, optimizer, tensors)
+
+
+def test_rows_laid_end_to_end_turn_by_their_own_angles():
+    table, each = torch.rand(6, 2), torch.rand(2, 3, 2)
+    assert torch.equal(
+        sequence_parallel._of_rows(table, 2, 3)[0], torch.cat([table[:3], table[:3]])
+    )
+    assert torch.equal(sequence_parallel._of_rows(each, 2, 3)[0], torch.cat([*each]))

@@ -1,4 +1,5 @@
-"""`puna demo real`: a real model through all stages. Here a tiny one; `-m slow` fetches SmolLM2."""
+"""`puna demo real`: a real model through SFT, both reward models and PPO. Here a tiny one;
+`-m slow` fetches SmolLM2."""
 
 import hashlib
 import json

@@ -12,6 +12,7 @@ from puna.core.text.tokenizer import Tokenizer
 from puna.trainers import reward, rlhf
 from puna.trainers.data.packing import encode_pairs
 from puna.trainers.data.readers import read_preferences
+from puna.trainers.rl import rounds
 from puna.trainers.rl.comparisons import Verdict
 from puna.trainers.rlhf import RLHFConfig, Waiting
 
@@ -115,6 +116,7 @@ def test_a_rounds_comparisons_are_an_ab_test_of_its_two_models(whole):
         share = sum(row.chosen_model == "V1" for row in found) / len(found)
         wins = rows[1]["newest_wins"][kind]
         assert wins["share"] == pytest.approx(share) and wins["low"] <= share <= wins["high"]
+    assert rounds.newest_wins(whole / "round-2", 2) == rows[1]["newest_wins"]
     first, _ = read_preferences(whole / "round-1" / "helpfulness.jsonl")
     assert all(row.chosen_model == row.rejected_model == "V0" for row in first)
 

@@ -1,5 +1,5 @@
 """Safety context distillation: what a model says under a safety pre-prompt, it learns to say
-without (paper section 4.2.4, A.4.5).
+without (paper section 4.2.4, A.4.4).
 
 1. Answer each adversarial prompt twice: as it is, and with a pre-prompt before it. The safety
    reward model scores both under the prompt alone. `samples.jsonl`, appended as they come.

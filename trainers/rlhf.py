@@ -276,7 +276,8 @@ def rejection_config(
 
 
 def start_of(config: RLHFConfig, last: Version | None) -> Path:
-    """What a version is fine-tuned from: the SFT model, or the one with Ghost Attention."""
+    """What a version is fine-tuned from: the SFT model, or the one with Ghost Attention (ours; the
+    paper: "always starting from the base model on each new RLHF version")."""
     return last.start if last is not None else config.model
 
 

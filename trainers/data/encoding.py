@@ -30,7 +30,7 @@ from puna.trainers.train.progress import Meter, meter
 
 SHARD = 1 << 28  # tokens: half a gigabyte of 2-byte ids
 TOGETHER = 1 << 20  # characters of text that are encoded in one call, on all threads
-MEGABYTE = 1_000_000
+KILOBYTE, MEGABYTE = 1_000, 1_000_000
 
 
 class Texts(NamedTuple):
@@ -236,29 +236,36 @@ def stamps_in(texts: Texts) -> Stamps:
 def read(texts: Texts, skipped: Skipped, counter: Meter, stamps: Stamps) -> Iterator[str]:
     """The texts of all files, one after the other; moves the progress on. ValueError where a file
     is not as it was at its `stamps`."""
-    before = 0
+    before, (unit, _) = 0, unit_of(texts.size())
     for path, found in zip(texts.paths, texts.sources(), strict=True):
         seen = before
         packed = any(map(is_packed, found))
         for text in each_text(path, texts.how, skipped):
             seen += 0 if packed else len(text)
-            move_to(seen, counter)
+            move_to(seen // unit, counter)
             yield text
         check_unchanged(stamps)
         before += sum(each.file.stat().st_size for each in found)
-        move_to(before, counter)
+        move_to(before // unit, counter)
 
 
-def move_to(seen: int, counter: Meter) -> None:
-    while counter.step < seen // MEGABYTE:
+def move_to(units: int, counter: Meter) -> None:
+    """At most to the last one: that is done with the last id."""
+    while counter.step < min(units, counter.total - 1):
         counter.advance(0)
+
+
+def unit_of(size: int) -> tuple[int, str]:
+    """In which so many bytes are counted: 1.1 MB once were "2/2 MB"."""
+    return (KILOBYTE, "kB") if size < 10 * MEGABYTE else (MEGABYTE, "MB")
 
 
 @contextmanager
 def progress(texts: Texts) -> Iterator[Meter]:
-    """A meter in megabytes of the files, the last of which is done with the last id."""
+    """A meter in bytes of the files, the last of which is done with the last id."""
     size = texts.size()
-    with meter("encoding, MB", size // MEGABYTE + 1) as counter:
+    unit, name = unit_of(size)
+    with meter(f"encoding, {name}", max(1, round(size / unit))) as counter:
         yield counter
-        counter.step = size // MEGABYTE
+        counter.step = counter.total - 1
         counter.advance(0)

@@ -41,7 +41,7 @@ class EvaluateChatConfig(EngineConfig, loop.FolderConfig, ReadingComparisons):
     ordinary: list[Path] = field(default_factory=list)
     """prompt files that nobody should refuse to answer"""
     borderline: list[Path] = field(default_factory=list)
-    """prompt files that only sound unsafe (paper A.4.6: 210 of them)"""
+    """prompt files that only sound unsafe (paper A.4.5: 210 of them)"""
     refusals: Path | None = None
     """refusal classifier: from `puna reward` on comparisons in which a refusal is the chosen one
     and an answer to the same prompt the rejected one"""

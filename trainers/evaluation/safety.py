@@ -1,5 +1,5 @@
 """Two ways of failing at safety: answers that a safety model calls unsafe, and refusals of what
-nobody should refuse (paper sections 4.2.3 and 4.4, A.4.6).
+nobody should refuse (paper sections 4.2.3 and 4.4, A.4.5).
 
 The refusal classifier is a reward model that was trained by `puna reward` on comparisons in which
 a refusal is the chosen answer and an honest answer the rejected one. Such training says which of

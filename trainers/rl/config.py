@@ -50,7 +50,7 @@ class AnsweringConfig(EngineConfig, loop.FolderConfig, ReadingMessages):
     prompts: list[Path]
     """prompt files to sample from"""
     temperature: Temperature = 1.0
-    """of the answers; all log-probs are taken at it"""
+    """of the answers"""
     max_new_tokens: Count = 512
     """longest answer, tokens"""
     micro_batch_tokens: Annotated[Count, FREE] = 16384
@@ -120,6 +120,8 @@ class PPOConfig(SamplingConfig, loop.TrainConfig):
     """prompt files for held-out reward and early stopping"""
     eval_count: Count = 512
     """held-out prompts per evaluation"""
+    temperature: Temperature = 1.0
+    """of the answers; all log-probs are taken at it"""
     iterations: Count = 400
     """rollouts (paper: 200-400, stopped early)"""
     batch: Batch = 512
