@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .backend import choose, jit, on_device, registered, tl, triton, visible
+from .checks import check_number
 
 WIDEST_HELD = 32768  # a row of so many logits is held in registers,
 LARGEST_TILE = 8192  # in tiles: one of 32768 spills, because a weight takes two registers
@@ -68,13 +69,15 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Draw from `logits` (B, V) with `seeds` (B,) int64; returns (tokens, logprobs), both (B,).
 
-    Log-probs are fp32, of the tempered but untruncated distribution, without a gradient.
+    Log-probs are fp32 (fp64 of fp64 logits), of the tempered but untruncated distribution, without
+    a gradient.
     temperature 0 is greedy (its log-probs are those at temperature 1). top_k 0 and top_p 1
     switch truncation off; together top_p counts the mass that top_k leaves. Raises ValueError for
     shapes that do not fit and settings outside their range, and NoDistribution, a ValueError, for
-    NaN (where the logits are on a CPU, or PUNA_DEBUG=1; elsewhere the log-prob is NaN).
+    NaN (in plain eager calls on the CPU, or under PUNA_DEBUG=1; elsewhere the log-prob is NaN).
     """
     _check(logits, temperature, top_k, top_p, seeds)
+    top_k = min(int(top_k), logits.shape[1])
     draw = sample_draw if choose(logits) == "triton" else _reference
     tokens, logprobs = draw(logits.detach(), seeds, temperature, top_k, top_p)
     if visible(logprobs) and logprobs.isnan().any():
@@ -84,13 +87,13 @@ def sample(
 
 def check_settings(temperature: float, top_k: int, top_p: float) -> None:
     """ValueError for what nothing can be drawn with, on any back end."""
-    if not (temperature == 0 or COLDEST <= temperature <= HOTTEST):
-        raise ValueError(
-            f"temperature is {temperature}; it must be 0 (greedy) or from {COLDEST} to {HOTTEST}"
-        )
-    if not top_k >= 0:
-        raise ValueError(f"top_k is {top_k}; it must be 0 (off) or above")
-    if not 0 < top_p <= 1:
+    check_number("temperature", temperature, 0, HOTTEST)
+    if 0 < temperature < COLDEST:
+        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or at least 1e-30")
+    if not (top_k >= 0 and top_k % 1 == 0):
+        raise ValueError(f"top_k is {top_k}; it must be 0 (off) or a whole number above")
+    check_number("top_p", top_p, 0, 1)
+    if top_p == 0:
         raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1 (off)")
 
 
