@@ -247,15 +247,16 @@ def test_scales_that_kernels_do_not_take_as_they_are(scale, back_end, device):
 def test_what_lies_past_a_cache_row_has_no_effect_on_gradients(dtype):
     call = CALLS["decode_attention"]
 
-    def gradients(rubbish):
+    def gradients(of_keys, of_values):
         q, k, v = (call[n].detach().to(dtype).clone() for n in ("q", "k_cache", "v_cache"))
         for row, length in enumerate(call["lengths"]):
-            k[row, length:] = v[row, length:] = rubbish
+            k[row, length:], v[row, length:] = of_keys, of_values
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         out = kernels.decode_attention(*leaves, call["lengths"])
         return out, *torch.autograd.grad(out.sum(), leaves)
 
     largest = torch.finfo(dtype).max
-    clean = gradients(0.0)
+    clean = gradients(0.0, 0.0)
     for rubbish in (math.nan, math.inf, -math.inf, largest, -largest):
-        assert all(torch.equal(a, b) for a, b in zip(gradients(rubbish), clean, strict=True))
+        for both in ((rubbish, 0.0), (0.0, rubbish), (rubbish, rubbish)):
+            assert all(torch.equal(a, b) for a, b in zip(gradients(*both), clean, strict=True))
