@@ -128,8 +128,7 @@ def decode_attention_reference(
         # What is past the lengths counts 0 times, and 0 * NaN shows: then clean copies are taken,
         # which cost twice the time; for a gradient always, as large numbers overflow in it.
         learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache))
-        out = None if learns else _attend(folded, k_cache, v_cache, mask, scale)
-        if out is None or not out.isfinite().all():
+        if learns or not (out := _attend(folded, k_cache, v_cache, mask, scale)).isfinite().all():
             past = ~visible[:, -1, :, None, None]
             k_cache, v_cache = k_cache.masked_fill(past, 0), v_cache.masked_fill(past, 0)
             out = _attend(folded, k_cache, v_cache, mask, scale)
