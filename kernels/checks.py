@@ -10,7 +10,7 @@ def check_number(name: str, value: float, low: float = -LARGEST, high: float = L
     """ValueError unless a setting is a number from `low` to `high`; NaN is none, nor is a tensor,
     whose value a device would have to be waited for."""
     if isinstance(value, Tensor) or not low <= value <= high:
-        raise ValueError(f"{name} is {value}; it must be a number from {low:g} to {high:g}")
+        raise ValueError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:

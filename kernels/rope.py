@@ -14,7 +14,7 @@ from torch import Tensor
 from . import backend
 from .backend import cast as to
 from .backend import choose, jit, on_device, registered, tl, triton, visible
-from .checks import LARGEST, check_number
+from .checks import check_number
 from .derivatives import differentiable
 
 
@@ -34,9 +34,9 @@ def rope_tables(
     carry an error of 2e-4. Raises ValueError for sizes below 0, an odd head size, a theta that is
     not above 0, and divisors of another shape.
     """
-    check_number("positions", positions, 0)
-    check_number("the head size", head_dim, 0)
-    check_number("theta", theta, 1 / LARGEST)
+    check_number("positions", positions, 0, 1 << 31)
+    check_number("the head size", head_dim, 0, 1 << 31)
+    check_number("theta", theta, 1e-30)
     if head_dim % 2:
         raise ValueError(f"head size {head_dim} must be even: RoPE rotates pairs")
     if divisors is not None and divisors.shape != (head_dim // 2,):
