@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from .backend import choose, jit, on_device, registered, tl, triton, visible
-from .checks import check_number
 
 WIDEST_HELD = 32768  # a row of so many logits is held in registers,
 LARGEST_TILE = 8192  # in tiles: one of 32768 spills, because a weight takes two registers
@@ -87,14 +86,15 @@ def sample(
 
 def check_settings(temperature: float, top_k: int, top_p: float) -> None:
     """ValueError for what nothing can be drawn with, on any back end."""
-    check_number("temperature", temperature, 0, HOTTEST)
-    if 0 < temperature < COLDEST:
-        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or at least 1e-30")
-    if not (top_k >= 0 and top_k % 1 == 0):
-        raise ValueError(f"top_k is {top_k}; it must be 0 (off) or a whole number above")
-    check_number("top_p", top_p, 0, 1)
-    if top_p == 0:
-        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1 (off)")
+    tensors = [isinstance(each, Tensor) for each in (temperature, top_k, top_p)]  # to be waited for
+    if tensors[0] or not (temperature == 0 or COLDEST <= temperature <= HOTTEST):
+        raise ValueError(
+            f"temperature is {temperature!r}; it must be 0 (greedy) or from {COLDEST} to {HOTTEST}"
+        )
+    if tensors[1] or not (top_k >= 0 and top_k % 1 == 0):
+        raise ValueError(f"top_k is {top_k!r}; it must be 0 (off) or a whole number above")
+    if tensors[2] or not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p!r}; it must be above 0 and at most 1 (off)")
 
 
 def _check(logits: Tensor, temperature: float, top_k: int, top_p: float, seeds: Tensor) -> None:

@@ -219,6 +219,27 @@ def test_functional_call_is_no_transform(backend):
     assert torch.autograd.grad(found.sum(), other)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("which", ["reference", "triton"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_tangent_of_one_operand_is_seen(name, which):
+    """Whichever it is: taken along, or refused."""
+    if not hasattr(kernels, kind(name)):
+        pytest.skip("it is not in kernels")
+    shapes, call = CASES[name]
+    for place in range(len(shapes)):
+        leaves = [x.detach() for x in leaves_of("cpu", *shapes)]
+        with kernels.use_backend(which), forward_ad.dual_level():
+            leaves[place] = forward_ad.make_dual(leaves[place], leaves[place].cos())
+            try:
+                found = several(call(kernels, *leaves))
+            except (RuntimeError, ValueError) as error:
+                assert (
+                    OURS in str(error) or "a transform of torch" in str(error) or which == "triton"
+                )
+                continue
+            assert any(forward_ad.unpack_dual(x).tangent is not None for x in found)
+
+
 @pytest.mark.parametrize("name", sorted(works for works in CASES if kind(works) in TRANSFORMED))
 def test_what_goes_under_transforms_has_a_second_derivative_there(name):
     """Plain PyTorch runs: forward over reverse, in fp64, is the difference of first gradients."""

@@ -60,7 +60,7 @@ def linear_cross_entropy(
         check_device("weights", weights, hidden.device)
         scale = weights.detach().reshape(-1).contiguous().to(wide)
     scale = scale.masked_fill(labels == ignore_index, 0.0)
-    if choose(hidden) == "triton":
+    if choose(hidden, weight) == "triton":
         return _triton(flat, weight, labels, scale, reduction, z_loss).view(
             targets.shape if reduction == "none" else ()
         )

@@ -34,7 +34,7 @@ def linear_logprobs(
     check_number("temperature", temperature, COLDEST, HOTTEST)
     labels = flat_labels(targets)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    if choose(hidden) == "triton":
+    if choose(hidden, weight) == "triton":
         _check_labels(labels, weight)
         logprobs, _, entropy, _ = linear_softmax(flat, weight, labels, None, temperature, True)
     else:
