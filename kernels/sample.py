@@ -86,14 +86,16 @@ def sample(
 
 def check_settings(temperature: float, top_k: int, top_p: float) -> None:
     """ValueError for what nothing can be drawn with, on any back end."""
-    tensors = [isinstance(each, Tensor) for each in (temperature, top_k, top_p)]  # to be waited for
-    if tensors[0] or not (temperature == 0 or COLDEST <= temperature <= HOTTEST):
+    # Tensors are no settings: a device would have to be waited for.
+    if isinstance(temperature, Tensor) or not (
+        temperature == 0 or COLDEST <= temperature <= HOTTEST
+    ):
         raise ValueError(
             f"temperature is {temperature!r}; it must be 0 (greedy) or from {COLDEST} to {HOTTEST}"
         )
-    if tensors[1] or not (top_k >= 0 and top_k % 1 == 0):
+    if isinstance(top_k, Tensor) or not (top_k >= 0 and top_k % 1 == 0):
         raise ValueError(f"top_k is {top_k!r}; it must be 0 (off) or a whole number above")
-    if tensors[2] or not 0 < top_p <= 1:
+    if isinstance(top_p, Tensor) or not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p!r}; it must be above 0 and at most 1 (off)")
 
 
