@@ -28,7 +28,6 @@ _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 _WHOLE = 1 << 60  # top_p goes to the kernel as a fraction of this: a float would go as fp32
 
-
 COLDEST, HOTTEST = 1e-30, 1e30  # temperatures beyond leave fp32, and their inverses do
 
 
