@@ -41,10 +41,19 @@ INTERPRETED = tl.constexpr(_interpreted) if triton else None
 # Two copies of this folder in one process must not register the same names.
 NAMESPACE = __package__.replace(".", "_")
 
-_asked: tuple["use_backend", ...] = ()  # what is in force, the latest last
-_forced = "auto"  # the main thread's latest
-_others = False  # whether another thread has asked for something
-_asking = threading.Lock()
+_forced = "auto"  # what the main thread has asked for
+_FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
+
+class _Asked(threading.local):
+    """What a thread has asked for: everything in force, the latest last, and the latest's name."""
+
+    def __init__(self) -> None:
+        self.all: list[use_backend] = []
+        self.name: str | None = None
+
+
+_asked = _Asked()
 
 
 class use_backend:
@@ -54,7 +63,8 @@ class use_backend:
     to choose per tensor again. An operation without the forced back end (flash-attn is for
     attention alone) chooses as usual. What the main thread asks for holds for all threads that
     ask for nothing (autograd's on a GPU, say); what another thread asks for, for that thread
-    alone. Raises ValueError for an unknown name.
+    alone, and not for what torch.compile makes of a function: that goes by the main thread.
+    Raises ValueError for an unknown name.
     """
 
     names = BACKENDS
@@ -62,46 +72,52 @@ class use_backend:
     def __init__(self, name: str):
         if name not in self.names:
             raise ValueError(f"back end is {name!r}, expected one of {sorted(self.names)}")
-        self.name, self.thread = name, threading.get_ident()
-        with _asking:
-            _put((*_asked, self))
+        self.name, self.entered = name, False
+        _asked.all.append(self)
+        _settle()
 
     def __enter__(self) -> None:
-        pass
+        if self.entered or _asked.all[-1:] != [self]:  # once more, or after others, or elsewhere
+            _asked.all.append(self)
+            _settle()
+        self.entered = True
 
     def __exit__(self, *_: object) -> None:
-        with _asking:  # with it goes what this thread has asked for since
-            before = _asked[: _asked.index(self)] if self in _asked else _asked
-            since = _asked[len(before) :]
-            _put((*before, *(each for each in since if each.thread != self.thread)))
+        if self in _asked.all:  # with it goes what this thread has asked for since
+            while _asked.all.pop() is not self:
+                pass
+            _settle()
 
 
-def _put(asked: tuple[use_backend, ...]) -> None:
-    global _asked, _forced, _others
-    main = threading.main_thread().ident
-    of_main = [each.name for each in asked if each.thread == main]
-    _asked, _others = asked, len(of_main) < len(asked)
-    _forced = of_main[-1] if of_main else "auto"
+def _settle() -> None:
+    global _forced
+    _asked.name = _asked.all[-1].name if _asked.all else None
+    if threading.current_thread() is threading.main_thread():
+        _forced = _asked.name or "auto"
 
 
 def forced() -> str:
     """The back end asked for, or "auto"."""
-    if not _others or torch.compiler.is_compiling():  # Dynamo knows no threads
+    if torch.compiler.is_compiling():  # Dynamo knows no threads
         return _forced
-    me = threading.get_ident()
-    return next((each.name for each in reversed(_asked) if each.thread == me), _forced)
+    return _asked.name or _forced
 
 
 def choose(*tensors: Tensor, unless: str | None = None) -> str:
     """Which of "reference" and "triton" takes these tensors, all on the first one's device.
 
     `unless` is what else keeps the operation from Triton. Raises ValueError where Triton is
-    forced and cannot take them.
+    forced and cannot take them, and for what no back end takes: integers, complex numbers, fp8.
     """
+    for tensor in tensors:
+        if tensor.dtype not in _FLOATS:
+            raise ValueError(
+                f"an operand is {tensor.dtype}: use float32, float64, bfloat16 or float16"
+            )
     name = forced()
     if name == "reference" or (name != "triton" and not tensors[0].is_cuda):
         return "reference"
-    why = "a transform of torch.func is under way" if transformed() else unless
+    why = "a transform of torch.func is under way" if transformed(*tensors) else unless
     for tensor in tensors:
         why = why or _why_not_triton(tensor)
     if name == "triton" and why:
@@ -129,7 +145,7 @@ def debug() -> bool:
 
 def visible(tensor: Tensor) -> bool:
     """Whether values may be checked: on the CPU or under PUNA_DEBUG=1, never while tracing."""
-    if traced() or transformed() or valueless(tensor):
+    if traced() or transformed(tensor) or valueless(tensor):
         return False
     return tensor.device.type == "cpu" or debug()
 

@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from .attention.forward import LOG2_E, WIDEST, block_d, dense, dot, load_tile
 from .backend import cast as to
 from .backend import choose, jit, on_device, registered, tl, triton, visible
+from .checks import check_number
 from .derivatives import once, opaque
 from .surroundings import product
 
@@ -30,12 +31,15 @@ def decode_attention(
     """Attend from q (B, Q, H, D) to caches (B, T, K, D) up to `lengths` (B,) int64.
 
     Returns (B, Q, H, D). What lies past a row's length has no effect, whatever it is. Raises
-    ValueError for shapes, dtypes or devices that do not fit, and for lengths that do not: on a
-    GPU, which is not waited for, only with PUNA_DEBUG=1; otherwise nothing outside the cache is
-    read, and a query that is left without entries gives zeros.
+    ValueError for shapes, dtypes, devices or a scale that do not fit, and for lengths that do not:
+    in Triton in plain eager calls on the CPU, or with PUNA_DEBUG=1, because a GPU is not waited
+    for; otherwise nothing outside the cache is read, and a query that is left without entries
+    gives zeros.
     Triton has no gradient here: where one is wanted, the reference runs.
     """
     _check(q, k_cache, v_cache, lengths)
+    if scale is not None:
+        check_number("scale", scale)
     unless = _not_for_triton(q, k_cache, v_cache)
     if choose(q, k_cache, v_cache, unless=unless) == "triton":
         if len(lengths) and visible(lengths):
@@ -57,7 +61,7 @@ def _not_for_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> None:
     if (
-        q.dim() != 4
+        not q.dim() == k_cache.dim() == 4
         or k_cache.shape != v_cache.shape
         or (q.shape[0], q.shape[3]) != (k_cache.shape[0], k_cache.shape[3])
     ):
@@ -65,6 +69,8 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> None
             f"expected q (B, Q, H, D) and caches (B, T, K, D), got {tuple(q.shape)}, "
             f"{tuple(k_cache.shape)}, {tuple(v_cache.shape)}"
         )
+    if q.shape[3] == 0:
+        raise ValueError("the head size is 0: it must be at least 1")
     if k_cache.shape[2] == 0 or q.shape[2] % k_cache.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads, {k_cache.shape[2]} kv heads: not a multiple")
     if lengths.shape != q.shape[:1]:
@@ -107,7 +113,7 @@ def decode_attention_reference(
     slots, kv_heads = k_cache.shape[1], k_cache.shape[2]
     group = heads // kv_heads
     if batch == 0:
-        return torch.empty_like(q)
+        return q * (k_cache.sum() + v_cache.sum())  # nothing, of all three
     # The query heads that share a kv head become further queries: nothing is expanded.
     folded = q.view(batch, queries, kv_heads, group, head_dim).permute(0, 2, 1, 3, 4)
     folded = folded.reshape(batch, kv_heads, queries * group, head_dim)
@@ -119,13 +125,15 @@ def decode_attention_reference(
         last = lengths[:, None] - queries + torch.arange(queries, device=q.device)  # (B, Q)
         visible = torch.arange(slots, device=q.device) <= last[..., None]  # (B, Q, T)
         mask = visible.repeat_interleave(group, dim=1).unsqueeze(1)
-        out = _attend(folded, k_cache, v_cache, mask, scale)
-        if not out.isfinite().all():  # 0 * NaN: clean copies, which cost twice the time
+        # What is past the lengths counts 0 times, and 0 * NaN shows: then clean copies are taken,
+        # which cost twice the time; for a gradient always, as large numbers overflow in it.
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache))
+        if learns or not (out := _attend(folded, k_cache, v_cache, mask, scale)).isfinite().all():
             past = ~visible[:, -1, :, None, None]
             k_cache, v_cache = k_cache.masked_fill(past, 0), v_cache.masked_fill(past, 0)
             out = _attend(folded, k_cache, v_cache, mask, scale)
     out = out.view(batch, kv_heads, queries, group, head_dim).permute(0, 2, 1, 3, 4)
-    return out.reshape(batch, queries, heads, head_dim)
+    return out.reshape(batch, queries, heads, head_dim).contiguous()
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:

@@ -93,7 +93,7 @@ class _Once(torch.autograd.Function):
 def once(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The inputs of what others differentiate, so that a second derivative is refused by us: not
     in words about their inner names, nor, worse, taken for zero."""
-    if transformed() or traced() or not torch.is_grad_enabled():
+    if transformed(*tensors) or traced() or not torch.is_grad_enabled():
         return tensors
     if any(x.requires_grad for x in tensors):
         return _Once.apply(*tensors)[:-1]
@@ -182,7 +182,7 @@ def opaque(fake: Callable) -> Callable[[Callable], Callable]:
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:
-            refuse_transforms()
+            refuse_transforms(*args)
             one = torch.compiler.is_compiling() or valueless(*args)
             return operator(*args) if one else function(*args)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .backend import as_rows, cast, choose, jit, on_device, registered, tl, visible
+from .checks import check_number
 
 BLOCK = 1024  # steps scanned at once
 
@@ -22,10 +23,12 @@ def gae(
 
     Whatever stands past a row's length is ignored and comes out as zero. Both come in the
     promoted dtype of rewards and values. Raises ValueError for shapes, dtypes or devices that do
-    not fit, and for lengths past T or below 0 (on the CPU, or under PUNA_DEBUG=1; elsewhere
-    they count as T and 0).
+    not fit, a `gamma` or `lam` outside 0 to 1, and for lengths past T or below 0 (in plain eager
+    calls on the CPU, or under PUNA_DEBUG=1; elsewhere they count as T and 0).
     """
     _check(rewards, values, lengths)
+    check_number("gamma", gamma, 0.0, 1.0)  # past 1 the powers that the scan joins overflow
+    check_number("lam", lam, 0.0, 1.0)
     compute = gae_scan if choose(rewards, values) == "triton" else _reference
     return compute(rewards.detach(), values.detach(), lengths, gamma, lam)
 

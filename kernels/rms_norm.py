@@ -23,6 +23,7 @@ from .backend import (
     triton,
 )
 from .backend import cast as to
+from .checks import check_number
 from .derivatives import differentiable, first_only
 from .surroundings import transformed
 
@@ -35,9 +36,9 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, cast: str = "llama
     """Normalise the last dimension of `x` (..., C) and scale by `weight` (C,).
 
     Returns (..., C) in x's dtype (`cast="llama"`) or the promoted dtype (`cast="hf"`).
-    Raises ValueError where the shapes, devices or `cast` do not fit.
+    Raises ValueError where the shapes, dtypes, devices, `eps` or `cast` do not fit.
     """
-    _check(x, weight, cast)
+    _check(x, weight, eps, cast)
     if choose(x, weight, unless=_too_wide(x)) == "triton":
         return _triton(x, None, weight, eps, cast == "llama")[0]
     return _reference(x, weight, eps, cast)
@@ -52,18 +53,19 @@ def add_rms_norm(
             f"x is {tuple(x.shape)} on {x.device}, residual {tuple(residual.shape)} on "
             f"{residual.device}: not equal"
         )
-    _check(x, weight, cast)
+    _check(x, weight, eps, cast)
     if choose(x, residual, weight, unless=_too_wide(x)) == "triton":
         return _triton(x, residual, weight, eps, cast == "llama")[:2]
     summed = residual + x
     return _reference(summed, weight, eps, cast), summed
 
 
-def _check(x: Tensor, weight: Tensor, cast: str) -> None:
+def _check(x: Tensor, weight: Tensor, eps: float, cast: str) -> None:
     if weight.shape != x.shape[-1:] or not x.dim():
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected {tuple(x.shape[-1:])}")
     if weight.device != x.device:
         raise ValueError(f"weight is on {weight.device}, x on {x.device}: not the same device")
+    check_number("eps", eps, 0.0)
     if cast not in ("llama", "hf"):
         raise ValueError(f"cast is {cast!r}, expected 'llama' or 'hf'")
 
@@ -77,7 +79,7 @@ def _too_wide(x: Tensor) -> str | None:
 
 
 def _reference(x: Tensor, weight: Tensor, eps: float, cast: str) -> Tensor:
-    if torch.is_grad_enabled() and not transformed() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not transformed(x, weight) and not torch.compiler.is_compiling():
         y = _RMSNorm.apply(x, weight, eps)
     else:
         # An autograd.Function costs a decoding step as much as the norm itself; and Dynamo, where

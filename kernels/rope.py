@@ -14,6 +14,7 @@ from torch import Tensor
 from . import backend
 from .backend import cast as to
 from .backend import choose, jit, on_device, registered, tl, triton, visible
+from .checks import check_number
 from .derivatives import differentiable
 
 
@@ -30,10 +31,16 @@ def rope_tables(
     `divisors` (head_dim/2,) slow each pair's rotation down, for a context that was stretched.
 
     The angles are formed in fp64 and rounded once: in fp32 the angle of position 4095 would
-    carry an error of 2e-4. Raises ValueError for an odd head size.
+    carry an error of 2e-4. Raises ValueError for sizes below 0, an odd head size, a theta that is
+    not above 0, and divisors of another shape.
     """
+    check_number("positions", positions, 0, 1 << 31)
+    check_number("the head size", head_dim, 0, 1 << 31)
+    check_number("theta", theta, 1e-30)
     if head_dim % 2:
         raise ValueError(f"head size {head_dim} must be even: RoPE rotates pairs")
+    if divisors is not None and divisors.shape != (head_dim // 2,):
+        raise ValueError(f"divisors are {tuple(divisors.shape)}, expected {(head_dim // 2,)}")
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
     frequencies = theta**-exponents
     if divisors is not None:
@@ -56,8 +63,10 @@ def rope(
 
     `cos`, `sin`: (P, D/2) tables, positions defaulting to 0..T-1; or (B, T, D/2), what the
     tables hold at each token's position. Both are constants. Returns new q and k, same shapes and
-    dtypes. Raises ValueError for tables or positions that do not fit; where only a device can see
-    that a position is not in the tables, Triton's result for that token is NaN.
+    dtypes. Raises ValueError for tables or positions that do not fit; whether a position is in the
+    tables is looked at in plain eager calls on the CPU, or under PUNA_DEBUG=1. Elsewhere Triton's
+    result for a token whose position is not is NaN, and the reference counts from the tables' end
+    where it is below 0.
     """
     _check(q, k, cos, sin, positions)
     if choose(q, k, cos, sin) == "triton":
@@ -79,6 +88,8 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | N
         )
     if q.dtype != k.dtype or q.device != k.device:
         raise ValueError(f"q is {q.dtype} on {q.device}, k {k.dtype} on {k.device}: not equal")
+    if cos.dim() not in (2, 3):
+        raise ValueError(f"tables are {tuple(cos.shape)}, expected (P, D/2) or (B, T, D/2)")
     if cos.shape[-1] * 2 != q.shape[-1] or q.shape[-1] != k.shape[-1]:
         raise ValueError(
             f"tables are for head size {2 * cos.shape[-1]}, q has {q.shape[-1]}, k {k.shape[-1]}"

@@ -28,7 +28,6 @@ _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 _WHOLE = 1 << 60  # top_p goes to the kernel as a fraction of this: a float would go as fp32
 
-
 COLDEST, HOTTEST = 1e-30, 1e30  # temperatures beyond leave fp32, and their inverses do
 
 
@@ -68,13 +67,15 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Draw from `logits` (B, V) with `seeds` (B,) int64; returns (tokens, logprobs), both (B,).
 
-    Log-probs are fp32, of the tempered but untruncated distribution, without a gradient.
+    Log-probs are fp32 (fp64 of fp64 logits), of the tempered but untruncated distribution, without
+    a gradient.
     temperature 0 is greedy (its log-probs are those at temperature 1). top_k 0 and top_p 1
     switch truncation off; together top_p counts the mass that top_k leaves. Raises ValueError for
     shapes that do not fit and settings outside their range, and NoDistribution, a ValueError, for
-    NaN (where the logits are on a CPU, or PUNA_DEBUG=1; elsewhere the log-prob is NaN).
+    NaN (in plain eager calls on the CPU, or under PUNA_DEBUG=1; elsewhere the log-prob is NaN).
     """
     _check(logits, temperature, top_k, top_p, seeds)
+    top_k = min(int(top_k), logits.shape[1])
     draw = sample_draw if choose(logits) == "triton" else _reference
     tokens, logprobs = draw(logits.detach(), seeds, temperature, top_k, top_p)
     if visible(logprobs) and logprobs.isnan().any():
@@ -84,14 +85,17 @@ def sample(
 
 def check_settings(temperature: float, top_k: int, top_p: float) -> None:
     """ValueError for what nothing can be drawn with, on any back end."""
-    if not (temperature == 0 or COLDEST <= temperature <= HOTTEST):
+    # Tensors are no settings: a device would have to be waited for.
+    if isinstance(temperature, Tensor) or not (
+        temperature == 0 or COLDEST <= temperature <= HOTTEST
+    ):
         raise ValueError(
-            f"temperature is {temperature}; it must be 0 (greedy) or from {COLDEST} to {HOTTEST}"
+            f"temperature is {temperature!r}; it must be 0 (greedy) or from {COLDEST} to {HOTTEST}"
         )
-    if not top_k >= 0:
-        raise ValueError(f"top_k is {top_k}; it must be 0 (off) or above")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1 (off)")
+    if isinstance(top_k, Tensor) or not (top_k >= 0 and top_k % 1 == 0):
+        raise ValueError(f"top_k is {top_k!r}; it must be 0 (off) or a whole number above")
+    if isinstance(top_p, Tensor) or not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p!r}; it must be above 0 and at most 1 (off)")
 
 
 def _check(logits: Tensor, temperature: float, top_k: int, top_p: float, seeds: Tensor) -> None:

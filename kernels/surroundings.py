@@ -9,6 +9,7 @@
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -25,16 +26,23 @@ NOT_TRANSFORMED = (
 )
 
 
-def transformed() -> bool:
-    """Whether a transform or a forward-mode derivative is under way."""
+def transformed(*tensors: Any) -> bool:
+    """Whether a transform is under way, or one of the tensors has a forward-mode derivative; of no
+    tensors, whether one may have it. (A dual level is the process's: any thread may hold it.)"""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return not tensors or any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    )
 
 
-def refuse_transforms() -> None:
+def refuse_transforms(*tensors: Any) -> None:
     """RuntimeError under a transform."""
-    if transformed():
+    if transformed(*tensors):
         raise RuntimeError(NOT_TRANSFORMED)
 
 
@@ -50,17 +58,22 @@ def autocasts(tensor: Tensor) -> bool:
 
 
 def product(operands: int) -> Callable[[Function], Function]:
-    """A function that multiplies its first arguments, so many of them, as autocast has it."""
+    """A function that multiplies its first arguments, so many of them, as autocast has it; they
+    may be given by name."""
 
     def decorate(function: Function) -> Function:
+        names = list(inspect.signature(function).parameters)[:operands]
+
         @functools.wraps(function)
-        def call(first: Tensor, *others: Any, **options: Any) -> Any:
-            if not autocasts(first):
-                return function(first, *others, **options)
+        def call(*given: Any, **options: Any) -> Any:
+            first = given[0] if given else options.get(names[0])
+            if not isinstance(first, Tensor) or not autocasts(first):
+                return function(*given, **options)
             device = first.device.type
-            given = [lowered(x, device) for x in (first, *others[: operands - 1])]
+            factors = [lowered(x, device) for x in given[:operands]]
+            named = {name: lowered(options[name], device) for name in names if name in options}
             with torch.autocast(device, enabled=False):
-                return function(*given, *others[operands - 1 :], **options)
+                return function(*factors, *given[operands:], **{**options, **named})
 
         return cast(Function, call)
 

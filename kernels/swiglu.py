@@ -18,7 +18,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(`gate`) * `up`, both (..., F); returns (..., F) in gate's dtype.
 
     Views of one packed projection, `packed.chunk(2, -1)`, are read where they are. Raises
-    ValueError where shapes or devices differ.
+    ValueError where shapes or devices differ, and for integers.
     """
     if gate.shape != up.shape or gate.device != up.device:
         raise ValueError(

@@ -138,4 +138,7 @@ def test_flash_attn_is_called_with_our_cuts(monkeypatch):
         assert attention(q, k, k).shape == q.shape
         cuts = torch.empty(4, dtype=torch.int64, device="cuda")
         assert attention(q, k, k, cu_seqlens=cuts, scale=0.5).shape == q.shape
-    assert calls == [("rows", None, True), ("packed", 4, 4, 0.5, True)]
+        for scale in (-0.5, 0.0):  # which its kernels do not take either
+            assert attention(q, k, k, scale=scale).shape == q.shape
+    assert calls[:2] == [("rows", None, True), ("packed", 4, 4, 0.5, True)]
+    assert calls[2:] == [("rows", 0.5, True), ("rows", 1.0, True)]

@@ -283,3 +283,16 @@ def test_bad_input(triton_device):
         cuts = torch.tensor(wrong, dtype=torch.int32)  # on the CPU: seen without a wait
         with pytest.raises(ValueError, match=message):
             attention(q, k, v, cu_seqlens=cuts)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuts_in_pinned_memory_are_read_at_once():
+    """The caller may fill it anew while the GPU is still busy with what came before."""
+    q, k, v, _ = drawn("cuda", 1, 9, 4, 2, 16, torch.float32)
+    cuts = torch.tensor([0, 4, 9]).pin_memory()
+    expected = attention(q, k, v, cu_seqlens=cuts.cuda())
+    torch.cuda._sleep(10**8)
+    found = attention(q, k, v, cu_seqlens=cuts)
+    cuts[1] = 2
+    assert torch.equal(found, expected)

@@ -95,3 +95,46 @@ def test_the_operators_of_what_must_see_its_values(name):
     }[name]  # fmt: skip
     operator = getattr(torch.ops.puna_kernels, f"{name}_reference")
     torch.library.opcheck(operator.default, arguments)
+
+
+def test_the_operators_of_log_probs():
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(*s, requires_grad=True) for s in ((3, 4), (5, 4)))
+    labels, given = torch.tensor([0, 4, 2]), torch.randn(3)
+    forward = torch.ops.puna_kernels.linear_logprobs_reference.default
+    torch.library.opcheck(forward, (hidden, weight, labels, 0.7))
+    backward = torch.ops.puna_kernels.linear_logprobs_reference_backward.default
+    for wants in ((True, True), (False, True), (True, False)):
+        leaves = hidden.detach(), weight.detach()
+        torch.library.opcheck(backward, (*leaves, labels, given, given, given, 0.7, *wants))
+
+
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_logprobs"])
+def test_compiled_losses_keep_no_logits(name):
+    """AOT autograd looked into the chunks of the log-probs and kept N x V for the backward."""
+    hidden, weight, labels = leaf(64, 4), leaf(500, 4), torch.arange(64)
+    torch._dynamo.reset()
+    compiled = torch.compile(getattr(kernels, name), fullgraph=True, backend="aot_eager")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x.numel()) or x, lambda x: x
+    ):
+        found = compiled(hidden, weight, labels)
+    assert kept and max(kept) <= 500 * 4
+    total = found if torch.is_tensor(found) else sum(found).sum()
+    total.backward()
+    assert hidden.grad.isfinite().all() and weight.grad.count_nonzero() == 500 * 4
+
+
+def test_labels_out_of_range_are_found_in_compiled_losses():
+    """Their operator sees values; so do those of cuts and lengths."""
+    q, k = torch.randn(1, 4, 2, 8), torch.randn(1, 4, 1, 8)
+    torch._dynamo.reset()
+    for call, words in (
+        (lambda i: kernels.linear_logprobs(leaf(3, 4), leaf(5, 4), i), "targets run from -1 to 9"),
+        (lambda i: kernels.linear_cross_entropy(leaf(3, 4), leaf(5, 4), i), "targets run from"),
+        (lambda i: kernels.attention(q, k, k, cu_seqlens=i), "cu_seqlens must run from 0 to 4"),
+        (lambda i: kernels.decode_attention(q[:, :1], k, k, i[-1:]), "lengths run from 9 to 9"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            torch.compile(call, backend="aot_eager")(torch.tensor([-1, 4, 9]))

@@ -202,7 +202,7 @@ def test_bad_input(triton_device, monkeypatch):
     monkeypatch.setenv("PUNA_DEBUG", "1")
     with pytest.raises(ValueError, match="do not fit"):
         linear_logprobs(hidden, weight, targets[:5])
-    with pytest.raises(ValueError, match="temperature is 0, it must be above 0"):
+    with pytest.raises(ValueError, match="temperature is 0; it must be a number from 1e-30 to 1e"):
         linear_logprobs(hidden, weight, targets, temperature=0)
     for wrong in (9, -100):
         targets[2] = wrong

@@ -104,3 +104,79 @@ def test_reference_is_no_native_code(monkeypatch):
     if ops.native_elementwise.fits_swiglu(x, x):
         with ops.use_backend("native"), pytest.raises(AssertionError, match="native code ran"):
             ops.swiglu(x, x)
+
+
+def test_one_object_for_several_blocks():
+    """The second `with` did nothing, in silence."""
+    asked = kernels.use_backend("reference")
+    for _ in range(2):
+        with asked:
+            assert backend.forced() == "reference"
+            with kernels.use_backend("triton"), asked:
+                assert backend.forced() == "reference"
+            assert backend.forced() == "reference"
+        assert backend.forced() == "auto"
+    kernels.use_backend("triton")
+    with asked:
+        assert backend.forced() == "reference"
+    assert backend.forced() == "triton"
+    later = kernels.use_backend("reference")
+    kernels.use_backend("auto")
+    with later:
+        assert backend.forced() == "reference"
+    assert backend.forced() == "auto"
+
+
+def test_blocks_that_do_not_end_in_order():
+    """As of generators: what began later goes with what began first."""
+    first, second = kernels.use_backend("reference"), kernels.use_backend("triton")
+    first.__exit__()
+    assert backend.forced() == "auto"
+    second.__exit__()
+    assert backend.forced() == "auto"
+
+
+def test_an_object_of_another_thread():
+    found, asked = [], kernels.use_backend("reference")
+
+    def work():
+        kernels.use_backend("triton")
+        with asked:
+            found.append(backend.forced())
+        found.append(backend.forced())
+
+    thread = threading.Thread(target=work)
+    with asked:
+        thread.start()
+        thread.join()
+        assert found == ["reference", "triton"] and backend.forced() == "reference"
+
+
+def test_a_thread_that_has_ended_leaves_nothing():
+    """The next one may have its number."""
+    found = []
+    for work in (lambda: kernels.use_backend("reference"), lambda: found.append(backend.forced())):
+        for _ in range(10):
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+    assert found == ["auto"] * 10
+
+
+def test_compiled_functions_go_by_the_main_thread():
+    def chosen(x):
+        return x + {"auto": 1, "reference": 2}[backend.forced()]
+
+    compiled, found = torch.compile(chosen, backend="eager"), []
+
+    def work():
+        with kernels.use_backend("reference"):
+            found.append(compiled(torch.zeros(())).item())
+
+    for expected in (1.0, 2.0, 1.0):
+        with kernels.use_backend("reference" if expected == 2 else "auto"):
+            assert compiled(torch.zeros(())).item() == expected
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+            assert found.pop() == expected

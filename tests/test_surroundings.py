@@ -3,6 +3,8 @@
 Run: python -m pytest tests/test_surroundings.py -q
 """
 
+import threading
+
 import pytest
 import torch
 from test_second_derivatives import CASES, leaves_of
@@ -217,6 +219,82 @@ def test_functional_call_is_no_transform(backend):
     assert torch.autograd.grad(found.sum(), other)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("which", ["reference", "triton"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_tangent_of_one_operand_is_seen(name, which):
+    """Whichever it is: taken along, or refused."""
+    if not hasattr(kernels, kind(name)):
+        pytest.skip("it is not in kernels")
+    shapes, call = CASES[name]
+    for place in range(len(shapes)):
+        leaves = [x.detach() for x in leaves_of("cpu", *shapes)]
+        with kernels.use_backend(which), forward_ad.dual_level():
+            leaves[place] = forward_ad.make_dual(leaves[place], leaves[place].cos())
+            try:
+                found = several(call(kernels, *leaves))
+            except (RuntimeError, ValueError) as error:
+                assert OURS in str(error) or "a transform of torch" in str(error)
+                continue
+            assert any(forward_ad.unpack_dual(x).tangent is not None for x in found)
+
+
+@pytest.mark.parametrize("name", sorted(works for works in CASES if kind(works) in TRANSFORMED))
+def test_what_goes_under_transforms_has_a_second_derivative_there(name):
+    """Plain PyTorch runs: forward over reverse, in fp64, is the difference of first gradients."""
+    if not works(name) or not hasattr(kernels, kind(name)):
+        pytest.skip("it does not go under transforms, or is PyTorch's own")
+    shapes, call = CASES[name]
+    leaves = [x.detach().double() for x in leaves_of("cpu", *shapes)]
+    ways = [x.cos() for x in leaves]
+
+    def scalar(*given):
+        return sum(x.pow(3).sum() for x in several(call(kernels, *given)))
+
+    def first(*given):
+        return torch.func.grad(scalar, argnums=tuple(range(len(given))))(*given)
+
+    found = torch.func.jvp(first, tuple(leaves), tuple(ways))[1]
+    step = 1e-5
+    ahead, behind = (
+        first(*(x + sign * step * way for x, way in zip(leaves, ways, strict=True)))
+        for sign in (1, -1)
+    )
+    for mine, a, b in zip(found, ahead, behind, strict=True):
+        truth = (a - b) / (2 * step)
+        assert (mine - truth).abs().max() <= 1e-6 * truth.abs().max().clamp_min(1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_dual_level_of_another_thread_is_none_of_ours(name):
+    """The level is the process's; tensors tell whose derivative it is."""
+    if not hasattr(kernels, kind(name)):
+        pytest.skip("it is not in kernels")
+    shapes, call = CASES[name]
+    ready, done = threading.Event(), threading.Event()
+
+    def other():
+        with forward_ad.dual_level():
+            ready.set()
+            done.wait()
+
+    def run():
+        leaves = leaves_of("cpu", *shapes)
+        found = several(call(kernels, *leaves))
+        return *found, *torch.autograd.grad(weighted(found), leaves)
+
+    with kernels.use_backend("reference"):
+        expected = run()
+        thread = threading.Thread(target=other)
+        thread.start()
+        ready.wait()
+        try:
+            found = run()
+        finally:
+            done.set()
+            thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_triton_that_is_forced_says_so():
     x = torch.randn(3, 8)
     with kernels.use_backend("triton"), pytest.raises(ValueError, match="a transform of torch"):
@@ -259,3 +337,45 @@ def test_shapes_dtypes_and_strides_without_values(name, way, backend):
         truths = torch.autograd.grad(weighted(real), leaves)
         # Not their strides: PyTorch lays gradients out as it likes, and on meta otherwise.
         assert [outline(x)[:2] for x in gradients] == [outline(x)[:2] for x in truths]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_results_in_triton_without_values(name, triton_device):
+    """No kernel runs, and nothing asks for a value."""
+    if not hasattr(kernels, kind(name)):
+        pytest.skip("it is not in kernels")
+    shapes, call = ALL[name]
+    leaves = leaves_of("cpu", *shapes)
+    learns = name not in WITHOUT and name != "decode_attention"
+    with kernels.use_backend("reference"):
+        real = several(call(kernels, *leaves))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        given = [torch.empty(x.shape, device=triton_device) for x in leaves]
+        given = [x.requires_grad_(learns) for x in given]
+        found = several(call(kernels, *given))
+        assert [outline(x) for x in found] == [outline(x) for x in real]
+        if learns:
+            gradients = torch.autograd.grad(weighted(found), given)
+            assert [x.shape for x in gradients] == [x.shape for x in given]
+
+
+LAYOUTS = {
+    "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "last first": lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),
+    "columns apart": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "batch last": lambda x: x.transpose(0, 3).contiguous().transpose(0, 3),
+}
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("heads", [(3, 3), (3, 1), (4, 2)], ids=str)
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_of_attention_are_laid_out_alike(layout, which, heads, queries):
+    """Whatever layout the operands have."""
+    made = torch.randn(2, queries, heads[0], 8), *torch.randn(2, 2, 5, heads[1], 8)
+    q, k, v = (LAYOUTS[layout](x) if i in which else x for i, x in enumerate(made))
+    with kernels.use_backend("reference"):
+        for lengths in (torch.tensor([5, 4]), torch.tensor([5, 5])):
+            assert kernels.decode_attention(q, k, v, lengths).is_contiguous()
+        assert kernels.attention(q, k[:, :queries], v[:, :queries]).is_contiguous()

@@ -182,7 +182,7 @@ def attention_backward(
     """(dq (B, T, H, D), dk and dv (B, T, K, D)) from what `attention_forward` returned."""
     d_q, d_k, d_v = _backward_fake(d_out, q, k, v, out, lse, cu_seqlens, scale)
     if q.numel() == 0:
-        return d_q, d_k, d_v
+        return d_q, d_k.zero_(), d_v.zero_()
     d_out, q, k, v = dense(d_out), dense(q), dense(k), dense(v)
     batch, row, heads, head_size = q.shape
     kv_heads = k.shape[2]

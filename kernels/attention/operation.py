@@ -19,10 +19,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..backend import choose, forced, visible
+from ..checks import check_device, check_number
 from ..derivatives import differentiable, once, opaque
 from ..surroundings import product, refuse_transforms, transformed
 from .backward import attention_backward
 from .forward import WIDEST, attention_forward
+
+TINY = torch.finfo(torch.float32).tiny
 
 
 @product(3)
@@ -39,12 +42,15 @@ def attention(
     `scale` defaults to D^-1/2. On a GPU the cuts are read there, without a wait; tokens past the
     last cut come out as zeros. Triton takes heads of up to 128; its gradients are deterministic
     always: nothing is added atomically.
-    Raises ValueError for head counts that do not divide, shapes, dtypes or devices that differ,
-    or cuts that do not cover B*T row by row (on a GPU only with PUNA_DEBUG=1).
+    Raises ValueError for head counts that do not divide, shapes, dtypes or devices that differ, a
+    scale that is no number, or cuts that do not cover B*T row by row (Triton: in plain eager calls
+    with the cuts on the CPU, or with PUNA_DEBUG=1).
     """
     _check(q, k, v, cu_seqlens)
+    if scale is not None:
+        check_number("scale", scale)
     if forced() == "flash_attn":
-        refuse_transforms()
+        refuse_transforms(q, k, v)
         q, k, v = once(q, k, v)
         return _flash_attn(q, k, v, cu_seqlens, scale)
     size = q.shape[3]
@@ -63,18 +69,24 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
             f"expected q (B, T, H, D) and k, v (B, T, K, D), got {tuple(q.shape)}, "
             f"{tuple(k.shape)}, {tuple(v.shape)}"
         )
+    if q.shape[3] == 0:
+        raise ValueError("the head size is 0: it must be at least 1")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: not the same dtype")
     if not q.device == k.device == v.device:
-        raise ValueError(f"q, k and v are on {q.device}, {k.device}, {v.device}: not the same")
+        raise ValueError(
+            f"q, k and v are on {q.device}, {k.device} and {v.device}: not the same device"
+        )
     if cu_seqlens is not None and (
         cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64)
     ):
         raise ValueError(
             f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}, expected (S+1,) of int32"
         )
+    if cu_seqlens is not None and cu_seqlens.device.type != "cpu":
+        check_device("cu_seqlens", cu_seqlens, q.device)
 
 
 def _check_cuts(cuts: list[int], batch: int, row: int) -> None:
@@ -103,16 +115,26 @@ def _on_device(q: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
         raise ValueError(f"cu_seqlens has {len(cu_seqlens)} cuts, expected at least 2")
     if visible(cu_seqlens):
         _check_cuts(cu_seqlens.tolist(), q.shape[0], q.shape[1])
-    return cu_seqlens.to(q.device, non_blocking=True)
+    if cu_seqlens.device == q.device:
+        return cu_seqlens
+    # Pinned memory is read later, when the caller may have filled it anew: a copy in plain memory,
+    # which is read at once, and without a wait.
+    return cu_seqlens.clone().to(q.device, non_blocking=True)
 
 
 def _triton(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float | None
 ) -> Tensor:
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    if scale <= 0:  # the kernels scale the largest score, not the smallest
-        q, scale = (-q, -scale) if scale else (q * 0, 1.0)
+    q, scale = _upward(q, q.shape[3] ** -0.5 if scale is None else float(scale))
     return _launch(q, k, v, _on_device(q, cu_seqlens), scale)[0]
+
+
+def _upward(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same scores by a scale above 0: kernels scale the largest score, not the smallest, and
+    what they hide, which is -inf, times a scale that is 0 in fp32 would be NaN."""
+    if scale >= TINY:
+        return q, scale
+    return (-q, -scale) if scale <= -TINY else (q * 0, 1.0)
 
 
 def _save(ctx, inputs, output):
@@ -144,6 +166,8 @@ def _flash_attn(
         flash_attn = import_module("flash_attn")
     except ImportError as error:
         raise ValueError(f"{but} the package flash_attn cannot be imported: {error}") from error
+    if scale is not None:
+        q, scale = _upward(q, float(scale))
     cuts = _on_device(q, cu_seqlens)
     if cuts is None:
         return flash_attn.flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
@@ -174,10 +198,10 @@ def attention_packed_reference(
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     grouped = True if q.shape[2] != k.shape[2] else False  # noqa: SIM210 - Dynamo's is a symbol
-    if scale is not None and scale <= 0:  # PyTorch's kernels hide the future before they scale
+    if scale is not None and scale < TINY:  # PyTorch's kernels hide the future before they scale
         q, scale = q * scale, 1.0
     # Under a transform by plain products: PyTorch's own kernels have no rule for all of them.
-    with sdpa_kernel(SDPBackend.MATH) if transformed() else nullcontext():
+    with sdpa_kernel(SDPBackend.MATH) if transformed(q, k, v) else nullcontext():
         out = scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),

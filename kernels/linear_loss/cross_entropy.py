@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backend import choose, debug, visible
+from ..checks import check_device, check_number
 from ..derivatives import first_only, opaque
 from ..surroundings import product, valueless
 from .cross_entropy_sum import summed_cross_entropy
@@ -40,10 +41,12 @@ def linear_cross_entropy(
     `weights` (...,) scales each token's loss; zero and `ignore_index` drop it. "mean" divides
     by the sum of the weights (0 if all are dropped), "sum" does not, "none" returns (...,).
     The weights are constants: no gradient flows to them.
-    fp32 result (fp64 for fp64 inputs). Raises ValueError for shapes or labels that do not fit, and
-    for a "mean" over weights whose sum is negative (where it costs no wait; elsewhere it is NaN).
+    fp32 result (fp64 for fp64 inputs). Raises ValueError for shapes, labels or a `z_loss` that do
+    not fit, and for a "mean" over weights whose sum is negative (where it costs no wait; elsewhere
+    it is NaN).
     """
     _check_shapes(hidden, weight, targets)
+    check_number("z_loss", z_loss)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'")
     flat, labels = hidden.reshape(-1, hidden.shape[-1]), flat_labels(targets)
@@ -54,9 +57,10 @@ def linear_cross_entropy(
             raise ValueError(
                 f"weights are {tuple(weights.shape)}, targets {tuple(targets.shape)}: not equal"
             )
+        check_device("weights", weights, hidden.device)
         scale = weights.detach().reshape(-1).contiguous().to(wide)
     scale = scale.masked_fill(labels == ignore_index, 0.0)
-    if choose(hidden) == "triton":
+    if choose(hidden, weight) == "triton":
         return _triton(flat, weight, labels, scale, reduction, z_loss).view(
             targets.shape if reduction == "none" else ()
         )
@@ -84,10 +88,16 @@ def mean_of(total: Tensor, scale: Tensor) -> Tensor:
 
 
 def _check_shapes(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[-1]:
+    if (
+        hidden.dim() == 0
+        or weight.dim() != 2
+        or hidden.shape[:-1] != targets.shape
+        or hidden.shape[-1] != weight.shape[1]
+        or weight.shape[1] == 0
+    ):
         raise ValueError(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets "
-            f"{tuple(targets.shape)} do not fit (..., C), (V, C), (...)"
+            f"{tuple(targets.shape)} do not fit (..., C), (V, C), (...), C at least 1"
         )
     if targets.dtype != torch.int64:
         raise ValueError(f"targets are {targets.dtype}, expected torch.int64")
@@ -246,11 +256,14 @@ def _triton(
     hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, reduction: str, z_loss: float
 ) -> Tensor:
     """(N,) or (); `scale` is zero where a row has no loss."""
-    found = scale.nonzero().squeeze(-1)
-    _check_labels(labels[found], weight)
-    # Under torch.compile the number of rows is unknown, and so is whether it is all of them.
-    everything = not torch.compiler.is_compiling() and len(found) == len(scale)
-    rows = None if everything else found
+    compiling = torch.compiler.is_compiling()
+    rows = None  # all of them, as far as shapes tell
+    if compiling or not valueless(scale):
+        rows = scale.nonzero().squeeze(-1)
+        _check_labels(labels[rows], weight)
+        # Under torch.compile their number is unknown, and so is whether it is all of them.
+        if not compiling and len(rows) == len(scale):
+            rows = None
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if reduction == "none" or not learns or hidden.dtype == torch.float16:
         logp, lse, _, _ = linear_softmax(hidden, weight, labels, rows, 1.0, False)
