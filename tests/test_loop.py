@@ -22,7 +22,7 @@ from puna.core.errors import UserError
 from puna.core.model import Transformer
 from puna.trainers.data.packing import LMBatch
 from puna.trainers.train import loop
-from puna.trainers.train.loop import TrainConfig
+from puna.trainers.train.loop import HeldOutConfig
 from puna.trainers.train.next_token import OBJECTIVE, prepared
 from puna.trainers.train.run import open_run
 
@@ -46,16 +46,18 @@ def batches(step: int) -> list[LMBatch]:
     return [batch_of(2 * step, rows=1), batch_of(2 * step + 1, rows=3)]
 
 
-def configured(out: Path, **options) -> TrainConfig:
+def configured(out: Path, **options) -> HeldOutConfig:
     values = {"lr": 1e-2, "warmup_steps": 2, "save_every": 2, "device": "cpu", **options}
-    return TrainConfig(out=out, **values)
+    return HeldOutConfig(out=out, **values)
 
 
-def train(config: TrainConfig, batch_at=batches, objective=OBJECTIVE, evaluate=None) -> Path:
+def train(config: HeldOutConfig, batch_at=batches, objective=OBJECTIVE, evaluate=None) -> Path:
     with open_run(config, tokenizer=None) as run:
         source = fresh(SHAPE, 1) if run.checkpoint is None else open_model(run.checkpoint)
         network = prepared(source, config)
-        return loop.fit("test", run, network, batch_at, STEPS, objective, config, evaluate)
+        return loop.fit(
+            "test", run, network, batch_at, STEPS, objective, config, evaluate, config.eval_every
+        )
 
 
 def metrics(out: Path) -> list[dict[str, float]]:
@@ -129,7 +131,7 @@ def test_accumulated_micro_batches_of_unequal_weight_are_one_large_batch(whole, 
     ("lr", "end"), [(3e-4, 3e-5), (1.5e-4, 1.5e-5)]
 )  # paper: 7b and 13b, 34b and 70b
 def test_the_schedule_is_the_papers(lr, end):
-    config = TrainConfig(out=Path(), lr=lr, warmup_steps=2000)
+    config = HeldOutConfig(out=Path(), lr=lr, warmup_steps=2000)
     rates = [loop.learning_rate(step, 500_000, config) for step in range(500_000)]
     assert rates[0] == pytest.approx(lr / 2000) and rates[1999] == rates[2000] == max(rates) == lr
     assert rates[-1] == pytest.approx(end)
@@ -140,7 +142,7 @@ def test_the_schedule_is_the_papers(lr, end):
 
 @given(st.integers(1, 60), st.integers(0, 80), st.sampled_from(["cosine", "constant"]))
 def test_the_rate_is_never_zero_and_never_above_the_peak(steps, warmup, schedule):
-    config = TrainConfig(out=Path(), lr=1.0, warmup_steps=warmup, schedule=schedule)
+    config = HeldOutConfig(out=Path(), lr=1.0, warmup_steps=warmup, schedule=schedule)
     rates = [loop.learning_rate(step, steps, config) for step in range(steps)]
     assert all(0 < rate <= 1 for rate in rates)
     after = rates[warmup:]

@@ -32,7 +32,7 @@ WORDS = "red blue green cat dog bird runs sleeps sings why how where big small o
 RATED = ("significantly_better", "better", "slightly_better", "negligibly_better")
 SAFETY = ("chosen_safe", "both_safe", "both_unsafe")
 
-COMMON = ["--save-every", "1000", "--eval-every", "5", "--lr", "1e-3", "--device", "cpu"]
+COMMON = ["--save-every", "1000", "--lr", "1e-3", "--device", "cpu"]
 STAGES: dict[str, list[str]] = {
     "pretrain": (
         "--data {0}/text.jsonl --tokenizer {0}/tokenizer.model --size mini --context 64 --batch 4 "
@@ -93,7 +93,8 @@ TIMED = ("second", "tok/s", "per_second")
 
 
 def arguments(stage: str, inputs: Path, out: Path) -> list[str]:
-    return [*(a.format(inputs) for a in STAGES[stage]), *COMMON, "--out", str(out)]
+    every = ["--eval-every", "5"] * (stage in TOGETHER)  # the others hold nothing out
+    return [*(a.format(inputs) for a in STAGES[stage]), *COMMON, *every, "--out", str(out)]
 
 
 def run_stage(stage: str, argv: list[str]) -> None:

@@ -33,7 +33,7 @@ MOST_WAITED_FOR = 500_000_000  # bytes of text: some minutes, less than a collec
 
 
 @dataclass(kw_only=True)
-class PretrainConfig(loop.RowsConfig, Reading):
+class PretrainConfig(loop.HeldOutConfig, Reading):
     """Train a language model on text, from scratch or from given weights."""
 
     data: list[Path]
@@ -92,6 +92,7 @@ def fit(config: PretrainConfig, folder: Run, tokenizer: Tokenizer) -> Path:
         what=f"{count_of(training.size, 'token')} in {count_of(len(rows), 'row')} of "
         f"{row_tokens:,}",
         eval_rows=CorpusRows(held, row_tokens) if held is not None else None,
+        eval_every=config.eval_every,
     )
 
 

@@ -57,7 +57,7 @@ from puna.trainers.train.starting import open_start
 
 
 @dataclass(kw_only=True)
-class RewardConfig(loop.RowsConfig, ReadingComparisons):
+class RewardConfig(loop.HeldOutConfig, ReadingComparisons):
     """Train a reward model on comparisons of two answers."""
 
     model: Path
@@ -147,6 +147,7 @@ def fit(config: RewardConfig, folder: Run, tokenizer: Tokenizer) -> Path:
         objective(config.safety_weight, config.center_weight),
         config,
         evaluation(held, config, device, scored.append),
+        config.eval_every,
     )
     if held:
         # The last are those after the last step; there are none where a kill came behind that.

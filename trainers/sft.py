@@ -38,7 +38,7 @@ from puna.trainers.train.starting import open_start
 
 
 @dataclass(kw_only=True)
-class SFTConfig(loop.RowsConfig, ReadingMessages):
+class SFTConfig(loop.HeldOutConfig, ReadingMessages):
     """Fine-tune a language model on demonstrations."""
 
     model: Path
@@ -146,6 +146,7 @@ def fit(
         plan=plan,
         what=rows.described("dialogue"),
         eval_rows=eval_rows,
+        eval_every=config.eval_every,
         loss=next_token.checked(next_token.next_token_loss if loss is None else loss),
         order=order,
     )

@@ -247,7 +247,7 @@ def changes(
     """What differs from the recorded options, as phrases: (free, to be amended, fixed)."""
     # A table of an older version lacks what has been added to it since, as the whole may.
     usual = flat(defaults(type(config)))
-    old = renamed(usual | flat(before), hasattr(config, "parallel"))
+    old = renamed(usual | flat(before), hasattr(config, "parallel"), hasattr(config, "eval_every"))
     new = usual | flat(plain(config))
     found: dict[Kind, list[str]] = {kind: [] for kind in Kind}
     for key in sorted(old.keys() | new.keys()):
@@ -257,7 +257,7 @@ def changes(
     return found[Kind.FREE], found[Kind.AMENDED], found[Kind.FIXED]
 
 
-def renamed(options: dict[str, Any], has_layout: bool) -> dict[str, Any]:
+def renamed(options: dict[str, Any], has_layout: bool, held_out: bool) -> dict[str, Any]:
     """Options that a run recorded before there was a [parallel] table, as they are called now; what
     trains nothing has no such table."""
     found = {}
@@ -269,6 +269,8 @@ def renamed(options: dict[str, Any], has_layout: bool) -> dict[str, Any]:
             if not has_layout:
                 continue
             name = f"parallel.{name}"
+        elif key == "eval_every" and not held_out:
+            continue  # it once stood where nothing is held out
         found[table + dot + name] = value
     return found
 

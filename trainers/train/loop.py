@@ -101,8 +101,6 @@ class TrainConfig(FolderConfig):
     """largest gradient norm"""
     save_every: Annotated[Count, FREE] = 500
     """steps between checkpoints"""
-    eval_every: Annotated[Count, FREE] = 100
-    """steps between looks at held-out data"""
     keep: Annotated[Count, FREE] = 2
     """newest checkpoints to keep"""
     model_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -128,6 +126,14 @@ class RowsConfig(TrainConfig):
     """rows in a step, all processes together"""
     micro_batch: Annotated[Batch, FREE] = 8
     """rows in one forward pass"""
+
+
+@dataclass(kw_only=True)
+class HeldOutConfig(RowsConfig):
+    """Options of those that hold rows out."""
+
+    eval_every: Annotated[Count, FREE] = 100
+    """steps between looks at held-out data"""
 
 
 class Objective(NamedTuple):
@@ -236,10 +242,11 @@ def fit(
     objective: Objective,
     config: TrainConfig,
     evaluate: Callable[[Transformer], dict[str, float]] | None = None,
+    eval_every: int = 0,
 ) -> Path:
     """Train for `steps` steps, from the run's newest checkpoint on; returns the model's folder.
 
-    Every step is a row of metrics.jsonl, with `evaluate`'s numbers every so often; row 0 holds
+    Every step is a row of metrics.jsonl, with `evaluate`'s numbers every `eval_every`; row 0 holds
     those of the untrained model.
 
     Raises UserError, naming the step and the last good checkpoint, where the loss or the gradient
@@ -266,7 +273,7 @@ def fit(
             step += 1
             tokens = parallel.counted(sum(objective.tokens(b) for b in batches), network.model)
             row = {**means, "lr": rate, "grad_norm": norm, "tokens": tokens}
-            if evaluate and (step % config.eval_every == 0 or step == steps):
+            if evaluate and (step % eval_every == 0 or step == steps):
                 row.update(evaluated(network.model, evaluate))
             run.log(step, **row)
             progress.advance(tokens, f"loss {means['loss']:.3f}")

@@ -168,14 +168,15 @@ def train(
     plan: Plan,
     what: str,
     eval_rows: Rows | None = None,
+    eval_every: int = 0,
     loss: Loss = next_token_loss,
     order: Order | None = None,
 ) -> Path:
     """Fit the model of `source` to `rows`; returns the finished model's folder.
 
-    `loss` is minimised on the rows and reported for `eval_rows`, both per unit of weight; `what`
-    says in words what the rows are; `order` which rows come when, where they are not shuffled
-    anew in each epoch.
+    `loss` is minimised on the rows and reported for `eval_rows` every `eval_every` steps, both per
+    unit of weight; `what` says in words what the rows are; `order` which rows come when, where they
+    are not shuffled anew in each epoch.
     """
     tp = config.parallel.tp
     check_shares(config.batch, tp)
@@ -191,6 +192,7 @@ def train(
         objective,
         config,
         evaluation(eval_rows, config.micro_batch, device, objective),
+        eval_every,
     )
 
 
