@@ -248,6 +248,9 @@ HIGH = {
     "eps": 1.0, "clip": 2.0**30, "lr": 1e-3, "warmup_steps": 2**31 - 1, "save_every": 2**31 - 1,
     "eval_every": 2**31 - 1, "keep": 2**31 - 1,
 }  # fmt: skip
+UNHELD_LOW, UNHELD_HIGH = (
+    {name: value for name, value in each.items() if name != "eval_every"} for each in (LOW, HIGH)
+)
 SAMPLED_LOW = {"max_new_tokens": 1, "temperature": 0.01, "generation_batch": 1}
 SAMPLED_HIGH = {"max_new_tokens": 9, "temperature": 1000.0, "generation_batch": 2**20}
 PPO_LOW = {
@@ -328,10 +331,12 @@ def test_reward_models_at_the_edges(files, tmp_path, options, tiny):
 @pytest.mark.parametrize(
     "options",
     [
-        LOW | SAMPLED_LOW | {"samples": 1, "chunk": 1, "round": 1, "epochs": 1, "batch": 8,
-                             "micro_batch_tokens": 1, "max_new_tokens": 12},
-        HIGH | SAMPLED_HIGH | {"samples": 8, "chunk": 2**20, "round": 2**31 - 1, "epochs": 1,
-                               "micro_batch_tokens": 2**31 - 1, "max_new_tokens": 40},
+        UNHELD_LOW | SAMPLED_LOW
+        | {"samples": 1, "chunk": 1, "round": 1, "epochs": 1, "batch": 8, "micro_batch_tokens": 1,
+           "max_new_tokens": 12},
+        UNHELD_HIGH | SAMPLED_HIGH
+        | {"samples": 8, "chunk": 2**20, "round": 2**31 - 1, "epochs": 1,
+           "micro_batch_tokens": 2**31 - 1, "max_new_tokens": 40},
     ],
 )  # fmt: skip
 def test_rejection_sampling_at_the_edges(files, tmp_path, options):
@@ -352,10 +357,12 @@ def test_ppo_at_the_edges(files, tmp_path, options):
 @pytest.mark.parametrize(
     "options",
     [
-        LOW | SAMPLED_LOW | {"samples": 1, "targets": 1, "window": 1, "shorten": 0.0, "batch": 8,
-                             "max_new_tokens": 12},
-        HIGH | SAMPLED_HIGH | {"samples": 8, "targets": 2**31 - 1, "window": 2**31 - 1,
-                               "shorten": 1.0, "epochs": 2, "max_new_tokens": 40},
+        UNHELD_LOW | SAMPLED_LOW
+        | {"samples": 1, "targets": 1, "window": 1, "shorten": 0.0, "batch": 8,
+           "max_new_tokens": 12},
+        UNHELD_HIGH | SAMPLED_HIGH
+        | {"samples": 8, "targets": 2**31 - 1, "window": 2**31 - 1, "shorten": 1.0, "epochs": 2,
+           "max_new_tokens": 40},
     ],
 )  # fmt: skip
 def test_ghost_attention_at_the_edges(files, tmp_path, options):

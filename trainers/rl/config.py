@@ -166,7 +166,7 @@ class PPOConfig(SamplingConfig, loop.TrainConfig):
     ratio_tolerance: Rate | None = None
     """largest mean |log ratio| of an iteration's first mini-batch; left out: 1e-3, in bf16 2e-2"""
     save_every: int = 20
-    eval_every: Annotated[int, Kind.AMENDED] = 10
+    eval_every: Annotated[Count, Kind.AMENDED] = 10
     """iterations between looks at held-out prompts, and at whether the policy is the best so far"""
 
     def check(self) -> None:
