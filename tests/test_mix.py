@@ -74,7 +74,7 @@ def trained_pairs(monkeypatch, config: RewardConfig, out: Path) -> tuple[list, l
     """(pairs trained on, pairs held out) of a run that is not trained."""
     seen = {}
 
-    def fit(title, folder, network, batch_at, steps, objective, config, evaluate):
+    def fit(title, folder, network, batch_at, steps, objective, config, *looks):
         seen["batches"] = [piece for step in range(steps) for piece in batch_at(step)]
         raise KeyboardInterrupt
 

@@ -11,7 +11,7 @@ WORKERS = 8  # pytest's processes: they compile on cores of their own and share 
 
 # The tests that need a GPU, by the part that runs them (tests/test_gpu_run.py: none is missing).
 TESTS = {
-    "norms": ("rms_norm_triton", "rope_triton", "swiglu_triton", "backend"),
+    "norms": ("rms_norm_triton", "rope_triton", "swiglu_triton", "backend", "surroundings"),
     "attention": ("attention_triton", "attention_operator", "decode_attention_triton"),
     "losses": ("linear_cross_entropy_triton", "linear_logprobs_triton"),
     "sampling": ("sample_triton", "gae_triton", "same_numbers", "bench_kernels"),
