@@ -6,9 +6,9 @@ documents begin, BOS tells when a row is read: nothing of a corpus is looked at 
 opening one takes as long for 2T tokens as for 2M.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.format import MAGIC_PREFIX
@@ -19,6 +19,7 @@ from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.train.advice import advice
 
 INDEX = "corpus.json"
+KINDS = {"complete": bool, "tokenizer": str, "shards": dict, "tokens": int}  # what it holds
 HEADER = 128  # bytes before the ids: the shape's digits may change, their place may not
 LOOKS, LOOK = 64, 4096  # places of a file that are looked at when it is opened, and tokens of each
 
@@ -61,26 +62,38 @@ def shards_of(path: Path, tokenizer: Tokenizer) -> list[Path]:
     """A corpus's files: what its index names, with the sizes that it says."""
     if not path.is_dir():
         return [path]
-    index = read_object(path / INDEX, "write a corpus with `puna tokenizer encode`")
+    index = read_index(path, KINDS, "write a corpus with `puna tokenizer encode`")
     again = "; run `puna tokenizer encode` with this output again"
-    if not field(index, "complete", bool):
+    if not index["complete"]:
         raise ValueError(f"{path} is not written to its end{again}")
-    if field(index, "tokenizer", str) != digest(tokenizer.path).sha256:
+    if index["tokenizer"] != digest(tokenizer.path).sha256:
         raise ValueError(
             f"{path} was written with another tokenizer than {tokenizer.path}; encode the text "
             "with this one"
         )
     files: list[Path] = []
-    for name, size in field(index, "shards", dict).items():
+    for name, size in index["shards"].items():
         file = path / Path(name).name
         if not file.is_file() or file.stat().st_size != size:
             raise ValueError(f"{file} is missing or not as {INDEX} says; encode the text again")
         files.append(file)
     width = np.dtype(token_dtype(tokenizer.vocab_size)).itemsize
     tokens = sum(file.stat().st_size - HEADER for file in files) // width
-    if not files or tokens != field(index, "tokens", int):
+    if not files or tokens != index["tokens"]:
         raise ValueError(f"{path / INDEX} does not name all shards; encode the text again")
     return files
+
+
+def read_index(folder: Path, kinds: Mapping[str, type], absent: str) -> dict[str, Any]:
+    """A corpus's index; ValueError where there is none, saying `absent`, and naming it where it
+    lacks something or holds something of another kind."""
+    found = read_object(folder / INDEX, absent)
+    try:
+        for name, kind in kinds.items():
+            field(found, name, kind)
+    except ValueError as error:
+        raise ValueError(f"{folder / INDEX}: {error}; encode the text again") from error
+    return found
 
 
 def open_shard(path: Path, tokenizer: Tokenizer) -> np.ndarray:

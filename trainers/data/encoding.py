@@ -19,10 +19,9 @@ from numpy.lib.format import magic
 from puna.core.checkpoint.atomic import atomic_file, make_folder, remove_empty, write_text
 from puna.core.checkpoint.hashes import digest, digests
 from puna.core.checkpoint.steady import Stamps, check_unchanged, stamps_of
-from puna.core.documents import field, read_object
 from puna.core.text.tokenizer import Tokenizer
 from puna.trainers.data.columns import Reading
-from puna.trainers.data.corpus import HEADER, INDEX, Corpus, token_dtype
+from puna.trainers.data.corpus import HEADER, INDEX, Corpus, read_index, token_dtype
 from puna.trainers.data.files import Source, is_packed, sources
 from puna.trainers.data.long_texts import ids_in_pieces
 from puna.trainers.data.readers import Skipped, each_text
@@ -121,7 +120,7 @@ def begun(folder: Path, tokenizer: Tokenizer, texts: Texts, anew: bool) -> Itera
         "tokens": 0,
         "shards": {},
     }
-    index = read_index(folder, fresh)
+    index = index_of(folder, fresh)
     if (what := other(index, fresh)) and anew:
         shutil.rmtree(folder)
         index = {}
@@ -143,13 +142,13 @@ def begun(folder: Path, tokenizer: Tokenizer, texts: Texts, anew: bool) -> Itera
     yield index
 
 
-def read_index(folder: Path, fresh: dict[str, Any]) -> dict[str, Any]:
+def index_of(folder: Path, fresh: dict[str, Any]) -> dict[str, Any]:
     """What the folder's index says, with what older ones did not; empty where there is none."""
     if not (folder / INDEX).exists():
         return {}
-    found = read_object(folder / INDEX, "remove the folder to encode anew")
-    found.setdefault("column", fresh["column"])
-    return {name: field(found, name, type(value)) for name, value in fresh.items()}
+    kinds = {name: type(value) for name, value in fresh.items() if name != "column"}
+    found = read_index(folder, kinds, "remove the folder to encode anew")
+    return {name: found.get(name, value) for name, value in fresh.items()}
 
 
 def other(index: dict[str, Any], fresh: dict[str, Any]) -> str:
