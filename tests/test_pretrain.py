@@ -124,7 +124,7 @@ def test_texts_are_encoded_once(tiny, tmp_path, monkeypatch):
     assert np.array_equal(first.shards[0], again.shards[0])
 
 
-def test_what_is_encoded_follows_the_texts_and_their_column(tiny, tmp_path):
+def test_what_is_encoded_follows_the_texts_and_their_column(tiny, tmp_path, capsys):
     """Before there is a step, and by amendment; each as in a run that never had others."""
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     rows = (tiny / "text.jsonl").read_text().splitlines()
@@ -150,7 +150,9 @@ def test_what_is_encoded_follows_the_texts_and_their_column(tiny, tmp_path):
         asked = replace(fresh, out=tmp_path / "run", steps=fresh.steps + 1, **change)
         with pytest.raises(ValueError, match="--amend"):
             pretrain.run(asked)
+        capsys.readouterr()
         pretrain.run(replace(asked, amend=True))
+        assert capsys.readouterr().out.count("it goes on") == 1  # as far into other rows
         fresh = replace(asked, amend=False)
         alone = replace(fresh, out=tmp_path / f"alone-{fresh.steps}")
         pretrain.run(alone)

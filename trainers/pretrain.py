@@ -79,9 +79,10 @@ def fit(config: PretrainConfig, folder: Run, tokenizer: Tokenizer) -> Path:
     if config.eval_share > 0:
         training, held = split_corpus(corpus, config.eval_share)
     rows = CorpusRows(training, row_tokens)
-    plan = of_epochs(len(rows), 1, config.batch, folder)
     if config.steps:
         plan = of_steps(len(rows), config.steps, config.batch, folder)
+    else:
+        plan = of_epochs(len(rows), 1, config.batch, folder)
     return next_token.train(
         "pretrain",
         folder,
